@@ -1,0 +1,60 @@
+"""What every benchmark shares: the environment it ran in, and where results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
+
+
+def commit() -> str:
+    """The commit under test: `FLATQUANT_COMMIT`, else what git says, with `+` for uncommitted changes."""
+    if given := os.environ.get("FLATQUANT_COMMIT"):
+        return given
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if dirty.strip() else "")
+
+
+def device_name() -> str:
+    """The accelerator, or the processor and its core count."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and commit, as every results file has them."""
+    return {"device": device_name(), "versions": versions(), "commit": commit(), "command": " ".join(sys.argv)}
+
+
+def write_result(path: Path, name: str, **content: Any) -> None:
+    """Write a results file: name, environment, and whatever the benchmark measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"name": name, **environment(), **content}, indent=1) + "\n")

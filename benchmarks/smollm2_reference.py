@@ -1,0 +1,222 @@
+"""SmolLM2-135M under FlatQuant's reference preset: perplexity and calibration time of every scheme, several seeds.
+
+    python benchmarks/smollm2_reference.py --model smollm2-135m --data DATA --out benchmarks/results
+
+One process runs one job (a configuration and a seed); several run side by side on one GPU. `--alone` times one job on
+an otherwise idle device first: calibration times come from there. The text for calibration is wiki.valid.raw, for
+perplexity wiki.test.raw and the C4 sample, windows of 2,048 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import write_result
+from flatquant.calibrate.pipeline import calibrate
+from flatquant.calibrate.state import RunState
+from flatquant.data import calibration_tokens, evaluation_windows
+from flatquant.evaluate.perplexity import perplexity
+from flatquant.models import load_model
+from flatquant.recipes import flatquant, gptq, rtn
+from flatquant.spec import DataSpec, Recipe, SolverSpec, to_dict
+
+# name -> (recipe, more solvers to run on the same fit)
+CONFIGURATIONS: dict[str, Recipe] = {
+    "w4a4kv4": flatquant("w4a4kv4"),
+    "w4a16": flatquant("w4a16"),
+    "w3a16": flatquant("w3a16"),
+    "kv4": flatquant("kv4"),
+    "w4a4kv4-plain-rtn": rtn("w4a4kv4"),
+    "w4a16-plain-gptq": gptq("w4a16"),
+    "w3a16-plain-gptq": gptq("w3a16"),
+}
+GPTQ_TOO = ("w4a4kv4", "w4a16", "w3a16")
+
+
+def job(args: argparse.Namespace) -> None:
+    """One configuration, one seed: calibrate, evaluate, print a JSON line."""
+    device = torch.device(args.device)
+    recipe = CONFIGURATIONS[args.job]
+    if args.variant:
+        recipe = VARIANTS[args.variant](recipe)
+    if args.tiny:
+        fit = recipe.fit and dataclasses.replace(recipe.fit, epochs=1)
+        recipe = dataclasses.replace(recipe, data=DataSpec(samples=4, seqlen=64), fit=fit)
+    dtype = getattr(torch, args.dtype)
+    model, tokenizer = load_model(args.model, dtype=torch.float16 if device.type == "cuda" else torch.float32)
+    data = Path(args.data)
+    tokens = calibration_tokens(
+        data / "wikitext-2-raw" / "wiki.valid.raw",
+        tokenizer,
+        samples=recipe.data.samples,
+        seqlen=recipe.data.seqlen,
+        seed=args.seed,
+    )
+    original = copy.deepcopy(model)
+    out: dict = {"configuration": args.job, "variant": args.variant, "seed": args.seed, "dtype": args.dtype}
+    out["recipe"] = to_dict(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        solvers = ["rtn", "gptq"] if args.job in GPTQ_TOO else [recipe.solver.kind]
+        for solver in solvers:
+            # a second solver takes the first one's fit
+            kept = Path(folder) / solver
+            kept.mkdir()
+            for file in Path(folder, "rtn").glob("fitted-*") if solver != "rtn" else ():
+                shutil.copy(file, kept)
+            current = copy.deepcopy(original)
+            start = time.perf_counter()
+            _, report = calibrate(
+                current,
+                dataclasses.replace(recipe, solver=SolverSpec(kind=solver)),
+                tokens,
+                device=device,
+                dtype=dtype,
+                seed=args.seed,
+                state=RunState(kept, {"solver": solver}, resume=False),
+                graph=not args.eager,
+            )
+            seconds = time.perf_counter() - start
+            current.to(device)
+            out[solver] = {
+                "calibration_seconds": seconds,
+                "stages": report.seconds,
+                "peak_memory_bytes": report.peak_memory,
+                "first_losses": [b["losses"][0] if b["losses"] else None for b in report.blocks],
+                "last_losses": [b["losses"][-1] if b["losses"] else None for b in report.blocks],
+                "perplexity": evaluate(current, tokenizer, data, args.tiny),
+            }
+    print("RESULT " + json.dumps(out), flush=True)
+
+
+def evaluate(model, tokenizer, data: Path, tiny: bool) -> dict[str, float]:
+    """Perplexity on WikiText-2 test and on the C4 sample."""
+    seqlen, windows = (64, 2) if tiny else (2048, None)
+    texts = {"wikitext2": data / "wikitext-2-raw" / "wiki.test.raw", "c4": data / "c4" / "c4-en-sample.jsonl"}
+    return {
+        name: perplexity(model, evaluation_windows(text, tokenizer, seqlen=seqlen, windows=windows)).value
+        for name, text in texts.items()
+    }
+
+
+def _start(scale: str):
+    def change(recipe: Recipe) -> Recipe:
+        transforms = {
+            site: tuple(dataclasses.replace(t, init=scale) if t.kind == "diagonal" else t for t in parts)
+            for site, parts in recipe.transforms.items()
+        }
+        return dataclasses.replace(recipe, transforms=transforms)
+
+    return change
+
+
+def _parameters(recipe: Recipe) -> Recipe:
+    transforms = {
+        site: tuple(dataclasses.replace(t, parameters="svd") if t.kind != "diagonal" else t for t in parts)
+        for site, parts in recipe.transforms.items()
+    }
+    return dataclasses.replace(recipe, transforms=transforms)
+
+
+VARIANTS = {"second-moment": _start("second_moment"), "svd": _parameters}
+
+
+def run_jobs(jobs: list[list[str]], parallel: int, common: list[str]) -> list[dict]:
+    """Run jobs as processes, at most `parallel` at a time; their results in order of completion."""
+    waiting, running, results = list(jobs), [], []
+    while waiting or running:
+        while waiting and len(running) < parallel:
+            command = [sys.executable, "-m", "benchmarks.smollm2_reference", *common, *waiting.pop(0)]
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        for process in list(running):
+            if process.poll() is not None:
+                running.remove(process)
+                assert process.stdout is not None
+                lines = [line for line in process.stdout if line.startswith("RESULT ")]
+                if process.returncode or not lines:
+                    raise SystemExit(f"a job failed: {process.args}")
+                results.append(json.loads(lines[-1].removeprefix("RESULT ")))
+                brief = {s: results[-1][s]["perplexity"] for s in ("rtn", "gptq") if s in results[-1]}
+                print(results[-1]["configuration"], results[-1]["variant"], results[-1]["seed"], brief, flush=True)
+        time.sleep(0.5)
+    return results
+
+
+def summary(results: list[dict]) -> list[dict]:
+    """Mean over seeds per configuration, variant and solver."""
+    groups: dict[tuple, list[dict]] = {}
+    for r in results:
+        for solver in ("rtn", "gptq"):
+            if solver in r:
+                groups.setdefault((r["configuration"], r["variant"], solver), []).append(r[solver])
+    rows = []
+    for (configuration, variant, solver), runs in sorted(groups.items(), key=str):
+        row = {"configuration": configuration, "variant": variant, "solver": solver, "seeds": len(runs)}
+        for text in runs[0]["perplexity"]:
+            row[text] = statistics.mean(run["perplexity"][text] for run in runs)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=6)
+    parser.add_argument("--only", nargs="*", help="configurations to run")
+    parser.add_argument("--variants", nargs="*", default=[""], help="variants of w4a4kv4 to run")
+    parser.add_argument("--alone", action="store_true", help="first time w4a4kv4 alone")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graph")
+    parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        job(args)
+        return
+    common = ["--model", args.model, "--data", args.data, "--device", args.device, "--dtype", args.dtype]
+    common += ["--tiny"] * args.tiny + ["--eager"] * args.eager
+    model, tokenizer = load_model(args.model, dtype=torch.float16 if args.device == "cuda" else torch.float32)
+    original = evaluate(model.to(args.device), tokenizer, Path(args.data), args.tiny)
+    print("original", original, flush=True)
+    del model
+    alone = run_jobs([["--job", "w4a4kv4"]], 1, common) if args.alone else []
+    for r in alone:
+        print("alone", r["rtn"]["calibration_seconds"], r["rtn"]["stages"], r["rtn"]["peak_memory_bytes"], flush=True)
+    jobs = [
+        ["--job", name, "--seed", str(seed), "--variant", variant]
+        for variant in args.variants
+        for name in (args.only if args.only is not None else CONFIGURATIONS)
+        for seed in range(args.seeds)
+        if not variant or name == "w4a4kv4"
+    ]
+    results = run_jobs(jobs, args.parallel, common)
+    print(json.dumps(summary(results), indent=1))
+    name = "smollm2-reference"
+    write_result(
+        Path(args.out) / f"{name}.json",
+        name,
+        seeds=list(range(args.seeds)),
+        metrics={"original": original, "mean": summary(results), "alone": [r["rtn"] for r in alone]},
+        samples=results,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""End-to-end fit: the same parameters, through all blocks at once, by KL divergence to the original's logits.
+
+Block-wise reconstruction weighs every direction of a block's output alike; the KL divergence weighs what the model
+says. Nothing is added that costs at inference. The original's side is its last hidden states, kept from the block-wise
+pass: its logits are one product away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flatquant.calibrate.blockwise import autocast
+from flatquant.calibrate.capture import BlockCall
+from flatquant.calibrate.optimise import Optimiser
+from flatquant.errors import CalibrationError
+from flatquant.modules import Group
+from flatquant.spec import EndToEndSpec
+from flatquant.wiring.apply import FitBlock
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean over tokens of KL(teacher || student) in nats, from logits (.., V)."""
+    p, q = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def fit_end_to_end(
+    fits: Sequence[FitBlock],
+    calls: Sequence[BlockCall],
+    head: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    spec: EndToEndSpec,
+    *,
+    dtype: torch.dtype,
+    graph: bool = True,
+    start: tuple[int, list[float], dict[str, Tensor]] | None = None,
+    save: Callable[[int, list[float], dict[str, Tensor]], None] | None = None,
+    save_every: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Fit all wrapped blocks together.
+
+    Args:
+        fits, calls: every block and how it is called.
+        head: final norm and output embedding, (B, T, h) -> (B, T, V).
+        inputs: hidden states before block 0, (N, T, h).
+        targets: the original's hidden states after the last block, (N, T, h).
+        start: (steps done, losses so far, state) to go on from, as `save` received them.
+        save: keeps the state every `save_every` steps.
+        progress: called with (steps done, steps).
+
+    Returns:
+        KL divergence of every step, nats per token.
+
+    Raises:
+        CalibrationError: the divergence is not finite.
+    """
+    parameters: dict[Group, list[nn.Parameter]] = {"transform": [], "scale": [], "clip": []}
+    for fit in fits:
+        for group, ps in fit.parameters().items():
+            parameters[group].extend(ps)
+    blocks = [fit.block for fit in fits]
+
+    def student(x: Tensor) -> Tensor:
+        for block, call in zip(blocks, calls, strict=True):
+            if spec.checkpoint:
+                x = checkpoint(call, block, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
+            else:
+                x = call(block, x)
+        return head(x)
+
+    def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(x.device, dtype):
+            with torch.no_grad():
+                teacher = head(y)
+            logits = student(x)
+        loss = kl_divergence(teacher, logits)
+        return loss, loss
+
+    optimiser = Optimiser(
+        parameters,
+        {"transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr},
+        floor=spec.lr * spec.final_lr,
+        steps=spec.steps,
+        loss_fn=loss_fn,
+        graph=graph,
+    )
+    losses: list[float] = []
+    done = 0
+    if start is not None:
+        done, losses, state = start
+        optimiser.load_state(done, state)
+    n = inputs.shape[0] // spec.batch_size * spec.batch_size
+    for step in range(done, spec.steps):
+        begin = step * spec.batch_size % n
+        rows = slice(begin, begin + spec.batch_size)
+        loss = float(optimiser.step(inputs[rows], targets[rows]))
+        if not loss < float("inf"):
+            raise CalibrationError(
+                f"the end-to-end divergence is {loss} at step {step + 1}; try --dtype float32 or a lower learning rate"
+            )
+        losses.append(loss)
+        if save and ((step + 1) % save_every == 0 or step + 1 == spec.steps):
+            save(step + 1, losses, optimiser.state())
+        if progress:
+            progress(step + 1, spec.steps)
+    for fit in fits:
+        fit.forget()
+    return losses

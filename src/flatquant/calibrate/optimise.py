@@ -1,0 +1,123 @@
+"""One optimiser for every fit: AdamW with a learning rate per group, a cosine, and on a GPU one graph per step.
+
+A calibration step of a small model is bound by launches, not by arithmetic. On CUDA the whole step - forward,
+backward, update - is captured once per block in a CUDA graph and replayed; the first steps run eagerly and are real
+steps, so nothing is warmed up twice. The loss stays on the device until the caller asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from flatquant.modules import Group
+
+EAGER_STEPS = 3  # before capture: lazily made workspaces and optimiser state must exist
+
+
+def cosine(step: int, steps: int, warmup: int, lr: float, floor: float) -> float:
+    """Learning rate of `step` (0-based): linear warm-up, then a half cosine from lr to floor over all steps."""
+    ramp = min(1.0, 0.01 + 0.99 * step / warmup) if warmup else 1.0
+    return ramp * (floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+class Optimiser:
+    """Runs `loss_fn` on batches and updates the parameters.
+
+    Args:
+        parameters: by group.
+        rates: start learning rate by group.
+        floor: learning rate at the end, for every group.
+        steps: total number of steps (the cosine's length).
+        loss_fn: maps static batch tensors to (objective to differentiate, loss to report), both scalars. On CUDA it
+            must not synchronise.
+        graph: capture steps in a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[Group, list[nn.Parameter]],
+        rates: Mapping[Group, float],
+        *,
+        floor: float,
+        steps: int,
+        warmup: int = 0,
+        weight_decay: float = 0.0,
+        loss_fn: Callable[..., tuple[Tensor, Tensor]],
+        graph: bool,
+    ) -> None:
+        self.parameters = [p for ps in parameters.values() for p in ps]
+        device = self.parameters[0].device
+        self.rates = [rates[g] for g, ps in parameters.items() if ps]
+        groups = [{"params": ps, "lr": torch.tensor(rates[g], device=device)} for g, ps in parameters.items() if ps]
+        on_gpu = device.type == "cuda"
+        self.adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, capturable=on_gpu, foreach=on_gpu)
+        self.floor, self.steps, self.warmup = floor, steps, warmup
+        self.loss_fn = loss_fn
+        self.use_graph = graph and on_gpu
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.static: tuple[Tensor, ...] = ()
+        self.static_loss: Tensor | None = None
+        self.stream = torch.cuda.Stream(device) if self.use_graph else None
+        self.done = 0
+        self.eager = 0
+
+    def _set_rates(self) -> None:
+        for group, rate in zip(self.adamw.param_groups, self.rates, strict=True):
+            group["lr"].fill_(cosine(self.done, self.steps, self.warmup, rate, self.floor))
+
+    def _body(self, *batch: Tensor) -> Tensor:
+        objective, loss = self.loss_fn(*batch)
+        objective.backward()
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=False)
+        return loss.detach()
+
+    def step(self, *batch: Tensor) -> Tensor:
+        """One update on a batch; returns its loss, a scalar tensor that later steps do not overwrite."""
+        self._set_rates()
+        self.done += 1
+        if not self.use_graph:
+            return self._body(*batch)
+        assert self.stream is not None
+        if not self.static:
+            self.static = tuple(b.clone() for b in batch)
+        for static, b in zip(self.static, batch, strict=True):
+            static.copy_(b)
+        if self.eager < EAGER_STEPS:
+            self.eager += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self._body(*self.static)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.static_loss = self._body(*self.static)
+        self.graph.replay()
+        assert self.static_loss is not None
+        return self.static_loss.clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of parameters and moments, by position: all that the next step depends on."""
+        out = {}
+        for i, p in enumerate(self.parameters):
+            moments = self.adamw.state[p]
+            out[f"{i}.value"] = p.detach().cpu().clone()
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                out[f"{i}.{name}"] = moments[name].detach().cpu().clone()
+        return out
+
+    @torch.no_grad()
+    def load_state(self, done: int, state: Mapping[str, Tensor]) -> None:
+        """Go on after `done` steps from what `state` gave."""
+        self.done = done
+        for i, p in enumerate(self.parameters):
+            p.copy_(state[f"{i}.value"])
+            moments = {n: state[f"{i}.{n}"].to(p.device) for n in ("exp_avg", "exp_avg_sq")}
+            step = state[f"{i}.step"]
+            self.adamw.state[p] = {**moments, "step": step.to(p.device) if p.is_cuda else step}

@@ -1,0 +1,75 @@
+"""Rounding a folded block's weights, site by site, each on inputs that earlier rounding has already changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flatquant.calibrate.capture import BlockCall
+from flatquant.qtensor import QTensor
+from flatquant.quantizers import WeightGrid
+from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite
+from flatquant.solvers import GPTQ, RTN, InputGram, Solver
+from flatquant.spec import BlockPlan, SitePlan, SolverSpec
+from flatquant.wiring.arch import replace_submodule, submodule
+
+
+def make_solver(spec: SolverSpec) -> Solver:
+    """The solver a spec names."""
+    if spec.kind == "rtn":
+        return RTN()
+    return GPTQ(damping=spec.damping, block_size=spec.block_size, act_order=spec.act_order)
+
+
+@torch.no_grad()
+def solve_block(
+    block: nn.Module, plan: BlockPlan, solver: Solver, call: BlockCall, inputs: Tensor | None, batch_size: int
+) -> None:
+    """Replace the dense linears of a folded block by `FrozenLinear`s where the plan has a weight grid.
+
+    Sites are solved in the order data meets them, so that the Hessian of a later site sees the rounding of an earlier
+    one, and the activations' grid, as serving will (GPTQ's sequential groups: qkv, o, gate/up, down).
+
+    Args:
+        inputs: the block's inputs in the quantised model, (N, T, h); needed by solvers that use a Hessian.
+    """
+    for name, site in plan.sites.items():
+        if site.weights is None:
+            continue
+        hessian = None
+        if solver.needs_hessian and inputs is not None:
+            hessian = _gram(block, site, call, inputs, batch_size)
+        linears = [submodule(block, path) for path in site.readers]
+        assert all(isinstance(linear, DenseLinear) for linear in linears), f"{name} is not folded"
+        # Readers share inputs, hence the Hessian; rows are independent: one solve for all of them.
+        joined = solver.solve(torch.cat([linear.weight for linear in linears]), WeightGrid(site.weights), hessian)
+        rows = joined.split([linear.weight.shape[0] for linear in linears])
+        for path, linear, weight in zip(site.readers, linears, rows, strict=True):
+            replace_submodule(block, path, FrozenLinear(linear.site, weight, linear.bias))
+
+
+class _Reached(Exception):
+    """The site has been seen; the rest of the block need not run."""
+
+
+def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Tensor, batch_size: int) -> Tensor:
+    """The Gram matrix of what a site's readers multiply: transformed, on its grid.  # (n, n)"""
+    reader = submodule(block, plan.readers[0])
+    assert isinstance(reader, DenseLinear)
+    gram = InputGram(reader.weight.shape[1], reader.weight.device)
+
+    def see(module: FrozenSite, args: tuple, out: Tensor | QTensor) -> None:
+        gram.add(out.dequantize() if isinstance(out, QTensor) else out)
+        raise _Reached
+
+    handle = reader.site.register_forward_hook(see)
+    try:
+        for x in inputs.split(batch_size):
+            try:
+                call(block, x)
+            except _Reached:
+                pass
+            reader.site.forget()
+    finally:
+        handle.remove()
+    return gram.hessian()

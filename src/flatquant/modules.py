@@ -1,0 +1,47 @@
+"""Two traits of modules, declared by their owners: being trained, and keeping exact buffers.
+
+Fits collect parameters by walking modules for `Trainable`, never by looking for substrings in names: a renamed module
+still trains, and one that is not a `Trainable` never does.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+Group = Literal["transform", "scale", "clip"]
+
+
+class Trainable(nn.Module):
+    """A module whose own parameters (not its children's) are fitted, with the learning rate of `group`."""
+
+    group: ClassVar[Group]
+
+
+def trainable_parameters(*modules: nn.Module) -> dict[Group, list[nn.Parameter]]:
+    """The distinct parameters of every `Trainable` inside `modules`, by group, in a fixed order."""
+    groups: dict[Group, list[nn.Parameter]] = {"transform": [], "scale": [], "clip": []}
+    seen: set[int] = set()
+    for root in modules:
+        for module in root.modules():
+            if isinstance(module, Trainable) and id(module) not in seen:
+                seen.add(id(module))
+                groups[module.group].extend(module.parameters(recurse=False))
+    return groups
+
+
+class ExactBuffers(nn.Module):
+    """Keeps its tensors' dtype when a model is cast: scales and factors in half precision would lose accuracy.
+
+    Buffers are contiguous, as those read from a file are: matrix products sum in an order that depends on strides.
+    """
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, None if tensor is None else tensor.contiguous(), persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        def keep(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out if out.dtype == t.dtype or t.is_meta else t.to(out.device)
+
+        return super()._apply(keep, recurse)

@@ -1,0 +1,1 @@
+"""Rounding to uniform grids, with straight-through gradients."""

@@ -1,0 +1,106 @@
+"""Uniform grids: where they lie, rounding to them, and the gradient of doing so.
+
+Rounding is half-to-even. The straight-through estimator (Bengio et al., arXiv 1308.3432) passes gradients through the
+rounding, masks them where the clamp is active, and keeps the scale inside the graph (as in LSQ, arXiv 1902.08153):
+FlatQuant's transforms learn through the row and token maxima that set the scales.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+EPS = 1e-5
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even with the identity as gradient."""
+    return x + (x.round() - x).detach()
+
+
+def symmetric_grid(low: Tensor, high: Tensor, bits: int, eps: float = 0.0) -> Tensor:
+    """Scale of the symmetric grid that covers [low, high]; 1 where the range is empty.
+
+    Args:
+        low, high: same shape; low <= high.
+        bits: the grid has integers -2^(b-1) .. 2^(b-1)-1.
+        eps: floor of the half-range (weights use 1e-5, as the paper's code does).
+    """
+    half_range = torch.maximum(high, -low)
+    if eps:
+        half_range = half_range.clamp(min=eps)
+    scale = half_range / (2 ** (bits - 1) - 1)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero point of the grid 0 .. 2^b-1 that covers [min(low, 0), max(high, 0)].
+
+    An empty range becomes [-1, 1]. The zero point has a straight-through gradient.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    empty = low == high
+    low, high = torch.where(empty, -torch.ones_like(low), low), torch.where(empty, torch.ones_like(high), high)
+    scale = (high - low) / (2**bits - 1)
+    return scale, round_ste(-low / scale)
+
+
+def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+    """Integers (as x's dtype) `clamp(round(x / scale) + zero, low, high)`; scale and zero broadcast against x."""
+    q = torch.round(x / scale)
+    return (q if zero is None else q + zero).clamp_(low, high)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """y = scale * (clamp(round(x / scale) + zero, low, high) - zero), one pass forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+        ratio = x / scale
+        q = torch.round(ratio)
+        if zero is None:
+            q.clamp_(low, high)
+        else:
+            q.add_(zero).clamp_(low, high).sub_(zero)
+        ctx.save_for_backward(x, scale, zero)  # type: ignore[arg-type]
+        ctx.low, ctx.high = low, high  # type: ignore[attr-defined]
+        return q.mul_(scale).to(x.dtype)  # arithmetic in the wider of the two dtypes
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, scale, zero = ctx.saved_tensors
+        ratio = x / scale
+        shifted = torch.round(ratio)
+        if zero is not None:
+            shifted += zero
+        q = shifted.clamp(ctx.low, ctx.high)
+        inside = q == shifted
+        # dy/dscale = (q - zero) - ratio where rounded, q - zero where clamped
+        if zero is not None:
+            q = q - zero
+        per_value = grad * torch.where(inside, q - ratio, q)
+        grad_scale = _sum_to(per_value, scale)
+        grad_zero = None
+        if zero is not None and ctx.needs_input_grad[2]:
+            # dy/dzero = 0 where rounded (zero cancels), -scale where clamped
+            grad_zero = _sum_to(torch.where(inside, 0.0, -grad * scale), zero)
+        return torch.where(inside, grad, 0.0), grad_scale, grad_zero, None, None
+
+
+def _sum_to(value: Tensor, like: Tensor) -> Tensor:
+    """Sum the dimensions along which `like` was broadcast."""
+    extra = value.dim() - like.dim()
+    if extra:
+        value = value.sum(dim=tuple(range(extra)))
+    dims = tuple(i for i, size in enumerate(like.shape) if size == 1 and value.shape[i] != 1)
+    return value.sum(dim=dims, keepdim=True) if dims else value
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+    """Round to the grid and back, differentiable in x, scale and zero (straight-through).
+
+    Args:
+        x: any shape.
+        scale, zero: broadcast against x; zero None for a symmetric grid.
+        low, high: integer range of the grid.
+    """
+    return _FakeQuantize.apply(x, scale, zero, low, high)  # type: ignore[return-value]

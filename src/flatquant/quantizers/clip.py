@@ -1,0 +1,73 @@
+"""How much of a tensor's range a grid covers.
+
+A clip maps the range [low, high] of the data to the range of the grid. Learned clipping multiplies each end by
+sigmoid(logit) (FlatQuant, section 3.1, after OmniQuant's learnable weight clipping), starting at sigmoid(4) = 0.982.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from flatquant.modules import Trainable
+
+START = 4.0
+
+
+class Range(nn.Module, ABC):
+    """Maps a data range to a grid range, end by end."""
+
+    @abstractmethod
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Clipped (low, high), same shapes."""
+
+    @abstractmethod
+    def ratios(self) -> tuple[Tensor, Tensor] | None:
+        """The factors for (low, high), or None where nothing is cut."""
+
+
+class NoClip(Range):
+    """The full range."""
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return low, high
+
+    def ratios(self) -> None:
+        return None
+
+
+class LearnedClip(Range, Trainable):
+    """Fitted factors: one pair for all tokens, or a pair for every scale of a weight matrix."""
+
+    group = "clip"
+
+    def __init__(self, shape: tuple[int, ...] = (1,)) -> None:
+        """Factors of `shape`, which broadcasts against the ranges."""
+        super().__init__()
+        self.low_logit = nn.Parameter(torch.full(shape, START))
+        self.high_logit = nn.Parameter(torch.full(shape, START))
+
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        return torch.sigmoid(self.low_logit), torch.sigmoid(self.high_logit)
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        low_ratio, high_ratio = self.ratios()
+        return low * low_ratio, high * high_ratio
+
+
+class FixedClip(Range):
+    """Frozen factors, scalars, for serving.  # float32, (2,): low, high"""
+
+    ratio: Tensor
+
+    def __init__(self, ratios: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("ratio", ratios.detach().float().reshape(2).clone())
+
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        return self.ratio[0], self.ratio[1]
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return low * self.ratio[0], high * self.ratio[1]

@@ -1,0 +1,89 @@
+"""Uniform grids: dynamic ones for activations, keys and values; fixed ones, found once, for weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flatquant.ops.quantize.reference import EPS, asymmetric_grid, fake_quantize, quantize, symmetric_grid
+from flatquant.qtensor import QTensor
+from flatquant.quantizers.clip import LearnedClip, NoClip, Range
+from flatquant.spec import QuantSpec
+
+
+class Dynamic(nn.Module):
+    """One grid per row of the last dimension, found from the row itself: per token, or per token and head.
+
+    FlatQuant, section 3.1: the row's range, with 0 inside, cut by the clip. Scales are float32 whatever x is.
+    """
+
+    def __init__(self, spec: QuantSpec, clip: Range | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        if clip is None:
+            clip = LearnedClip() if spec.clip == "learned" else NoClip()
+        self.clip = clip
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (None if symmetric).  # (.., 1)"""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        low = x.amin(-1, keepdim=True).clamp(max=0).to(wide)
+        high = x.amax(-1, keepdim=True).clamp(min=0).to(wide)
+        low, high = self.clip(low, high)
+        if self.spec.symmetric:
+            return symmetric_grid(low, high, self.spec.bits), None
+        return asymmetric_grid(low, high, self.spec.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round to the grid and back, differentiable.  # x's shape and dtype"""
+        scale, zero = self.grid(x)
+        return fake_quantize(x, scale, zero, self.spec.low, self.spec.high)
+
+    def quantize(self, x: Tensor) -> QTensor:
+        """Integers with their grid; one scale per row."""
+        scale, zero = self.grid(x)
+        q = quantize(x.to(scale.dtype), scale, zero, self.spec.low, self.spec.high)
+        dtype = torch.int8 if self.spec.symmetric else torch.uint8
+        return QTensor(values=q.to(dtype), scale=scale, zero=zero, spec=self.spec)
+
+
+class WeightGrid(nn.Module):
+    """One grid per row, or per group of a row, of a matrix; the clip cuts the weights themselves."""
+
+    def __init__(self, spec: QuantSpec, clip: Range | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.clip = clip or NoClip()
+
+    @classmethod
+    def for_weight(cls, spec: QuantSpec, shape: tuple[int, int]) -> WeightGrid:
+        """A grid, with one learned clip per scale if the spec asks for it, for weights of `shape`."""
+        if spec.clip == "none":
+            return cls(spec)
+        return cls(spec, LearnedClip((shape[0], shape[1] // (spec.group_size or shape[1]))))
+
+    def grouped(self, w: Tensor) -> Tensor:
+        """Rows cut into groups.  # (o, g, group)"""
+        return w.unflatten(-1, (-1, self.spec.group_size or w.shape[-1]))
+
+    def clamp(self, w: Tensor) -> Tensor:
+        """Cut every group to its clipped range; the identity without a clip.  # (o, n)"""
+        if self.clip.ratios() is None:
+            return w
+        groups = self.grouped(w)
+        low, high = self.clip(groups.amin(-1), groups.amax(-1))
+        return groups.clamp(low[..., None], high[..., None]).flatten(-2)
+
+    def grid(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (None if symmetric) that cover the groups of w.  # (o, g)"""
+        groups = self.grouped(w)
+        low, high = groups.amin(-1), groups.amax(-1)
+        if self.spec.symmetric:
+            return symmetric_grid(low, high, self.spec.bits, EPS), None
+        return asymmetric_grid(low, high, self.spec.bits)
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Round to the grid and back, differentiable. Takes clamped weights.  # (o, n)"""
+        scale, zero = self.grid(w)
+        zero = zero[..., None] if zero is not None else None
+        return fake_quantize(self.grouped(w), scale[..., None], zero, self.spec.low, self.spec.high).flatten(-2)

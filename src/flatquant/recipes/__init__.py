@@ -1,0 +1,25 @@
+"""Methods as choices of parts: one small function each, returning a `Recipe`."""
+
+from collections.abc import Callable
+
+from flatquant.errors import SpecError
+from flatquant.recipes.flatquant import flatquant
+from flatquant.recipes.gptq import gptq
+from flatquant.recipes.rtn import rtn
+from flatquant.spec import Recipe
+
+RECIPES: dict[str, Callable[..., Recipe]] = {"flatquant": flatquant, "gptq": gptq, "rtn": rtn}
+
+
+def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
+    """The recipe of a method by name.
+
+    Raises:
+        SpecError: an unknown method, scheme or preset.
+    """
+    if method not in RECIPES:
+        raise SpecError(f"unknown method {method!r}; known: {', '.join(sorted(RECIPES))}")
+    return RECIPES[method](scheme, preset=preset)
+
+
+__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "recipe", "rtn"]

@@ -1,0 +1,442 @@
+"""A quantised model as a folder: `save`, `load`, `inspect`. The format itself is described in `folder.py`.
+
+A folder appears complete or not at all, its bytes depend on nothing but the model (and the report), and a loaded model
+computes the same logits, to the last bit, as the one that was saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from flatquant import seams
+from flatquant.errors import ArtifactError
+from flatquant.runtime.build import install
+from flatquant.runtime.folder import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    GENERATION_FILE,
+    INDEX_FILE,
+    METHOD,
+    REPORT_FILE,
+    SINGLE_FILE,
+    Folder,
+    StoredTensor,
+    content_hash,
+    json_bytes,
+    one_line,
+    plan_to_json,
+    read_json,
+    stored_kinds,
+)
+from flatquant.runtime.kvcache import token_bytes
+from flatquant.runtime.linear import DenseLinear, FrozenLinear
+from flatquant.spec import Plan, Recipe, from_dict
+
+# Keys of a config that name code, kernels or places of the machine that wrote it.
+_FOREIGN = ("auto_map", "attn_implementation", "use_kernels", "name_or_path")
+
+
+# --------------------------------------------------------------------------------------------- save
+
+
+def check_output(output: Path) -> None:
+    """Raise ArtifactError unless a folder can be made at `output`: nothing is there, or an empty folder."""
+    try:
+        if output.exists() and not output.is_dir():
+            raise ArtifactError(f"{output} is in the way; choose another output folder")
+        if output.is_dir() and any(output.iterdir()):
+            raise ArtifactError(f"the output folder {output} is not empty; choose another, or empty it first")
+    except OSError as error:
+        raise ArtifactError(f"cannot use {output}: {error.strerror or error}") from error
+
+
+@torch.no_grad()
+def save(
+    model: PreTrainedModel,
+    plan: Plan,
+    output: Path,
+    *,
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any],
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a quantised model as a folder. The model in memory stays as it is.
+
+    Args:
+        plan: what `calibrate` returned with the model.
+        output: absent or an empty folder; appears by one rename when everything is on the disk.
+        recipe: `spec.to_dict` of the recipe.
+        report: kept as `flatquant_report.json`.
+        tokenizer: saved along if given.
+        max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
+
+    Raises:
+        ArtifactError: something is in the way, or the disk is full or read-only. Nothing half-written stays.
+        SpecError: `recipe` is not a recipe.
+    """
+    output = Path(output)
+    check_output(output)
+    scheme = str(from_dict(Recipe, recipe).scheme)
+    output = output.resolve()
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            _write_tensors(model, temporary, max_shard_bytes)
+            if model.can_generate() and model.generation_config is not None:
+                text = model.generation_config.to_json_string(use_diff=True)
+                (temporary / GENERATION_FILE).write_text(text, encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            config = _config_to_json(model)
+            config["quantization_config"] = {
+                "quant_method": METHOD,
+                "format_version": FORMAT_VERSION,
+                "scheme": scheme,
+                "recipe": dict(recipe),
+                "plan": plan_to_json(plan),
+                "files": {name: _sha256(temporary / name) for name in _files(temporary)},
+            }
+            config["quantization_config"]["content_hash"] = content_hash(config)
+            (temporary / CONFIG_FILE).write_bytes(json_bytes(config))
+            (temporary / REPORT_FILE).write_bytes(json_bytes(report))
+            for name in _files(temporary):
+                _sync(temporary / name)
+            _sync(temporary)
+            os.replace(temporary, output)
+            _sync(output.parent)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise ArtifactError(f"cannot write {output}: {reason}; free space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _config_to_json(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config.to_diff_dict()
+    config = {k: v for k, v in config.items() if k.lstrip("_") not in _FOREIGN and k != "quantization_config"}
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config["architectures"] = [type(model).__name__]
+    config["tie_word_embeddings"] = bool(_tied(model))
+    return config
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Names of parameters that are another parameter, listed before, under a second name."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {n for n, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != n}
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A tensor to be stored, made when its shard is written."""
+
+    nbytes: int
+    make: Callable[[], Tensor]
+
+
+def _pending(model: nn.Module) -> dict[str, _Pending]:
+    """What is stored of a model: its state with integers packed and tied weights once."""
+    tied = _tied(model)
+    frozen = {f"{name}.values": m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    pending = {}
+    for name, tensor in model.state_dict().items():
+        if name in frozen:
+            linear = frozen[name]
+            o, n = linear.qweight().shape
+            nbytes = o * -(-n * linear.spec.bits // 8)
+            pending[name.removesuffix("values") + "packed"] = _Pending(nbytes, lambda m=linear: m.qweight().packed())
+        elif name not in tied:
+            pending[name] = _Pending(tensor.nbytes, lambda t=tensor: t)
+    return dict(sorted(pending.items()))
+
+
+def _write_tensors(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:
+    pending = _pending(model)
+    shards: list[list[str]] = []
+    room = 0
+    for name, tensor in pending.items():
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= tensor.nbytes
+    count = len(shards)
+    files = [SINGLE_FILE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for file, names in zip(files, shards, strict=True):
+        # A copy of its own for each: the file's writer refuses views of a larger storage.
+        tensors = {n: pending[n].make().detach().cpu().clone(memory_format=torch.contiguous_format) for n in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if count > 1:
+        total = sum(t.nbytes for t in pending.values())
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        (folder / INDEX_FILE).write_bytes(json_bytes({"metadata": {"total_size": total}, "weight_map": where}))
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------------------- load
+
+
+@torch.no_grad()
+def load(
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> PreTrainedModel:
+    """Read a quantised folder; the model is ready to generate.
+
+    Args:
+        device: where tensors go, one by one.
+        dtype: of what is stored in 16 bit (embeddings, norms, unquantised layers); as stored if None. Scales and
+            transforms stay in float32.
+        verify: compare every file with its hash. Names, shapes and types of tensors are always checked.
+
+    Raises:
+        ArtifactError: the folder is incomplete, damaged, of another format version or not ours.
+    """
+    folder = Folder.open(Path(path))
+    if verify:
+        folder.check_files()
+    stored = folder.tensors()
+    model = _skeleton(folder, stored)
+    tied = _tied(model)
+    _compare(folder, model, tied, stored)
+    state = _read_tensors(folder, stored, torch.device(device))
+    if dtype is not None:
+        for name in _castable(model):
+            if name in state:
+                state[name] = state[name].to(dtype)
+        model.config.dtype = dtype
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    _rebuild_buffers(model, torch.device(device))
+    if GENERATION_FILE in folder.files:
+        try:
+            model.generation_config = GenerationConfig.from_dict(read_json(folder.path / GENERATION_FILE))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{folder.path / GENERATION_FILE} is damaged ({one_line(error)})") from error
+    seams.use_attention(model)
+    return model.eval().requires_grad_(False)
+
+
+def _skeleton(folder: Folder, stored: Mapping[str, StoredTensor]) -> PreTrainedModel:
+    """The model with every tensor on the meta device: costs no memory whatever the numbers say."""
+    data = {k: v for k, v in folder.config.items() if k.lstrip("_") not in _FOREIGN}
+    where = folder.path / CONFIG_FILE
+    kind = data.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ArtifactError(f"{where}: the installed transformers does not know the model type {one_line(kind)}")
+    blocks = folder.plan.blocks
+    # Each block stores a tensor at least, so that the number of modules is bounded by the size of the files.
+    if data.get("num_hidden_layers", len(blocks)) != len(blocks) or len(blocks) > len(stored):
+        raise ArtifactError(f"{where} is damaged: the plan has {len(blocks)} blocks, the model another number")
+    try:
+        with torch.device("meta"):
+            config = CONFIG_MAPPING[kind].from_dict(data)
+            if config.num_hidden_layers != len(blocks):
+                raise ArtifactError(f"{where} is damaged: {len(blocks)} blocks planned of {config.num_hidden_layers}")
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            modules = model.get_submodule(folder.plan.blocks_path)
+            assert isinstance(modules, nn.ModuleList), f"{folder.plan.blocks_path} is no list of blocks"
+            for module, block in zip(modules, blocks, strict=True):
+                install(module, folder.plan.attention, block, packed=True)
+    except ArtifactError:
+        raise
+    except Exception as error:
+        # A config is free-form data of another library: whatever it trips over, the folder is at fault.
+        raise ArtifactError(f"{where} is damaged: no model can be built from it ({one_line(error)})") from error
+    return model
+
+
+def _compare(folder: Folder, model: nn.Module, tied: set[str], stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ArtifactError unless the stored tensors are exactly those that the model needs."""
+    needed = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    for word, names in (("lacks", needed.keys() - stored.keys()), ("has a surplus", stored.keys() - needed.keys())):
+        for name in sorted(names):
+            raise ArtifactError(f"{folder.path} {word} tensor {one_line(name)} ({len(names)} in all)")
+    exact = stored_kinds(folder.plan)
+    for name, tensor in needed.items():
+        found = stored[name]
+        if found.shape != tuple(tensor.shape):
+            raise ArtifactError(f"{folder.path}: {name} is {found.shape}, the plan says {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            fits = found.dtype == tensor.dtype
+        elif name in exact:
+            fits = found.dtype in (torch.float32, torch.float64)
+        else:
+            fits = found.dtype.is_floating_point
+        if not fits:
+            raise ArtifactError(f"{folder.path}: {name} is {found.dtype}, the plan says {tensor.dtype}")
+
+
+def _read_tensors(folder: Folder, stored: Mapping[str, StoredTensor], device: torch.device) -> dict[str, Tensor]:
+    state = {}
+    for file in folder.shards:
+        try:
+            with safe_open(folder.path / file, "pt") as f:
+                for name in (n for n, t in stored.items() if t.file == file):
+                    # A copy: the file may change while the model lives.
+                    tensor = f.get_tensor(name)
+                    state[name] = tensor.clone() if device.type == "cpu" else tensor.to(device)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{folder.path / file} cannot be read ({one_line(error)})") from error
+    return state
+
+
+def _castable(model: nn.Module) -> Iterator[str]:
+    """Names of tensors in 16 bit: the original model's parameters and unquantised weights of our layers."""
+    yield from (name for name, _ in model.named_parameters())
+    yield from (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, DenseLinear))
+
+
+def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Make the modules anew whose tensors are not stored but computed from the config: rotary embeddings."""
+    for path, module in list(model.named_modules()):
+        if any(t.is_meta for t in module.buffers(recurse=False)):
+            try:
+                fresh = type(module)(config=model.config)  # type: ignore[call-arg]
+            except TypeError as error:
+                raise ArtifactError(f"cannot rebuild {path} from the config ({one_line(error)})") from error
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Module.to(fresh, device))
+
+
+# --------------------------------------------------------------------------------------------- inspect
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a folder holds and costs; JSON-ready through `spec.to_dict`.
+
+    Attributes:
+        parameters: of the original model, tied ones counted once; `quantised_parameters` lie on a weight grid.
+        bytes_by_kind: of tensors: `packed` integers, `grids` (scales, zero points), `transforms` (online factors,
+            clips) and `dense` (embeddings, norms, biases, unquantised layers).
+        bits_per_quantised_weight: packed, grids and transforms over the quantised parameters; None if there are none.
+        bits_per_parameter: all tensors over all parameters. `compression` is 16 bit over that.
+        kv_bytes_per_token: of `QuantizedCache`, all layers, scales and zero points included; `kv_bytes_per_token_16bit`
+            of a plain cache.
+        damaged: files that are missing or differ from their hash; empty for a whole folder.
+        report: `flatquant_report.json` without its lists (their lengths instead); None if it is missing.
+    """
+
+    scheme: str
+    recipe: str
+    architecture: str
+    format_version: int
+    content_hash: str
+    blocks: int
+    parameters: int
+    quantised_parameters: int
+    files: Mapping[str, int]
+    bytes_by_kind: Mapping[str, int]
+    bits_per_quantised_weight: float | None
+    bits_per_parameter: float
+    compression: float
+    kv_bytes_per_token: int
+    kv_bytes_per_token_16bit: int
+    damaged: tuple[str, ...]
+    report: Mapping[str, Any] | None
+
+
+def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
+    """Read a folder's headers and hashes; no model is built.
+
+    Args:
+        verify: compare every file with its hash (reads all of it); otherwise `damaged` only lists missing files.
+
+    Raises:
+        ArtifactError: `config.json` or a shard's header cannot be read.
+    """
+    folder = Folder.open(Path(path))
+    stored = folder.tensors()
+    kinds = stored_kinds(folder.plan)
+    missing = sorted(kinds.keys() - stored.keys())
+    if missing:
+        raise ArtifactError(f"{folder.path} lacks tensor {one_line(missing[0])} ({len(missing)} in all)")
+    sizes: dict[str, int] = {"packed": 0, "grids": 0, "transforms": 0, "dense": 0}
+    dense = 0
+    for name, tensor in stored.items():
+        sizes[kinds.get(name, "dense")] += tensor.nbytes
+        dense += tensor.numel if name not in kinds else 0
+    quantised = 0
+    for index, block in enumerate(folder.plan.blocks):
+        for site in block.sites.values():
+            for reader in site.readers if site.weights else ():
+                packed = stored[f"{folder.plan.blocks_path}.{index}.{reader}.packed"]
+                quantised += packed.shape[0] * site.shape[0] * site.shape[1]
+    total, parameters = sum(sizes.values()), max(dense + quantised, 1)
+    ours = sizes["packed"] + sizes["grids"] + sizes["transforms"]
+    kv, kv16 = _kv_bytes(folder)
+    damaged = folder.damaged() if verify else [n for n in sorted(folder.files) if not (folder.path / n).is_file()]
+    report = read_json(folder.path / REPORT_FILE) if (folder.path / REPORT_FILE).is_file() else None
+    return Inspection(
+        scheme=folder.scheme,
+        recipe=str(folder.recipe.get("name", "")),
+        architecture=str((folder.config.get("architectures") or [""])[0]),
+        format_version=FORMAT_VERSION,
+        content_hash=folder.content_hash,
+        blocks=len(folder.plan.blocks),
+        parameters=parameters,
+        quantised_parameters=quantised,
+        files={name: (folder.path / name).stat().st_size for name in _files(folder.path)},
+        bytes_by_kind=sizes,
+        bits_per_quantised_weight=8 * ours / quantised if quantised else None,
+        bits_per_parameter=8 * total / parameters,
+        compression=2 * parameters / total,
+        kv_bytes_per_token=kv,
+        kv_bytes_per_token_16bit=kv16,
+        damaged=tuple(damaged),
+        report=_summary(report) if isinstance(report, dict) else None,
+    )
+
+
+def _kv_bytes(folder: Folder) -> tuple[int, int]:
+    heads = folder.config.get("num_key_value_heads") or folder.config.get("num_attention_heads")
+    if type(heads) is not int or heads < 1:
+        raise ArtifactError(f"{folder.path / CONFIG_FILE} is damaged: no number of attention heads")
+    blocks = folder.plan.blocks
+    kv = sum(token_bytes(b.head_dim, b.keys) + token_bytes(b.head_dim, b.values) for b in blocks)
+    return heads * kv, heads * sum(4 * b.head_dim for b in blocks)
+
+
+def _summary(data: Mapping[str, Any]) -> dict[str, Any]:
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: short(v) for k, v in value.items()}
+        return len(value) if isinstance(value, list) else value
+
+    return {k: short(v) for k, v in data.items()}

@@ -1,0 +1,86 @@
+"""The serving skeleton of a block, made from its plan alone: what loading and resuming share.
+
+Tensors come afterwards through `load_state_dict(assign=True)`; until then every tensor is on the meta device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flatquant import seams
+from flatquant.errors import ArtifactError
+from flatquant.qtensor import QTensor
+from flatquant.quantizers import Dynamic, FixedClip, NoClip
+from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
+from flatquant.spec import BlockPlan, QuantSpec, SitePlan
+
+SITES_SLOT = "flatquant"  # a block's attribute that holds its `FrozenSite`s by name
+
+
+def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) -> None:
+    """Replace a block's linears by empty serving ones and attach its keys and values.
+
+    Args:
+        attention: path of the attention module in the block.
+        plan: what sits where.
+        packed: `PackedLinear`s, as stored; otherwise `FrozenLinear`s.
+
+    Raises:
+        ArtifactError: the plan names modules that the block lacks.
+    """
+    sites = nn.ModuleDict()
+    for name, site_plan in plan.sites.items():
+        site = _site(site_plan)
+        sites[name] = site
+        for path in site_plan.readers:
+            linear = _get(block, path)
+            n1, n2 = site_plan.shape
+            if not isinstance(linear, nn.Linear) or linear.in_features != n1 * n2:
+                raise ArtifactError(
+                    f"the plan does not fit the model: {path!r} is no linear layer of {n1} x {n2} inputs"
+                )
+            parent, _, leaf = path.rpartition(".")
+            setattr(_get(block, parent), leaf, _linear(linear, site, site_plan.weights, packed))
+    setattr(block, SITES_SLOT, sites)
+    if plan.qk or plan.keys or plan.values:
+        key, query = (_empty(plan.head_dim, plan.head_dim) if plan.qk else None for _ in range(2))
+        seams.attach(_get(block, attention), FrozenKeyValue(key, query, _dynamic(plan.keys), _dynamic(plan.values)))
+
+
+def _get(root: nn.Module, path: str) -> nn.Module:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        raise ArtifactError(f"the plan does not fit the model: {type(root).__name__} has no {path!r}") from None
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _dynamic(spec: QuantSpec | None) -> Dynamic | None:
+    if spec is None:
+        return None
+    return Dynamic(spec, FixedClip(_empty(2)) if spec.clip == "learned" else NoClip())
+
+
+def _site(plan: SitePlan) -> FrozenSite:
+    n1, n2 = plan.shape
+    return FrozenSite(
+        _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None, _dynamic(plan.activations)
+    )
+
+
+def _linear(linear: nn.Linear, site: FrozenSite, spec: QuantSpec | None, packed: bool) -> SiteLinear:
+    o, n = linear.out_features, linear.in_features
+    bias = _empty(o) if linear.bias is not None else None
+    if spec is None:
+        return DenseLinear(site, _empty(o, n, dtype=linear.weight.dtype), bias)
+    groups = n // (spec.group_size or n)
+    scale, zero = _empty(o, groups), None if spec.symmetric else _empty(o, groups)
+    if packed:
+        return PackedLinear(site, _empty(o, -(-n * spec.bits // 8), dtype=torch.uint8), scale, zero, bias, spec, n)
+    values = _empty(o, n, dtype=torch.int8 if spec.symmetric else torch.uint8)
+    return FrozenLinear(site, QTensor(values=values, scale=scale, zero=zero, spec=spec), bias)

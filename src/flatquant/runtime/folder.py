@@ -1,0 +1,294 @@
+"""The format of a quantised folder: which files it has, what `config.json` says, and how every byte is vouched for.
+
+Layout, in the manner of Hugging Face folders:
+
+    config.json                     the model's config, and under `quantization_config`:
+        quant_method, format_version    "flatquant", 1
+        scheme, recipe                  what was asked for
+        plan                            what sits where; equal blocks are written once
+        files                           sha256 of every other file but the report
+        content_hash                    sha256 of this very file's content (without this entry)
+    model.safetensors               or model-0000i-of-0000n.safetensors and model.safetensors.index.json
+    generation_config.json, tokenizer files
+    flatquant_report.json           how it was made: times, losses. Not read for serving, and not hashed, so that two
+                                    runs that find the same model have the same content hash
+
+A hash guards against damage, not against malice: whoever can rewrite a folder can rewrite its hashes. So numbers and
+names are also checked before anything is allocated or opened: no pickle, no remote code, no file outside the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from flatquant.errors import ArtifactError, SpecError
+from flatquant.spec import BlockPlan, Plan, from_dict, to_dict
+
+METHOD = "flatquant"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+REPORT_FILE = "flatquant_report.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_MAX_JSON_BYTES = 64 << 20  # of a JSON file that we parse; a thousand different blocks take about two million
+_NAME = re.compile(r"[A-Za-z0-9_+\-][A-Za-z0-9_+\-. ]*")  # one part of a file name; never ".." or hidden
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """What a shard's header says of one tensor."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """A quantised folder whose `config.json` has been read and found whole."""
+
+    path: Path
+    config: Mapping[str, Any]  # the model's own, without `quantization_config`
+    scheme: str
+    recipe: Mapping[str, Any]
+    plan: Plan
+    files: Mapping[str, str]  # name -> sha256
+    content_hash: str
+
+    @classmethod
+    def open(cls, path: Path) -> Folder:
+        """Read and check `config.json`; nothing else is opened.
+
+        Raises:
+            ArtifactError: not a folder of ours, another format version, damaged or edited.
+        """
+        if not path.is_dir():
+            raise ArtifactError(f"{path} is not a folder")
+        if not (path / CONFIG_FILE).is_file():
+            raise ArtifactError(f"{path} has no {CONFIG_FILE}: it is not a quantised model")
+        config = read_json(path / CONFIG_FILE)
+        quantisation = config.get("quantization_config") if isinstance(config, dict) else None
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        if not isinstance(quantisation, dict) or method != METHOD:
+            found = f"quantised by {one_line(method)}" if method else "not quantised"
+            raise ArtifactError(f"{path} is {found}, not a {METHOD} folder; quantise the original model first")
+        version = quantisation.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path} has format version {one_line(version)}, this library reads {FORMAT_VERSION}; "
+                "quantise the original model again, or use the version of flatquant that wrote it"
+            )
+        if quantisation.get("content_hash") != content_hash(config):
+            raise ArtifactError(f"{path / CONFIG_FILE} is damaged or was edited: its content hash does not match")
+        own = {k: v for k, v in config.items() if k != "quantization_config"}
+        files, scheme, recipe = (quantisation.get(k) for k in ("files", "scheme", "recipe"))
+        if not isinstance(scheme, str) or not isinstance(recipe, dict) or not isinstance(files, dict):
+            raise ArtifactError(f"{path / CONFIG_FILE} is damaged: files, scheme or recipe are missing")
+        for name, digest in files.items():
+            check_name(name)
+            if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+                raise ArtifactError(f"{path / CONFIG_FILE} is damaged: {name} has no sha256")
+        return cls(
+            path=path,
+            config=own,
+            scheme=scheme,
+            recipe=recipe,
+            plan=plan_from_json(quantisation.get("plan")),
+            files=files,
+            content_hash=quantisation["content_hash"],
+        )
+
+    @property
+    def shards(self) -> list[str]:
+        """The files that hold tensors."""
+        return sorted(name for name in self.files if name.endswith(".safetensors"))
+
+    def damaged(self) -> dict[str, str]:
+        """Files that are missing or differ from their hash, and why."""
+        return {name: why for name, digest in sorted(self.files.items()) if (why := self._damage(name, digest))}
+
+    def _damage(self, name: str, digest: str) -> str:
+        if not (self.path / name).is_file():
+            return "is missing"
+        try:
+            with open(self.path / name, "rb") as f:
+                found = hashlib.file_digest(f, "sha256").hexdigest()
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})"
+        return "" if found == digest else "is damaged: its sha256 does not match"
+
+    def check_files(self) -> None:
+        """Raise ArtifactError for the first file that is missing or damaged."""
+        for name, why in self.damaged().items():
+            raise ArtifactError(f"{self.path / name} {why}; copy the folder again")
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every stored tensor, from the shards' headers alone.
+
+        Raises:
+            ArtifactError: a shard that is missing, cut short or no safetensors file; an index that says otherwise.
+        """
+        tensors: dict[str, StoredTensor] = {}
+        if not self.shards:
+            raise ArtifactError(f"{self.path} is damaged: {CONFIG_FILE} names no file of tensors")
+        for file in self.shards:
+            for name, tensor in _header(self.path / file, file).items():
+                if name in tensors:
+                    raise ArtifactError(f"{self.path / file} is damaged: {one_line(name)} is also elsewhere")
+                tensors[name] = tensor
+        if len(self.shards) > 1 or INDEX_FILE in self.files:
+            index = read_json(self.path / INDEX_FILE)
+            where = index.get("weight_map") if isinstance(index, dict) else None
+            if where != {name: tensor.file for name, tensor in tensors.items()}:
+                raise ArtifactError(f"{self.path / INDEX_FILE} is damaged: it does not match the shards")
+        return tensors
+
+
+def _header(path: Path, file: str) -> dict[str, StoredTensor]:
+    tensors = {}
+    try:
+        with safe_open(path, "pt") as f:
+            for name in f.keys():  # noqa: SIM118 - not a dict
+                part = f.get_slice(name)
+                dtype = _DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise ArtifactError(f"{path}: {one_line(name)} is stored as {part.get_dtype()}")
+                tensors[name] = StoredTensor(file=file, dtype=dtype, shape=tuple(part.get_shape()))
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is missing or damaged ({one_line(error)}); copy the folder again") from error
+    return tensors
+
+
+# --------------------------------------------------------------------------------------------- JSON
+
+
+def read_json(path: Path) -> Any:
+    """Parse a file.
+
+    Raises:
+        ArtifactError: missing, not JSON, or absurdly large.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ArtifactError(f"{path} is damaged: a JSON file of {path.stat().st_size} bytes")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged: not JSON ({one_line(error)})") from error
+
+
+def json_bytes(data: Any) -> bytes:
+    """Readable JSON, the same bytes for the same data."""
+    return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def content_hash(config: Mapping[str, Any]) -> str:
+    """sha256 of a `config.json`, its own hash left out; independent of white space and the order of keys."""
+    quantisation = {k: v for k, v in config["quantization_config"].items() if k != "content_hash"}
+    text = json.dumps({**config, "quantization_config": quantisation}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def one_line(value: Any) -> str:
+    """A value as one short line, for messages."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def check_name(name: str) -> None:
+    """Raise ArtifactError unless `name` is a plain path inside the folder."""
+    parts = PurePosixPath(name).parts
+    if "\\" in name or "/".join(parts) != name or not parts or not all(map(_NAME.fullmatch, parts)):
+        raise ArtifactError(f"{CONFIG_FILE} is damaged: {one_line(repr(name))} is not a file of the folder")
+
+
+# --------------------------------------------------------------------------------------------- plans
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan with equal blocks written once: `kinds` holds the different ones, `blocks` says which is where."""
+    kinds: list[BlockPlan] = []
+    blocks = []
+    for block in plan.blocks:
+        if block not in kinds:
+            kinds.append(block)
+        blocks.append(kinds.index(block))
+    return {"blocks_path": plan.blocks_path, "attention": plan.attention, "kinds": to_dict(kinds), "blocks": blocks}
+
+
+def plan_from_json(data: Any) -> Plan:
+    """Undo `plan_to_json`.
+
+    Raises:
+        ArtifactError: not such a plan.
+    """
+    where = f"{CONFIG_FILE} is damaged: plan"
+    if not isinstance(data, dict) or set(data) != {"blocks_path", "attention", "kinds", "blocks"}:
+        raise ArtifactError(f"{where} has other entries than blocks_path, attention, kinds, blocks")
+    kinds, blocks = data["kinds"], data["blocks"]
+    if not isinstance(kinds, list) or not isinstance(blocks, list):
+        raise ArtifactError(f"{where}: kinds and blocks are lists")
+    if not all(type(i) is int and 0 <= i < len(kinds) for i in blocks):
+        raise ArtifactError(f"{where}: blocks point outside kinds")
+    try:
+        read = [from_dict(BlockPlan, kind) for kind in kinds]
+        paths = {key: data[key] for key in ("blocks_path", "attention")}
+        plan = from_dict(Plan, {**paths, "blocks": []})
+    except SpecError as error:
+        raise ArtifactError(f"{where}: {one_line(error)}") from error
+    return Plan(blocks_path=plan.blocks_path, attention=plan.attention, blocks=tuple(read[i] for i in blocks))
+
+
+def stored_kinds(plan: Plan) -> dict[str, str]:
+    """What a plan adds to a model, by tensor name: `packed`, `grids` (scales and zero points) or `transforms`."""
+    kinds: dict[str, str] = {}
+    for index, block in enumerate(plan.blocks):
+        root = f"{plan.blocks_path}.{index}."
+        for name, site in block.sites.items():
+            for path in site.readers if site.weights else ():
+                kinds[f"{root}{path}.packed"] = "packed"
+                kinds[f"{root}{path}.scale"] = "grids"
+                if not site.weights.symmetric:  # type: ignore[union-attr]
+                    kinds[f"{root}{path}.zero"] = "grids"
+            for side in ("left", "right"):
+                if getattr(site, side):
+                    kinds[f"{root}flatquant.{name}.{side}"] = "transforms"
+            if site.activations and site.activations.clip == "learned":
+                kinds[f"{root}flatquant.{name}.activations.clip.ratio"] = "transforms"
+        attention = f"{root}{plan.attention}.flatquant_kv."
+        if block.qk:
+            kinds |= {attention + "key_matrix": "transforms", attention + "query_matrix": "transforms"}
+        for name, spec in (("keys", block.keys), ("values", block.values)):
+            if spec and spec.clip == "learned":
+                kinds[f"{attention}{name}.clip.ratio"] = "transforms"
+    return kinds

@@ -1,0 +1,157 @@
+"""The serving stages of a site: `FrozenSite`, and the linears that read it.
+
+A stage is a type, never a flag: `DenseLinear` (weights in 16 bit), `FrozenLinear` (integers, as the solver left them),
+`PackedLinear` (the same integers packed into bytes, as they are stored). All three compute the same function of the
+same integers, so a model in memory and its saved copy agree to the last bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatquant.modules import ExactBuffers
+from flatquant.ops.int_linear.reference import int_linear
+from flatquant.ops.kron.reference import kron_matmul
+from flatquant.qtensor import QTensor
+from flatquant.quantizers import Dynamic
+from flatquant.spec import QuantSpec
+
+
+class FrozenSite(ExactBuffers):
+    """Transforms one tensor and puts it on its grid, once for all its readers.
+
+    Buffers: `left` P1 (n1, n1) and `right` P2 (n2, n2), float32, each present only if it runs online.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+
+    def __init__(self, left: Tensor | None, right: Tensor | None, activations: Dynamic | None) -> None:
+        super().__init__()
+        self.register_buffer("left", left)
+        self.register_buffer("right", right)
+        self.activations = activations
+        self._last: tuple[Tensor, Tensor | QTensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor | QTensor:
+        """x (P1 (x) P2), as integers if activations are quantised here, else in x's dtype.  # (.., n)"""
+        last = self._last  # read once: another thread may replace it
+        if last is not None and last[0] is x:
+            return last[1]
+        y = x
+        factor = self.left if self.left is not None else self.right
+        if factor is not None:
+            y = kron_matmul(x.to(factor.dtype), self.left, self.right)
+        out = y.to(x.dtype) if self.activations is None else self.activations.quantize(y)
+        self._last = (x, out)
+        return out
+
+    def forget(self) -> None:
+        """Drop the remembered tensors."""
+        self._last = None
+
+
+class SiteLinear(ExactBuffers, ABC):
+    """A linear layer that reads a `FrozenSite`. The site is registered by the block, not by its readers."""
+
+    bias: Tensor | None
+
+    def __init__(self, site: FrozenSite, bias: Tensor | None) -> None:
+        super().__init__()
+        self._site = (site,)  # in a tuple: no second registration, no second copy in the state dict
+        self.register_buffer("bias", bias)
+
+    @property
+    def site(self) -> FrozenSite:
+        return self._site[0]
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., n) -> (.., o)"""
+
+
+class DenseLinear(SiteLinear):
+    """Weights in 16 bit (or more), in the site's coordinates."""
+
+    weight: Tensor
+
+    def __init__(self, site: FrozenSite, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(site, bias)
+        self.register_buffer("weight", weight)  # (o, n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.site(x)
+        if isinstance(y, QTensor):
+            y = y.dequantize(x.dtype)
+        return F.linear(y, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class IntegerLinear(SiteLinear, ABC):
+    """Weights on a grid; where activations are on one too, the product is one of integers."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(
+        self, site: FrozenSite, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: QuantSpec
+    ) -> None:
+        super().__init__(site, bias)
+        self.register_buffer("scale", scale)  # float32, (o, g)
+        self.register_buffer("zero", zero)  # float32 holding integers, (o, g), or None
+        self.spec = spec
+
+    @abstractmethod
+    def qweight(self) -> QTensor:
+        """The weight.  # (o, n)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.site(x)
+        w = self.qweight()
+        if isinstance(y, QTensor):
+            return int_linear(y.values, y.scale, y.zero, w.values, w.scale, w.zero, self.bias, x.dtype)
+        return F.linear(y, w.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class FrozenLinear(IntegerLinear):
+    """Integers one per byte: the solver's output."""
+
+    values: Tensor
+
+    def __init__(self, site: FrozenSite, weight: QTensor, bias: Tensor | None) -> None:
+        super().__init__(site, weight.scale, weight.zero, bias, weight.spec)
+        self.register_buffer("values", weight.values)  # int8 | uint8, (o, n)
+
+    def qweight(self) -> QTensor:
+        return QTensor(values=self.values, scale=self.scale, zero=self.zero, spec=self.spec)
+
+
+class PackedLinear(IntegerLinear):
+    """Integers packed into bytes: what is stored and served."""
+
+    packed: Tensor
+
+    def __init__(
+        self,
+        site: FrozenSite,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        n: int,
+    ) -> None:
+        super().__init__(site, scale, zero, bias, spec)
+        self.register_buffer("packed", packed)  # uint8, (o, ceil(n * bits / 8))
+        self.n = n
+
+    @classmethod
+    def of(cls, linear: FrozenLinear) -> PackedLinear:
+        """Pack a frozen linear."""
+        w = linear.qweight()
+        return cls(linear.site, w.packed(), w.scale, w.zero, linear.bias, w.spec, w.shape[-1])
+
+    def qweight(self) -> QTensor:
+        return QTensor.from_packed(self.packed, self.scale, self.zero, self.spec, self.n)

@@ -1,0 +1,8 @@
+"""Rounding of weights to a grid: nearest, or with error compensation."""
+
+from flatquant.solvers.base import Grid, Solver
+from flatquant.solvers.gptq import GPTQ
+from flatquant.solvers.hessian import InputGram
+from flatquant.solvers.rtn import RTN
+
+__all__ = ["GPTQ", "RTN", "Grid", "InputGram", "Solver"]

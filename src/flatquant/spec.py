@@ -1,0 +1,422 @@
+"""What to quantise and how, as plain data.
+
+Every object here is a frozen, keyword-only dataclass that validates itself once and converts to and from JSON-ready
+dictionaries (`to_dict`, `from_dict`). Nothing here imports torch: a recipe can be written, read and compared on a
+machine that has none. Three layers:
+
+- *what one grid looks like*: `QuantSpec`; *which grids a model gets*: `Scheme`;
+- *what a method is made of*: `TransformSpec`, `FitSpec`, `EndToEndSpec`, `SolverSpec`, `DataSpec`, joined in `Recipe`;
+- *what sits where in one concrete model*: `SitePlan`, `BlockPlan`, `Plan` - all that serving needs besides tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, TypeVar
+
+from flatquant.errors import SpecError
+
+# The quantised inputs of a transformer block, in the order data meets them.
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
+
+T = TypeVar("T")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise SpecError(message)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Turn JSON data back into the annotated type, or say where it does not fit."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (kind,) = (a for a in args if a is not type(None))
+        return _convert(kind, value, where)
+    if origin is Literal:
+        _check(value in args, f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        _check(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        _check(len(value) == len(args), f"{where}: expected {len(args)} entries, got {value!r}")
+        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    if origin in (dict, Mapping):
+        _check(isinstance(value, Mapping), f"{where}: expected an object, got {value!r}")
+        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _check(type(value) is kind, f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def from_dict(cls: type[T], data: Any, where: str | None = None) -> T:
+    """Rebuild a spec from what `to_dict` gave.
+
+    Raises:
+        SpecError: an unknown or missing key, a value of the wrong type, or one that the spec itself refuses.
+    """
+    where = where or cls.__name__
+    _check(isinstance(data, Mapping), f"{where}: expected an object, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(map(str, set(data) - set(fields)))
+    _check(not unknown, f"{where}: unknown key {', '.join(unknown)}")
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(data))
+    _check(not missing, f"{where}: missing key {', '.join(missing)}")
+    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def to_dict(spec: Any) -> Any:
+    """The spec as nested dictionaries, lists, numbers and strings; `json.dumps` accepts it."""
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        return {f.name: to_dict(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
+    if isinstance(spec, Mapping):
+        return {k: to_dict(v) for k, v in spec.items()}
+    if isinstance(spec, list | tuple):
+        return [to_dict(v) for v in spec]
+    return spec
+
+
+# --------------------------------------------------------------------------------------------- grids
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """One uniform grid.
+
+    Weights get one scale per output row, or per `group_size` consecutive inputs of a row; activations one per token;
+    keys and values one per token and head.
+
+    Attributes:
+        bits: 2 to 8. (16 bits means "no grid", which the schemes write as `None`.)
+        symmetric: zero point 0 and integers in [-2^(b-1), 2^(b-1)-1]; otherwise a zero point and [0, 2^b-1].
+        group_size: weights only; `None` is the whole row.
+        clip: `learned` fits how far the range is cut in; `none` keeps the full range.
+    """
+
+    bits: int
+    symmetric: bool = True
+    group_size: int | None = None
+    clip: Literal["none", "learned"] = "none"
+
+    def __post_init__(self) -> None:
+        _check(2 <= self.bits <= 8, f"{self.bits} bits: a grid has 2 to 8 bits (16 means unquantised)")
+        _check(self.group_size is None or self.group_size >= 2, f"group size {self.group_size}: at least 2")
+
+    @property
+    def low(self) -> int:
+        """Smallest integer of the grid."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def high(self) -> int:
+        """Largest integer of the grid."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteBits:
+    """Bits of one site where they differ from the scheme's; `None` keeps the scheme's, 16 switches the grid off."""
+
+    weights: int | None = None
+    activations: int | None = None
+
+
+_SCHEME = re.compile(
+    r"(?:w(?P<w>\d+)(?:g(?P<g>\d+))?)?(?:a(?P<a>\d+))?(?:kv(?P<kv>\d+)|(?:k(?P<k>\d+))?(?:v(?P<v>\d+))?)"
+)
+_OVERRIDE = re.compile(rf"(?:(?P<block>\d+)\.)?(?P<site>{'|'.join(SITES)})=(?:w(?P<w>\d+))?(?:a(?P<a>\d+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Which tensors of a model get which grid; `None` leaves them in 16 bit.
+
+    `overrides` maps `site` or `block.site` (`mlp_mid`, `11.mlp_mid`) to other bits; the more specific key wins.
+    """
+
+    weights: QuantSpec | None = None
+    activations: QuantSpec | None = None
+    keys: QuantSpec | None = None
+    values: QuantSpec | None = None
+    overrides: Mapping[str, SiteBits] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("activations", "keys", "values"):
+            spec = getattr(self, name)
+            _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
+        for key in self.overrides:
+            site = key.rpartition(".")[2]
+            block = key.rpartition(".")[0]
+            _check(site in SITES and (block.isdigit() or "." not in key), f"override {key!r}: not [block.]site")
+
+    @classmethod
+    def parse(cls, text: str, *, clip: Literal["none", "learned"] = "learned") -> Self:
+        """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8`.
+
+        Left-out parts and 16 stay in 16 bit. Weights and activations are symmetric, keys and values asymmetric.
+
+        Raises:
+            SpecError: text that is not of this form, a tensor named twice, or bits that no grid has.
+        """
+        head, *rest = (part.strip() for part in text.lower().split(","))
+        m = _SCHEME.fullmatch(head)
+        _check(bool(m and head), f"scheme {text!r}: expected something like w4a4kv4, w4a16, w4g128a8kv4 or k4v2")
+        assert m is not None
+
+        def grid(bits: str | None, *, symmetric: bool, group: str | None = None) -> QuantSpec | None:
+            if bits is None or int(bits) == 16:
+                _check(group is None, f"scheme {text!r}: a group size without weight bits")
+                return None
+            group_size = int(group) if group else None
+            return QuantSpec(bits=int(bits), symmetric=symmetric, group_size=group_size, clip=clip)
+
+        overrides: dict[str, SiteBits] = {}
+        for part in rest:
+            o = _OVERRIDE.fullmatch(part)
+            _check(o is not None, f"scheme {text!r}: {part!r} is not [block.]site=w<bits>a<bits>, sites {SITES}")
+            assert o is not None
+            key = f"{int(o['block'])}.{o['site']}" if o["block"] else o["site"]
+            _check(key not in overrides, f"scheme {text!r}: {key} is given twice")
+            bits = {n: int(o[c]) if o[c] else None for n, c in (("weights", "w"), ("activations", "a"))}
+            for b in bits.values():
+                _check(b is None or b == 16 or 2 <= b <= 8, f"scheme {text!r}: {b} bits; a grid has 2 to 8, or 16")
+            overrides[key] = SiteBits(**bits)
+        return cls(
+            weights=grid(m["w"], symmetric=True, group=m["g"]),
+            activations=grid(m["a"], symmetric=True),
+            keys=grid(m["kv"] or m["k"], symmetric=False),
+            values=grid(m["kv"] or m["v"], symmetric=False),
+            overrides=overrides,
+        )
+
+    def __str__(self) -> str:
+        def bits(spec: QuantSpec | None) -> str:
+            return "16" if spec is None else str(spec.bits)
+
+        group = f"g{self.weights.group_size}" if self.weights and self.weights.group_size else ""
+        k, v = bits(self.keys), bits(self.values)
+        text = f"w{bits(self.weights)}{group}a{bits(self.activations)}" + (f"kv{k}" if k == v else f"k{k}v{v}")
+        for key, o in self.overrides.items():
+            w = f"w{o.weights}" if o.weights else ""
+            a = f"a{o.activations}" if o.activations else ""
+            text += f",{key}={w}{a}"
+        return text
+
+    def at(self, block: int, site: str) -> tuple[QuantSpec | None, QuantSpec | None]:
+        """The weight and the activation grid of one site, overrides applied."""
+        bits = {"weights": None, "activations": None}
+        for key in (site, f"{block}.{site}"):
+            if key in self.overrides:
+                o = self.overrides[key]
+                bits = {n: getattr(o, n) if getattr(o, n) is not None else b for n, b in bits.items()}
+
+        def apply(spec: QuantSpec | None, b: int | None) -> QuantSpec | None:
+            if b is None:
+                return spec
+            return None if b == 16 else dataclasses.replace(spec or QuantSpec(bits=b), bits=b)
+
+        return apply(self.weights, bits["weights"]), apply(self.activations, bits["activations"])
+
+
+# --------------------------------------------------------------------------------------------- parts of a method
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformSpec:
+    """One change of basis on an edge; several compose in order.
+
+    Attributes:
+        kind: `diagonal` (per-channel scale), `matrix` (full), `kronecker` (P1 (x) P2).
+        parameters: `direct` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
+            Cayley form, so that the inverse is free of a general solve.
+        init: `orthogonal` (Haar), `hadamard` (randomised where one exists), `identity`. For a diagonal:
+            `absmax` is the paper's wmax^(1-alpha) / xmax^alpha, `second_moment` is (E w^2 / E x^2)^(1/4), `identity`.
+        alpha: exponent of `absmax`.
+    """
+
+    kind: Literal["diagonal", "matrix", "kronecker"]
+    parameters: Literal["direct", "svd"] = "direct"
+    init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment"] = "identity"
+    alpha: float = 0.3
+
+    def __post_init__(self) -> None:
+        data = self.init in ("absmax", "second_moment")
+        _check(self.kind == "diagonal" or not data, f"a {self.kind} transform has no {self.init} start")
+        _check(self.kind != "diagonal" or data or self.init == "identity", f"a diagonal has no {self.init} start")
+        _check(0 <= self.alpha <= 1, f"alpha {self.alpha}: between 0 and 1")
+
+
+Transforms = tuple[TransformSpec, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSpec:
+    """Block-wise fit: each block's parameters against the full-precision block's output on the same inputs.
+
+    Loss: mean squared error, divided by its own (detached) value, so that the learning rate has no scale
+    (FlatQuant, section 4.1). AdamW; cosine per step from `lr` to `lr * final_lr` (the same floor for every group).
+    """
+
+    epochs: int = 15
+    batch_size: int = 4
+    lr: float = 5e-3
+    clip_lr: float = 5e-2
+    weight_decay: float = 0.01
+    final_lr: float = 1e-3
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 0, f"epochs {self.epochs}: at least 0")
+        _check(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1")
+        _check(self.lr > 0 and self.clip_lr > 0, "learning rates must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndSpec:
+    """End-to-end fit of the same parameters through all blocks: KL divergence to the original's logits.
+
+    `checkpoint` recomputes each block in the backward pass: a third more time, a block's activations less memory.
+    """
+
+    steps: int = 0
+    batch_size: int = 2
+    lr: float = 1e-3
+    clip_lr: float = 1e-2
+    final_lr: float = 0.0
+    checkpoint: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 0, f"end-to-end steps {self.steps}: at least 0")
+        _check(self.batch_size >= 1, f"end-to-end batch size {self.batch_size}: at least 1")
+        _check(self.lr > 0 and self.clip_lr > 0, "learning rates must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSpec:
+    """How the folded weights are rounded. `damping` (relative to the mean diagonal) and `block_size` are GPTQ's."""
+
+    kind: Literal["rtn", "gptq"] = "rtn"
+    damping: float = 0.01
+    block_size: int = 128
+    act_order: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.damping > 0, f"damping {self.damping}: must be positive")
+        _check(self.block_size >= 1, f"block size {self.block_size}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """How much calibration text: `samples` windows of `seqlen` tokens."""
+
+    samples: int = 128
+    seqlen: int = 2048
+
+    def __post_init__(self) -> None:
+        _check(self.samples >= 1 and self.seqlen >= 2, f"{self.samples} x {self.seqlen} tokens: too few to calibrate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A method: a choice of parts. `transforms` maps a site (or `qk`, the keys and queries) to what sits there."""
+
+    name: str
+    scheme: Scheme
+    transforms: Mapping[str, Transforms] = field(default_factory=dict)
+    fit: FitSpec | None = None
+    end_to_end: EndToEndSpec | None = None
+    solver: SolverSpec = field(default_factory=SolverSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.transforms) - {*SITES, "qk"})
+        _check(not unknown, f"recipe {self.name}: no site {', '.join(unknown)}; sites are {', '.join(SITES)}, qk")
+        qk = self.transforms.get("qk", ())
+        _check(all(t.kind == "matrix" for t in qk) and len(qk) <= 1, f"recipe {self.name}: qk takes one matrix")
+        for site, parts in self.transforms.items():
+            kinds = [t.kind for t in parts]
+            _check(
+                kinds.count("diagonal") <= 1 and "diagonal" not in kinds[1:] and len(parts) <= 2,
+                f"recipe {self.name}, {site}: at most one diagonal, first, and one matrix or kronecker after it",
+            )
+        clipped = [s for s in (self.scheme.weights, self.scheme.activations) if s and s.clip == "learned"]
+        trained = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
+        _check(
+            trained or not clipped or bool(self.transforms),
+            f"recipe {self.name}: learned clipping needs a fit; use clip='none' or give the recipe a fit",
+        )
+        if self.fit and self.fit.epochs:
+            _check(
+                self.fit.batch_size <= self.data.samples,
+                f"recipe {self.name}: batch size {self.fit.batch_size} exceeds {self.data.samples} samples",
+            )
+        if self.end_to_end and self.end_to_end.steps:
+            _check(
+                self.end_to_end.batch_size <= self.data.samples,
+                f"recipe {self.name}: end-to-end batch size {self.end_to_end.batch_size} exceeds "
+                f"{self.data.samples} samples",
+            )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is read at all: plain rounding needs none."""
+        fits = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
+        starts = any(t.init in ("absmax", "second_moment") for parts in self.transforms.values() for t in parts)
+        return fits or starts or (self.solver.kind == "gptq" and self.scheme.weights is not None)
+
+
+# --------------------------------------------------------------------------------------------- a concrete model
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePlan:
+    """One edge of one block: who reads it, on which grids, and which factors run online.
+
+    The online transform maps x, reshaped to [.., left, right] sizes `shape`, to P1^T X P2; `left` and `right` say
+    whether P1 and P2 exist online (a factor that a writer absorbed, or that was never there, does not).
+    Module paths are relative to the block.
+    """
+
+    readers: tuple[str, ...]
+    shape: tuple[int, int]
+    left: bool = False
+    right: bool = False
+    weights: QuantSpec | None = None
+    activations: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        _check(bool(self.readers), "a site needs at least one reader")
+        _check(min(self.shape) >= 1, f"site shape {self.shape}: sizes must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """The sites of one block, and the grids of its keys (after RoPE, times P_h if `qk`) and values."""
+
+    sites: Mapping[str, SitePlan]
+    head_dim: int
+    qk: bool = False
+    keys: QuantSpec | None = None
+    values: QuantSpec | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What serving needs to know besides tensors. `blocks_path` names the module list, e.g. `model.layers`."""
+
+    blocks_path: str
+    attention: str
+    blocks: tuple[BlockPlan, ...]

@@ -1,0 +1,25 @@
+"""Changes of basis x -> x P, W -> W P^-T that leave x W^T unchanged and flatten both."""
+
+from flatquant.transforms.base import Identity, Transform
+from flatquant.transforms.compose import Compose
+from flatquant.transforms.diagonal import Diagonal
+from flatquant.transforms.factor import DirectFactor, Factor, SVDFactor
+from flatquant.transforms.kronecker import Kronecker, kronecker_split
+from flatquant.transforms.matrix import Matrix
+from flatquant.transforms.start import make_factor
+from flatquant.transforms.written import Written
+
+__all__ = [
+    "Compose",
+    "Diagonal",
+    "DirectFactor",
+    "Factor",
+    "Identity",
+    "Kronecker",
+    "Matrix",
+    "SVDFactor",
+    "Transform",
+    "Written",
+    "kronecker_split",
+    "make_factor",
+]

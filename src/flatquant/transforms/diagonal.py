@@ -1,0 +1,59 @@
+"""Per-channel scale: P = diag(c), c > 0.
+
+The scale is stored as log c, so that it cannot cross zero (the original trains c itself, which can); the learning
+rate then acts on relative changes. It costs nothing at inference: a norm's gain or the rows of a writer absorb it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from flatquant.modules import Trainable
+from flatquant.transforms.base import Transform
+
+# A channel that is always zero has no second moment to balance; bounds keep half precision finite.
+BOUND = 1e4
+
+
+class Diagonal(Transform, Trainable):
+    """x -> x * c."""
+
+    group = "scale"
+
+    def __init__(self, scale: Tensor) -> None:
+        """Start from `scale`, (n,), positive."""
+        super().__init__()
+        self.log_scale = nn.Parameter(scale.clamp(1 / BOUND, BOUND).log())
+
+    @property
+    def scale(self) -> Tensor:
+        """c.  # (n,)"""
+        return self.log_scale.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale).to(x.dtype)
+
+    def inverse_t(self, w: Tensor) -> Tensor:
+        return w / self.scale
+
+
+def absmax_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
+    """The paper's start, wmax^(1-alpha) / xmax^alpha (SmoothQuant, eq. 4, inverted; FlatQuant's code).
+
+    Args:
+        x_absmax: largest |x_j| over calibration tokens, (n,).
+        w_absmax: largest |W_:j| over all weights that share this input, (n,).
+    """
+    c = w_absmax.clamp(min=1e-5) ** (1 - alpha) / x_absmax.clamp(min=1e-5) ** alpha
+    return c.clamp(min=1e-5)
+
+
+def second_moment_scale(x_square: Tensor, w_square: Tensor) -> Tensor:
+    """(E w_j^2 / E x_j^2)^(1/4): minimises ||x P||^2 ||W P^-T||^2, the product both 4-bit errors grow with.
+
+    Args:
+        x_square: mean x_j^2 over tokens, (n,).
+        w_square: mean W_:j^2 over rows, (n,).
+    """
+    ratio = (w_square / x_square.clamp(min=torch.finfo(x_square.dtype).tiny)) ** 0.25
+    alive = (x_square > 0) & (w_square > 0)
+    return torch.where(alive, ratio, torch.ones_like(ratio))

@@ -1,0 +1,289 @@
+"""Wrap a block so that it can be fitted, and fold a fitted block into plain weights and serving modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flatquant import seams
+from flatquant.quantizers import Dynamic, FixedClip, NoClip
+from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.linear import DenseLinear, FrozenSite
+from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, TransformSpec, Transforms
+from flatquant.modules import Group, trainable_parameters
+from flatquant.transforms import Compose, Diagonal, Factor, Identity, Kronecker, Matrix, Transform, Written, make_factor
+from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
+from flatquant.wiring.arch import Arch, Edge, replace_submodule, submodule
+from flatquant.wiring.keyvalue import FitKeyValue
+from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """Statistics of one site's input over calibration tokens."""
+
+    absmax: Tensor  # (n,)
+    square: Tensor  # mean of x^2, (n,)
+
+
+@dataclass(kw_only=True)
+class FitBlock:
+    """A wrapped block and the parts that are fitted in it."""
+
+    block: nn.Module
+    arch: Arch
+    plan: BlockPlan
+    sites: dict[str, FitSite]
+    key_value: FitKeyValue | None
+
+    def _roots(self) -> list[nn.Module]:
+        return [*self.sites.values(), *([self.key_value] if self.key_value else [])]
+
+    def parameters(self) -> dict[Group, list[nn.Parameter]]:
+        """The trainable parameters by group."""
+        return trainable_parameters(*self._roots())
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all trainable parameters, by position: `transform.0`, `clip.3`."""
+        return {f"{g}.{i}": p.detach().cpu().clone() for g, ps in self.parameters().items() for i, p in enumerate(ps)}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undo `state`."""
+        for group, parameters in self.parameters().items():
+            for i, p in enumerate(parameters):
+                p.copy_(state[f"{group}.{i}"])
+
+    def forget(self) -> None:
+        """Drop remembered activations."""
+        for site in self.sites.values():
+            site.forget()
+
+
+def wrap_block(
+    block: nn.Module,
+    arch: Arch,
+    plan: BlockPlan,
+    recipe: Recipe,
+    statistics: Mapping[str, InputStatistics],
+    generator: torch.Generator,
+    *,
+    force: bool = False,
+) -> FitBlock:
+    """Replace a block's linears by `FitLinear`s and attach a `FitKeyValue` to its attention.
+
+    Args:
+        statistics: per site, for transforms that start from data; may be empty otherwise.
+        generator: CPU generator for random starts.
+        force: build transforms even where nothing is quantised (the laws do).
+    """
+    device = next(block.parameters()).device
+    transforms: dict[str, Transform] = {}
+    outputs: dict[str, HeadOutput] = {}
+    for edge in arch.edges:
+        parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
+        weights = [submodule(block, path).weight for path in edge.readers]
+        transform = _transform(edge, parts, plan.sites[edge.site], weights, statistics.get(edge.site), generator)
+        transforms[edge.site] = transform
+        if (written := _written(transform)) is not None:
+            assert edge.writer is not None
+            outputs[edge.writer] = HeadOutput(written)
+    sites: dict[str, FitSite] = {}
+    for edge in arch.edges:
+        site_plan = plan.sites[edge.site]
+        sites[edge.site] = FitSite(
+            transforms[edge.site],
+            Dynamic(site_plan.activations) if site_plan.activations else None,
+            site_plan.weights,
+            [submodule(block, path) for path in edge.readers],
+            [outputs.get(path) for path in edge.readers],
+        ).to(device)
+    for edge in arch.edges:
+        for index, path in enumerate(edge.readers):
+            replace_submodule(block, path, FitLinear(sites[edge.site], index))
+    return FitBlock(
+        block=block,
+        arch=arch,
+        plan=plan,
+        sites=sites,
+        key_value=_attach_key_value(block, arch, plan, recipe, generator, device),
+    )
+
+
+def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None, force: bool) -> Transforms:
+    """The transforms a site gets: none where nothing is quantised that they could help."""
+    helps = plan.weights or plan.activations or force or (edge.passes == "per_head" and values)
+    return recipe.transforms.get(edge.site, ()) if helps else ()
+
+
+def _transform(
+    edge: Edge,
+    parts: Transforms,
+    plan: SitePlan,
+    weights: list[Tensor],
+    statistics: InputStatistics | None,
+    generator: torch.Generator,
+) -> Transform:
+    made: list[Transform] = []
+    n1, n2 = plan.shape
+    for spec in parts:
+        match spec.kind:
+            case "diagonal":
+                made.append(Diagonal(_start_scale(spec, weights, statistics)))
+            case "matrix":
+                made.append(Matrix(make_factor(spec, n1 * n2, generator)))
+            case "kronecker" if edge.passes == "per_head":
+                # P1 mixes heads, online; P2 acts inside each head, where the writer applies it.
+                if plan.left:
+                    made.append(Kronecker(make_factor(spec, n1, generator), None))
+                made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
+            case "kronecker":
+                made.append(Kronecker(make_factor(spec, n1, generator), make_factor(spec, n2, generator)))
+    if not made:
+        return Identity()
+    return made[0] if len(made) == 1 else Compose(made)
+
+
+def _start_scale(spec: TransformSpec, weights: list[Tensor], statistics: InputStatistics | None) -> Tensor:
+    joined = torch.cat([w.detach().float() for w in weights])  # (sum o, n)
+    if spec.init == "identity":
+        return torch.ones_like(joined[0])
+    assert statistics is not None, f"a {spec.init} start needs input statistics"
+    if spec.init == "absmax":
+        return absmax_scale(statistics.absmax.float(), joined.abs().amax(0), spec.alpha)
+    return second_moment_scale(statistics.square.float(), joined.square().mean(0))
+
+
+def _attach_key_value(
+    block: nn.Module,
+    arch: Arch,
+    plan: BlockPlan,
+    recipe: Recipe,
+    generator: torch.Generator,
+    device: torch.device,
+) -> FitKeyValue | None:
+    if not (plan.qk or plan.keys or plan.values):
+        return None
+    factor = make_factor(recipe.transforms["qk"][0], plan.head_dim, generator) if plan.qk else None
+    key_value = FitKeyValue(
+        factor, Dynamic(plan.keys) if plan.keys else None, Dynamic(plan.values) if plan.values else None
+    ).to(device)
+    seams.attach(submodule(block, arch.attention), key_value)
+    return key_value
+
+
+# --------------------------------------------------------------------------------------------- fold
+
+
+@torch.no_grad()
+def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torch.dtype | None = None) -> None:
+    """Replace a fitted block's parts by serving modules with dense, transformed weights; solvers come after.
+
+    All arithmetic is float64: W P^-T, the clip, the writers' output transforms, the diagonals into norm gains and
+    writer rows (FlatQuant, section 3.3 and appendix; the order matters and is that of `FitLinear`).
+
+    Args:
+        dtype: of the online factors, and of weights that a solver will round.
+        dense: dtype of weights that stay in 16 bit; `None` keeps `dtype`.
+    """
+    block, arch, plan = fit.block, fit.arch, fit.plan
+    fit.forget()
+    folded: dict[str, tuple[Tensor, Tensor | None]] = {}
+    wide = {name: copy.deepcopy(site).double() for name, site in fit.sites.items()}
+    for edge in arch.edges:
+        site = wide[edge.site]
+        weights = site.transformed_weight().split(site.rows)
+        bias = site.transformed_bias()
+        biases = [None] * len(weights) if bias is None else bias.split(site.rows)
+        for path, w, b, has in zip(edge.readers, weights, biases, site.has_bias, strict=True):
+            folded[path] = (w, b if has else None)
+    frozen = nn.ModuleDict()
+    for edge in arch.edges:
+        diagonal, left, right = _online_parts(wide[edge.site].transform, plan.sites[edge.site])
+        if diagonal is not None:
+            _absorb(edge, block, diagonal, folded)
+        activations = fit.sites[edge.site].activations
+        frozen[edge.site] = FrozenSite(
+            None if left is None else left.to(dtype),
+            None if right is None else right.to(dtype),
+            None if activations is None else freeze_dynamic(activations),
+        )
+    for edge in arch.edges:
+        for path in edge.readers:
+            weight, bias = folded[path]
+            target = dtype if plan.sites[edge.site].weights else dense or dtype
+            frozen_site = frozen[edge.site]
+            assert isinstance(frozen_site, FrozenSite)
+            bias = None if bias is None else bias.to(dtype)
+            replace_submodule(block, path, DenseLinear(frozen_site, weight.to(target), bias))
+    setattr(block, SITES_SLOT, frozen)
+    if fit.key_value is not None:
+        seams.attach(submodule(block, arch.attention), _freeze_key_value(fit.key_value, dtype))
+
+
+def _online_parts(transform: Transform, plan: SitePlan) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(diagonal, P1, P2) of a folded site; factors only if they run online."""
+    diagonal = left = right = None
+    for part in _parts_of(transform):
+        match part:
+            case Diagonal():
+                diagonal = part.scale
+            case Matrix():
+                right = part.factor.matrix()
+            case Kronecker():
+                left = part.left.matrix() if part.left is not None else None
+                right = part.right.matrix() if part.right is not None else None
+    assert (left is not None, right is not None) == (plan.left, plan.right)
+    return diagonal, left, right
+
+
+def _parts_of(transform: Transform) -> list[nn.Module]:
+    return list(transform.parts) if isinstance(transform, Compose) else [transform]
+
+
+def _written(transform: Transform) -> Factor | None:
+    """The per-head factor that a writer applies."""
+    for part in _parts_of(transform):
+        if isinstance(part, Written):
+            assert isinstance(part.inner, Kronecker)
+            return part.inner.right
+    return None
+
+
+def _absorb(
+    edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tuple[Tensor, Tensor | None]]
+) -> None:
+    """Multiply the channels an edge carries where they are written: a norm's gain, or a linear's rows and bias."""
+    if edge.norm is not None:
+        norm = submodule(block, edge.norm)
+        gain = norm.weight
+        assert isinstance(gain, Tensor)
+        gain.copy_((gain.double() * diagonal).to(gain.dtype))
+    else:
+        assert edge.writer is not None
+        weight, bias = folded[edge.writer]
+        folded[edge.writer] = (weight * diagonal[:, None], None if bias is None else bias * diagonal)
+
+
+def freeze_dynamic(grid: Dynamic) -> Dynamic:
+    """The same grid with its clip fixed."""
+    ratios = grid.clip.ratios()
+    return Dynamic(grid.spec, NoClip() if ratios is None else FixedClip(torch.cat(ratios)))
+
+
+def _freeze_key_value(fit: FitKeyValue, dtype: torch.dtype) -> FrozenKeyValue:
+    key_matrix = query_matrix = None
+    if fit.factor is not None:
+        wide: Factor = copy.deepcopy(fit.factor).double()
+        key_matrix, query_matrix = wide.matrix().to(dtype), wide.inverse_t().to(dtype)
+    return FrozenKeyValue(
+        key_matrix,
+        query_matrix,
+        None if fit.keys is None else freeze_dynamic(fit.keys),
+        None if fit.values is None else freeze_dynamic(fit.values),
+    )

@@ -1,0 +1,81 @@
+"""How a model family is wired, as data: which linears read which tensor, and who wrote it.
+
+A transform is a basis change on an edge: readers absorb its inverse, writers absorb what they can, the rest runs
+online. Module paths are relative to a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from flatquant.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """One tensor that linears read.
+
+    Attributes:
+        site: its name, one of `spec.SITES`.
+        readers: the linears that read it. They share one online transform and one activation grid.
+        norm: the RMSNorm that writes it, whose gain absorbs a diagonal.
+        writer: the linear whose output rows absorb part of the transform.
+        passes: what survives between the writer and the readers: a per-channel scale (`diagonal`: an elementwise
+            product), or one matrix per head shared by all heads (`per_head`: softmax attention).
+    """
+
+    site: str
+    readers: tuple[str, ...]
+    norm: str | None = None
+    writer: str | None = None
+    passes: Literal["nothing", "diagonal", "per_head"] = "nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """One family (or several that are wired alike)."""
+
+    model_types: tuple[str, ...]
+    edges: tuple[Edge, ...]
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    final_norm: str = "model.norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Head counts and sizes of a model."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config) -> Geometry:
+        """Read a transformers config; `head_dim` is its own field where it exists."""
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim)
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path.
+
+    Raises:
+        ModelError: nothing is there; an edge that matches nothing is an error, not a no-op.
+    """
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        raise ModelError(
+            f"{type(root).__name__} has no module {path!r}: the architecture description does not fit this model"
+        ) from None
+
+
+def replace_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    setattr(submodule(root, parent) if parent else root, name, module)

@@ -1,0 +1,116 @@
+"""The fit-able stage of a site: one transform, one activation grid, and the joined weights of all its readers.
+
+The readers of a site multiply the same tensor, so their weights are joined row-wise: one inverse, one weight grid, one
+product a step, whatever the number of readers. Weights are frozen; each forward pass derives the quantised weight from
+them and the site's current transform, so gradients reach the transform through activations and weights alike
+(FlatQuant, section 3.1, eq. 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatquant.ops.kron.reference import kron_matmul
+from flatquant.quantizers import Dynamic, WeightGrid
+from flatquant.spec import QuantSpec
+from flatquant.transforms import Factor, Transform
+
+
+class HeadOutput(nn.Module):
+    """What a writer absorbs on its output rows: one matrix P per head, shared by all heads."""
+
+    def __init__(self, factor: Factor) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Outputs (or a bias) times P, head by head.  # (.., heads * head_dim)"""
+        return kron_matmul(y, None, self.factor.matrix().to(y.dtype))
+
+
+class FitSite(nn.Module):
+    """Transforms and fake-quantises one tensor, once for all its readers, and multiplies it by their weights."""
+
+    weight: Tensor  # (sum of rows, n)
+    bias: Tensor | None  # (sum of rows,)
+
+    def __init__(
+        self,
+        transform: Transform,
+        activations: Dynamic | None,
+        weights: QuantSpec | None,
+        linears: Sequence[nn.Linear],
+        outputs: Sequence[HeadOutput | None],
+    ) -> None:
+        """`outputs` has, for every linear, the transform its output rows absorb, or None."""
+        super().__init__()
+        self.transform = transform
+        self.activations = activations
+        self.rows = [linear.out_features for linear in linears]
+        self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]))
+        biases = [linear.bias for linear in linears]
+        if any(b is not None for b in biases):
+            filled = [torch.zeros(o).to(self.weight) if b is None else b for b, o in zip(biases, self.rows, strict=True)]
+            self.register_buffer("bias", torch.cat([b.detach() for b in filled]))
+        else:
+            self.register_buffer("bias", None)
+        self.has_bias = [b is not None for b in biases]
+        self.grid = WeightGrid.for_weight(weights, (sum(self.rows), linears[0].in_features)) if weights else None
+        self.outputs = nn.ModuleList(o if o is not None else nn.Identity() for o in outputs)
+        self._last: tuple[Tensor, bool, tuple[Tensor, ...]] | None = None
+
+    @property
+    def _has_outputs(self) -> bool:
+        return any(isinstance(o, HeadOutput) for o in self.outputs)
+
+    def transformed_weight(self) -> Tensor:
+        """W P^-T, clipped, then mapped by the readers' output transforms: what a solver rounds.  # (sum of rows, n)"""
+        w = self.transform.inverse_t(self.weight)
+        if self.grid is not None:
+            w = self.grid.clamp(w)
+        if self._has_outputs:
+            parts = zip(self.outputs, w.split(self.rows), strict=True)
+            w = torch.cat([output(part.mT).mT for output, part in parts])
+        return w
+
+    def transformed_bias(self) -> Tensor | None:
+        """The biases, mapped by the output transforms.  # (sum of rows,)"""
+        if self.bias is None or not self._has_outputs:
+            return self.bias
+        parts = zip(self.outputs, self.bias.split(self.rows), strict=True)
+        return torch.cat([output(part) for output, part in parts])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The output of every reader."""
+        # Readers call one after another with the same tensor: compute once.
+        if self._last is not None and self._last[0] is x and self._last[1] == torch.is_grad_enabled():
+            return self._last[2]
+        y = self.transform(x)
+        if self.activations is not None:
+            y = self.activations(y)
+        w = self.transformed_weight()
+        if self.grid is not None:
+            w = self.grid(w)
+        out = F.linear(y, w, self.transformed_bias()).split(self.rows, -1)
+        self._last = (x, torch.is_grad_enabled(), out)
+        return out
+
+    def forget(self) -> None:
+        """Drop the remembered tensors (and with them a finished autograd graph)."""
+        self._last = None
+
+
+class FitLinear(nn.Module):
+    """Stands where a reader was: hands out its share of the site's product."""
+
+    def __init__(self, site: FitSite, index: int) -> None:
+        super().__init__()
+        self.site = site
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.site(x)[self.index]

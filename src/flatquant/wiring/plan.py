@@ -1,0 +1,99 @@
+"""Recipe + architecture + model -> which transform and grid sits on which edge of which block."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from flatquant.errors import SpecError
+from flatquant.spec import BlockPlan, Plan, Recipe, SitePlan, Transforms
+from flatquant.transforms import kronecker_split
+from flatquant.wiring.arch import Arch, Edge, Geometry, submodule
+
+
+def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleList, *, force: bool = False) -> Plan:
+    """Decide, for every block, what sits where.
+
+    A site is transformed where something there is quantised (values count for the value heads); `force` transforms
+    everywhere, which is how the laws check function preservation without grids.
+
+    Raises:
+        SpecError: a group size that does not divide a layer's inputs, an override for a block that does not exist,
+            or a transform that cannot sit where the recipe puts it.
+        ModelError: an edge that names a module the model lacks.
+    """
+    for key in recipe.scheme.overrides:
+        block = key.rpartition(".")[0]
+        if block and int(block) >= len(blocks):
+            raise SpecError(f"override {key!r}: the model has blocks 0 to {len(blocks) - 1}")
+    return Plan(
+        blocks_path=arch.blocks,
+        attention=arch.attention,
+        blocks=tuple(_block(i, block, recipe, arch, geometry, force) for i, block in enumerate(blocks)),
+    )
+
+
+def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, force: bool) -> BlockPlan:
+    keys, values = recipe.scheme.keys, recipe.scheme.values
+    sites = {e.site: _site(e, index, block, recipe, geometry, force) for e in arch.edges}
+    qk = bool(recipe.transforms.get("qk")) and (keys is not None or force)
+    return BlockPlan(sites=sites, head_dim=geometry.head_dim, qk=qk, keys=keys, values=values)
+
+
+def _site(
+    edge: Edge,
+    index: int,
+    block: nn.Module,
+    recipe: Recipe,
+    geometry: Geometry,
+    force: bool,
+) -> SitePlan:
+    weights, activations = recipe.scheme.at(index, edge.site)
+    parts = recipe.transforms.get(edge.site, ())
+    n = _input_size(block, edge)
+    if weights and weights.group_size and n % weights.group_size:
+        raise SpecError(f"group size {weights.group_size} does not divide the {n} inputs of {edge.readers[0]}")
+    quantised = weights is not None or activations is not None or force
+    left, right = _online(edge, parts, quantised)
+    return SitePlan(
+        readers=edge.readers,
+        shape=_shape(edge, parts, n, geometry),
+        left=left,
+        right=right,
+        weights=weights,
+        activations=activations,
+    )
+
+
+def _shape(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> tuple[int, int]:
+    """(n1, n2): heads x head_dim where the edge is made of heads, else the cheapest Kronecker split."""
+    if edge.passes == "per_head":
+        if n != geometry.heads * geometry.head_dim:
+            raise SpecError(f"{edge.readers[0]} has {n} inputs, not {geometry.heads} heads x {geometry.head_dim}")
+        return geometry.heads, geometry.head_dim
+    if any(p.kind == "kronecker" for p in parts):
+        return kronecker_split(n)
+    return 1, n
+
+
+def _online(edge: Edge, parts: Transforms, quantised: bool) -> tuple[bool, bool]:
+    """Whether P1 and P2 run online at this edge."""
+    kinds = {p.kind for p in parts}
+    if "diagonal" in kinds and edge.norm is None and edge.passes != "diagonal":
+        raise SpecError(f"{edge.site}: a diagonal has neither a norm nor a writer to absorb it here")
+    if edge.passes == "per_head":
+        if "matrix" in kinds:
+            raise SpecError(f"{edge.site}: a full matrix mixes heads and cannot be absorbed; use a kronecker")
+        return "kronecker" in kinds and quantised, False  # the writer absorbs P2
+    return "kronecker" in kinds and quantised, bool(kinds & {"kronecker", "matrix"}) and quantised
+
+
+def _input_size(block: nn.Module, edge: Edge) -> int:
+    sizes = set()
+    for path in edge.readers:
+        linear = submodule(block, path)
+        if not isinstance(linear, nn.Linear):
+            raise SpecError(f"{path} is a {type(linear).__name__}, not a Linear: quantise the original model")
+        sizes.add(linear.in_features)
+    if len(sizes) != 1:
+        raise SpecError(f"{edge.site}: its readers have different input sizes {sorted(sizes)}")
+    return sizes.pop()

@@ -1,0 +1,79 @@
+"""Checks on the repository itself: what a reader, a linter or a clean machine would stumble over."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "flatquant"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# One character of each word stands in brackets, so that this file does not match itself.
+MACHINE_PATH = re.compile(r"(?<![\w.>)])/(?:[h]ome|[r]oot|[U]sers|[w]ork)/")
+REGISTRY_HOST = re.compile(r"(?:[p]ypi\.org|[p]ythonhosted\.org|[d]ownload\.pytorch|[r]egistry\.npmjs|[d]eb\.debian)")
+
+
+def repository_files() -> list[Path]:
+    """Tracked files, and those that the next `git add` would track."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("pattern", [MACHINE_PATH, REGISTRY_HOST], ids=["machine path", "registry host"])
+def test_no_file_names_a_machine(pattern: re.Pattern[str]) -> None:
+    files = repository_files()
+    assert Path(__file__) in files
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="ignore").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_says_what_it_is(module: Path) -> None:
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    is_marker = module.name == "__init__.py" and not tree.body
+    assert is_marker or ast.get_docstring(tree), "no module docstring"
+
+
+def test_contracts_name_existing_modules() -> None:
+    """A contract about a module that was renamed or is spelt wrongly would hold for ever."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    named = set()
+    for contract in contracts:
+        named |= {f"flatquant.{name}" for layer in contract.get("layers", ()) for name in re.findall(r"\w+", layer)}
+        for key in ("modules", "source_modules", "forbidden_modules"):
+            named |= {name for name in contract.get(key, ()) if name.startswith("flatquant")}
+    existing = {".".join(("flatquant", *m.relative_to(PACKAGE).with_suffix("").parts)) for m in MODULES}
+    existing |= {name.removesuffix(".__init__") for name in existing}
+    assert not named - existing, sorted(named - existing)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_make_targets_in_documents_exist(document: str) -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    # A command is in a fenced block or between backquotes; `make lint test` names two targets.
+    text = (ROOT / document).read_text(encoding="utf-8")
+    commands = re.findall(r"(?:^|`|&& )make((?: [a-z][a-z-]*(?![\w=-]))+)", text, re.MULTILINE)
+    asked = {target for command in commands for target in command.split()}
+    assert asked, "the document shows no make command"
+    assert asked <= targets, sorted(asked - targets)
+
+
+@pytest.mark.parametrize("module", ["flatquant", "flatquant.spec", "flatquant.recipes"])
+def test_pure_data_does_not_import_torch(module: str) -> None:
+    """The import contract is static; this one also sees what `flatquant/__init__` does."""
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
