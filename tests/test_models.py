@@ -182,11 +182,11 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    tokens = ["<unk>", "<s>", "</s>"] + [chr(code) for code in range(33, 33 + config.vocab_size - 4)] + ["ab"]
+    tokens = ["<unk>", "<s>", "</s>"] + [chr(code) for code in range(33, 33 + config.vocab_size - 5)] + ["ab", "cd"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}

@@ -68,6 +68,16 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a folder, a quantised one included.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    with _quiet():
+        return _load_tokenizer(folder, folder, False)
+
+
 def resolve(name: str | Path) -> Path | str:
     """The folder that `name` is loaded from: a local one as a Path, a hub id as the str it is.
 

@@ -16,6 +16,7 @@ from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
 from flatquant.spec import FitSpec
+from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
 
 
@@ -57,7 +58,7 @@ def fit_block(
         return []
 
     def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(x.device, dtype):
+        with shared_inverses(fit.roots()), autocast(x.device, dtype):
             predicted = call(fit.block, x)
         loss = F.mse_loss(predicted.float(), y.float())
         return loss / loss.detach(), loss

@@ -8,6 +8,7 @@ pass: its logits are one product away.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
 from flatquant.modules import Group
 from flatquant.spec import EndToEndSpec
+from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
 
 
@@ -65,14 +67,17 @@ def fit_end_to_end(
     for fit in fits:
         for group, ps in fit.parameters().items():
             parameters[group].extend(ps)
-    blocks = [fit.block for fit in fits]
+
+    def run(fit: FitBlock, call: BlockCall, x: Tensor) -> Tensor:
+        with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same
+            return call(fit.block, x)
 
     def student(x: Tensor) -> Tensor:
-        for block, call in zip(blocks, calls, strict=True):
+        for fit, call in zip(fits, calls, strict=True):
             if spec.checkpoint:
-                x = checkpoint(call, block, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
+                x = cast(Tensor, checkpoint(run, fit, call, x, use_reentrant=False, preserve_rng_state=False))
             else:
-                x = call(block, x)
+                x = run(fit, call, x)
         return head(x)
 
     def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ class Optimiser:
         self.rates = [rates[g] for g, ps in parameters.items() if ps]
         groups = [{"params": ps, "lr": torch.tensor(rates[g], device=device)} for g, ps in parameters.items() if ps]
         on_gpu = device.type == "cuda"
-        self.adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, capturable=on_gpu, foreach=on_gpu)
+        self.adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, capturable=on_gpu, fused=on_gpu)
         self.floor, self.steps, self.warmup = floor, steps, warmup
         self.loss_fn = loss_fn
         self.use_graph = graph and on_gpu
@@ -73,7 +73,7 @@ class Optimiser:
         objective, loss = self.loss_fn(*batch)
         objective.backward()
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=False)
+        self.adamw.zero_grad(set_to_none=True)
         return loss.detach()
 
     def step(self, *batch: Tensor) -> Tensor:

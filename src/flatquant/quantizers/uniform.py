@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flatquant.ops.quantize.reference import EPS, asymmetric_grid, fake_quantize, quantize, symmetric_grid
+from flatquant.ops.quantize import fake_quantize_clamped, fake_quantize_rows
+from flatquant.ops.quantize.reference import (
+    EPS,
+    asymmetric_grid,
+    clamp_rows,
+    fake_quantize,
+    quantize,
+    row_grid,
+    symmetric_grid,
+)
 from flatquant.qtensor import QTensor
 from flatquant.quantizers.clip import LearnedClip, NoClip, Range
 from flatquant.spec import QuantSpec
@@ -24,20 +33,20 @@ class Dynamic(nn.Module):
             clip = LearnedClip() if spec.clip == "learned" else NoClip()
         self.clip = clip
 
+    def _ratios(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ratios = self.clip.ratios()
+        if ratios is None:
+            one = torch.ones(1, device=x.device)
+            return one, one
+        return ratios
+
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None if symmetric).  # (.., 1)"""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        low = x.amin(-1, keepdim=True).clamp(max=0).to(wide)
-        high = x.amax(-1, keepdim=True).clamp(min=0).to(wide)
-        low, high = self.clip(low, high)
-        if self.spec.symmetric:
-            return symmetric_grid(low, high, self.spec.bits), None
-        return asymmetric_grid(low, high, self.spec.bits)
+        return row_grid(x, *self._ratios(x), self.spec.low, self.spec.high)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round to the grid and back, differentiable.  # x's shape and dtype"""
-        scale, zero = self.grid(x)
-        return fake_quantize(x, scale, zero, self.spec.low, self.spec.high)
+        return fake_quantize_rows(x, *self._ratios(x), self.spec.low, self.spec.high)
 
     def quantize(self, x: Tensor) -> QTensor:
         """Integers with their grid; one scale per row."""
@@ -66,13 +75,22 @@ class WeightGrid(nn.Module):
         """Rows cut into groups.  # (o, g, group)"""
         return w.unflatten(-1, (-1, self.spec.group_size or w.shape[-1]))
 
+    def _ratios(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        ratios = self.clip.ratios()
+        if ratios is None:
+            one = torch.ones(1, 1, 1, device=w.device)
+            return one, one
+        return ratios[0][..., None], ratios[1][..., None]  # (o, g, 1)
+
     def clamp(self, w: Tensor) -> Tensor:
         """Cut every group to its clipped range; the identity without a clip.  # (o, n)"""
         if self.clip.ratios() is None:
             return w
-        groups = self.grouped(w)
-        low, high = self.clip(groups.amin(-1), groups.amax(-1))
-        return groups.clamp(low[..., None], high[..., None]).flatten(-2)
+        return clamp_rows(self.grouped(w), *self._ratios(w)).flatten(-2)
+
+    def clamp_and_round(self, w: Tensor) -> Tensor:
+        """`clamp`, then `forward`, in one kernel where there is one.  # (o, n)"""
+        return fake_quantize_clamped(self.grouped(w), *self._ratios(w), self.spec.low, self.spec.high).flatten(-2)
 
     def grid(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None if symmetric) that cover the groups of w.  # (o, g)"""

@@ -3,7 +3,7 @@
 from flatquant.transforms.base import Identity, Transform
 from flatquant.transforms.compose import Compose
 from flatquant.transforms.diagonal import Diagonal
-from flatquant.transforms.factor import DirectFactor, Factor, SVDFactor
+from flatquant.transforms.factor import DirectFactor, Factor, SVDFactor, shared_inverses
 from flatquant.transforms.kronecker import Kronecker, kronecker_split
 from flatquant.transforms.matrix import Matrix
 from flatquant.transforms.start import make_factor
@@ -22,4 +22,5 @@ __all__ = [
     "Written",
     "kronecker_split",
     "make_factor",
+    "shared_inverses",
 ]

@@ -10,6 +10,8 @@ Two parameterisations (FlatQuant, section 3.1 and appendix; both end within 3 % 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ class DirectFactor(Factor):
         """Start from `start`, (n, n), invertible."""
         super().__init__()
         self.p = nn.Parameter(start.clone())
+        self.shared: Tensor | None = None  # set while `shared_inverses` lasts
 
     @property
     def size(self) -> int:
@@ -52,7 +55,36 @@ class DirectFactor(Factor):
         return self.p
 
     def inverse_t(self) -> Tensor:
+        if self.shared is not None:
+            return self.shared
         return torch.linalg.inv_ex(self.p.mT).inverse  # inv_ex: no host sync, so a CUDA graph can hold it
+
+
+@contextmanager
+def shared_inverses(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Invert all `DirectFactor`s in `modules` together, once, for as long as the context lasts.
+
+    A GPU inverts one small matrix no faster than a batch of them. Factors of similar size are padded with an identity
+    to a common one. Gradients flow as they would one by one.
+    """
+    factors = {id(m): m for root in modules for m in root.modules() if isinstance(m, DirectFactor)}
+    batches: dict[int, list[DirectFactor]] = {}
+    for factor in factors.values():
+        batches.setdefault(max(32, 1 << (factor.size - 1).bit_length()), []).append(factor)
+    for size, members in batches.items():
+        if len(members) == 1:
+            members[0].shared = members[0].inverse_t()
+            continue
+        eye = torch.eye(size, dtype=members[0].p.dtype, device=members[0].p.device)
+        padded = [torch.block_diag(f.p.mT, eye[f.size :, f.size :]) if f.size < size else f.p.mT for f in members]
+        inverses = torch.linalg.inv_ex(torch.stack(padded)).inverse  # (batch, size, size)
+        for factor, inverse in zip(members, inverses.unbind(), strict=True):
+            factor.shared = inverse[: factor.size, : factor.size]
+    try:
+        yield
+    finally:
+        for factor in factors.values():
+            factor.shared = None
 
 
 class SVDFactor(Factor):

@@ -24,7 +24,7 @@ def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
     h = h / math.sqrt(power)
     signs = torch.randint(0, 2, (power,), generator=generator).float() * 2 - 1
     rest = random_orthogonal(n // power, generator) if n > power else torch.ones(1, 1)
-    return torch.kron(rest, h * signs[:, None])
+    return torch.kron(rest.contiguous(), h * signs[:, None])
 
 
 def make_factor(spec: TransformSpec, n: int, generator: torch.Generator) -> Factor:

@@ -41,12 +41,13 @@ class FitBlock:
     sites: dict[str, FitSite]
     key_value: FitKeyValue | None
 
-    def _roots(self) -> list[nn.Module]:
+    def roots(self) -> list[nn.Module]:
+        """The modules that hold what is fitted."""
         return [*self.sites.values(), *([self.key_value] if self.key_value else [])]
 
     def parameters(self) -> dict[Group, list[nn.Parameter]]:
         """The trainable parameters by group."""
-        return trainable_parameters(*self._roots())
+        return trainable_parameters(*self.roots())
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all trainable parameters, by position: `transform.0`, `clip.3`."""

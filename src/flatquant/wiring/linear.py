@@ -84,6 +84,14 @@ class FitSite(nn.Module):
         parts = zip(self.outputs, self.bias.split(self.rows), strict=True)
         return torch.cat([output(part) for output, part in parts])
 
+    def _quantised_weight(self) -> Tensor:
+        """`transformed_weight` on its grid.  # (sum of rows, n)"""
+        if self.grid is None:
+            return self.transformed_weight()
+        if self._has_outputs:
+            return self.grid(self.transformed_weight())
+        return self.grid.clamp_and_round(self.transform.inverse_t(self.weight))
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The output of every reader."""
         # Readers call one after another with the same tensor: compute once.
@@ -92,10 +100,7 @@ class FitSite(nn.Module):
         y = self.transform(x)
         if self.activations is not None:
             y = self.activations(y)
-        w = self.transformed_weight()
-        if self.grid is not None:
-            w = self.grid(w)
-        out = F.linear(y, w, self.transformed_bias()).split(self.rows, -1)
+        out = F.linear(y, self._quantised_weight(), self.transformed_bias()).split(self.rows, -1)
         self._last = (x, torch.is_grad_enabled(), out)
         return out
 

@@ -1,1 +1,32 @@
-"""Rounding to uniform grids, with straight-through gradients."""
+"""Rounding to uniform grids, with straight-through gradients; fused into one kernel a direction on CUDA."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from flatquant.ops.quantize import reference
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def _fused(x: Tensor) -> bool:
+    return x.is_cuda and _HAS_TRITON and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def fake_quantize_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> Tensor:
+    """`reference.fake_quantize_rows`, or its kernel."""
+    if _fused(x):
+        from flatquant.ops.quantize import triton
+
+        return triton.fake_quantize_rows(x, low_ratio, high_ratio, low, high)
+    return reference.fake_quantize_rows(x, low_ratio, high_ratio, low, high)
+
+
+def fake_quantize_clamped(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> Tensor:
+    """`reference.fake_quantize_clamped`, or its kernel (symmetric grids)."""
+    if _fused(x) and low < 0:
+        from flatquant.ops.quantize import triton
+
+        return triton.fake_quantize_clamped(x, low_ratio, high_ratio, low, high)
+    return reference.fake_quantize_clamped(x, low_ratio, high_ratio, low, high)

@@ -104,3 +104,61 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high:
         low, high: integer range of the grid.
     """
     return _FakeQuantize.apply(x, scale, zero, low, high)  # type: ignore[return-value]
+
+
+def fake_quantize_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> Tensor:
+    """Round every row to a grid found from the row, and back, differentiable in x and the ratios.
+
+    The row's range, with 0 inside, is multiplied by the ratios end by end; the grid covers that range (FlatQuant,
+    section 3.1). Scales are computed in float32 (float64 for float64 inputs).
+
+    Args:
+        x: (.., n).
+        low_ratio, high_ratio: share of the lower and upper end to keep, one element each.
+        low, high: integer range of the grid; symmetric if low < 0.
+    """
+    scale, zero = row_grid(x, low_ratio, high_ratio, low, high)
+    return fake_quantize(x, scale, zero, low, high)
+
+
+def row_grid(
+    x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (None if symmetric) of every row; see `fake_quantize_rows`.  # (.., 1)"""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    bits = high.bit_length() + (low < 0)
+    bottom = x.amin(-1, keepdim=True).clamp(max=0).to(wide) * low_ratio
+    top = x.amax(-1, keepdim=True).clamp(min=0).to(wide) * high_ratio
+    if low < 0:
+        return symmetric_grid(bottom, top, bits), None
+    return asymmetric_grid(bottom, top, bits)
+
+
+def clamp_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor) -> Tensor:
+    """Cut every row to its own range times the ratios, end by end.
+
+    Args:
+        x: (.., n).
+        low_ratio, high_ratio: in (0, 1], broadcast against (.., 1).
+    """
+    return x.clamp(x.amin(-1, keepdim=True) * low_ratio, x.amax(-1, keepdim=True) * high_ratio)
+
+
+def fake_quantize_clamped(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> Tensor:
+    """Cut every row as `clamp_rows` does, then round it to the grid that covers what is left, and back; differentiable.
+
+    This is learned weight clipping (OmniQuant's LWC, in FlatQuant's form): other than for activations, 0 need not lie
+    in the range, the half-range of a symmetric grid is at least 1e-5, and the values themselves are cut.
+
+    Args:
+        x: (.., n).
+        low_ratio, high_ratio: in (0, 1], broadcast against (.., 1).
+        low, high: integer range of the grid; symmetric if low < 0.
+    """
+    x = clamp_rows(x, low_ratio, high_ratio)
+    bits = high.bit_length() + (low < 0)
+    bottom, top = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    if low < 0:
+        return fake_quantize(x, symmetric_grid(bottom, top, bits, EPS), None, low, high)
+    scale, zero = asymmetric_grid(bottom, top, bits)
+    return fake_quantize(x, scale, zero, low, high)

@@ -1,0 +1,412 @@
+"""Quantise a model from Python, and load what was saved: `quantize`, `load`.
+
+A run with an output folder keeps its state in a sibling, `<output>.partial`: the calibration text if the model wrote
+it, and every finished block. The output folder appears by one rename at the very end, and the state goes after that,
+so that a run may be killed at any point and started again with `resume=True`: it ends with the same bytes, the entry
+`timing` of `flatquant_report.json` excepted, which tells of the last run only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flatquant import __version__
+from flatquant.calibrate.pipeline import Report, calibrate
+from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, tensor_bytes
+from flatquant.data import calibration_tokens
+from flatquant.errors import CalibrationError, DataError, ModelError
+from flatquant.models import load_model
+from flatquant.runtime import artifact
+from flatquant.runtime.folder import REPORT_FILE, Folder, read_json
+from flatquant.runtime.linear import FrozenLinear
+from flatquant.spec import DataSpec, Plan, Recipe, to_dict
+from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.archs import arch_of
+from flatquant.wiring.plan import make_plan
+
+# (stage, done, total). Stages: "text" counts tokens the model writes, "fit" epochs of all blocks, "end to end" steps,
+# "solve" blocks.
+Progress = Callable[[str, int, int], None]
+
+load = artifact.load
+
+_TEXT = "calibration"  # the state's file of tokens the model wrote
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised model, what sits where in it, and how it came about (the content of `flatquant_report.json`)."""
+
+    model: PreTrainedModel
+    plan: Plan
+    report: dict[str, Any]
+
+
+def quantize(
+    model: PreTrainedModel | str | Path,
+    recipe: Recipe,
+    calibration: str | Path | Tensor | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantise a causal language model.
+
+    Args:
+        model: a model, which is quantised in place, or a name that `models.load_model` takes, tokenizer included.
+        recipe: the method and its settings, from `flatquant.recipes`.
+        calibration: `wikitext2`, `c4`, `self` (the model writes the text), a text file or folder, or int64 token ids
+            (samples, seqlen), whose shape then counts instead of the recipe's. None for recipes that read no text.
+        tokenizer: for calibration text, and saved along.
+        output: folder to write; absent or empty. None keeps the result in memory only.
+        device: where blocks are fitted; a GPU if there is one. The model stays where it is.
+        dtype: of the fit's matrix products; on a GPU float16 and bfloat16 for models of these types, else float32.
+        seed: of the calibration text and of random transforms.
+        resume: go on with an unfinished run of the same settings, if there is one.
+        progress: called with (stage, done, total).
+
+    Raises:
+        FlatQuantError: anything that is wrong with the model, text, recipe, folder or disk. Nothing half-written stays
+            besides the run's state, which `resume` goes on with.
+    """
+    place = None if output is None else _Place.of(Path(output))
+    if place is not None and not resume:
+        artifact.check_output(place.output)
+        place.refuse_unfinished()
+    if not isinstance(model, PreTrainedModel):
+        model, own = load_model(model)
+        tokenizer = tokenizer or own
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_device(device)
+    dtype = dtype or _fit_dtype(model, device)
+    _check_model(model, recipe)
+    if isinstance(calibration, Tensor):
+        recipe = _with_shape_of(calibration, recipe, model)
+    model.eval().requires_grad_(False)
+    run = _Run(model, recipe, calibration, tokenizer, place, device, dtype, seed, resume, progress)
+    return run()
+
+
+class _Run:
+    """One call of `quantize`; holds what its steps share."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        calibration: str | Path | Tensor | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        place: _Place | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        resume: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.recipe, self.calibration, self.tokenizer = model, recipe, calibration, tokenizer
+        self.place, self.device, self.dtype, self.seed = place, device, dtype, seed
+        self.resume, self.progress = resume, progress
+        self.start = time.perf_counter()
+
+    def __call__(self) -> Quantized:
+        data, tokens = self._text()
+        text_seconds = time.perf_counter() - self.start
+        original = {"sha256": fingerprint(self.model), "bytes": stored_bytes(self.model)}
+        identity = self._identity(data, original["sha256"])
+        state = None
+        if self.place is not None:
+            if (finished := self.place.finished(identity)) is not None:
+                self.place.tidy()
+                return finished
+            artifact.check_output(self.place.output)
+            state = RunState(self.place.state, identity, resume=self.resume)
+        if data is not None and tokens is None:
+            before = time.perf_counter()
+            tokens = self._own_text(state)
+            data["sha256"] = _sha256(tokens)
+            text_seconds += time.perf_counter() - before
+        plan, calibration = calibrate(
+            self.model,
+            self.recipe,
+            tokens,
+            device=self.device,
+            dtype=self.dtype,
+            seed=self.seed,
+            state=state,
+            progress=self.progress,
+        )
+        report = self._report(identity, data, original, calibration, text_seconds)
+        if self.place is not None:
+            artifact.save(
+                self.model,
+                plan,
+                self.place.output,
+                recipe=to_dict(self.recipe),
+                report=report,
+                tokenizer=self.tokenizer,
+            )
+            self.place.tidy()
+        return Quantized(self.model, plan, report)
+
+    def _text(self) -> tuple[dict[str, Any] | None, Tensor | None]:
+        """What the text is, and its tokens; those of `self` are not written yet."""
+        if not self.recipe.needs_data:
+            return None, None
+        source, spec = self.calibration, self.recipe.data
+        data: dict[str, Any] = {"samples": spec.samples, "seqlen": spec.seqlen}
+        if source is None:
+            raise DataError(
+                f"the recipe {self.recipe.name} reads calibration text; name it: wikitext2, c4, self, or a text file"
+            )
+        if isinstance(source, Tensor):
+            tokens = source.cpu()
+            return {"source": "tokens", **data, "sha256": _sha256(tokens)}, tokens
+        if self.tokenizer is None:
+            raise DataError(
+                "calibration text needs the model's tokenizer; pass tokenizer=, or token ids instead of text"
+            )
+        if source == "self":
+            return {"source": "self", **data}, None
+        tokens = calibration_tokens(
+            source, self.tokenizer, samples=spec.samples, seqlen=spec.seqlen, seed=self.seed, model=None
+        )
+        # A file's name without its folder: the report travels, and where the file lay says nothing elsewhere.
+        return {"source": Path(source).name, **data, "sha256": _sha256(tokens)}, tokens
+
+    def _own_text(self, state: RunState | None) -> Tensor:
+        """Text that the model writes; kept, since writing takes long and not every device writes the same."""
+        if state is not None and state.has(_TEXT):
+            tensors, digest = state.load(_TEXT)
+            if _sha256(tensors["tokens"]) != digest:
+                raise CalibrationError(f"the calibration text in {state.folder} is damaged; delete that folder")
+            return tensors["tokens"]
+        assert self.tokenizer is not None
+        home = next(self.model.parameters()).device
+        spec, progress = self.recipe.data, self.progress
+        self.model.to(self.device)  # pyright: ignore[reportArgumentType]
+        tokens = calibration_tokens(
+            "self",
+            self.tokenizer,
+            samples=spec.samples,
+            seqlen=spec.seqlen,
+            seed=self.seed,
+            model=self.model,
+            progress=None if progress is None else lambda done, total: progress("text", done, total),
+        )
+        self.model.to(home)  # pyright: ignore[reportArgumentType]
+        if state is not None:
+            state.save(_TEXT, {"tokens": tokens}, _sha256(tokens))
+        return tokens
+
+    def _identity(self, data: Mapping[str, Any] | None, model_hash: str) -> dict[str, Any]:
+        """Everything that decides the result."""
+        versions = {"flatquant": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        config = {k: v for k, v in self.model.config.to_diff_dict().items() if not k.endswith("name_or_path")}
+        return {
+            "recipe": to_dict(self.recipe),
+            "data": None if data is None else dict(data),
+            "model": model_hash,
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+            "seed": self.seed,
+            "dtype": _name(self.dtype),
+            "device": self.device.type,
+            "versions": versions,
+        }
+
+    def _report(
+        self,
+        identity: Mapping[str, Any],
+        data: Mapping[str, Any] | None,
+        original: Mapping[str, Any],
+        calibration: Report,
+        text_seconds: float,
+    ) -> dict[str, Any]:
+        blocks = [
+            {"block": b["block"], "before": _first(b["losses"]), "after": _last(b["losses"]), "losses": b["losses"]}
+            for b in calibration.blocks
+        ]
+        losses = calibration.end_to_end
+        seconds = {"calibration text": text_seconds, **calibration.seconds}
+        return {
+            "recipe": to_dict(self.recipe),
+            "data": data,
+            "model": {
+                "architecture": type(self.model).__name__,
+                "dtype": _name(self.model.dtype),
+                "sha256": original["sha256"],
+            },
+            "seed": self.seed,
+            "dtype": _name(self.dtype),
+            "device": _device_name(self.device),
+            "versions": {**identity["versions"], "python": platform.python_version()},
+            "blocks": blocks,
+            "end_to_end": {"before": _first(losses), "after": _last(losses), "losses": losses} if losses else None,
+            "sizes": {"original_bytes": original["bytes"], "quantised_bytes": stored_bytes(self.model)},
+            "run": _run_hash(identity),
+            "timing": {
+                "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+                "blocks": [b.get("seconds") for b in calibration.blocks],
+                "total": round(time.perf_counter() - self.start, 3),
+                "peak_device_bytes": calibration.peak_memory,
+                "peak_host_bytes": _peak_host_bytes(),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The output folder and the run state beside it."""
+
+    output: Path
+    state: Path
+
+    @classmethod
+    def of(cls, output: Path) -> _Place:
+        named = output if output.name not in ("", "..") else output.resolve()
+        return cls(output, named.with_name(f"{named.name}.partial"))
+
+    def refuse_unfinished(self) -> None:
+        """Before any work: a run is there that `resume` was not asked to go on with."""
+        if (self.state / RUN_FILE).exists():
+            raise CalibrationError(
+                f"an unfinished run is in {self.state}; go on with --resume, or delete that folder to start over"
+            )
+
+    def finished(self, identity: Mapping[str, Any]) -> Quantized | None:
+        """What this very run has saved, if it was killed between saving and tidying up."""
+        if not (self.output / REPORT_FILE).is_file():
+            return None
+        report = read_json(self.output / REPORT_FILE)
+        if not isinstance(report, dict) or report.get("run") != _run_hash(identity):
+            return None
+        return Quantized(artifact.load(self.output), Folder.open(self.output).plan, report)
+
+    def tidy(self) -> None:
+        """Remove the state, and what killed runs of this output folder were writing."""
+        shutil.rmtree(self.state, ignore_errors=True)
+        output = self.output.resolve()
+        leftover = re.compile(re.escape(output.name) + r"\.tmp-(\d+)-[0-9a-f]+")
+        for path in output.parent.iterdir():
+            if (match := leftover.fullmatch(path.name)) and not _alive(int(match[1])):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def _check_model(model: PreTrainedModel, recipe: Recipe) -> None:
+    """What can be said before any text is read: the family, the recipe's fit to the model, NaN in the weights."""
+    arch = arch_of(model.config)
+    blocks = submodule(model, arch.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    make_plan(recipe, arch, Geometry.of(model.config), blocks)
+    inside = re.compile(re.escape(arch.blocks) + r"\.(\d+)\.(.+)")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            match = inside.fullmatch(name)
+            where = f"block {match[1]}: {match[2]}" if match else name
+            raise CalibrationError(
+                f"{where} holds NaN or infinity; check the model file, fetch it again, or load it in float32"
+            )
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("there is no CUDA device here, or torch was built without CUDA; choose device cpu")
+
+
+def _with_shape_of(tokens: Tensor, recipe: Recipe, model: PreTrainedModel) -> Recipe:
+    if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+        raise DataError(f"calibration tokens must be (samples, seqlen) int64, not {tuple(tokens.shape)} {tokens.dtype}")
+    vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+        raise DataError(f"calibration tokens have ids outside the model's {vocab}; use the model's own tokenizer")
+    return replace(recipe, data=DataSpec(samples=tokens.shape[0], seqlen=tokens.shape[1]))
+
+
+def _fit_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
+    """Half precision only on a GPU, and only for models that are stored in it."""
+    half = device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16)
+    return model.dtype if half else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------- small things
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's tensors as they are stored: integers packed, shared tensors once."""
+    packed = {f"{name}.values": m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    sizes: dict[int, int] = {}
+    for name, tensor in model.state_dict().items():
+        linear = packed.get(name)
+        size = tensor.nbytes if linear is None else tensor.shape[0] * -(-tensor.shape[1] * linear.spec.bits // 8)
+        sizes[tensor.data_ptr()] = size
+    return sum(sizes.values())
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def _run_hash(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _first(values: list[float]) -> float | None:
+    return values[0] if values else None
+
+
+def _last(values: list[float]) -> float | None:
+    return values[-1] if values else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _peak_host_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

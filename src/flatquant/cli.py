@@ -1,0 +1,528 @@
+"""The command line: `flatquant quantize`, `evaluate`, `generate`, `inspect`, `demo`.
+
+Results go to stdout, progress and errors to stderr, so that `--json` can be piped. An error that the user can act on
+is one line and exit code 1; anything else is a defect and keeps its traceback. What takes time to import is imported
+inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flatquant import __version__
+from flatquant.errors import FlatQuantError, ModelError, SpecError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from flatquant.spec import Recipe
+
+app = typer.Typer(
+    help="Quantise language models to 4-bit weights, activations and KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DEMO_OUTPUT = Path("outputs/smollm2-135m-w4a4kv4")
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; chosen by device and model.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+
+
+# --------------------------------------------------------------------------------------------- manners
+
+
+class Display:
+    """Progress on stderr: bars with the time left on a terminal, a line per finished stage and block elsewhere.
+
+    Call it with (stage, done, total). `epochs` turns the fit's epochs of all blocks into "block 3/30".
+    """
+
+    def __init__(self, *, silent: bool, epochs: int = 0) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.bars: Progress | None = None
+        if not silent and self.console.is_terminal:
+            self.bars = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+        self.silent, self.epochs = silent, epochs
+        self.tasks: dict[str, Any] = {}
+        self.lines: set[str] = set()
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> Display:
+        if self.bars is not None:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.silent:
+            return
+        if self.bars is None:
+            self._line(stage, done, total)
+            return
+        text = self._describe(stage, done, total)
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(text, total=total, completed=done)
+        else:
+            self.bars.update(self.tasks[stage], description=text, completed=done)
+
+    def _describe(self, stage: str, done: int, total: int) -> str:
+        kind = stage.rpartition(": ")[2]
+        if kind == "fit" and self.epochs:
+            return f"{stage}, block {-(-done // self.epochs)}/{total // self.epochs}, epoch {done}/{total}"
+        unit = {"fit": "epoch ", "solve": "block ", "text": "token ", "end to end": "step "}.get(kind, "")
+        return f"{stage}, {unit}{done}/{total}"
+
+    def _line(self, stage: str, done: int, total: int) -> None:
+        each = self.epochs if stage.endswith("fit") and self.epochs else max(1, total // 10)
+        if stage.endswith("solve") or done % each == 0 or done == total:
+            text = self._describe(stage, done, total)
+            if text not in self.lines:
+                self.lines.add(text)
+                self.console.print(f"[{time.perf_counter() - self.start:7.1f} s] {text}", markup=False)
+
+
+@contextmanager
+def _errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """One line on stderr for whatever the user can act on."""
+    try:
+        yield
+    except FlatQuantError as error:
+        raise _failure(str(error), 1) from error
+    except KeyboardInterrupt as error:
+        raise _failure(interrupted, 130) from error
+    except Exception as error:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            message = "the device is out of memory; try a smaller --batch-size or --seqlen, or another --device"
+            raise _failure(message, 1) from error
+        raise
+
+
+def _failure(message: str, code: int) -> typer.Exit:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return typer.Exit(code)
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def _print(*parts: Any) -> None:
+    Console(highlight=False, soft_wrap=True).print(*parts, markup=False)
+
+
+def _table(title: str | None, rows: dict[str, str]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _write(file: str, data: Any) -> None:
+    """JSON into a file; `-` is stdout."""
+    if file == "-":
+        _print_json(data)
+        return
+    try:
+        Path(file).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise FlatQuantError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name is not None and name not in known:
+        raise SpecError(f"unknown dtype {name!r}; known: {', '.join(known)}")
+    return None if name is None else known[name]
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {name!r}; give cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("there is no CUDA device here, or torch was built without CUDA; choose --device cpu")
+    return device
+
+
+def _is_quantised(name: str) -> bool:
+    """Whether a folder says that it is one of ours, whatever its state."""
+    try:
+        config = json.loads((Path(name) / "config.json").read_bytes())
+        return config["quantization_config"]["quant_method"] == "flatquant"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _open(
+    name: str, device: torch.device, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to be run: a quantised folder, or whatever `load_model` takes. Float32 on a CPU: half is slower there."""
+    import torch
+
+    from flatquant.models import load_model, load_tokenizer
+    from flatquant.runtime import artifact
+
+    dtype = dtype or (torch.float32 if device.type == "cpu" else None)
+    if _is_quantised(name):
+        return artifact.load(name, device=device, dtype=dtype), load_tokenizer(Path(name))
+    return load_model(name, device=device, dtype=dtype)
+
+
+# --------------------------------------------------------------------------------------------- quantize
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; absent or empty.")],
+    method: Annotated[str, typer.Option(help="flatquant, gptq or rtn.")] = "flatquant",
+    scheme: Annotated[
+        str, typer.Option(help="w4a4kv4, w3a16, w4g128a8kv4, k4v2, w4a4kv4,mlp_mid=w8a8, ...")
+    ] = "w4a4kv4",
+    preset: Annotated[str, typer.Option(help="reference: the paper's recipe; quick: for a laptop CPU.")] = "reference",
+    calibration: Annotated[
+        str | None, typer.Option(help="wikitext2 (default), c4, self (the model writes it), or a text file or folder.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each block's fit.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a step of the fit.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the fit; clips get ten times that.")] = None,
+    solver: Annotated[str | None, typer.Option(help="How weights are rounded: rtn or gptq.")] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the calibration text and of random transforms.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished run of the same settings.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Quantise a model and save it as a folder."""
+    hint = f"interrupted; go on by repeating the command with --resume (the state is in {output}.partial)"
+    with _errors(hint):
+        recipe = _recipe(method, scheme, preset, calibration, samples, seqlen, epochs, batch_size, lr, solver)
+        from flatquant import api
+
+        with Display(silent=quiet or as_json, epochs=recipe.fit.epochs if recipe.fit else 0) as display:
+            result = api.quantize(
+                model,
+                recipe,
+                (calibration or "wikitext2") if recipe.needs_data else None,
+                output=output,
+                device=_device(device),
+                dtype=_dtype(dtype),
+                seed=seed,
+                resume=resume,
+                progress=display,
+            )
+    sizes, timing = result.report["sizes"], result.report["timing"]
+    if as_json:
+        _print_json({"output": str(output), "scheme": str(recipe.scheme), "sizes": sizes, "timing": timing})
+    elif not quiet:
+        original, quantised = sizes["original_bytes"], sizes["quantised_bytes"]
+        _print(
+            f"{output}: {recipe.name} {recipe.scheme}, {_size(original)} -> {_size(quantised)} "
+            f"({original / quantised:.2f} x), {timing['total']:.1f} s"
+        )
+
+
+def _recipe(
+    method: str,
+    scheme: str,
+    preset: str,
+    calibration: str | None,
+    samples: int | None,
+    seqlen: int | None,
+    epochs: int | None,
+    batch_size: int | None,
+    lr: float | None,
+    solver: str | None,
+) -> Recipe:
+    """The method's recipe with what the options change; an option that would change nothing is an error."""
+    from flatquant.recipes import recipe
+    from flatquant.spec import SolverSpec, from_dict
+
+    base = recipe(method, scheme, preset)
+    fit = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "clip_lr": None if lr is None else 10 * lr}
+    fit = {name: value for name, value in fit.items() if value is not None}
+    data = {name: value for name, value in (("samples", samples), ("seqlen", seqlen)) if value is not None}
+    changes: dict[str, Any] = {}
+    if fit:
+        if base.fit is None:
+            raise SpecError(f"method {method} fits nothing: leave out {_options(fit)}")
+        changes["fit"] = replace(base.fit, **fit)
+    if batch_size is not None and base.end_to_end is not None:
+        changes["end_to_end"] = replace(base.end_to_end, batch_size=batch_size)
+    if solver is not None:
+        if base.fit is None and solver != base.solver.kind:
+            raise SpecError(f"method {method} rounds with {base.solver.kind}: leave out --solver, or change --method")
+        changes["solver"] = from_dict(SolverSpec, {"kind": solver}, "solver")
+    if data:
+        changes["data"] = replace(base.data, **data)
+    changed = replace(base, **changes)
+    if not changed.needs_data and (data or calibration is not None):
+        given = data if calibration is None else {**data, "calibration": calibration}
+        raise SpecError(f"method {method} at {changed.scheme} reads no calibration text: leave out {_options(given)}")
+    return changed
+
+
+def _options(names: dict[str, Any]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if name != "clip_lr")
+
+
+# --------------------------------------------------------------------------------------------- evaluate
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help="A quantised folder, or any model.")],
+    perplexity: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="wikitext2, c4, or a text file or folder; repeatable.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = None,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    divergence_from: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="KL divergence from this model, on the first text, else on text it writes."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(help="Of text that the model of --divergence-from writes.")] = 1,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is stdout.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity on texts, and divergence from the original model."""
+    with _errors():
+        if not perplexity and divergence_from is None:
+            raise FlatQuantError("nothing to evaluate; give --perplexity TEXT or --divergence-from MODEL")
+        from flatquant import evaluate as evaluation
+        from flatquant.data import calibration_tokens, evaluation_windows
+
+        where, kind = _device(device), _dtype(dtype)
+        candidate, tokenizer = _open(model, where, kind)
+        texts = {
+            source: evaluation_windows(source, tokenizer, seqlen=seqlen, windows=windows) for source in perplexity or ()
+        }
+        result: dict[str, Any] = {}
+        with Display(silent=quiet or json_file == "-") as display:
+            for source, ids in texts.items():
+                found = evaluation.perplexity(
+                    candidate,
+                    ids,
+                    batch_size=batch_size,
+                    progress=lambda done, total, s=source: display(f"perplexity of {s}", done, total),
+                )
+                result.setdefault("perplexity", {})[source] = {"value": found.value, "windows": found.windows}
+            if divergence_from is not None:
+                reference, own = _open(divergence_from, where, kind)
+                if texts:
+                    held_out = next(iter(texts.values()))
+                else:
+                    held_out = calibration_tokens(
+                        "self",
+                        own,
+                        samples=windows or 4,
+                        seqlen=min(seqlen, 512),
+                        seed=seed,
+                        model=reference,
+                        progress=lambda done, total: display("text", done, total),
+                    )
+                far = evaluation.divergence(
+                    candidate,
+                    reference,
+                    held_out,
+                    batch_size=batch_size,
+                    progress=lambda done, total: display("divergence", done, total),
+                )
+                result["divergence"] = {"kl": far.kl, "top1": far.top1}
+        if json_file is not None:
+            _write(json_file, result)
+    if json_file != "-" and not (quiet and json_file):
+        rows = {
+            f"perplexity, {source}": f"{found['value']:.4f} ({found['windows']} windows)"
+            for source, found in result.get("perplexity", {}).items()
+        }
+        if "divergence" in result:
+            rows |= {
+                "KL divergence": f"{result['divergence']['kl']:.5f} nats per token",
+                "top-1 agreement": f"{result['divergence']['top1']:.2%}",
+            }
+        _table(model, rows)
+
+
+# --------------------------------------------------------------------------------------------- generate
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A quantised folder (or any model).")],
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the tokenizer's chat template.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write text with a quantised model and its quantised KV cache."""
+    with _errors():
+        from flatquant.runtime.generate import generate_text
+
+        loaded, tokenizer = _open(model, _device(device), _dtype(dtype))
+        found = generate_text(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+            stream=not as_json,
+        )
+    if as_json:
+        _print_json({"prompt": prompt, **vars(found)})
+    elif not quiet:
+        kept = "" if found.cache_bytes is None else f", {found.cache_bytes / 1e3:.1f} kB of keys and values"
+        typer.echo(f"[{found.tokens} tokens, {found.tokens / found.seconds:.1f} per second{kept}]", err=True)
+
+
+# --------------------------------------------------------------------------------------------- inspect
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A quantised folder.")],
+    as_json: Json = False,
+) -> None:
+    """Scheme, sizes, bits per weight and integrity of a quantised folder."""
+    with _errors():
+        from flatquant.runtime import artifact
+        from flatquant.spec import to_dict
+
+        found = artifact.inspect(folder)
+    if as_json:
+        _print_json(to_dict(found))
+    else:
+        bits = found.bits_per_quantised_weight
+        _table(
+            folder,
+            {
+                "architecture": f"{found.architecture}, {found.blocks} blocks, {found.parameters:,} parameters",
+                "recipe, scheme": f"{found.recipe}, {found.scheme}",
+                "quantised parameters": f"{found.quantised_parameters:,}",
+                **{f"bytes, {kind}": f"{size:,}" for kind, size in found.bytes_by_kind.items()},
+                "bits per quantised weight": f"{bits:.3f}, scales and transforms counted" if bits else "-",
+                "bits per parameter": f"{found.bits_per_parameter:.3f} ({found.compression:.2f} x smaller than 16 bit)",
+                "KV bytes per token": f"{found.kv_bytes_per_token:,} (in 16 bit {found.kv_bytes_per_token_16bit:,})",
+                "format version": str(found.format_version),
+                "content hash": found.content_hash,
+                "integrity": "damaged: " + ", ".join(found.damaged) if found.damaged else "whole",
+            },
+        )
+    if found.damaged:
+        raise _failure(f"{folder}: damaged or missing: {', '.join(found.damaged)}; copy the folder again", 1)
+
+
+# --------------------------------------------------------------------------------------------- demo
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the quantised model.")] = DEMO_OUTPUT,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a quantised model that is there.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Quantise SmolLM2-135M to W4A4KV4 on this machine; compare original, RTN and FlatQuant."""
+    with _errors("interrupted; the same command goes on from here"), Display(silent=quiet or as_json) as display:
+        from flatquant import demo as job
+
+        result = job.run(output, overwrite=overwrite, progress=display)
+    if as_json:
+        _print_json(result)
+        return
+    rows = result["rows"]
+    table = Table(title=f"{result['model']}, {result['scheme']}", title_justify="left")
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    table.add_row("KL divergence, nats per token", *(f"{row['kl']:.4f}" for row in rows.values()))
+    table.add_row("top-1 agreement", *(f"{row['top1']:.1%}" for row in rows.values()))
+    if rows["original"]["perplexity"] is not None:
+        table.add_row("perplexity, WikiText-2 (start)", *(f"{row['perplexity']:.2f}" for row in rows.values()))
+    table.add_row("size", *(_size(row["bytes"]) for row in rows.values()))
+    took = ("-" if row["seconds"] is None else f"{row['seconds']:.0f} s" for row in rows.values())
+    table.add_row("time to quantise and save", *took)
+    Console(highlight=False).print(table)
+    _print(f"{result['prompt']}{result['text']}")
+    _print(f"saved in {result['output']}; {result['seconds']:.0f} s in all")
+
+
+# --------------------------------------------------------------------------------------------- entry
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"flatquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console entry."""
+    app(prog_name="flatquant")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The main job on a small scale: a 135M model to 4 bits on a laptop CPU, and what that cost.
+
+Original, plain rounding (RTN) and FlatQuant side by side, each read back from the disk, on text that the original
+wrote and neither method saw. No data set is needed; where `FLATQUANT_DATA` names one, perplexity is shown too.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flatquant import api, evaluate
+from flatquant.data import calibration_tokens, evaluation_windows
+from flatquant.errors import ArtifactError
+from flatquant.models import load_model
+from flatquant.recipes import recipe
+from flatquant.runtime import artifact
+from flatquant.runtime.folder import CONFIG_FILE, METHOD, read_json
+from flatquant.runtime.generate import generate_text
+from flatquant.spec import Recipe
+
+MODEL = "smollm2-135m"
+PROMPT = "The most important thing about the ocean is"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is looked at: windows of held-out text, and of WikiText-2 where it is there."""
+
+    windows: int = 4
+    seqlen: int = 512
+    wikitext_windows: int = 2
+    wikitext_seqlen: int = 2048
+    new_tokens: int = 40
+
+
+def run(
+    output: Path,
+    *,
+    model: str = MODEL,
+    scheme: str = "w4a4kv4",
+    preset: str = "quick",
+    overwrite: bool = False,
+    size: Size | None = None,
+    change: Callable[[Recipe], Recipe] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantise, save, reload, compare, generate.
+
+    Args:
+        output: folder of the FlatQuant model. An interrupted demo goes on from where it was.
+        overwrite: replace a quantised folder that is there.
+        change: makes the FlatQuant recipe another one.
+
+    Returns:
+        JSON-ready: `rows` by method (`kl`, `top1`, `perplexity`, `bytes`, `seconds`), `prompt`, `text`, `seconds`.
+
+    Raises:
+        FlatQuantError: as `api.quantize`; ArtifactError if something is in the way.
+    """
+    start, size, say = time.perf_counter(), size or Size(), progress or (lambda *_: None)
+    _make_room(output, overwrite)
+    say("load", 0, 1)
+    original, tokenizer = load_model(model)
+    say("load", 1, 1)
+    test = _Test.of(original, tokenizer, size, say)
+    rows: dict[str, dict[str, Any]] = {
+        "original": {"kl": 0.0, "top1": 1.0, **test.original, "bytes": api.stored_bytes(original), "seconds": None}
+    }
+    flat = recipe("flatquant", scheme, preset)
+    flat = flat if change is None else change(flat)
+    with tempfile.TemporaryDirectory(prefix="flatquant-demo-") as folder:
+        rounded = Path(folder) / "rtn"
+        for name, parts, place in (("RTN", recipe("rtn", scheme), rounded), ("FlatQuant", flat, output)):
+            before = time.perf_counter()
+            result = api.quantize(
+                load_model(model)[0],
+                parts,
+                "self" if parts.needs_data else None,
+                tokenizer=tokenizer,
+                output=place,
+                resume=True,
+                progress=_prefixed(name, say),
+            )
+            seconds = time.perf_counter() - before
+            stored = result.report["sizes"]["quantised_bytes"]
+            del result
+            gc.collect()
+            reloaded = artifact.load(place, device=test.device, dtype=test.dtype)
+            rows[name] = {**test(reloaded, name), "bytes": stored, "seconds": seconds}
+        say("generate", 0, 1)
+        written = generate_text(reloaded, tokenizer, PROMPT, max_new_tokens=size.new_tokens)
+        say("generate", 1, 1)
+    return {
+        "model": model,
+        "scheme": scheme,
+        "output": str(output),
+        "rows": rows,
+        "prompt": PROMPT,
+        "text": written.text,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+class _Test:
+    """Held-out text and what the original says about it."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None, say: Progress) -> None:
+        self.device, self.dtype, self.say = device, dtype, say
+        self.windows = torch.empty(0, 0, dtype=torch.int64)
+        self.logits: list[torch.Tensor] = []
+        self.text: torch.Tensor | None = None
+        self.original: dict[str, float | None] = {}
+
+    @classmethod
+    def of(cls, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: Size, say: Progress) -> _Test:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        test = cls(device, torch.float32 if device.type == "cpu" else None, say)
+        # A copy of its own, in the dtype that all three are compared in.
+        reference = copy.deepcopy(original).to(device, test.dtype)  # type: ignore[call-overload]
+        # Seed 0 writes the calibration text, 1 the held-out text.
+        test.windows = calibration_tokens(
+            "self",
+            tokenizer,
+            samples=size.windows,
+            seqlen=size.seqlen,
+            seed=1,
+            model=reference,
+            progress=lambda done, total: say("held-out text", done, total),
+        )
+        test.logits = evaluate.reference_logits(
+            reference, test.windows, progress=lambda done, total: say("original: divergence", done, total)
+        )
+        if os.environ.get("FLATQUANT_DATA"):
+            test.text = evaluation_windows(
+                "wikitext2", tokenizer, seqlen=size.wikitext_seqlen, windows=size.wikitext_windows
+            )
+        test.original = {"perplexity": test._perplexity(reference, "original")}
+        return test
+
+    def __call__(self, model: PreTrainedModel, name: str) -> dict[str, float | None]:
+        far = evaluate.divergence_from_logits(
+            model,
+            self.logits,
+            self.windows,
+            progress=lambda done, total: self.say(f"{name}: divergence", done, total),
+        )
+        return {"kl": far.kl, "top1": far.top1, "perplexity": self._perplexity(model, name)}
+
+    def _perplexity(self, model: PreTrainedModel, name: str) -> float | None:
+        if self.text is None:
+            return None
+        return evaluate.perplexity(
+            model, self.text, progress=lambda done, total: self.say(f"{name}: perplexity", done, total)
+        ).value
+
+
+def _prefixed(name: str, say: Progress) -> Progress:
+    return lambda stage, done, total: say(f"{name}: {stage}", done, total)
+
+
+def _make_room(output: Path, overwrite: bool) -> None:
+    if not output.is_dir() or not any(output.iterdir()):
+        artifact.check_output(output)
+        return
+    config = read_json(output / CONFIG_FILE) if (output / CONFIG_FILE).is_file() else None
+    quantisation = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(quantisation, dict) or quantisation.get("quant_method") != METHOD:
+        raise ArtifactError(f"{output} is not empty and no quantised model; choose another --output")
+    if not overwrite:
+        raise ArtifactError(f"{output} already holds a quantised model; replace it with --overwrite")
+    shutil.rmtree(output)

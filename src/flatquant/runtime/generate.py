@@ -1,0 +1,101 @@
+"""Text from a model, with a KV cache that holds integers where the model has grids for them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from flatquant.errors import DataError, FlatQuantError, ModelError
+from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.kvcache import QuantizedCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What was written after the prompt; `cache_bytes` of keys and values, None for a plain cache."""
+
+    text: str
+    tokens: int
+    seconds: float
+    cache_bytes: int | None
+
+
+@torch.no_grad()
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    stream: bool = False,
+) -> Generated:
+    """Continue a prompt.
+
+    Args:
+        temperature: of sampling from all tokens; 0 takes the likeliest one.
+        chat: put the prompt into the tokenizer's chat template.
+        stream: print prompt and text to stdout as they come.
+
+    Raises:
+        DataError: an empty prompt.
+        ModelError: `chat` without a template.
+        FlatQuantError: probabilities that are not finite.
+    """
+    ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)  # (1, T)
+    quantised = any(isinstance(m, FrozenKeyValue) and (m.keys or m.values) for m in model.modules())
+    cache = QuantizedCache(model) if quantised else DynamicCache(config=model.config)
+    # The model's own defaults for sampling would only mix with what was asked for; its ends of text stay.
+    config = copy.deepcopy(model.generation_config)
+    assert config is not None
+    config.do_sample = temperature > 0
+    config.temperature = temperature or None
+    config.top_k, config.top_p = (0, 1.0) if temperature > 0 else (None, None)
+    config.max_new_tokens, config.max_length = max_new_tokens, None
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config.pad_token_id = pad
+    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True) if stream else None  # type: ignore[arg-type]
+    devices = [model.device] if model.device.type == "cuda" else []
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            out = model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                generation_config=config,
+                streamer=streamer,
+            )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise FlatQuantError("the model's probabilities are not finite; try --dtype float32") from error
+    new = out[0, ids.shape[1] :]
+    return Generated(
+        text=str(tokenizer.decode(new, skip_special_tokens=True)),
+        tokens=len(new),
+        seconds=time.perf_counter() - start,
+        cache_bytes=cache.nbytes() if isinstance(cache, QuantizedCache) else None,
+    )
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
+    if chat:
+        if not tokenizer.chat_template:
+            raise ModelError("the tokenizer has no chat template; leave out --chat")
+        message = [{"role": "user", "content": prompt}]
+        text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise DataError("the prompt is empty; give some text to go on from")
+    return torch.tensor([ids], dtype=torch.int64)

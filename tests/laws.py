@@ -1,0 +1,208 @@
+"""What the law tests share: tiny models of every family, random changes of basis, and what must stay as it was."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from flatquant import seams
+from flatquant.calibrate.pipeline import calibrate
+from flatquant.recipes import flatquant
+from flatquant.runtime.build import install
+from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, TransformSpec, Transforms
+from flatquant.wiring.apply import FitBlock, wrap_block
+from flatquant.wiring.arch import Geometry
+from flatquant.wiring.archs import arch_of
+from flatquant.wiring.plan import make_plan
+from tests.tiny_models import tiny_llama
+
+CPU = torch.device("cpu")
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "mha": {"hidden": 24, "heads": 4, "kv_heads": 4, "intermediate": 40},
+    "gqa": {"hidden": 24, "heads": 4, "kv_heads": 2, "intermediate": 40},
+    "mqa": {"hidden": 24, "heads": 4, "kv_heads": 1, "intermediate": 37},  # a prime: its Kronecker factors are 1 x 37
+    "biased": {"hidden": 24, "heads": 4, "kv_heads": 2, "intermediate": 40, "bias": True, "mlp_bias": True},
+    "untied": {"hidden": 24, "heads": 4, "kv_heads": 2, "intermediate": 40, "tied": False},
+    "wide heads": {"hidden": 24, "heads": 4, "kv_heads": 2, "head_dim": 10, "intermediate": 40, "bias": True},
+    "odd": {
+        "hidden": 90, "heads": 9, "kv_heads": 3, "head_dim": 10, "intermediate": 154, "bias": True, "mlp_bias": True,
+    },
+}  # fmt: skip
+
+
+def family(model_type: str, *, dtype: torch.dtype = torch.float64, **shape: Any) -> PreTrainedModel:
+    """A tiny random model of a type that `archs.py` lists, in eval mode; the tensors are those of `tiny_llama`."""
+    shape = {**SHAPES["gqa"], **shape}
+    if model_type == "llama":
+        return tiny_llama(dtype=dtype, **shape)
+    if model_type == "qwen2":  # q, k and v always have biases, the others never
+        shape.update(bias=True, mlp_bias=False)
+    if model_type == "mistral":  # no biases at all
+        shape.update(bias=False, mlp_bias=False)
+    llama = tiny_llama(dtype=dtype, **shape)
+    names = (
+        "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+        "num_hidden_layers", "vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    )  # fmt: skip
+    fields = {name: getattr(llama.config, name) for name in names}
+    if model_type == "qwen2":
+        model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**fields))
+    else:
+        model = MistralForCausalLM(MistralConfig(**fields, sliding_window=5))  # shorter than the tests' windows
+    state = llama.state_dict()
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    return model.to(dtype).eval()
+
+
+def basis(
+    parameters: Literal["direct", "svd"], init: str, *, kind: str = "kronecker", scale: bool = True
+) -> dict[str, Transforms]:
+    """A change of basis on every edge. Diagonals start at 1: `perturb` moves them."""
+    diagonal = (TransformSpec(kind="diagonal"),) if scale else ()
+    full = TransformSpec(kind=kind, parameters=parameters, init=init)  # type: ignore[arg-type]
+    heads = dataclasses.replace(full, kind="kronecker")
+    wide = (*diagonal, full)
+    return {
+        "attn_in": wide,
+        "attn_out": (heads,),
+        "mlp_in": wide,
+        "mlp_mid": wide,
+        "qk": (dataclasses.replace(full, kind="matrix"),),
+    }
+
+
+DIAGONAL = {site: (TransformSpec(kind="diagonal"),) for site in ("attn_in", "mlp_in", "mlp_mid")}
+
+BASES: dict[str, dict[str, Transforms]] = {
+    "direct orthogonal": basis("direct", "orthogonal"),
+    "direct hadamard": basis("direct", "hadamard"),
+    "direct identity": basis("direct", "identity"),
+    "svd orthogonal": basis("svd", "orthogonal"),
+    "svd hadamard": basis("svd", "hadamard"),
+    "svd identity": basis("svd", "identity"),
+    "no scale": basis("svd", "orthogonal", scale=False),
+    "full matrices": basis("direct", "orthogonal", kind="matrix"),
+    "diagonal only": DIAGONAL,
+}
+
+
+def tokens_for(model: PreTrainedModel, *shape: int, seed: int = 0) -> Tensor:
+    """Random token ids."""
+    return torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def perturb(fit: FitBlock, noise: float, generator: torch.Generator) -> None:
+    """Move every transform and scale, so that nothing stays orthogonal, symmetric or 1."""
+    for group, parameters in fit.parameters().items():
+        for p in parameters if group != "clip" else ():
+            p.add_(noise * torch.randn(p.shape, generator=generator).to(p.dtype))
+
+
+def wrap(
+    model: PreTrainedModel, recipe: Recipe, *, noise: float = 0.1, force: bool = False, seed: int = 0
+) -> tuple[Plan, list[FitBlock]]:
+    """Wrap all blocks in the model's own dtype and move their parameters away from the start."""
+    seams.use_attention(model)
+    arch, blocks = arch_of(model.config), model.model.layers
+    plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=force)
+    generator = torch.Generator().manual_seed(seed)
+    fits = []
+    for block, block_plan in zip(blocks, plan.blocks, strict=True):
+        fit = wrap_block(block, arch, block_plan, recipe, {}, generator, force=force)
+        fit.block.to(model.dtype)
+        perturb(fit, noise, generator)
+        fits.append(fit)
+    return plan, fits
+
+
+def reinstalled(original: PreTrainedModel, plan: Plan, quantised: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `original` with empty serving blocks that are then given the tensors of `quantised`."""
+    model = copy.deepcopy(original)
+    seams.use_attention(model)
+    for block, block_plan, source in zip(model.model.layers, plan.blocks, quantised.model.layers, strict=True):
+        install(block, plan.attention, block_plan, packed=False)
+        block.load_state_dict(copy.deepcopy(source.state_dict()), assign=True)
+    return model
+
+
+@contextmanager
+def inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """Everything a module receives as its first argument."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The hidden states before the final norm (which computes in float32, whatever the model).  # (B, T, h)"""
+    with inputs_of(model.model.norm) as seen:
+        model(tokens, use_cache=False)
+    return seen[0]
+
+
+@torch.no_grad()
+def decoded(model: PreTrainedModel, tokens: Tensor, steps: int = 3) -> Tensor:
+    """The same hidden states by cached decoding: a prefill, then one token at a time.  # (B, T, h)"""
+    cache = DynamicCache(config=model.config)
+    start = tokens.shape[1] - steps
+    with inputs_of(model.model.norm) as seen:
+        for piece in (tokens[:, :start], *tokens[:, start:].split(1, dim=1)):
+            model(piece, past_key_values=cache, use_cache=True)
+    return torch.cat(seen, dim=1)
+
+
+def relative(ours: Tensor, want: Tensor) -> float:
+    """Largest difference over the largest wanted value."""
+    ours, want = ours.detach().double(), want.detach().double()
+    return float((ours - want).abs().max() / want.abs().max())
+
+
+def rtn_by_hand(w: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Round to nearest, symmetric, one scale per row, as flatquant.md writes it; in numpy, in w's own precision.
+
+    s_r = max(max_r, -min_r, 1e-5) / (2^(b-1) - 1); q = clip(rne(w / s_r), -2^(b-1), 2^(b-1) - 1)
+    """
+    a = w.detach().numpy()
+    top = 2 ** (bits - 1) - 1
+    scale = np.maximum(np.maximum(a.max(1), -a.min(1)), a.dtype.type(1e-5)) / a.dtype.type(top)
+    return np.clip(np.rint(a / scale[:, None]), -top - 1, top), scale
+
+
+def quick(scheme: str, *, epochs: int = 1, samples: int = 4, seqlen: int = 12, **changes: Any) -> Recipe:
+    """FlatQuant on little text."""
+    recipe = flatquant(scheme)
+    return dataclasses.replace(
+        recipe,
+        fit=FitSpec(epochs=epochs, batch_size=2),
+        data=DataSpec(samples=samples, seqlen=seqlen),
+        **changes,
+    )
+
+
+def calibrated(model: PreTrainedModel, recipe: Recipe, **options: Any) -> tuple[PreTrainedModel, Plan, Any]:
+    """A quantised copy of a model, its plan and the report."""
+    model = copy.deepcopy(model)
+    tokens = tokens_for(model, recipe.data.samples, recipe.data.seqlen, seed=1)
+    options = {"device": CPU, "dtype": torch.float32, **options}
+    plan, report = calibrate(model, recipe, tokens if recipe.needs_data else None, **options)
+    return model, plan, report
+
+
+def same_bytes(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """Whether two modules hold the same tensors, dtype and value."""
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(
+        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
+    )

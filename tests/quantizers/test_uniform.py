@@ -1,0 +1,236 @@
+"""Grids against the formulas of the paper, written again in numpy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flatquant.modules import trainable_parameters
+from flatquant.quantizers import Dynamic, FixedClip, LearnedClip, NoClip, WeightGrid
+from flatquant.spec import QuantSpec
+
+SIGMA4 = 1 / (1 + np.exp(-4.0))
+BITS = st.integers(2, 8)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x[..., 0] *= 9
+    return x.to(dtype)
+
+
+def clip_of(low: float, high: float, shape: tuple[int, ...] = (1,)) -> LearnedClip:
+    """A clip whose sigmoids are `low` and `high`."""
+    clip = LearnedClip(shape).double()
+    with torch.no_grad():
+        clip.low_logit.fill_(torch.logit(torch.tensor(low, dtype=torch.float64)))
+        clip.high_logit.fill_(torch.logit(torch.tensor(high, dtype=torch.float64)))
+    return clip
+
+
+# ----------------------------------------------------------------------------------------------- dynamic
+
+
+def dynamic_by_hand(x: np.ndarray, bits: int, symmetric: bool, low: float, high: float):
+    """flatquant.md section 4: xmax = max(0, amax) sigma(a_max), xmin = min(0, amin) sigma(a_min), per row."""
+    xmax = np.maximum(0, x.max(-1, keepdims=True)) * high
+    xmin = np.minimum(0, x.min(-1, keepdims=True)) * low
+    if symmetric:
+        top = 2 ** (bits - 1) - 1
+        scale = np.maximum(np.abs(xmin), xmax) / top
+        scale[scale == 0] = 1
+        q = np.clip(np.rint(x / scale), -top - 1, top)
+        return q, scale, np.zeros_like(scale)
+    empty = xmin == xmax
+    xmin, xmax = np.where(empty, -1, xmin), np.where(empty, 1, xmax)
+    scale = (xmax - xmin) / (2**bits - 1)
+    zero = np.rint(-xmin / scale)
+    return np.clip(np.rint(x / scale) + zero, 0, 2**bits - 1), scale, zero
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=BITS,
+    symmetric=st.booleans(),
+    low=st.floats(0.3, 0.99),
+    high=st.floats(0.3, 0.99),
+    sign=st.sampled_from(["both", "positive", "negative"]),
+    seed=st.integers(0, 99),
+)
+def test_dynamic_equals_the_formula(
+    bits: int, symmetric: bool, low: float, high: float, sign: str, seed: int
+) -> None:
+    x = random(2, 3, 2, 8, seed=seed)
+    x = {"both": x, "positive": x.abs(), "negative": -x.abs()}[sign]
+    grid = Dynamic(QuantSpec(bits=bits, symmetric=symmetric), clip_of(low, high))
+    with torch.no_grad():
+        q, scale, zero = dynamic_by_hand(x.numpy(), bits, symmetric, *(float(r) for r in grid.clip.ratios()))
+        got = grid.quantize(x)
+        assert np.array_equal(got.values.numpy(), q)
+        np.testing.assert_allclose(got.scale.numpy(), scale, rtol=1e-12)
+        assert (got.zero is None) == symmetric
+        if got.zero is not None:
+            assert np.array_equal(got.zero.numpy(), zero)
+        got.check_range()
+        np.testing.assert_allclose(grid(x).numpy(), scale * (q - zero), rtol=1e-12)
+        assert torch.equal(got.dequantize(torch.float64), grid(x))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_of_zeros_have_a_grid_and_stay_zero(symmetric: bool) -> None:
+    x = random(3, 6)
+    x[1] = 0
+    for clip in (NoClip(), clip_of(0.5, 0.5)):
+        grid = Dynamic(QuantSpec(bits=4, symmetric=symmetric), clip)
+        scale, zero = grid.grid(x)
+        if symmetric:
+            assert scale[1].item() == 1.0
+        else:  # [-1, 1]
+            assert zero is not None
+            assert scale[1].item() == pytest.approx(2 / 15)
+            assert zero[1].item() == 8  # half to even
+        assert (grid(x)[1] == 0).all()
+        grid.quantize(x).check_range()
+
+
+def test_constant_rows_have_a_grid() -> None:
+    for value in (3.0, -3.0):
+        x = torch.full((2, 5), value)
+        for symmetric in (True, False):
+            grid = Dynamic(QuantSpec(bits=4, symmetric=symmetric))
+            torch.testing.assert_close(grid(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_are_float32_and_outputs_keep_their_dtype(dtype: torch.dtype) -> None:
+    x = random(3, 6, dtype=dtype)
+    grid = Dynamic(QuantSpec(bits=4, symmetric=False, clip="learned"))
+    assert grid(x).dtype == dtype
+    q = grid.quantize(x)
+    assert q.scale.dtype == torch.float32
+    assert torch.equal(q.dequantize(dtype), grid(x))
+
+
+def test_every_row_has_its_own_grid() -> None:
+    x = random(2, 3, 4, 8)
+    grid = Dynamic(QuantSpec(bits=4))
+    together = grid(x)
+    x2 = x.clone()
+    x2[0, 0, 0] *= 100
+    assert torch.equal(grid(x2)[1], together[1])
+    assert torch.equal(grid(x2)[0, 0, 1:], together[0, 0, 1:])
+
+
+def test_dynamic_learns_its_clip_only_if_asked() -> None:
+    assert trainable_parameters(Dynamic(QuantSpec(bits=4)))["clip"] == []
+    learned = trainable_parameters(Dynamic(QuantSpec(bits=4, clip="learned")))["clip"]
+    assert [p.shape for p in learned] == [(1,), (1,)]  # two scalars
+
+
+# ----------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("group", [None, 4])
+@settings(deadline=None, max_examples=40)
+@given(bits=BITS, symmetric=st.booleans(), low=st.floats(0.3, 0.99), high=st.floats(0.3, 0.99), seed=st.integers(0, 99))
+def test_weight_grid_equals_the_formula(
+    group: int | None, bits: int, symmetric: bool, low: float, high: float, seed: int
+) -> None:
+    w = random(5, 12, seed=seed)
+    spec = QuantSpec(bits=bits, symmetric=symmetric, group_size=group)
+    grid = WeightGrid(spec, clip_of(low, high, (5, 12 // (group or 12))))
+    with torch.no_grad():
+        low, high = (float(r.flatten()[0]) for r in grid.clip.ratios())
+        a = w.numpy().reshape(5, -1, group or 12)
+        cut = np.clip(a, low * a.min(-1, keepdims=True), high * a.max(-1, keepdims=True))
+        clamped = grid.clamp(w)
+        np.testing.assert_allclose(clamped.numpy(), cut.reshape(5, 12), rtol=1e-12)
+        assert not torch.equal(clamped, w)
+        scale, zero = grid.grid(clamped)
+        if symmetric:
+            top = 2 ** (bits - 1) - 1
+            want_s = np.maximum(np.maximum(cut.max(-1), -cut.min(-1)), 1e-5) / top
+            want_z = np.zeros_like(want_s)
+            q = np.clip(np.rint(cut / want_s[..., None]), -top - 1, top)
+            assert zero is None
+        else:
+            lo, hi = np.minimum(cut.min(-1), 0), np.maximum(cut.max(-1), 0)
+            want_s = (hi - lo) / (2**bits - 1)
+            want_z = np.rint(-lo / want_s)
+            q = np.clip(np.rint(cut / want_s[..., None]) + want_z[..., None], 0, 2**bits - 1)
+            assert zero is not None
+            assert np.array_equal(zero.numpy(), want_z)
+        np.testing.assert_allclose(scale.numpy(), want_s, rtol=1e-12)
+        want = ((q - want_z[..., None]) * want_s[..., None]).reshape(5, 12)
+        np.testing.assert_allclose(grid(clamped).numpy(), want, rtol=1e-12)
+
+
+def test_weights_are_clipped_row_by_row_with_each_row_s_own_factor() -> None:
+    w = random(3, 6)
+    grid = WeightGrid.for_weight(QuantSpec(bits=4, clip="learned"), (3, 6))
+    with torch.no_grad():
+        grid.clip.high_logit[1] = 0.0  # sigma = 1/2
+        cut = grid.clamp(w)
+        assert cut[1].max().item() == pytest.approx(w[1].max().item() / 2)
+        assert cut[0].max().item() == pytest.approx(w[0].max().item() * SIGMA4)
+        assert cut[1].min().item() == pytest.approx(w[1].min().item() * SIGMA4)
+
+
+def test_without_a_clip_clamping_changes_nothing() -> None:
+    w = random(3, 6)
+    assert WeightGrid(QuantSpec(bits=4)).clamp(w) is w
+    infinite = WeightGrid.for_weight(QuantSpec(bits=4, clip="learned"), (3, 6))
+    with torch.no_grad():
+        infinite.clip.low_logit.fill_(float("inf"))
+        infinite.clip.high_logit.fill_(float("inf"))
+        assert torch.equal(infinite.clamp(w), w)
+
+
+def test_one_clip_per_scale() -> None:
+    assert isinstance(WeightGrid.for_weight(QuantSpec(bits=4), (3, 12)).clip, NoClip)
+    for group, shape in ((None, (3, 1)), (4, (3, 3))):
+        grid = WeightGrid.for_weight(QuantSpec(bits=4, group_size=group, clip="learned"), (3, 12))
+        assert [p.shape for p in trainable_parameters(grid)["clip"]] == [shape, shape]
+
+
+def test_rows_of_zeros_keep_a_positive_scale() -> None:
+    w = torch.zeros(2, 4)
+    scale, _ = WeightGrid(QuantSpec(bits=4)).grid(w)
+    torch.testing.assert_close(scale, torch.full((2, 1), 1e-5 / 7))
+    assert torch.equal(WeightGrid(QuantSpec(bits=4))(w), w)
+
+
+def test_gradients_reach_weights_through_the_scale() -> None:
+    """The row's largest weight sets the scale, so that it feels every other weight's rounding."""
+    w = random(1, 6).requires_grad_()
+    loss = (WeightGrid(QuantSpec(bits=3))(w) * random(1, 6, seed=1)).sum()
+    (g,) = torch.autograd.grad(loss, w)
+    detached = random(1, 6, seed=1)  # straight through alone
+    largest = int(w.abs().argmax())
+    assert not torch.isclose(g[0, largest], detached[0, largest])
+    others = [i for i in range(6) if i != largest]
+    torch.testing.assert_close(g[0, others], detached[0, others])
+
+
+# -------------------------------------------------------------------------------------------------- clips
+
+
+def test_clips_start_at_sigma_of_four() -> None:
+    low, high = LearnedClip((3, 1))(torch.full((3, 1), -2.0), torch.full((3, 1), 5.0))
+    torch.testing.assert_close(low, torch.full((3, 1), -2.0 * float(SIGMA4)))
+    torch.testing.assert_close(high, torch.full((3, 1), 5.0 * float(SIGMA4)))
+
+
+def test_a_fixed_clip_is_the_learned_one_frozen() -> None:
+    learned = clip_of(0.25, 0.75).float()
+    ratios = learned.ratios()
+    fixed = FixedClip(torch.cat(ratios))
+    low, high = torch.tensor([-3.0]), torch.tensor([2.0])
+    assert all(torch.equal(a, b) for a, b in zip(fixed(low, high), learned(low, high), strict=True))
+    assert not list(fixed.parameters())
+    assert fixed.state_dict().keys() == {"ratio"}
+    with torch.no_grad():
+        learned.low_logit.zero_()
+    assert fixed.ratio[0].item() == pytest.approx(0.25)  # a copy

@@ -1,0 +1,302 @@
+"""Specs: text and dictionaries are faithful, and contradictions are refused in one line."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flatquant.errors import FlatQuantError, SpecError
+from flatquant.recipes import flatquant, gptq, recipe, rtn
+from flatquant.spec import (
+    SITES,
+    BlockPlan,
+    DataSpec,
+    EndToEndSpec,
+    FitSpec,
+    Plan,
+    QuantSpec,
+    Recipe,
+    Scheme,
+    SiteBits,
+    SitePlan,
+    SolverSpec,
+    TransformSpec,
+    from_dict,
+    to_dict,
+)
+
+# ------------------------------------------------------------------------------------------ the grammar
+
+bits = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
+maybe_bits = st.none() | bits
+
+
+@st.composite
+def schemes(draw) -> tuple[str, dict[str, Any]]:
+    """A scheme's text, parts left out or written as 16 at random, and what it means."""
+    w, a = draw(maybe_bits), draw(maybe_bits)
+    group = draw(st.none() | st.sampled_from([2, 32, 128])) if w not in (None, 16) else None
+    text = (f"w{w}" if w else "") + (f"g{group}" if group else "") + (f"a{a}" if a else "")
+    if draw(st.booleans()):
+        k = v = draw(bits)
+        text += f"kv{k}"
+    else:
+        k, v = draw(maybe_bits), draw(maybe_bits)
+        text += (f"k{k}" if k else "") + (f"v{v}" if v else "")
+    if not text:
+        text, w = "w16", 16
+    overrides = {}
+    for key in draw(st.lists(st.tuples(st.none() | st.integers(0, 40), st.sampled_from(SITES)), unique=True)):
+        name = key[1] if key[0] is None else f"{key[0]}.{key[1]}"
+        ow, oa = draw(st.sampled_from([(4, None), (None, 8), (16, 16), (3, 5), (16, None)]))
+        overrides[name] = SiteBits(weights=ow, activations=oa)
+        text += f",{name}=" + (f"w{ow}" if ow else "") + (f"a{oa}" if oa else "")
+    means = {n: None if b in (None, 16) else b for n, b in (("weights", w), ("activations", a), ("keys", k), ("values", v))}
+    return text, {**means, "group": group, "overrides": overrides}
+
+
+@given(schemes(), st.sampled_from(["none", "learned"]))
+def test_a_scheme_means_what_it_says_and_says_what_it_means(drawn: tuple[str, dict], clip: Any) -> None:
+    text, means = drawn
+    scheme = Scheme.parse(text, clip=clip)
+    for name in ("weights", "activations", "keys", "values"):
+        spec = getattr(scheme, name)
+        assert (spec.bits if spec else None) == means[name]
+        if spec:
+            assert spec.symmetric == (name in ("weights", "activations"))
+            assert spec.clip == clip
+            assert spec.group_size == (means["group"] if name == "weights" else None)
+    assert scheme.overrides == means["overrides"]
+    assert Scheme.parse(str(scheme), clip=clip) == scheme
+    assert Scheme.parse(text.upper().replace(",", " , "), clip=clip) == scheme
+    assert from_dict(Scheme, json.loads(json.dumps(to_dict(scheme)))) == scheme
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " ", ",", "4", "w", "wa4", "a4w4", "w4a4kv4k4", "w4a4q4", "w4 a4", "w-4", "w4.5", "int4",
+        "w0", "w1", "a9", "kv17", "w32", "k1",  # no such grid
+        "g128", "g128a4", "w16g128", "w4g1", "w4g0", "a4g128",  # groups are for quantised weights
+        "w4,", "w4,mlp_mid", "w4,mlp=w8", "w4,mlp_mid=8", "w4,mlp_mid=w9", "w4,mlp_mid=kv4", "w4,-1.mlp_mid=w8",
+        "w4,mlp_mid=w8,mlp_mid=w8", "w4,1.mlp_mid=w8,01.mlp_mid=w3", "w4,qk=w8",
+    ],
+)  # fmt: skip
+def test_other_text_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        Scheme.parse(text)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) > 10
+
+
+def test_the_more_specific_override_wins() -> None:
+    scheme = Scheme.parse("w4g2a4kv4,1.mlp_mid=w8,mlp_mid=w3a8,attn_in=a16,2.attn_in=w16a6")
+
+    def bits_at(block: int, site: str) -> tuple[int | None, int | None]:
+        w, a = scheme.at(block, site)
+        return (w.bits if w else None), (a.bits if a else None)
+
+    assert bits_at(0, "mlp_in") == (4, 4)
+    assert bits_at(0, "mlp_mid") == (3, 8)
+    assert bits_at(1, "mlp_mid") == (8, 8)  # weights from the block's override, activations from the site's
+    assert bits_at(11, "mlp_mid") == (3, 8)  # block 1 is not block 11
+    assert bits_at(0, "attn_in") == (4, None)
+    assert bits_at(2, "attn_in") == (None, 6)
+    weights, activations = scheme.at(1, "mlp_mid")
+    assert weights == QuantSpec(bits=8, group_size=2, clip="learned")  # the rest of the grid is the scheme's
+    assert activations == QuantSpec(bits=8, clip="learned")
+
+
+def test_an_override_can_switch_a_grid_on() -> None:
+    weights, activations = Scheme.parse("a4,mlp_mid=w8").at(0, "mlp_mid")
+    assert weights is not None
+    assert activations is not None
+    assert (weights.bits, weights.symmetric, activations.bits) == (8, True, 4)
+
+
+@given(st.integers(2, 8), st.booleans())
+def test_integers_of_a_grid(b: int, symmetric: bool) -> None:
+    spec = QuantSpec(bits=b, symmetric=symmetric)
+    assert spec.high - spec.low == 2**b - 1
+    assert spec.low == (-(2 ** (b - 1)) if symmetric else 0)
+
+
+# ------------------------------------------------------------------------------------------ dictionaries
+
+FULL = Recipe(
+    name="all parts",
+    scheme=Scheme.parse("w4g32a8k4v2,3.mlp_mid=w8a16"),
+    transforms={
+        "attn_in": (TransformSpec(kind="diagonal", init="second_moment"), TransformSpec(kind="kronecker", init="hadamard")),
+        "qk": (TransformSpec(kind="matrix", parameters="svd", init="orthogonal"),),
+    },
+    fit=FitSpec(epochs=3, lr=1e-2, warmup_steps=2),
+    end_to_end=EndToEndSpec(steps=7, checkpoint=False),
+    solver=SolverSpec(kind="gptq", damping=0.1, act_order=True),
+    data=DataSpec(samples=8, seqlen=64),
+)  # fmt: skip
+PLAN = Plan(
+    blocks_path="model.layers",
+    attention="self_attn",
+    blocks=(
+        BlockPlan(
+            sites={
+                "attn_in": SitePlan(readers=("q", "k"), shape=(4, 6), left=True, weights=QuantSpec(bits=4, group_size=2)),
+                "mlp_mid": SitePlan(readers=("down",), shape=(1, 7), activations=QuantSpec(bits=3, clip="learned")),
+            },
+            head_dim=8,
+            qk=True,
+            keys=QuantSpec(bits=2, symmetric=False),
+        ),
+        BlockPlan(sites={}, head_dim=8),
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spec", [FULL, flatquant(), flatquant("k4v2"), gptq("w3a16"), rtn("w8a8"), PLAN, FULL.scheme, FULL.solver],
+    ids=lambda s: getattr(s, "name", type(s).__name__),
+)  # fmt: skip
+def test_dictionaries_are_faithful_through_json(spec: Any) -> None:
+    data = json.loads(json.dumps(to_dict(spec)))
+    assert from_dict(type(spec), data) == spec
+    assert to_dict(from_dict(type(spec), data)) == data
+
+
+def test_defaults_may_be_left_out_and_integers_may_stand_for_floats() -> None:
+    assert from_dict(FitSpec, {"epochs": 3, "lr": 1}) == FitSpec(epochs=3, lr=1.0)
+    assert isinstance(from_dict(FitSpec, {"lr": 1}).lr, float)
+
+
+def damage(change: Callable[[dict], Any]) -> Callable[[dict], dict]:
+    def apply(data: dict) -> dict:
+        change(data)
+        return data
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "change, where",
+    [
+        (damage(lambda d: d.update(extra=1)), "extra"),
+        (damage(lambda d: d["scheme"]["weights"].update(bit=4)), "bit"),
+        (damage(lambda d: d["transforms"]["qk"][0].update(seed=4)), "seed"),
+        (damage(lambda d: d.pop("name")), "name"),
+        (damage(lambda d: d["scheme"]["weights"].pop("bits")), "bits"),
+        (damage(lambda d: d.update(name=3)), "name"),
+        (damage(lambda d: d.update(scheme="w4")), "scheme"),
+        (damage(lambda d: d.update(scheme=None)), "scheme"),
+        (damage(lambda d: d.update(transforms=[])), "transforms"),
+        (damage(lambda d: d["transforms"].update(qk={})), "qk"),
+        (damage(lambda d: d["scheme"]["weights"].update(bits="4")), "bits"),
+        (damage(lambda d: d["scheme"]["weights"].update(bits=4.0)), "bits"),
+        (damage(lambda d: d["scheme"]["weights"].update(bits=True)), "bits"),
+        (damage(lambda d: d["scheme"]["weights"].update(symmetric=1)), "symmetric"),
+        (damage(lambda d: d["scheme"]["weights"].update(clip="some")), "clip"),
+        (damage(lambda d: d["fit"].update(lr="fast")), "lr"),
+        (damage(lambda d: d["fit"].update(lr=True)), "lr"),
+        (damage(lambda d: d["solver"].update(kind="awq")), "kind"),
+        (damage(lambda d: d["scheme"]["overrides"].update({"mlp_up": {}})), "mlp_up"),
+        (damage(lambda d: d["transforms"].update(mlp_up=[])), "mlp_up"),
+        (lambda d: [d], "Recipe"),
+        (lambda d: None, "Recipe"),
+    ],
+)
+def test_what_is_no_spec_is_refused_in_one_line(change: Callable[[dict], Any], where: str) -> None:
+    data = change(json.loads(json.dumps(to_dict(FULL))))
+    with pytest.raises(SpecError, match=where) as caught:
+        from_dict(Recipe, data)
+    assert "\n" not in str(caught.value)
+
+
+def test_tuples_of_a_fixed_length_are_checked() -> None:
+    with pytest.raises(SpecError, match="2 entries"):
+        from_dict(SitePlan, {"readers": ["q"], "shape": [4, 6, 2]})
+
+
+# ------------------------------------------------------------------------------------------ contradictions
+
+DIAGONAL = TransformSpec(kind="diagonal")
+KRON = TransformSpec(kind="kronecker")
+MATRIX = TransformSpec(kind="matrix")
+LEARNED = Scheme.parse("w4a4")
+NONE = Scheme.parse("w4a4", clip="none")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: QuantSpec(bits=1),
+        lambda: QuantSpec(bits=16),
+        lambda: QuantSpec(bits=4, group_size=1),
+        lambda: Scheme(activations=QuantSpec(bits=4, group_size=128)),
+        lambda: Scheme(keys=QuantSpec(bits=4, group_size=128)),
+        lambda: Scheme(overrides={"x.mlp_mid": SiteBits(weights=8)}),
+        lambda: Scheme(overrides={".mlp_mid": SiteBits(weights=8)}),
+        lambda: TransformSpec(kind="diagonal", init="orthogonal"),
+        lambda: TransformSpec(kind="kronecker", init="absmax"),
+        lambda: TransformSpec(kind="diagonal", init="absmax", alpha=1.5),
+        lambda: FitSpec(epochs=-1),
+        lambda: FitSpec(batch_size=0),
+        lambda: FitSpec(lr=0.0),
+        lambda: FitSpec(lr=float("nan")),
+        lambda: FitSpec(clip_lr=-1.0),
+        lambda: EndToEndSpec(steps=-1),
+        lambda: EndToEndSpec(batch_size=0),
+        lambda: EndToEndSpec(lr=0.0),
+        lambda: SolverSpec(damping=0.0),
+        lambda: SolverSpec(block_size=0),
+        lambda: DataSpec(samples=0),
+        lambda: DataSpec(seqlen=1),
+        lambda: SitePlan(readers=(), shape=(1, 1)),
+        lambda: SitePlan(readers=("q",), shape=(0, 4)),
+        lambda: Recipe(name="r", scheme=NONE, transforms={"mlp_up": (KRON,)}),
+        lambda: Recipe(name="r", scheme=NONE, transforms={"qk": (KRON,)}),
+        lambda: Recipe(name="r", scheme=NONE, transforms={"qk": (MATRIX, MATRIX)}),
+        lambda: Recipe(name="r", scheme=NONE, transforms={"mlp_in": (KRON, DIAGONAL)}),
+        lambda: Recipe(name="r", scheme=NONE, transforms={"mlp_in": (DIAGONAL, DIAGONAL)}),
+        lambda: Recipe(name="r", scheme=NONE, transforms={"mlp_in": (DIAGONAL, KRON, KRON)}),
+        lambda: Recipe(name="r", scheme=LEARNED),  # a clip that nothing would fit
+        lambda: Recipe(name="r", scheme=NONE, fit=FitSpec(batch_size=9), data=DataSpec(samples=8)),
+        lambda: Recipe(name="r", scheme=NONE, end_to_end=EndToEndSpec(steps=1, batch_size=9), data=DataSpec(samples=8)),
+        lambda: recipe("awq", "w4"),
+        lambda: recipe("rtn", "w4x"),
+        lambda: recipe("flatquant", "w4", "best"),
+        lambda: recipe("gptq", "w4", "best"),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(make: Callable[[], Any]) -> None:
+    with pytest.raises(SpecError) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, FlatQuantError)
+
+
+def test_specs_are_frozen_and_keyword_only() -> None:
+    spec = QuantSpec(bits=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.bits = 8  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        QuantSpec(4)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "r, needs",
+    [
+        (rtn("w4a4kv4"), False),
+        (gptq("w4"), True),
+        (gptq("a4"), False),  # nothing for GPTQ to round
+        (flatquant("w4"), True),
+        (Recipe(name="r", scheme=NONE, transforms={"mlp_in": (KRON,)}), False),
+        (Recipe(name="r", scheme=NONE, transforms={"mlp_in": (TransformSpec(kind="diagonal", init="absmax"),)}), True),
+        (Recipe(name="r", scheme=NONE, fit=FitSpec(epochs=0)), False),
+        (Recipe(name="r", scheme=NONE, end_to_end=EndToEndSpec(steps=1)), True),
+    ],
+)
+def test_data_is_read_only_where_needed(r: Recipe, needs: bool) -> None:
+    assert r.needs_data == needs

@@ -1,0 +1,165 @@
+"""Factors: exact starts, exact inverses, exact gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flatquant.modules import trainable_parameters
+from flatquant.spec import TransformSpec
+from flatquant.transforms import DirectFactor, Factor, SVDFactor, make_factor
+from flatquant.transforms.factor import cayley, polish
+from flatquant.transforms.start import random_hadamard, random_orthogonal
+
+FACTORS = [DirectFactor, SVDFactor]
+SIZES = st.sampled_from([1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 20])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def regular(n: int, seed: int = 0) -> Tensor:
+    """An invertible matrix of modest condition that is neither symmetric nor orthogonal."""
+    return torch.eye(n, dtype=torch.float64) * 2 + 0.5 * torch.randn(
+        n, n, generator=generator(seed), dtype=torch.float64
+    ) / n**0.5
+
+
+def moved(factor: Factor, noise: float = 0.3, seed: int = 0) -> Factor:
+    g = generator(seed)
+    with torch.no_grad():
+        for p in factor.parameters():
+            p.add_(noise * torch.randn(p.shape, generator=g, dtype=p.dtype) / len(p) ** 0.5)
+    return factor
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+@settings(deadline=None, max_examples=25)
+@given(n=SIZES, seed=st.integers(0, 99))
+def test_p_transposed_times_its_inverse_is_the_identity(kind: type, n: int, seed: int) -> None:
+    factor = moved(kind(regular(n, seed)), seed=seed)
+    assert factor.size == n
+    eye = torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close(factor.matrix().mT @ factor.inverse_t(), eye, rtol=0, atol=1e-9)
+    assert n == 1 or not torch.allclose(factor.matrix().mT @ factor.matrix(), eye, atol=1e-3)  # not orthogonal
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+@settings(deadline=None, max_examples=25)
+@given(n=SIZES, seed=st.integers(0, 99))
+def test_a_factor_starts_at_exactly_the_matrix_asked_for(kind: type, n: int, seed: int) -> None:
+    start = regular(n, seed)
+    torch.testing.assert_close(kind(start).matrix(), start, rtol=0, atol=1e-13)
+    start = random_orthogonal(n, generator(seed))
+    torch.testing.assert_close(kind(start).matrix(), start, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_the_identity_starts_without_any_rounding(kind: type) -> None:
+    for n in (1, 7, 16):
+        factor = kind(torch.eye(n))
+        assert torch.equal(factor.matrix(), torch.eye(n))
+        assert torch.equal(factor.inverse_t(), torch.eye(n))
+
+
+def test_a_factor_owns_its_start() -> None:
+    start = torch.eye(3)
+    factor = DirectFactor(start)
+    start += 1
+    assert torch.equal(factor.matrix(), torch.eye(3))
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_gradients_through_matrix_and_inverse_match_finite_differences(kind: type) -> None:
+    factor = moved(kind(regular(4)))
+    names = [n for n, _ in factor.named_parameters()]
+
+    def call(method: str, *values: Tensor) -> Tensor:
+        state = dict(zip(names, values, strict=True)) | dict(factor.named_buffers())
+        return torch.func.functional_call(_Method(factor, method), {f"factor.{k}": v for k, v in state.items()}, ())
+
+    values = [p.detach().clone().requires_grad_() for p in factor.parameters()]
+    for method in ("matrix", "inverse_t"):
+        assert torch.autograd.gradcheck(lambda *v, m=method: call(m, *v), values)
+
+
+class _Method(torch.nn.Module):
+    """Calls a factor's method as a forward pass."""
+
+    def __init__(self, factor: Factor, method: str) -> None:
+        super().__init__()
+        self.factor, self.method = factor, method
+
+    def forward(self) -> Tensor:
+        return getattr(self.factor, self.method)()
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_all_parameters_are_declared_for_training(kind: type) -> None:
+    factor = kind(regular(5))
+    assert {id(p) for p in trainable_parameters(factor)["transform"]} == {id(p) for p in factor.parameters()}
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+@settings(deadline=None, max_examples=25)
+@given(n=SIZES, seed=st.integers(0, 99), size=st.floats(0.01, 10))
+def test_cayley_gives_rotations(n: int, seed: int, size: float) -> None:
+    raw = size * torch.randn(n, n, generator=generator(seed), dtype=torch.float64)
+    q = cayley(raw)
+    torch.testing.assert_close(q.mT @ q, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-11)
+    assert torch.linalg.det(q) == pytest.approx(1.0)
+    assert torch.equal(cayley(torch.zeros(n, n)), torch.eye(n))
+    half = (raw.tril(-1) - raw.tril(-1).mT) / 2  # (I - A/2) Q = I + A/2
+    eye = torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close((eye - half) @ q, eye + half, rtol=1e-10, atol=1e-10)
+
+
+def test_polish_squares_the_error() -> None:
+    u = random_orthogonal(9, generator()).double()
+    eye = torch.eye(9, dtype=torch.float64)
+    rounded = (u.mT @ u - eye).abs().max()
+    polished = polish(u).mT @ polish(u) - eye
+    assert 1e-9 < rounded < 1e-6
+    assert polished.abs().max() < 1e-12
+
+
+# ----------------------------------------------------------------------------------------------- starts
+
+
+@pytest.mark.parametrize("start", [random_orthogonal, random_hadamard])
+@pytest.mark.parametrize("n", [1, 2, 6, 7, 11, 12, 16, 40])
+def test_random_starts_are_orthogonal_and_seeded(start, n: int) -> None:
+    a, again, other = start(n, generator(1)), start(n, generator(1)), start(n, generator(2))
+    assert a.shape == (n, n)
+    assert a.dtype == torch.float32
+    torch.testing.assert_close(a.mT @ a, torch.eye(n), rtol=0, atol=1e-5)
+    assert torch.equal(a, again)
+    assert n <= 2 or not torch.equal(a, other)
+
+
+def test_a_hadamard_of_a_power_of_two_spreads_every_channel_evenly() -> None:
+    h = random_hadamard(16, generator())
+    torch.testing.assert_close(h.abs(), torch.full((16, 16), 0.25), rtol=0, atol=0)
+
+
+def test_random_starts_leave_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    random_orthogonal(5, generator())
+    random_hadamard(12, generator())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("parameters, kind", [("direct", DirectFactor), ("svd", SVDFactor)])
+@pytest.mark.parametrize("init", ["orthogonal", "hadamard", "identity"])
+def test_make_factor_makes_what_the_spec_says(parameters, kind: type, init) -> None:
+    factor = make_factor(TransformSpec(kind="matrix", parameters=parameters, init=init), 12, generator(4))
+    assert type(factor) is kind
+    if init == "identity":
+        want = torch.eye(12)
+    else:
+        want = {"orthogonal": random_orthogonal, "hadamard": random_hadamard}[init](12, generator(4))
+    torch.testing.assert_close(factor.matrix(), want, rtol=0, atol=2e-6)
