@@ -41,7 +41,7 @@ def variant(
     batch: int = 2,
     lr: float = 3e-3,
     clip_lr: float = 3e-2,
-    solver: str = "gptq",
+    solver: str = "rtn",
     source: str = "wikitext2",
 ) -> tuple[Recipe, str]:
     """A recipe within the quick budget, and where its text comes from."""
@@ -66,26 +66,21 @@ def variant(
 
 
 VARIANTS: dict[str, dict] = {
-    "nothing-trained": {"steps": 0},
-    "nothing-trained-rtn": {"steps": 0, "solver": "rtn"},
-    "nothing-trained-hadamard": {"steps": 0, "kron": "hadamard"},
-    "nothing-trained-absmax": {"steps": 0, "start": "absmax"},
     "base": {},
-    "base-rtn": {"solver": "rtn"},
+    "steps-48": {"steps": 48, "samples": 48},
+    "batch-1": {"batch": 1, "steps": 48},
+    "windows-256": {"seqlen": 256, "samples": 48, "steps": 48},
+    "windows-128": {"batch": 4, "seqlen": 128, "samples": 96, "steps": 48},
+    "lr-6e-3": {"lr": 6e-3, "clip_lr": 6e-2},
+    "lr-1e-3": {"lr": 1e-3, "clip_lr": 1e-2},
+    "clip-lr-0.1": {"clip_lr": 0.1},
+    "self": {"source": "self"},
+    "nothing-trained": {"steps": 0},
+    "gptq": {"solver": "gptq"},
+    "nothing-trained-gptq": {"steps": 0, "solver": "gptq"},
     "hadamard": {"kron": "hadamard"},
     "absmax": {"start": "absmax"},
-    "lr-1e-3": {"lr": 1e-3, "clip_lr": 1e-2},
-    "lr-6e-3": {"lr": 6e-3, "clip_lr": 6e-2},
-    "lr-1e-2": {"lr": 1e-2, "clip_lr": 1e-1},
-    "clip-lr-0.1": {"clip_lr": 0.1},
-    "batch-1": {"batch": 1, "steps": 48},
-    "batch-1-lr-6e-3": {"batch": 1, "steps": 48, "lr": 6e-3, "clip_lr": 6e-2},
-    "windows-256": {"batch": 2, "seqlen": 256, "samples": 48, "steps": 48},
-    "windows-128": {"batch": 4, "seqlen": 128, "samples": 96, "steps": 48},
     "blockwise-2": {"epochs": 2, "steps": 12, "samples": 12},
-    "blockwise-4-only": {"epochs": 4, "steps": 0, "samples": 16},
-    "self": {"source": "self"},
-    "more-text": {"samples": 48},
 }
 
 
@@ -130,6 +125,17 @@ def job(args: argparse.Namespace) -> None:
     print("RESULT " + json.dumps(out), flush=True)
 
 
+def write(args: argparse.Namespace, results: list[dict]) -> None:
+    """The results so far."""
+    name = "quick-preset"
+    by_variant: dict[str, list[float]] = {}
+    for r in results:
+        by_variant.setdefault(r["variant"], []).append(r["perplexity"])
+    mean = {variant: sum(values) / len(values) for variant, values in sorted(by_variant.items())}
+    seeds = sorted({r["seed"] for r in results})
+    write_result(Path(args.out) / f"{name}.json", name, seeds=seeds, metrics={"perplexity": mean}, samples=results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
@@ -165,14 +171,8 @@ def main() -> None:
             results.append(json.loads(lines[-1].removeprefix("RESULT ")))
             r = results[-1]
             print(r["variant"], r["seed"], round(r["perplexity"], 2), r["divergence"], round(r["seconds"]), flush=True)
+            write(args, results)
         time.sleep(0.5)
-    name = "quick-preset"
-    mean = {v: sum(r["perplexity"] for r in results if r["variant"] == v) for v in {r["variant"] for r in results}}
-    mean = {v: total / sum(r["variant"] == v for r in results) for v, total in mean.items()}
-    write_result(
-        Path(args.out) / f"{name}.json", name, seeds=list(range(args.seeds)), metrics=mean, samples=results
-    )
-
 
 if __name__ == "__main__":
     main()

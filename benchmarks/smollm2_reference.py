@@ -42,6 +42,8 @@ CONFIGURATIONS: dict[str, Recipe] = {
     "w4a16-plain-gptq": gptq("w4a16"),
     "w3a16-plain-gptq": gptq("w3a16"),
 }
+ONE_SEED = ("w4a4kv4-plain-rtn", "w4a16-plain-gptq", "w3a16-plain-gptq")  # no seed, or one is enough
+SOLVERS = ("rtn", "gptq")
 GPTQ_TOO = ("w4a4kv4", "w4a16", "w3a16")
 
 
@@ -66,6 +68,7 @@ def job(args: argparse.Namespace) -> None:
     )
     original = copy.deepcopy(model)
     out: dict = {"configuration": args.job, "variant": args.variant, "seed": args.seed, "dtype": args.dtype}
+    out["alone"] = args.alone  # whether the device had nothing else to do: only then do times mean anything
     out["recipe"] = to_dict(recipe)
     with tempfile.TemporaryDirectory() as folder:
         solvers = ["rtn", "gptq"] if args.job in GPTQ_TOO else [recipe.solver.kind]
@@ -132,32 +135,32 @@ def _parameters(recipe: Recipe) -> Recipe:
 VARIANTS = {"second-moment": _start("second_moment"), "svd": _parameters}
 
 
-def run_jobs(jobs: list[list[str]], parallel: int, common: list[str]) -> list[dict]:
-    """Run jobs as processes, at most `parallel` at a time; their results in order of completion."""
-    waiting, running, results = list(jobs), [], []
+def run_jobs(jobs: list[list[str]], parallel: int, common: list[str], keep) -> None:
+    """Run jobs as processes, at most `parallel` at a time; `keep` receives every result as it comes."""
+    waiting, running = list(jobs), []
     while waiting or running:
         while waiting and len(running) < parallel:
             command = [sys.executable, "-m", "benchmarks.smollm2_reference", *common, *waiting.pop(0)]
             running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        for process in list(running):
-            if process.poll() is not None:
-                running.remove(process)
-                assert process.stdout is not None
-                lines = [line for line in process.stdout if line.startswith("RESULT ")]
-                if process.returncode or not lines:
-                    raise SystemExit(f"a job failed: {process.args}")
-                results.append(json.loads(lines[-1].removeprefix("RESULT ")))
-                brief = {s: results[-1][s]["perplexity"] for s in ("rtn", "gptq") if s in results[-1]}
-                print(results[-1]["configuration"], results[-1]["variant"], results[-1]["seed"], brief, flush=True)
+        for process in [p for p in running if p.poll() is not None]:
+            running.remove(process)
+            assert process.stdout is not None
+            lines = [line for line in process.stdout if line.startswith("RESULT ")]
+            if process.returncode or not lines:
+                print("failed:", process.args, flush=True)
+                continue
+            result = json.loads(lines[-1].removeprefix("RESULT "))
+            keep(result)
+            brief = {s: {k: round(v, 3) for k, v in result[s]["perplexity"].items()} for s in SOLVERS if s in result}
+            print(result["configuration"], result["variant"], result["seed"], brief, flush=True)
         time.sleep(0.5)
-    return results
 
 
 def summary(results: list[dict]) -> list[dict]:
     """Mean over seeds per configuration, variant and solver."""
     groups: dict[tuple, list[dict]] = {}
     for r in results:
-        for solver in ("rtn", "gptq"):
+        for solver in SOLVERS:
             if solver in r:
                 groups.setdefault((r["configuration"], r["variant"], solver), []).append(r[solver])
     rows = []
@@ -196,26 +199,30 @@ def main() -> None:
     original = evaluate(model.to(args.device), tokenizer, Path(args.data), args.tiny)
     print("original", original, flush=True)
     del model
-    alone = run_jobs([["--job", "w4a4kv4"]], 1, common) if args.alone else []
-    for r in alone:
-        print("alone", r["rtn"]["calibration_seconds"], r["rtn"]["stages"], r["rtn"]["peak_memory_bytes"], flush=True)
-    jobs = [
-        ["--job", name, "--seed", str(seed), "--variant", variant]
-        for variant in args.variants
-        for name in (args.only if args.only is not None else CONFIGURATIONS)
-        for seed in range(args.seeds)
-        if not variant or name == "w4a4kv4"
-    ]
-    results = run_jobs(jobs, args.parallel, common)
-    print(json.dumps(summary(results), indent=1))
+    results: list[dict] = []
     name = "smollm2-reference"
-    write_result(
-        Path(args.out) / f"{name}.json",
-        name,
-        seeds=list(range(args.seeds)),
-        metrics={"original": original, "mean": summary(results), "alone": [r["rtn"] for r in alone]},
-        samples=results,
-    )
+
+    def keep(result: dict) -> None:
+        results.append(result)
+        write_result(
+            Path(args.out) / f"{name}.json",
+            name,
+            seeds=sorted({r["seed"] for r in results}),
+            metrics={"original": original, "mean": summary(results)},
+            samples=results,
+        )
+
+    names = args.only if args.only is not None else list(CONFIGURATIONS)
+    if args.alone:
+        run_jobs([["--job", "w4a4kv4", "--alone"]], 1, common, keep)
+        r = results[0]["rtn"]
+        print("alone", r["calibration_seconds"], r["stages"], r["peak_memory_bytes"], flush=True)
+    wanted = [(n, v, s) for s in range(args.seeds) for v in args.variants for n in names if not v or n == "w4a4kv4"]
+    wanted = [w for w in wanted if w[2] == 0 or w[0] not in ONE_SEED]
+    wanted.sort(key=lambda w: w[0] != "w4a4kv4")  # the headline first, should time run out
+    jobs = [["--job", n, "--variant", v, "--seed", str(s)] for n, v, s in wanted]
+    run_jobs(jobs[1:] if args.alone else jobs, args.parallel, common, keep)
+    print(json.dumps(summary(results), indent=1))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from flatquant import seams
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.recipes import flatquant
 from flatquant.runtime.build import install
-from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, TransformSpec, Transforms
+from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, Transforms, TransformSpec
 from flatquant.wiring.apply import FitBlock, wrap_block
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of

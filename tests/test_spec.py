@@ -55,7 +55,8 @@ def schemes(draw) -> tuple[str, dict[str, Any]]:
         ow, oa = draw(st.sampled_from([(4, None), (None, 8), (16, 16), (3, 5), (16, None)]))
         overrides[name] = SiteBits(weights=ow, activations=oa)
         text += f",{name}=" + (f"w{ow}" if ow else "") + (f"a{oa}" if oa else "")
-    means = {n: None if b in (None, 16) else b for n, b in (("weights", w), ("activations", a), ("keys", k), ("values", v))}
+    drawn = {"weights": w, "activations": a, "keys": k, "values": v}
+    means = {name: None if b == 16 else b for name, b in drawn.items()}
     return text, {**means, "group": group, "overrides": overrides}
 
 
@@ -131,7 +132,10 @@ FULL = Recipe(
     name="all parts",
     scheme=Scheme.parse("w4g32a8k4v2,3.mlp_mid=w8a16"),
     transforms={
-        "attn_in": (TransformSpec(kind="diagonal", init="second_moment"), TransformSpec(kind="kronecker", init="hadamard")),
+        "attn_in": (
+            TransformSpec(kind="diagonal", init="second_moment"),
+            TransformSpec(kind="kronecker", init="hadamard"),
+        ),
         "qk": (TransformSpec(kind="matrix", parameters="svd", init="orthogonal"),),
     },
     fit=FitSpec(epochs=3, lr=1e-2, warmup_steps=2),
@@ -145,7 +149,9 @@ PLAN = Plan(
     blocks=(
         BlockPlan(
             sites={
-                "attn_in": SitePlan(readers=("q", "k"), shape=(4, 6), left=True, weights=QuantSpec(bits=4, group_size=2)),
+                "attn_in": SitePlan(
+                    readers=("q", "k"), shape=(4, 6), left=True, weights=QuantSpec(bits=4, group_size=2)
+                ),
                 "mlp_mid": SitePlan(readers=("down",), shape=(1, 7), activations=QuantSpec(bits=3, clip="learned")),
             },
             head_dim=8,

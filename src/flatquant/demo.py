@@ -28,9 +28,9 @@ from flatquant.recipes import recipe
 from flatquant.runtime import artifact
 from flatquant.runtime.folder import CONFIG_FILE, METHOD, read_json
 from flatquant.runtime.generate import generate_text
-from flatquant.spec import Recipe
 
 MODEL = "smollm2-135m"
+SCHEME = "w4a4kv4"
 PROMPT = "The most important thing about the ocean is"
 Progress = Callable[[str, int, int], None]
 
@@ -46,23 +46,16 @@ class Size:
     new_tokens: int = 40
 
 
-def run(
-    output: Path,
-    *,
-    model: str = MODEL,
-    scheme: str = "w4a4kv4",
-    preset: str = "quick",
-    overwrite: bool = False,
-    size: Size | None = None,
-    change: Callable[[Recipe], Recipe] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+SIZE = Size()
+
+
+def run(output: Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Quantise, save, reload, compare, generate.
 
     Args:
         output: folder of the FlatQuant model. An interrupted demo goes on from where it was.
         overwrite: replace a quantised folder that is there.
-        change: makes the FlatQuant recipe another one.
+        progress: called with (stage, done, total).
 
     Returns:
         JSON-ready: `rows` by method (`kl`, `top1`, `perplexity`, `bytes`, `seconds`), `prompt`, `text`, `seconds`.
@@ -70,23 +63,22 @@ def run(
     Raises:
         FlatQuantError: as `api.quantize`; ArtifactError if something is in the way.
     """
-    start, size, say = time.perf_counter(), size or Size(), progress or (lambda *_: None)
+    start, say = time.perf_counter(), progress or (lambda *_: None)
     _make_room(output, overwrite)
     say("load", 0, 1)
-    original, tokenizer = load_model(model)
+    original, tokenizer = load_model(MODEL)
     say("load", 1, 1)
-    test = _Test.of(original, tokenizer, size, say)
+    test = _Test.of(original, tokenizer, SIZE, say)
     rows: dict[str, dict[str, Any]] = {
         "original": {"kl": 0.0, "top1": 1.0, **test.original, "bytes": api.stored_bytes(original), "seconds": None}
     }
-    flat = recipe("flatquant", scheme, preset)
-    flat = flat if change is None else change(flat)
+    flat = recipe("flatquant", SCHEME, "quick")
     with tempfile.TemporaryDirectory(prefix="flatquant-demo-") as folder:
         rounded = Path(folder) / "rtn"
-        for name, parts, place in (("RTN", recipe("rtn", scheme), rounded), ("FlatQuant", flat, output)):
+        for name, parts, place in (("RTN", recipe("rtn", SCHEME), rounded), ("FlatQuant", flat, output)):
             before = time.perf_counter()
             result = api.quantize(
-                load_model(model)[0],
+                load_model(MODEL)[0],
                 parts,
                 "self" if parts.needs_data else None,
                 tokenizer=tokenizer,
@@ -101,11 +93,11 @@ def run(
             reloaded = artifact.load(place, device=test.device, dtype=test.dtype)
             rows[name] = {**test(reloaded, name), "bytes": stored, "seconds": seconds}
         say("generate", 0, 1)
-        written = generate_text(reloaded, tokenizer, PROMPT, max_new_tokens=size.new_tokens)
+        written = generate_text(reloaded, tokenizer, PROMPT, max_new_tokens=SIZE.new_tokens)
         say("generate", 1, 1)
     return {
-        "model": model,
-        "scheme": scheme,
+        "model": MODEL,
+        "scheme": SCHEME,
         "output": str(output),
         "rows": rows,
         "prompt": PROMPT,

@@ -59,9 +59,7 @@ def dynamic_by_hand(x: np.ndarray, bits: int, symmetric: bool, low: float, high:
     sign=st.sampled_from(["both", "positive", "negative"]),
     seed=st.integers(0, 99),
 )
-def test_dynamic_equals_the_formula(
-    bits: int, symmetric: bool, low: float, high: float, sign: str, seed: int
-) -> None:
+def test_dynamic_equals_the_formula(bits: int, symmetric: bool, low: float, high: float, sign: str, seed: int) -> None:
     x = random(2, 3, 2, 8, seed=seed)
     x = {"both": x, "positive": x.abs(), "negative": -x.abs()}[sign]
     grid = Dynamic(QuantSpec(bits=bits, symmetric=symmetric), clip_of(low, high))

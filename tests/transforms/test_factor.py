@@ -22,9 +22,10 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def regular(n: int, seed: int = 0) -> Tensor:
     """An invertible matrix of modest condition that is neither symmetric nor orthogonal."""
-    return torch.eye(n, dtype=torch.float64) * 2 + 0.5 * torch.randn(
-        n, n, generator=generator(seed), dtype=torch.float64
-    ) / n**0.5
+    return (
+        torch.eye(n, dtype=torch.float64) * 2
+        + 0.5 * torch.randn(n, n, generator=generator(seed), dtype=torch.float64) / n**0.5
+    )
 
 
 def moved(factor: Factor, noise: float = 0.3, seed: int = 0) -> Factor:

@@ -6,15 +6,39 @@ block by block (section 4.1); round to nearest by default.
 """
 
 from flatquant.errors import SpecError
-from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, SolverSpec, TransformSpec
+from flatquant.spec import (
+    DataSpec,
+    EndToEndSpec,
+    FitSpec,
+    Recipe,
+    Scheme,
+    SolverSpec,
+    Transforms,
+    TransformSpec,
+)
 
-SCALE = TransformSpec(kind="diagonal", init="absmax", alpha=0.3)
+PAPER_SCALE = TransformSpec(kind="diagonal", init="absmax", alpha=0.3)
+BALANCED_SCALE = TransformSpec(kind="diagonal", init="second_moment")
 KRON = TransformSpec(kind="kronecker", init="orthogonal")
 HEAD = TransformSpec(kind="matrix", init="orthogonal")
 
 
+def transforms(scale: TransformSpec) -> dict[str, Transforms]:
+    """What sits where (figure 3 of the paper), for one start of the per-channel scales."""
+    return {
+        "attn_in": (scale, KRON),
+        "attn_out": (KRON,),
+        "mlp_in": (scale, KRON),
+        "mlp_mid": (scale, KRON),
+        "qk": (HEAD,),
+    }
+
+
 def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Recipe:
     """The paper's recipe (`reference`), or one that a laptop CPU finishes in minutes (`quick`).
+
+    `quick` sees too little text for block-wise reconstruction, which then fits noise: it starts from scales that
+    balance second moments, and spends its minutes on end-to-end steps (docs/experiments.md, "The quick preset").
 
     Raises:
         SpecError: an unknown preset or a scheme that is none.
@@ -24,15 +48,18 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
         return Recipe(
             name="flatquant",
             scheme=scheme,
-            transforms={
-                "attn_in": (SCALE, KRON),
-                "attn_out": (KRON,),
-                "mlp_in": (SCALE, KRON),
-                "mlp_mid": (SCALE, KRON),
-                "qk": (HEAD,),
-            },
+            transforms=transforms(PAPER_SCALE),
             fit=FitSpec(epochs=15, batch_size=4, lr=5e-3, clip_lr=5e-2),
             solver=SolverSpec(kind="rtn"),
             data=DataSpec(samples=128, seqlen=2048),
+        )
+    if preset == "quick":
+        return Recipe(
+            name="flatquant",
+            scheme=scheme,
+            transforms=transforms(BALANCED_SCALE),
+            end_to_end=EndToEndSpec(steps=24, batch_size=2, lr=3e-3, clip_lr=3e-2, final_lr=0.1, checkpoint=False),
+            solver=SolverSpec(kind="rtn"),
+            data=DataSpec(samples=24, seqlen=512),
         )
     raise SpecError(f"unknown preset {preset!r}; known: quick, reference")

@@ -1,0 +1,167 @@
+"""A run as a whole: end-to-end fits help, killed runs end with the same bytes, and errors name their block."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flatquant.calibrate.end2end import kl_divergence
+from flatquant.calibrate.pipeline import calibrate
+from flatquant.calibrate.state import RunState
+from flatquant.errors import CalibrationError, ModelError, SpecError
+from flatquant.recipes import flatquant, gptq, rtn
+from flatquant.spec import EndToEndSpec, Recipe, SolverSpec
+from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for
+
+IDENTITY = {"run": 1}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return family("llama", dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------- end to end
+
+
+def test_kl_divergence_is_the_mean_over_tokens() -> None:
+    g = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 3, 4, 7, generator=g)
+    want = F.kl_div(q.log_softmax(-1).flatten(0, 1), p.softmax(-1).flatten(0, 1), reduction="batchmean")
+    torch.testing.assert_close(kl_divergence(p, q), want)
+    assert kl_divergence(p, p).abs() < 1e-6
+    assert kl_divergence(p, p + 3.0).abs() < 1e-6  # logits are defined up to a constant
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_an_end_to_end_fit_lowers_the_divergence(model, checkpoint: bool) -> None:
+    spec = EndToEndSpec(steps=24, batch_size=4, lr=3e-3, clip_lr=3e-2, checkpoint=checkpoint)
+    recipe = quick("w3a4kv4", samples=8, seqlen=16)
+    with_it, _, report = calibrated(model, dataclasses.replace(recipe, end_to_end=spec))
+    without, _, _ = calibrated(model, recipe)
+    assert len(report.end_to_end) == 24
+    assert sum(report.end_to_end[-2:]) < 0.8 * sum(report.end_to_end[:2])  # two steps see all 8 windows
+    seen = tokens_for(model, 8, 16, seed=1)
+    with torch.no_grad():
+        want = model(seen).logits
+        after, before = (float(kl_divergence(want, m(seen).logits)) for m in (with_it, without))
+    assert after < 0.8 * before
+    # What was fitted is what is served.
+    assert before == pytest.approx(sum(report.end_to_end[:2]) / 2, rel=0.3)
+
+
+def test_recomputing_blocks_changes_nothing(model) -> None:
+    recipe = quick("w4a4kv4")
+    a, b = (
+        calibrated(model, dataclasses.replace(recipe, end_to_end=EndToEndSpec(steps=3, checkpoint=c)))
+        for c in (False, True)
+    )
+    assert a[2].end_to_end == pytest.approx(b[2].end_to_end, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(stage: str, done: int):
+    def progress(at: str, now: int, total: int) -> None:
+        assert 0 < now <= total
+        if (at, now) == (stage, done):
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize(
+    "recipe, stage, done",
+    [
+        (quick("w4a4kv4", epochs=2), "fit", 1),
+        (quick("w4a4kv4", epochs=2), "fit", 3),
+        (quick("w4a4kv4", epochs=2), "solve", 1),
+        (quick("w3a8", solver=SolverSpec(kind="gptq")), "fit", 2),
+        (quick("w4a4,mlp_mid=w16a16"), "solve", 1),
+        (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=10, batch_size=2)), "end to end", 9),
+        (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)), "solve", 1),
+    ],
+)
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, recipe: Recipe, stage: str, done: int) -> None:
+    # In bfloat16 the model's own dtype and that of the fit differ, and a reread block must be in the right one.
+    model = family("llama", dtype=torch.bfloat16 if stage == "solve" else torch.float32)
+    whole, _, report = calibrated(model, recipe)
+    with pytest.raises(Killed):
+        calibrated(model, recipe, state=RunState(tmp_path, IDENTITY, resume=False), progress=killed_at(stage, done))
+    assert not list(tmp_path.glob("*.tmp"))
+    resumed, _, again = calibrated(model, recipe, state=RunState(tmp_path, IDENTITY, resume=True))
+    assert same_bytes(resumed, whole)
+    assert [b["losses"] for b in again.blocks] == [b["losses"] for b in report.blocks]
+    assert again.end_to_end == report.end_to_end
+    with torch.no_grad():
+        tokens = tokens_for(model, 2, 6)
+        assert torch.equal(resumed(tokens).logits, whole(tokens).logits)
+
+
+def test_a_finished_run_is_read_and_not_repeated(tmp_path: Path, model) -> None:
+    recipe = quick("w4a4kv4")
+    first, _, _ = calibrated(model, recipe, state=RunState(tmp_path, IDENTITY, resume=False))
+    stages: list[str] = []
+    again, _, _ = calibrated(
+        model, recipe, state=RunState(tmp_path, IDENTITY, resume=True), progress=lambda s, *_: stages.append(s)
+    )
+    assert same_bytes(first, again)
+    assert "fit" not in stages
+
+
+def test_keeping_a_state_changes_nothing(tmp_path: Path, model) -> None:
+    recipe = quick("w4a4kv4")
+    plain, _, _ = calibrated(model, recipe)
+    kept, _, _ = calibrated(model, recipe, state=RunState(tmp_path, IDENTITY, resume=False))
+    assert same_bytes(plain, kept)
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def one_line(error: type[Exception], match: str, model, recipe: Recipe, **options) -> None:
+    with pytest.raises(error, match=match) as caught:
+        calibrated(model, recipe, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_that_do_not_fit_the_model_are_errors(model) -> None:
+    one_line(SpecError, "7.mlp_mid.*0 to 1", model, rtn("w4,7.mlp_mid=w8"))
+    one_line(SpecError, "group size 7 does not divide the 24 inputs", model, rtn("w4g7"))
+    one_line(SpecError, "group size 3 .*40 inputs", model, rtn("w4g3"))
+    transforms = {"attn_out": flatquant().transforms["attn_in"]}
+    one_line(SpecError, "attn_out.*diagonal", model, Recipe(name="r", scheme=rtn("w4").scheme, transforms=transforms))
+    transforms = {"attn_out": flatquant().transforms["qk"]}
+    one_line(SpecError, "attn_out.*matrix", model, Recipe(name="r", scheme=rtn("w4").scheme, transforms=transforms))
+
+
+def test_a_quantised_model_is_not_quantised_again(model) -> None:
+    once, _, _ = calibrated(model, rtn("w4"))
+    one_line(SpecError, "not a Linear", once, rtn("w4"))
+
+
+def test_unknown_families_are_errors(model) -> None:
+    other = copy.deepcopy(model)
+    other.config.model_type = "mamba"
+    one_line(ModelError, "mamba.*llama, mistral, qwen2", other, rtn("w4"))
+
+
+@pytest.mark.parametrize("recipe", [quick("w4a4kv4"), dataclasses.replace(gptq("w4"), data=quick("w4").data)])
+def test_broken_weights_are_an_error_that_names_the_block(model, recipe: Recipe) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    one_line(CalibrationError, "^block 1: ", broken, recipe)
+
+
+def test_recipes_that_need_text_say_so(model) -> None:
+    with pytest.raises(CalibrationError, match="flatquant needs calibration text"):
+        calibrate(model, quick("w4"), None, device=CPU, dtype=torch.float32)

@@ -1,0 +1,429 @@
+"""The command line as a user meets it: round trip, JSON, bad input, interruption."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from flatquant.cli import Display, app
+from tests.tiny_models import tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--samples", "2", "--seqlen", "16", "--epochs", "1", "--batch-size", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a text, and a quantised model."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_llama().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    (folder / "short.txt").write_text("too short")
+    done = run("quantize", folder / "model", "--output", folder / "out", "--calibration", folder / "text.txt", *QUICK)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(done, message: str) -> None:
+    """One line on stderr that begins with `error:`, exit code 1, nothing on stdout."""
+    assert done.exit_code == 1, (done.output, done.exception)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]  # progress
+    assert len(lines) == 1, done.stderr
+    assert re.search(f"^error: .*{message}", lines[0]), lines[0]
+    assert done.stdout == ""
+
+
+# ------------------------------------------------------------------------------------------------- the main road
+
+
+def test_quantize_says_what_it_did(place: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", place / "model", "--method", "rtn", "--scheme", "w4a8"]
+    done = run(*arguments, "--output", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"a: rtn w4a8kv16, 0\.3 MB -> 0\.1 MB \(\d\.\d\d x\), \d+\.\d s\n$", done.stdout)
+    assert "solve, block 2/2" in done.stderr
+    done = run(*arguments, "--output", tmp_path / "b", "--quiet")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+    done = run(*arguments, "--output", tmp_path / "c", "--json")
+    assert done.stderr == ""
+    result = json.loads(done.stdout)
+    assert result["output"] == str(tmp_path / "c")
+    assert result["scheme"] == "w4a8kv16"
+    assert result["sizes"]["quantised_bytes"] < result["sizes"]["original_bytes"]
+
+
+def test_options_reach_the_recipe(place: Path, tmp_path: Path) -> None:
+    done = run(
+        *("quantize", place / "model", "--output", tmp_path / "out", "--calibration", "self", *QUICK),
+        *("--scheme", "w3a16", "--lr", "1e-3", "--solver", "gptq", "--seed", "5", "--dtype", "float32"),
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "flatquant_report.json").read_text())
+    recipe = report["recipe"]
+    assert (recipe["fit"]["epochs"], recipe["fit"]["batch_size"]) == (1, 2)
+    assert (recipe["fit"]["lr"], recipe["fit"]["clip_lr"]) == (1e-3, 1e-2)
+    assert recipe["solver"]["kind"] == "gptq"
+    assert recipe["data"] == {"samples": 2, "seqlen": 16}
+    assert report["seed"] == 5
+    assert report["data"]["source"] == "self"
+
+
+def test_evaluate(place: Path, tmp_path: Path) -> None:
+    text = str(place / "text.txt")
+    arguments = ["evaluate", place / "out", "--perplexity", text, "--windows", "3", "--seqlen", "32", "--device", "cpu"]
+    done = run(*arguments, "--divergence-from", place / "model", "--json", "-")
+    assert done.exit_code == 0, done.output
+    assert done.stderr == ""
+    result = json.loads(done.stdout)
+    assert result.keys() == {"perplexity", "divergence"}
+    assert result["perplexity"].keys() == {text}
+    assert result["perplexity"][text].keys() == {"value", "windows"}
+    assert result["perplexity"][text]["windows"] == 3
+    assert result["divergence"].keys() == {"kl", "top1"}
+    assert result["divergence"]["kl"] > 0
+    assert 0 <= result["divergence"]["top1"] <= 1
+    done = run(*arguments, "--json", tmp_path / "file.json")
+    assert done.exit_code == 0, done.output
+    assert "perplexity" in done.stdout
+    assert json.loads((tmp_path / "file.json").read_text()) == {"perplexity": result["perplexity"]}
+
+
+def test_evaluate_an_original_on_its_own_text(place: Path) -> None:
+    done = run(
+        *("evaluate", place / "model", "--divergence-from", place / "model", "--device", "cpu"),
+        *("--windows", "2", "--seqlen", "16", "--json", "-"),
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result == {"divergence": {"kl": pytest.approx(0, abs=1e-6), "top1": 1.0}}
+
+
+def test_generate(place: Path) -> None:
+    arguments = ["generate", place / "out", "--prompt", "the lazy", "--max-new-tokens", "6", "--device", "cpu"]
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("the lazy")
+    assert re.search(r"\[\d tokens, .* of keys and values\]", done.stderr)
+    first, again, sampled = (json.loads(run(*arguments, "--json", *more).stdout) for more in ([], [], SAMPLED))
+    assert first.keys() == {"prompt", "text", "tokens", "seconds", "cache_bytes"}
+    assert first["text"] == again["text"]
+    assert sampled["text"] != first["text"]
+    assert sampled["text"] == json.loads(run(*arguments, "--json", *SAMPLED).stdout)["text"]
+    assert first["cache_bytes"] > 0
+
+
+SAMPLED = ["--temperature", "2", "--seed", "3"]
+
+
+def test_generate_with_an_unquantised_cache(place: Path) -> None:
+    done = run("generate", place / "model", "--prompt", "a", "--max-new-tokens", "3", "--json", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["cache_bytes"] is None
+
+
+def test_generate_chat(place: Path, tmp_path: Path) -> None:
+    arguments = ["--prompt", "a", "--max-new-tokens", "3", "--chat", "--device", "cpu"]
+    refused(run("generate", place / "out", *arguments), "no chat template; leave out --chat")
+    shutil.copytree(place / "model", tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = run("generate", tmp_path / "model", *arguments)
+    assert done.exit_code == 0, done.output
+
+
+def test_inspect(place: Path) -> None:
+    done = run("inspect", place / "out")
+    assert done.exit_code == 0, done.output
+    assert "w4a4kv4" in done.stdout
+    assert "whole" in done.stdout
+    result = json.loads(run("inspect", place / "out", "--json").stdout)
+    assert result["scheme"] == "w4a4kv4"
+    assert result["damaged"] == []
+    assert result["bits_per_quantised_weight"] > 4
+
+
+def test_version_and_help_are_fast() -> None:
+    code = "import sys; from flatquant.cli import main; sys.argv = ['flatquant', '--help']; main()"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 5  # a third of a second where nothing else runs
+    for command in ("quantize", "evaluate", "generate", "inspect", "demo"):
+        assert command in done.stdout
+    code = "import sys; import flatquant.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60).returncode == 0
+    assert re.fullmatch(r"flatquant \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+def test_display_names_the_block(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display(silent=False, epochs=3) as display:
+        for done in range(1, 7):
+            display("fit", done, 6)
+    lines = [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["fit, block 1/2, epoch 3/6", "fit, block 2/2, epoch 6/6"]
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme", "w4a4w4"], "scheme 'w4a4w4': expected something like"),
+        (["--scheme", "w9a4"], "9 bits: a grid has 2 to 8 bits"),
+        (["--scheme", "w4a4,mlp_mid=w1"], "1 bits"),
+        (["--scheme", "w4g5"], "group size 5 does not divide the 64 inputs"),
+        (["--method", "magic"], "unknown method 'magic'; known: flatquant"),
+        (["--preset", "slow"], "unknown preset 'slow'; known: quick, reference"),
+        (["--method", "rtn", "--epochs", "3"], "method rtn fits nothing: leave out --epochs"),
+        (["--method", "rtn", "--lr", "3"], "method rtn fits nothing: leave out --lr$"),
+        (["--method", "rtn", "--samples", "3"], "reads no calibration text: leave out --samples"),
+        (["--method", "rtn", "--calibration", "c4"], "reads no calibration text: leave out --calibration"),
+        (["--method", "rtn", "--solver", "gptq"], "rounds with rtn: leave out --solver"),
+        (["--solver", "magic"], "'magic' is not one of 'rtn', 'gptq'"),
+        (["--samples", "2", "--batch-size", "4"], "batch size 4 exceeds 2 samples"),
+        (["--samples", "0"], "too few to calibrate"),
+        (["--epochs", "-1"], "epochs -1: at least 0"),
+        (["--dtype", "int4"], "unknown dtype 'int4'; known: float16"),
+        (["--device", "toaster"], "unknown device 'toaster'"),
+        (["--calibration", "nowhere.txt", "--device", "cpu"], "no such text: nowhere.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_contradictory_options(place: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    refused(run("quantize", place / "model", "--output", tmp_path / "out", *options), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_short_text(place: Path, tmp_path: Path) -> None:
+    done = run("quantize", place / "model", "--output", tmp_path / "o", "--calibration", place / "short.txt", *QUICK)
+    refused(done, "short.txt has 9 tokens, and one window needs 16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    for command in (["quantize", "--output", tmp_path / "out"], ["evaluate", "--divergence-from", "x"]):
+        refused(run(command[0], tmp_path / "none", *command[1:]), "no such model folder")
+    refused(run("generate", tmp_path / "none", "--prompt", "a"), "no such model folder")
+    refused(run("inspect", tmp_path / "none"), "is not a folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_architecture(place: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=128, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    done = run("quantize", tmp_path / "gpt2", "--output", tmp_path / "out", "--calibration", place / "text.txt")
+    refused(done, "unknown architecture 'gpt2'; known: .*llama")
+    assert {path.name for path in tmp_path.iterdir()} == {"gpt2"}
+
+
+def test_output_in_the_way(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(run("quantize", place / "model", "--output", tmp_path), "not empty; choose another")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_nan_in_a_block(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    for options in (["--method", "rtn"], ["--calibration", place / "text.txt", *QUICK]):
+        done = run("quantize", tmp_path / "model", "--output", tmp_path / "out", *options)
+        refused(done, "block 1: self_attn.o_proj.weight holds NaN or infinity; check the model file")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _flip(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-50] ^= 4
+    file.write_bytes(data)
+
+
+def _other_version(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 99'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "model.safetensors is (missing or )?damaged.*copy the folder again"),
+        (_flip, "damaged.*copy the folder again"),
+        (_other_version, "format version 99, this library reads 1"),
+    ],
+)
+def test_damaged_folder(place: Path, tmp_path: Path, damage, message: str) -> None:
+    shutil.copytree(place / "out", tmp_path / "out")
+    damage(tmp_path / "out")
+    refused(run("generate", tmp_path / "out", "--prompt", "a"), message)
+    refused(run("evaluate", tmp_path / "out", "--perplexity", place / "text.txt"), message)
+    done = run("inspect", tmp_path / "out", "--json")
+    assert done.exit_code == 1
+    assert re.fullmatch(f"error: .*{message}.*\n", done.stderr)
+    if damage is _flip:
+        assert json.loads(done.stdout)["damaged"] == ["model.safetensors"]
+
+
+def test_nothing_to_evaluate(place: Path) -> None:
+    refused(run("evaluate", place / "model"), "nothing to evaluate; give --perplexity TEXT or --divergence-from")
+
+
+def test_quantised_twice(place: Path, tmp_path: Path) -> None:
+    done = run("quantize", place / "out", "--output", tmp_path / "again", "--method", "rtn")
+    refused(done, "already quantised")
+
+
+def test_result_file_cannot_be_written(place: Path, tmp_path: Path) -> None:
+    done = run(
+        *("evaluate", place / "model", "--perplexity", place / "text.txt", "--seqlen", "16", "--windows", "1"),
+        *("--json", tmp_path / "none" / "file.json", "--quiet", "--device", "cpu"),
+    )
+    refused(done, "cannot write .*file.json: No such file")
+
+
+def test_a_defect_keeps_its_traceback(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatquant.api.quantize", lambda *_, **__: 1 / 0)
+    done = run("quantize", place / "model", "--output", tmp_path / "out", "--method", "rtn")
+    assert isinstance(done.exception, ZeroDivisionError)
+
+
+# ------------------------------------------------------------------------------------------------- other processes
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: object) -> list[str]:
+    code = "from flatquant.cli import main; main()"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_disk_full(place: Path, tmp_path: Path) -> None:
+    """Files may not grow beyond a size, as on a full disk: one line, no output folder, nothing temporary."""
+    resource = pytest.importorskip("resource")
+    done = subprocess.run(
+        command("quantize", place / "model", "--output", tmp_path / "out", "--method", "rtn"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000)),
+    )
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    assert len(errors) == 1, done.stderr
+    assert re.match(r"error: .*cannot write .*; free space", errors[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial"}
+    assert not list((tmp_path / "out.partial").glob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_killed_and_resumed(place: Path, tmp_path: Path, how: str) -> None:
+    arguments = ["--calibration", place / "text.txt", *QUICK, "--epochs", "200", "--solver", "gptq", "--quiet"]
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command("quantize", place / "model", "--output", out, *arguments),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "out.partial" / "fitted-00000.safetensors").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, how))
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert not out.exists()
+    if how == "SIGINT":
+        assert process.returncode == 130
+        assert re.fullmatch(r"error: interrupted; go on .* --resume \(the state is in .*out.partial\)\n", errors)
+    else:
+        assert process.returncode == -signal.SIGKILL
+    refused(run("quantize", place / "model", "--output", out, *arguments), "unfinished run .*--resume")
+    for options in (["--output", out, "--resume"], ["--output", tmp_path / "whole"]):
+        done = run("quantize", place / "model", *arguments, *options)
+        assert done.exit_code == 0, done.output
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+    for path in (tmp_path / "whole").iterdir():
+        if path.name != "flatquant_report.json":
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    reports = [json.loads((folder / "flatquant_report.json").read_text()) for folder in (out, tmp_path / "whole")]
+    for report in reports:
+        del report["timing"]
+    assert reports[0] == reports[1]
+
+
+# ------------------------------------------------------------------------------------------------- demo
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["no data", "data"])
+def test_demo(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bool) -> None:
+    import dataclasses
+
+    from flatquant import demo, recipes
+    from flatquant.spec import DataSpec, FitSpec
+
+    def small(method: str, scheme: str, preset: str = "reference"):
+        if method == "rtn":
+            return recipes.rtn(scheme)
+        small_fit = FitSpec(epochs=1, batch_size=2)
+        return dataclasses.replace(recipes.flatquant(scheme), data=DataSpec(samples=2, seqlen=16), fit=small_fit)
+
+    monkeypatch.setattr(demo, "recipe", small)
+    monkeypatch.setattr(demo, "MODEL", str(place / "model"))
+    monkeypatch.setattr(demo, "SIZE", demo.Size(windows=2, seqlen=16, wikitext_seqlen=32, new_tokens=4))
+    monkeypatch.delenv("FLATQUANT_DATA", raising=False)
+    if data:
+        (tmp_path / "data" / "wikitext-2-raw").mkdir(parents=True)
+        shutil.copy(place / "text.txt", tmp_path / "data" / "wikitext-2-raw" / "wiki.test.raw")
+        monkeypatch.setenv("FLATQUANT_DATA", str(tmp_path / "data"))
+    out = tmp_path / "out"
+    done = run("demo", "--output", out)
+    assert done.exit_code == 0, done.output
+    for word in ("original", "RTN", "FlatQuant", "KL divergence", "top-1", "saved in", "s in all", demo.PROMPT):
+        assert word in done.stdout
+    assert ("perplexity" in done.stdout) == data
+    refused(run("demo", "--output", out), "already holds a quantised model; replace it with --overwrite")
+    again = run("demo", "--output", out, "--overwrite", "--json")
+    assert again.exit_code == 0, again.output
+    rows = json.loads(again.stdout)["rows"]
+    assert list(rows) == ["original", "RTN", "FlatQuant"]
+    assert rows["FlatQuant"]["kl"] > 0
+    refused(run("demo", "--output", place, "--overwrite"), "not empty and no quantised model")
+    assert (place / "model").is_dir()

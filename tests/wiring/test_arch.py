@@ -1,0 +1,154 @@
+"""Descriptions of families: what they do not match is an error in one line."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from flatquant.errors import ModelError
+from flatquant.recipes import flatquant, rtn
+from flatquant.spec import SITES
+from flatquant.wiring.arch import Arch, Geometry, replace_submodule, submodule
+from flatquant.wiring.archs import ARCHS, LLAMA, arch_of
+from flatquant.wiring.plan import make_plan
+from tests.laws import family
+
+
+def test_families_are_found_by_their_type() -> None:
+    for arch in ARCHS:
+        for name in arch.model_types:
+            assert arch_of(SimpleNamespace(model_type=name)) is arch
+    names = [name for arch in ARCHS for name in arch.model_types]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ["mamba", "llama4", "Llama", ""])
+def test_an_unknown_family_is_an_error_that_lists_the_known(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        arch_of(SimpleNamespace(model_type=name))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert repr(name) in message
+    assert all(known in message for arch in ARCHS for known in arch.model_types)
+    assert "archs.py" in message  # how to add one
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: a.model_types[0])
+def test_descriptions_are_complete_and_consistent(arch: Arch) -> None:
+    assert tuple(edge.site for edge in arch.edges) == SITES
+    readers = [path for edge in arch.edges for path in edge.readers]
+    assert len(readers) == len(set(readers))
+    for edge in arch.edges:
+        # A diagonal needs a norm or a writer; a writer is itself a reader of an earlier site.
+        assert edge.writer is None or edge.writer in readers
+        assert (edge.writer is None) == (edge.passes == "nothing")
+        assert edge.norm is None or edge.writer is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_every_linear_of_a_block_has_a_reader(kind: str) -> None:
+    model = family(kind)
+    arch = arch_of(model.config)
+    for block in submodule(model, arch.blocks):
+        linears = {n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        assert linears == {path for edge in arch.edges for path in edge.readers}
+        for edge in arch.edges:
+            if edge.norm:
+                assert submodule(block, edge.norm).weight.shape == (model.config.hidden_size,)
+        submodule(block, arch.attention)
+    submodule(model, arch.final_norm)
+
+
+@pytest.mark.parametrize("change", ["reader", "blocks"])
+def test_an_edge_that_matches_nothing_is_an_error(change: str) -> None:
+    model = family("llama")
+    if change == "reader":
+        edge = dataclasses.replace(LLAMA.edges[0], readers=("self_attn.q_proj", "self_attn.qkv_proj"))
+        arch = dataclasses.replace(LLAMA, edges=(edge, *LLAMA.edges[1:]))
+        with pytest.raises(ModelError, match=r"LlamaDecoderLayer has no module 'self_attn\.qkv_proj'") as caught:
+            make_plan(rtn("w4"), arch, Geometry.of(model.config), model.model.layers)
+    else:
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM has no module 'transformer\.h'") as caught:
+            submodule(model, "transformer.h")
+    assert "\n" not in str(caught.value)
+
+
+def test_geometry_reads_the_explicit_head_dim() -> None:
+    config = LlamaConfig(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=10)
+    assert Geometry.of(config) == Geometry(heads=4, kv_heads=2, head_dim=10)
+    # Older configurations have neither field.
+    config = SimpleNamespace(hidden_size=24, num_attention_heads=4)
+    assert Geometry.of(config) == Geometry(heads=4, kv_heads=4, head_dim=6)
+    config = SimpleNamespace(hidden_size=24, num_attention_heads=4, head_dim=None, num_key_value_heads=None)
+    assert Geometry.of(config) == Geometry(heads=4, kv_heads=4, head_dim=6)
+
+
+def test_modules_are_replaced_at_any_depth() -> None:
+    model = family("llama")
+    new = nn.Linear(2, 2)
+    replace_submodule(model, "model.layers.1.mlp.up_proj", new)
+    assert model.model.layers[1].mlp.up_proj is new
+    replace_submodule(model, "lm_head", new)
+    assert model.lm_head is new
+    with pytest.raises(ModelError):
+        replace_submodule(model, "model.nowhere.up_proj", new)
+
+
+# -------------------------------------------------------------------------------------------------- plans
+
+
+def planned(scheme: str, *, force: bool = False, **shape):
+    model = family("llama", dtype=torch.float32, **shape)
+    geometry = Geometry.of(model.config)
+    return make_plan(flatquant(scheme), LLAMA, geometry, model.model.layers, force=force)
+
+
+def test_a_plan_says_what_runs_online() -> None:
+    plan = planned("w4a4kv4", head_dim=10)
+    assert (plan.blocks_path, plan.attention, len(plan.blocks)) == ("model.layers", "self_attn", 2)
+    for block in plan.blocks:
+        assert block.qk
+        assert block.head_dim == 10
+        shapes = {name: (site.shape, site.left, site.right) for name, site in block.sites.items()}
+        assert shapes == {
+            "attn_in": ((4, 6), True, True),
+            "attn_out": ((4, 10), True, False),  # v_proj has applied the factor inside heads
+            "mlp_in": ((4, 6), True, True),
+            "mlp_mid": ((5, 8), True, True),
+        }
+
+
+@pytest.mark.parametrize(
+    "scheme, transformed, qk",
+    [
+        ("w4", {"attn_in", "attn_out", "mlp_in", "mlp_mid"}, False),
+        ("a4", {"attn_in", "attn_out", "mlp_in", "mlp_mid"}, False),
+        ("kv4", set(), True),
+        ("k4", set(), True),
+        ("v4", set(), False),
+        ("w16", set(), False),
+        ("mlp_mid only", {"mlp_mid"}, False),
+    ],
+)
+def test_nothing_runs_online_where_nothing_is_quantised(scheme: str, transformed: set, qk: bool) -> None:
+    if scheme == "mlp_mid only":
+        scheme = "w16,mlp_mid=w4"
+    for block in planned(scheme).blocks:
+        assert {n for n, s in block.sites.items() if s.left or s.right} == transformed
+        assert block.qk == qk
+        assert (block.keys is not None) == (scheme in ("kv4", "k4"))
+        assert (block.values is not None) == (scheme in ("kv4", "v4"))
+
+
+def test_overrides_reach_their_block_and_site_only() -> None:
+    plan = planned("w4a4kv4,mlp_mid=w8a8,1.attn_in=w16a16")
+    bits = [
+        {n: (s.weights and s.weights.bits, s.activations and s.activations.bits) for n, s in b.sites.items()}
+        for b in plan.blocks
+    ]
+    rest = {"attn_out": (4, 4), "mlp_in": (4, 4), "mlp_mid": (8, 8)}
+    assert bits == [{"attn_in": (4, 4), **rest}, {"attn_in": (None, None), **rest}]
+    assert not plan.blocks[1].sites["attn_in"].left
