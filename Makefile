@@ -43,7 +43,7 @@ help: ## list the targets
 venv: $(READY_DEV) ## create the environment for development
 
 demo: $(READY) ## quantise a small model and compare original, RTN and FlatQuant
-	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/flatquant demo
+	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/flatquant demo --overwrite
 
 test: $(READY_DEV) ## run the tests (PYTEST_ARGS='-m "not slow"' for the quick ones)
 	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -q $(PYTEST_ARGS)

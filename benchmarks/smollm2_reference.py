@@ -108,7 +108,7 @@ def evaluate(model, tokenizer, data: Path, tiny: bool) -> dict[str, float]:
     seqlen, windows = (64, 2) if tiny else (2048, None)
     texts = {"wikitext2": data / "wikitext-2-raw" / "wiki.test.raw", "c4": data / "c4" / "c4-en-sample.jsonl"}
     return {
-        name: perplexity(model, evaluation_windows(text, tokenizer, seqlen=seqlen, windows=windows)).value
+        name: perplexity(model, evaluation_windows(text, tokenizer, seqlen=seqlen, windows=windows), batch_size=8).value
         for name, text in texts.items()
     }
 

@@ -15,7 +15,7 @@ from flatquant import seams
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.recipes import flatquant
 from flatquant.runtime.build import install
-from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, Transforms, TransformSpec
+from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, Scheme, Transforms, TransformSpec
 from flatquant.wiring.apply import FitBlock, wrap_block
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
@@ -91,6 +91,11 @@ BASES: dict[str, dict[str, Transforms]] = {
     "full matrices": basis("direct", "orthogonal", kind="matrix"),
     "diagonal only": DIAGONAL,
 }
+
+
+def bare(transforms: dict[str, Transforms], scheme: Scheme | None = None) -> Recipe:
+    """Changes of basis and nothing else."""
+    return Recipe(name="law", scheme=scheme or Scheme(), transforms=transforms)
 
 
 def tokens_for(model: PreTrainedModel, *shape: int, seed: int = 0) -> Tensor:

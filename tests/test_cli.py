@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from flatquant.cli import Display, app
+from flatquant.cli import Display, _recipe, app
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +81,13 @@ def test_options_reach_the_recipe(place: Path, tmp_path: Path) -> None:
     assert recipe["data"] == {"samples": 2, "seqlen": 16}
     assert report["seed"] == 5
     assert report["data"]["source"] == "self"
+
+
+def test_options_reach_the_end_to_end_fit() -> None:
+    recipe = _recipe("flatquant", "w4a4kv4", "quick", None, 4, 32, None, 1, 1e-3, "gptq")
+    assert recipe.end_to_end is not None
+    assert (recipe.end_to_end.batch_size, recipe.end_to_end.lr, recipe.end_to_end.clip_lr) == (1, 1e-3, 1e-2)
+    assert recipe.solver.kind == "gptq"
 
 
 def test_evaluate(place: Path, tmp_path: Path) -> None:
@@ -191,11 +198,15 @@ def test_display_names_the_block(capsys: pytest.CaptureFixture[str]) -> None:
         (["--scheme", "w4g5"], "group size 5 does not divide the 64 inputs"),
         (["--method", "magic"], "unknown method 'magic'; known: flatquant"),
         (["--preset", "slow"], "unknown preset 'slow'; known: quick, reference"),
-        (["--method", "rtn", "--epochs", "3"], "method rtn fits nothing: leave out --epochs"),
+        (
+            ["--method", "rtn", "--epochs", "3"],
+            "method rtn with preset reference has no block-wise fit: leave out --epochs",
+        ),
         (["--method", "rtn", "--lr", "3"], "method rtn fits nothing: leave out --lr$"),
         (["--method", "rtn", "--samples", "3"], "reads no calibration text: leave out --samples"),
         (["--method", "rtn", "--calibration", "c4"], "reads no calibration text: leave out --calibration"),
         (["--method", "rtn", "--solver", "gptq"], "rounds with rtn: leave out --solver"),
+        (["--preset", "quick", "--epochs", "3"], "preset quick has no block-wise fit: leave out --epochs"),
         (["--solver", "magic"], "'magic' is not one of 'rtn', 'gptq'"),
         (["--samples", "2", "--batch-size", "4"], "batch size 4 exceeds 2 samples"),
         (["--samples", "0"], "too few to calibrate"),
@@ -351,7 +362,7 @@ def test_disk_full(place: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
 def test_killed_and_resumed(place: Path, tmp_path: Path, how: str) -> None:
-    arguments = ["--calibration", place / "text.txt", *QUICK, "--epochs", "200", "--solver", "gptq", "--quiet"]
+    arguments = ["--calibration", place / "text.txt", *QUICK, "--epochs", "20", "--solver", "gptq", "--quiet"]
     out = tmp_path / "out"
     process = subprocess.Popen(
         command("quantize", place / "model", "--output", out, *arguments),

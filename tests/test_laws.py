@@ -26,6 +26,7 @@ from tests.laws import (
     BASES,
     DIAGONAL,
     SHAPES,
+    bare,
     basis,
     calibrated,
     decoded,
@@ -57,11 +58,6 @@ CASES += [(kind, "gqa", name) for kind in FAMILIES for name in BASES]
 CASES += [(kind, "odd", "svd hadamard") for kind in FAMILIES]
 CASES += [("qwen2", shape, "direct hadamard") for shape in ("wide heads", "mqa", "untied")]
 CASES = sorted(set(CASES))
-
-
-def bare(transforms: dict, scheme: Scheme | None = None) -> Recipe:
-    """Changes of basis and nothing else."""
-    return Recipe(name="law", scheme=scheme or Scheme(), transforms=transforms)
 
 
 # ------------------------------------------------------------------------------- 1. the function is unchanged

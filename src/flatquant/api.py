@@ -283,8 +283,7 @@ class _Place:
 
     @classmethod
     def of(cls, output: Path) -> _Place:
-        named = output if output.name not in ("", "..") else output.resolve()
-        return cls(output, named.with_name(f"{named.name}.partial"))
+        return cls(output, state_folder(output))
 
     def refuse_unfinished(self) -> None:
         """Before any work: a run is there that `resume` was not asked to go on with."""
@@ -364,6 +363,12 @@ def _fit_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
 
 
 # ------------------------------------------------------------------------------------------------- small things
+
+
+def state_folder(output: Path) -> Path:
+    """Where a run with this output folder keeps its state."""
+    named = output if output.name not in ("", "..") else output.resolve()
+    return named.with_name(f"{named.name}.partial")
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -226,9 +226,9 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of each block's fit.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows in a step of the fit.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the fit; clips get ten times that.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each block's fit; the quick preset has none.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a step of a fit.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of fits; clips get ten times that.")] = None,
     solver: Annotated[str | None, typer.Option(help="How weights are rounded: rtn or gptq.")] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
@@ -285,18 +285,20 @@ def _recipe(
     from flatquant.spec import SolverSpec, from_dict
 
     base = recipe(method, scheme, preset)
-    fit = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "clip_lr": None if lr is None else 10 * lr}
-    fit = {name: value for name, value in fit.items() if value is not None}
+    steps = {"batch_size": batch_size, "lr": lr, "clip_lr": None if lr is None else 10 * lr}
+    steps = {name: value for name, value in steps.items() if value is not None}
     data = {name: value for name, value in (("samples", samples), ("seqlen", seqlen)) if value is not None}
     changes: dict[str, Any] = {}
-    if fit:
-        if base.fit is None:
-            raise SpecError(f"method {method} fits nothing: leave out {_options(fit)}")
-        changes["fit"] = replace(base.fit, **fit)
-    if batch_size is not None and base.end_to_end is not None:
-        changes["end_to_end"] = replace(base.end_to_end, batch_size=batch_size)
+    if steps and base.fit is None and base.end_to_end is None:
+        raise SpecError(f"method {method} fits nothing: leave out {_options(steps)}")
+    if epochs is not None and base.fit is None:
+        raise SpecError(f"method {method} with preset {preset} has no block-wise fit: leave out --epochs")
+    if base.fit is not None:
+        changes["fit"] = replace(base.fit, **steps, **({} if epochs is None else {"epochs": epochs}))
+    if base.end_to_end is not None:
+        changes["end_to_end"] = replace(base.end_to_end, **steps)
     if solver is not None:
-        if base.fit is None and solver != base.solver.kind:
+        if not base.transforms and solver != base.solver.kind:
             raise SpecError(f"method {method} rounds with {base.solver.kind}: leave out --solver, or change --method")
         changes["solver"] = from_dict(SolverSpec, {"kind": solver}, "solver")
     if data:
@@ -479,7 +481,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Quantise SmolLM2-135M to W4A4KV4 on this machine; compare original, RTN and FlatQuant."""
-    with _errors("interrupted; the same command goes on from here"), Display(silent=quiet or as_json) as display:
+    with _errors("interrupted; start over with --overwrite"), Display(silent=quiet or as_json) as display:
         from flatquant import demo as job
 
         result = job.run(output, overwrite=overwrite, progress=display)

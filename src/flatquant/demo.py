@@ -28,6 +28,7 @@ from flatquant.recipes import recipe
 from flatquant.runtime import artifact
 from flatquant.runtime.folder import CONFIG_FILE, METHOD, read_json
 from flatquant.runtime.generate import generate_text
+from flatquant.spec import DataSpec
 
 MODEL = "smollm2-135m"
 SCHEME = "w4a4kv4"
@@ -53,8 +54,8 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
     """Quantise, save, reload, compare, generate.
 
     Args:
-        output: folder of the FlatQuant model. An interrupted demo goes on from where it was.
-        overwrite: replace a quantised folder that is there.
+        output: folder of the FlatQuant model.
+        overwrite: replace a quantised folder that is there, and what an interrupted demo left.
         progress: called with (stage, done, total).
 
     Returns:
@@ -68,11 +69,12 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
     say("load", 0, 1)
     original, tokenizer = load_model(MODEL)
     say("load", 1, 1)
-    test = _Test.of(original, tokenizer, SIZE, say)
+    flat = recipe("flatquant", SCHEME, "quick")
+    calibration, held_out = _write_texts(original, tokenizer, flat.data, say)
+    test = _Test(original, tokenizer, held_out, say)
     rows: dict[str, dict[str, Any]] = {
         "original": {"kl": 0.0, "top1": 1.0, **test.original, "bytes": api.stored_bytes(original), "seconds": None}
     }
-    flat = recipe("flatquant", SCHEME, "quick")
     with tempfile.TemporaryDirectory(prefix="flatquant-demo-") as folder:
         rounded = Path(folder) / "rtn"
         for name, parts, place in (("RTN", recipe("rtn", SCHEME), rounded), ("FlatQuant", flat, output)):
@@ -80,10 +82,9 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
             result = api.quantize(
                 load_model(MODEL)[0],
                 parts,
-                "self" if parts.needs_data else None,
+                calibration if parts.needs_data else None,
                 tokenizer=tokenizer,
                 output=place,
-                resume=True,
                 progress=_prefixed(name, say),
             )
             seconds = time.perf_counter() - before
@@ -106,41 +107,47 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
     }
 
 
+def _write_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSpec, say: Progress
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to calibrate on and windows to test on, of different texts.
+
+    The model writes all of them at once: on a CPU, a row more costs little beside reading the weights for each token.
+    """
+    windows = -(-SIZE.windows * SIZE.seqlen // data.seqlen)
+    tokens = calibration_tokens(
+        "self",
+        tokenizer,
+        samples=data.samples + windows,
+        seqlen=data.seqlen,
+        seed=0,
+        model=model,
+        progress=lambda done, total: say("text", done, total),
+    )
+    held_out = tokens[data.samples :].flatten()[: SIZE.windows * SIZE.seqlen]
+    return tokens[: data.samples], held_out.view(SIZE.windows, SIZE.seqlen)
+
+
 class _Test:
     """Held-out text and what the original says about it."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype | None, say: Progress) -> None:
-        self.device, self.dtype, self.say = device, dtype, say
-        self.windows = torch.empty(0, 0, dtype=torch.int64)
-        self.logits: list[torch.Tensor] = []
-        self.text: torch.Tensor | None = None
-        self.original: dict[str, float | None] = {}
-
-    @classmethod
-    def of(cls, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: Size, say: Progress) -> _Test:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        test = cls(device, torch.float32 if device.type == "cpu" else None, say)
+    def __init__(
+        self, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor, say: Progress
+    ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.float32 if self.device.type == "cpu" else None
+        self.windows, self.say = windows, say
         # A copy of its own, in the dtype that all three are compared in.
-        reference = copy.deepcopy(original).to(device, test.dtype)  # type: ignore[call-overload]
-        # Seed 0 writes the calibration text, 1 the held-out text.
-        test.windows = calibration_tokens(
-            "self",
-            tokenizer,
-            samples=size.windows,
-            seqlen=size.seqlen,
-            seed=1,
-            model=reference,
-            progress=lambda done, total: say("held-out text", done, total),
+        reference = copy.deepcopy(original).to(self.device, self.dtype)  # type: ignore[call-overload]
+        self.logits = evaluate.reference_logits(
+            reference, windows, progress=lambda done, total: say("original: divergence", done, total)
         )
-        test.logits = evaluate.reference_logits(
-            reference, test.windows, progress=lambda done, total: say("original: divergence", done, total)
-        )
+        self.text: torch.Tensor | None = None
         if os.environ.get("FLATQUANT_DATA"):
-            test.text = evaluation_windows(
-                "wikitext2", tokenizer, seqlen=size.wikitext_seqlen, windows=size.wikitext_windows
+            self.text = evaluation_windows(
+                "wikitext2", tokenizer, seqlen=SIZE.wikitext_seqlen, windows=SIZE.wikitext_windows
             )
-        test.original = {"perplexity": test._perplexity(reference, "original")}
-        return test
+        self.original = {"perplexity": self._perplexity(reference, "original")}
 
     def __call__(self, model: PreTrainedModel, name: str) -> dict[str, float | None]:
         far = evaluate.divergence_from_logits(
@@ -164,6 +171,8 @@ def _prefixed(name: str, say: Progress) -> Progress:
 
 
 def _make_room(output: Path, overwrite: bool) -> None:
+    if overwrite:
+        shutil.rmtree(api.state_folder(output), ignore_errors=True)
     if not output.is_dir() or not any(output.iterdir()):
         artifact.check_output(output)
         return

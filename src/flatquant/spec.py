@@ -133,6 +133,10 @@ class SiteBits:
     weights: int | None = None
     activations: int | None = None
 
+    def __post_init__(self) -> None:
+        for bits in (self.weights, self.activations):
+            _check(bits is None or bits == 16 or 2 <= bits <= 8, f"{bits} bits: a grid has 2 to 8, or 16 for none")
+
 
 _SCHEME = re.compile(
     r"(?:w(?P<w>\d+)(?:g(?P<g>\d+))?)?(?:a(?P<a>\d+))?(?:kv(?P<kv>\d+)|(?:k(?P<k>\d+))?(?:v(?P<v>\d+))?)"
@@ -145,6 +149,7 @@ class Scheme:
     """Which tensors of a model get which grid; `None` leaves them in 16 bit.
 
     `overrides` maps `site` or `block.site` (`mlp_mid`, `11.mlp_mid`) to other bits; the more specific key wins.
+    `clip` is that of grids which only an override switches on.
     """
 
     weights: QuantSpec | None = None
@@ -152,15 +157,16 @@ class Scheme:
     keys: QuantSpec | None = None
     values: QuantSpec | None = None
     overrides: Mapping[str, SiteBits] = field(default_factory=dict)
+    clip: Literal["none", "learned"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("activations", "keys", "values"):
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
         for key in self.overrides:
-            site = key.rpartition(".")[2]
-            block = key.rpartition(".")[0]
-            _check(site in SITES and (block.isdigit() or "." not in key), f"override {key!r}: not [block.]site")
+            block, dot, site = key.rpartition(".")
+            number = block.isdecimal() and block == str(int(block))
+            _check(site in SITES and (number or not dot), f"override {key!r}: not [block.]site")
 
     @classmethod
     def parse(cls, text: str, *, clip: Literal["none", "learned"] = "learned") -> Self:
@@ -191,8 +197,6 @@ class Scheme:
             key = f"{int(o['block'])}.{o['site']}" if o["block"] else o["site"]
             _check(key not in overrides, f"scheme {text!r}: {key} is given twice")
             bits = {n: int(o[c]) if o[c] else None for n, c in (("weights", "w"), ("activations", "a"))}
-            for b in bits.values():
-                _check(b is None or b == 16 or 2 <= b <= 8, f"scheme {text!r}: {b} bits; a grid has 2 to 8, or 16")
             overrides[key] = SiteBits(**bits)
         return cls(
             weights=grid(m["w"], symmetric=True, group=m["g"]),
@@ -200,6 +204,7 @@ class Scheme:
             keys=grid(m["kv"] or m["k"], symmetric=False),
             values=grid(m["kv"] or m["v"], symmetric=False),
             overrides=overrides,
+            clip=clip,
         )
 
     def __str__(self) -> str:
@@ -226,7 +231,7 @@ class Scheme:
         def apply(spec: QuantSpec | None, b: int | None) -> QuantSpec | None:
             if b is None:
                 return spec
-            return None if b == 16 else dataclasses.replace(spec or QuantSpec(bits=b), bits=b)
+            return None if b == 16 else dataclasses.replace(spec or QuantSpec(bits=b, clip=self.clip), bits=b)
 
         return apply(self.weights, bits["weights"]), apply(self.activations, bits["activations"])
 

@@ -8,8 +8,7 @@ import torch
 from flatquant import seams
 from flatquant.calibrate.capture import Observer, capture, run_block
 from flatquant.wiring.archs import LLAMA
-from tests.laws import DIAGONAL, family, inputs_of, tokens_for, wrap
-from tests.test_laws import bare
+from tests.laws import DIAGONAL, bare, family, inputs_of, tokens_for, wrap
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])

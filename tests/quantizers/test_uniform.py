@@ -193,6 +193,60 @@ def test_one_clip_per_scale() -> None:
         assert [p.shape for p in trainable_parameters(grid)["clip"]] == [shape, shape]
 
 
+def test_ties_go_to_the_even_integer() -> None:
+    row = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])  # the scale is 1
+    even = torch.tensor([[7.0, 0.0, 2.0, 2.0, 0.0, -2.0, -2.0]])
+    spec = QuantSpec(bits=4)
+    assert torch.equal(WeightGrid(spec)(row), even)
+    assert torch.equal(Dynamic(spec)(row), even)
+    assert torch.equal(Dynamic(spec).quantize(row).values.float(), even)
+    shifted = torch.tensor([[12.0, 0.5, 1.5, 2.5, -0.5, -1.5, -3.0]])  # scale 1, zero point 3: round, then shift
+    unsigned = Dynamic(QuantSpec(bits=4, symmetric=False)).quantize(shifted)
+    assert unsigned.values.tolist() == [[15, 3, 5, 5, 3, 1, 0]]
+
+
+def ste(x: Tensor) -> Tensor:
+    return x + (x.round() - x).detach()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("what", ["activations", "weights", "weights in groups"])
+def test_gradients_equal_those_of_the_formula_left_to_autograd(symmetric: bool, bits: int, what: str) -> None:
+    """Rounding passes gradients on; range, clip and scale are all inside the graph."""
+    spec = QuantSpec(bits=bits, symmetric=symmetric, group_size=4 if "groups" in what else None, clip="learned")
+    x = random(5, 12, seed=bits).requires_grad_()
+    out = random(5, 12, seed=20)
+    if what == "activations":
+        grid = Dynamic(spec, clip_of(0.8, 0.6))
+        y, groups = grid(x), x
+    else:
+        grid = WeightGrid(spec, clip_of(0.8, 0.6, (5, 12 // (spec.group_size or 12))))
+        y, groups = grid.clamp_and_round(x), x.unflatten(-1, (-1, spec.group_size or 12))
+        with torch.no_grad():
+            assert torch.equal(y, grid(grid.clamp(x)))
+    parameters = [x, grid.clip.low_logit, grid.clip.high_logit]
+    ours = torch.autograd.grad((y * out).sum(), parameters)
+
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    low_ratio, high_ratio = (r if what == "activations" else r[..., None] for r in grid.clip.ratios())
+    if what == "activations":
+        low, high = low.clamp(max=0) * low_ratio, high.clamp(min=0) * high_ratio
+    else:
+        groups = torch.minimum(torch.maximum(groups, low * low_ratio), high * high_ratio)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    if symmetric:
+        scale, zero = torch.maximum(high, -low) / spec.high, torch.zeros(())
+    else:
+        scale = (high.clamp(min=0) - low.clamp(max=0)) / spec.high
+        zero = ste(-low.clamp(max=0) / scale)
+    q = torch.clamp(ste(groups / scale) + zero, spec.low, spec.high)
+    want = ((q - zero) * scale).reshape(5, 12)
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    for a, b in zip(ours, torch.autograd.grad((want * out).sum(), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
 def test_rows_of_zeros_keep_a_positive_scale() -> None:
     w = torch.zeros(2, 4)
     scale, _ = WeightGrid(QuantSpec(bits=4)).grid(w)

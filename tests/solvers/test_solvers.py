@@ -216,6 +216,13 @@ def test_rtn_is_the_nearest_point_of_the_stored_grid(group: int | None) -> None:
     assert not RTN.needs_hessian
 
 
+@pytest.mark.parametrize("solver", [RTN(), GPTQ()], ids=["rtn", "gptq"])
+def test_ties_go_to_the_even_integer(solver) -> None:
+    w = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
+    q = solver.solve(w, W4, torch.eye(7))
+    assert q.values.tolist() == [[7, 0, 2, 2, 0, -2, -2]]
+
+
 # -------------------------------------------------------------------------------------------------- Hessian
 
 

@@ -118,6 +118,5 @@ class Optimiser:
         self.done = done
         for i, p in enumerate(self.parameters):
             p.copy_(state[f"{i}.value"])
-            moments = {n: state[f"{i}.{n}"].to(p.device) for n in ("exp_avg", "exp_avg_sq")}
-            step = state[f"{i}.step"]
-            self.adamw.state[p] = {**moments, "step": step.to(p.device) if p.is_cuda else step}
+            names = ("exp_avg", "exp_avg_sq", "step")
+            self.adamw.state[p] = {n: state[f"{i}.{n}"].to(p.device, copy=True) for n in names}

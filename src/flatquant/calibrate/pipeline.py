@@ -102,6 +102,7 @@ def calibrate(
     arch = arch_of(model.config)
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
+    blocks.requires_grad_(False)  # only transforms, scales and clips are fitted
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
     if recipe.needs_data and tokens is None:
         raise CalibrationError(f"the recipe {recipe.name} needs calibration text")
@@ -175,7 +176,9 @@ class _Run:
     def _fit(self, index: int, call: BlockCall, hidden: Tensor | None) -> tuple[FitBlock | None, Tensor | None]:
         """Wrap and fit a block, unless an earlier run solved it; and the full-precision block's outputs."""
         block, plan = self.blocks[index], self.plan.blocks[index]
-        block.to(self.device).float()
+        block.to(self.device)
+        if self.model_dtype != self.dtype:
+            block.float()
         targets, statistics = None, {}
         if hidden is not None:
             with self.clock("full precision"), autocast(self.device, self.dtype):

@@ -55,6 +55,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise CalibrationError(f"{path} is damaged; delete {path.parent} to start over")
+    return found
+
+
 class RunState:
     """The folder of one run."""
 
@@ -77,7 +87,7 @@ class RunState:
                 raise CalibrationError(
                     f"an unfinished run is in {folder}; go on with --resume, or delete that folder to start over"
                 )
-            found = json.loads(run_file.read_text())
+            found = _read_run(run_file)
             differing = sorted(k for k in identity if found.get(k) != json.loads(text)[k])
             if differing:
                 raise CalibrationError(

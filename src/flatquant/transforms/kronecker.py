@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from flatquant.ops.kron.reference import kron_matmul
@@ -19,31 +18,18 @@ class Kronecker(Transform):
         self.right = right
 
     def forward(self, x: Tensor) -> Tensor:
-        return _product(
+        return kron_matmul(
             x,
-            self.left.matrix() if self.left is not None else None,
-            self.right.matrix() if self.right is not None else None,
+            self.left.matrix().to(x.dtype) if self.left is not None else None,
+            self.right.matrix().to(x.dtype) if self.right is not None else None,
         )
 
     def inverse_t(self, w: Tensor) -> Tensor:
-        return _product(
+        return kron_matmul(
             w,
-            self.left.inverse_t() if self.left is not None else None,
-            self.right.inverse_t() if self.right is not None else None,
+            self.left.inverse_t().to(w.dtype) if self.left is not None else None,
+            self.right.inverse_t().to(w.dtype) if self.right is not None else None,
         )
-
-
-# On a GPU a fit is bound by launches and memory: up to this size one dense product (and, backward, two) is faster than
-# the structured one's copies. 8192 x 1536 x 1536 in half precision takes an H100 0.06 ms.
-DENSE_LIMIT = 2048
-
-
-def _product(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    if left is not None and right is not None and x.is_cuda and x.shape[-1] <= DENSE_LIMIT:
-        return x @ torch.kron(left, right).to(x.dtype)
-    return kron_matmul(
-        x, None if left is None else left.to(x.dtype), None if right is None else right.to(x.dtype)
-    )
 
 
 def kronecker_split(n: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
 
 
 def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
-    """H diag(+-1) of the largest power of two that divides n, times a Haar factor for the rest.  # float32, (n, n)"""
+    """diag(+-1) H of the largest power of two that divides n, times a Haar factor for the rest.  # float32, (n, n)"""
     power = n & -n
     h = torch.ones(1, 1)
     while h.shape[0] < power:  # Sylvester's doubling

@@ -59,6 +59,7 @@ class FitBlock:
         for group, parameters in self.parameters().items():
             for i, p in enumerate(parameters):
                 p.copy_(state[f"{group}.{i}"])
+        self.forget()
 
     def forget(self) -> None:
         """Drop remembered activations."""
