@@ -111,7 +111,8 @@ def job(args: argparse.Namespace) -> None:
         data / "wikitext-2-raw" / "wiki.test.raw", tokenizer, seqlen=64 if args.tiny else 2048, windows=20
     )
     fit, end = recipe.fit, recipe.end_to_end
-    assert fit is not None and end is not None
+    assert fit is not None
+    assert end is not None
     out = {
         "variant": args.job,
         "seed": args.seed,
@@ -173,6 +174,7 @@ def main() -> None:
             print(r["variant"], r["seed"], round(r["perplexity"], 2), r["divergence"], round(r["seconds"]), flush=True)
             write(args, results)
         time.sleep(0.5)
+
 
 if __name__ == "__main__":
     main()

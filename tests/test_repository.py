@@ -77,3 +77,11 @@ def test_pure_data_does_not_import_torch(module: str) -> None:
     """The import contract is static; this one also sees what `flatquant/__init__` does."""
     code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_tables_in_documents_are_those_of_the_results() -> None:
+    from benchmarks.tables import DOCUMENTS, rendered
+
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text()
+        assert rendered(text) == text, f"{name}: run python -m benchmarks.tables"

@@ -66,6 +66,8 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
     """
     start, say = time.perf_counter(), progress or (lambda *_: None)
     _make_room(output, overwrite)
+    if overwrite:
+        shutil.rmtree(api.state_folder(output), ignore_errors=True)
     say("load", 0, 1)
     original, tokenizer = load_model(MODEL)
     say("load", 1, 1)
@@ -171,8 +173,6 @@ def _prefixed(name: str, say: Progress) -> Progress:
 
 
 def _make_room(output: Path, overwrite: bool) -> None:
-    if overwrite:
-        shutil.rmtree(api.state_folder(output), ignore_errors=True)
     if not output.is_dir() or not any(output.iterdir()):
         artifact.check_output(output)
         return

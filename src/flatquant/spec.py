@@ -104,12 +104,14 @@ class QuantSpec:
         symmetric: zero point 0 and integers in [-2^(b-1), 2^(b-1)-1]; otherwise a zero point and [0, 2^b-1].
         group_size: weights only; `None` is the whole row.
         clip: `learned` fits how far the range is cut in; `none` keeps the full range.
+        clip_start: where a learned clip starts: the range times sigmoid(clip_start). 4.0 is the paper's.
     """
 
     bits: int
     symmetric: bool = True
     group_size: int | None = None
     clip: Literal["none", "learned"] = "none"
+    clip_start: float = 4.0
 
     def __post_init__(self) -> None:
         _check(2 <= self.bits <= 8, f"{self.bits} bits: a grid has 2 to 8 bits (16 means unquantised)")
@@ -169,7 +171,7 @@ class Scheme:
             _check(site in SITES and (number or not dot), f"override {key!r}: not [block.]site")
 
     @classmethod
-    def parse(cls, text: str, *, clip: Literal["none", "learned"] = "learned") -> Self:
+    def parse(cls, text: str, *, clip: Literal["none", "learned"] = "learned", clip_start: float = 4.0) -> Self:
         """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8`.
 
         Left-out parts and 16 stay in 16 bit. Weights and activations are symmetric, keys and values asymmetric.
@@ -187,7 +189,9 @@ class Scheme:
                 _check(group is None, f"scheme {text!r}: a group size without weight bits")
                 return None
             group_size = int(group) if group else None
-            return QuantSpec(bits=int(bits), symmetric=symmetric, group_size=group_size, clip=clip)
+            return QuantSpec(
+                bits=int(bits), symmetric=symmetric, group_size=group_size, clip=clip, clip_start=clip_start
+            )
 
         overrides: dict[str, SiteBits] = {}
         for part in rest:

@@ -286,3 +286,11 @@ def test_a_fixed_clip_is_the_learned_one_frozen() -> None:
     with torch.no_grad():
         learned.low_logit.zero_()
     assert fixed.ratio[0].item() == pytest.approx(0.25)  # a copy
+
+
+def test_a_clip_starts_where_its_spec_says() -> None:
+    spec = QuantSpec(bits=4, clip="learned", clip_start=0.0)  # sigmoid(0) = 1/2
+    low, high = Dynamic(spec).clip(torch.tensor([-2.0]), torch.tensor([6.0]))
+    assert (low.item(), high.item()) == (-1.0, 3.0)
+    w = WeightGrid.for_weight(spec, (2, 4)).clamp(torch.tensor([[-4.0, 0, 1, 2], [-2.0, 0, 1, 8]]))
+    assert w.tolist() == [[-2.0, 0, 1, 1], [-1.0, 0, 1, 4]]

@@ -125,7 +125,8 @@ class Observer:
             handle.remove()
         out = {}
         for site, m in self._moments.items():
-            assert m.absmax is not None and m.square is not None, f"{site} was never reached"
+            assert m.absmax is not None, f"{site} was never reached"
+            assert m.square is not None
             out[site] = InputStatistics(absmax=m.absmax, square=m.square / m.tokens)
         return out
 

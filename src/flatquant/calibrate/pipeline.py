@@ -128,7 +128,7 @@ class _Run:
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
         self.arch = arch_of(model.config)
-        self.blocks = submodule(model, self.arch.blocks)
+        self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
         self.state, self.progress, self.graph = state, progress, graph
         self.home = next(model.parameters()).device
@@ -154,7 +154,8 @@ class _Run:
                 if self.end_to_end is None:
                     quantised = self._solve(index, call, fit, quantised)
         if self.end_to_end is not None:
-            assert first is not None and hidden is not None
+            assert first is not None
+            assert hidden is not None
             # Solved blocks are only kept on their own where no end-to-end fit follows: all are wrapped here.
             self._fit_end_to_end(self.end_to_end, [f for f in fits if f is not None], calls, first, hidden)
             for index, (fit, call) in enumerate(zip(fits, calls, strict=True)):
@@ -231,12 +232,14 @@ class _Run:
 
         norm = copy.deepcopy(submodule(self.model, self.arch.final_norm)).to(self.device).float()
         output = self.model.get_output_embeddings()
+        assert isinstance(output, nn.Linear)
         weight = output.weight.to(self.device, self.dtype)  # (V, h)
+        bias = None if output.bias is None else output.bias.to(self.device, self.dtype)
         with self.clock("end to end"):
             self.report.end_to_end = fit_end_to_end(
                 fits,
                 calls,
-                lambda x: F.linear(norm(x).to(self.dtype), weight, output.bias),
+                lambda x: F.linear(norm(x).to(self.dtype), weight, bias),
                 inputs,
                 targets,
                 spec,

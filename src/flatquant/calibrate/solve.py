@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -33,19 +35,24 @@ def solve_block(
     Args:
         inputs: the block's inputs in the quantised model, (N, T, h); needed by solvers that use a Hessian.
     """
-    for name, site in plan.sites.items():
+    for site in plan.sites.values():
         if site.weights is None:
             continue
         hessian = None
         if solver.needs_hessian and inputs is not None:
             hessian = _gram(block, site, call, inputs, batch_size)
-        linears = [submodule(block, path) for path in site.readers]
-        assert all(isinstance(linear, DenseLinear) for linear in linears), f"{name} is not folded"
+        linears = [_folded(block, path) for path in site.readers]
         # Readers share inputs, hence the Hessian; rows are independent: one solve for all of them.
         joined = solver.solve(torch.cat([linear.weight for linear in linears]), WeightGrid(site.weights), hessian)
         rows = joined.split([linear.weight.shape[0] for linear in linears])
         for path, linear, weight in zip(site.readers, linears, rows, strict=True):
             replace_submodule(block, path, FrozenLinear(linear.site, weight, linear.bias))
+
+
+def _folded(block: nn.Module, path: str) -> DenseLinear:
+    linear = submodule(block, path)
+    assert isinstance(linear, DenseLinear), f"{path} is not folded"
+    return linear
 
 
 class _Reached(Exception):
@@ -54,8 +61,7 @@ class _Reached(Exception):
 
 def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Tensor, batch_size: int) -> Tensor:
     """The Gram matrix of what a site's readers multiply: transformed, on its grid.  # (n, n)"""
-    reader = submodule(block, plan.readers[0])
-    assert isinstance(reader, DenseLinear)
+    reader = _folded(block, plan.readers[0])
     gram = InputGram(reader.weight.shape[1], reader.weight.device)
 
     def see(module: FrozenSite, args: tuple, out: Tensor | QTensor) -> None:
@@ -65,10 +71,8 @@ def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Tensor, bat
     handle = reader.site.register_forward_hook(see)
     try:
         for x in inputs.split(batch_size):
-            try:
+            with contextlib.suppress(_Reached):
                 call(block, x)
-            except _Reached:
-                pass
             reader.site.forget()
     finally:
         handle.remove()

@@ -37,8 +37,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CalibrationError(f"cannot write {path.name}: {error.strerror or error}; free space and run again with "
-                               "--resume") from error
+        raise CalibrationError(
+            f"cannot write {path.name}: {error.strerror or error}; free space and run again with --resume"
+        ) from error
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -52,7 +53,8 @@ def fingerprint(module: nn.Module) -> str:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(raw)  # pyright: ignore[reportArgumentType] - numpy's stubs for Python 3.11 lack __buffer__
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -138,6 +140,4 @@ class RunState:
                 note = json.loads((f.metadata() or {}).get("note", "null"))
             return load_file(path), note
         except Exception as error:
-            raise CalibrationError(
-                f"{path} is damaged ({error}); delete it and run again with --resume"
-            ) from error
+            raise CalibrationError(f"{path} is damaged ({error}); delete it and run again with --resume") from error

@@ -1,7 +1,8 @@
 """How much of a tensor's range a grid covers.
 
 A clip maps the range [low, high] of the data to the range of the grid. Learned clipping multiplies each end by
-sigmoid(logit) (FlatQuant, section 3.1, after OmniQuant's learnable weight clipping), starting at sigmoid(4) = 0.982.
+sigmoid(logit) (FlatQuant, section 3.1, after OmniQuant's learnable weight clipping). The papers start at logit 4, a
+share of 0.982, and have hundreds of steps to find the right one; a short fit starts nearer to it.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class LearnedClip(Range, Trainable):
 
     group = "clip"
 
-    def __init__(self, shape: tuple[int, ...] = (1,)) -> None:
-        """Factors of `shape`, which broadcasts against the ranges."""
+    def __init__(self, shape: tuple[int, ...] = (1,), start: float = START) -> None:
+        """Factors of `shape`, which broadcasts against the ranges, at sigmoid(start)."""
         super().__init__()
-        self.low_logit = nn.Parameter(torch.full(shape, START))
-        self.high_logit = nn.Parameter(torch.full(shape, START))
+        self.low_logit = nn.Parameter(torch.full(shape, start))
+        self.high_logit = nn.Parameter(torch.full(shape, start))
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         return torch.sigmoid(self.low_logit), torch.sigmoid(self.high_logit)

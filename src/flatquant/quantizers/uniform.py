@@ -30,7 +30,7 @@ class Dynamic(nn.Module):
         super().__init__()
         self.spec = spec
         if clip is None:
-            clip = LearnedClip() if spec.clip == "learned" else NoClip()
+            clip = LearnedClip(start=spec.clip_start) if spec.clip == "learned" else NoClip()
         self.clip = clip
 
     def _ratios(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,8 @@ class WeightGrid(nn.Module):
         """A grid, with one learned clip per scale if the spec asks for it, for weights of `shape`."""
         if spec.clip == "none":
             return cls(spec)
-        return cls(spec, LearnedClip((shape[0], shape[1] // (spec.group_size or shape[1]))))
+        groups = shape[1] // (spec.group_size or shape[1])
+        return cls(spec, LearnedClip((shape[0], groups), spec.clip_start))
 
     def grouped(self, w: Tensor) -> Tensor:
         """Rows cut into groups.  # (o, g, group)"""

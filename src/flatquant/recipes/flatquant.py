@@ -20,6 +20,7 @@ from flatquant.spec import (
 PAPER_SCALE = TransformSpec(kind="diagonal", init="absmax", alpha=0.3)
 BALANCED_SCALE = TransformSpec(kind="diagonal", init="second_moment")
 KRON = TransformSpec(kind="kronecker", init="orthogonal")
+SHORT_FIT_CLIP = 1.75  # sigmoid(1.75) = 0.85
 HEAD = TransformSpec(kind="matrix", init="orthogonal")
 
 
@@ -38,16 +39,16 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
     """The paper's recipe (`reference`), or one that a laptop CPU finishes in minutes (`quick`).
 
     `quick` sees too little text for block-wise reconstruction, which then fits noise: it starts from scales that
-    balance second moments, and spends its minutes on end-to-end steps (docs/experiments.md, "The quick preset").
+    balance second moments and clips near where they end, and spends its minutes on end-to-end steps
+    (docs/experiments.md, "The quick preset").
 
     Raises:
         SpecError: an unknown preset or a scheme that is none.
     """
-    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     if preset == "reference":
         return Recipe(
             name="flatquant",
-            scheme=scheme,
+            scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
             transforms=transforms(PAPER_SCALE),
             fit=FitSpec(epochs=15, batch_size=4, lr=5e-3, clip_lr=5e-2),
             solver=SolverSpec(kind="rtn"),
@@ -56,10 +57,10 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
     if preset == "quick":
         return Recipe(
             name="flatquant",
-            scheme=scheme,
+            scheme=Scheme.parse(scheme, clip_start=SHORT_FIT_CLIP) if isinstance(scheme, str) else scheme,
             transforms=transforms(BALANCED_SCALE),
-            end_to_end=EndToEndSpec(steps=24, batch_size=2, lr=3e-3, clip_lr=3e-2, final_lr=0.1, checkpoint=False),
+            end_to_end=EndToEndSpec(steps=20, batch_size=2, lr=3e-3, clip_lr=3e-2, final_lr=0.1, checkpoint=False),
             solver=SolverSpec(kind="rtn"),
-            data=DataSpec(samples=24, seqlen=512),
+            data=DataSpec(samples=40, seqlen=256),
         )
     raise SpecError(f"unknown preset {preset!r}; known: quick, reference")

@@ -116,6 +116,8 @@ def save(
             (temporary / CONFIG_FILE).write_bytes(json_bytes(config))
             (temporary / REPORT_FILE).write_bytes(json_bytes(report))
             for name in _files(temporary):
+                # safetensors makes files that only their owner may read
+                shutil.copymode(temporary / CONFIG_FILE, temporary / name)
                 _sync(temporary / name)
             _sync(temporary)
             os.replace(temporary, output)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from flatquant import seams
+from flatquant.modules import Group, trainable_parameters
 from flatquant.quantizers import Dynamic, FixedClip, NoClip
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenSite
-from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, TransformSpec, Transforms
-from flatquant.modules import Group, trainable_parameters
+from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec
 from flatquant.transforms import Compose, Diagonal, Factor, Identity, Kronecker, Matrix, Transform, Written, make_factor
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
-from flatquant.wiring.arch import Arch, Edge, replace_submodule, submodule
+from flatquant.wiring.arch import Arch, Edge, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
 from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput
 
@@ -89,7 +89,7 @@ def wrap_block(
     outputs: dict[str, HeadOutput] = {}
     for edge in arch.edges:
         parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
-        weights = [submodule(block, path).weight for path in edge.readers]
+        weights: list[Tensor] = [linear_at(block, path).weight for path in edge.readers]
         transform = _transform(edge, parts, plan.sites[edge.site], weights, statistics.get(edge.site), generator)
         transforms[edge.site] = transform
         if (written := _written(transform)) is not None:
@@ -102,7 +102,7 @@ def wrap_block(
             transforms[edge.site],
             Dynamic(site_plan.activations) if site_plan.activations else None,
             site_plan.weights,
-            [submodule(block, path) for path in edge.readers],
+            [linear_at(block, path) for path in edge.readers],
             [outputs.get(path) for path in edge.readers],
         ).to(device)
     for edge in arch.edges:
@@ -257,9 +257,7 @@ def _written(transform: Transform) -> Factor | None:
     return None
 
 
-def _absorb(
-    edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tuple[Tensor, Tensor | None]]
-) -> None:
+def _absorb(edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tuple[Tensor, Tensor | None]]) -> None:
     """Multiply the channels an edge carries where they are written: a norm's gain, or a linear's rows and bias."""
     if edge.norm is not None:
         norm = submodule(block, edge.norm)

@@ -75,6 +75,18 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
         ) from None
 
 
+def linear_at(root: nn.Module, path: str) -> nn.Linear:
+    """The linear layer at a dotted path.
+
+    Raises:
+        ModelError: nothing is there, or something else.
+    """
+    module = submodule(root, path)
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"{path} is a {type(module).__name__}, not a Linear: quantise the original model")
+    return module
+
+
 def replace_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at a dotted path."""
     parent, _, name = path.rpartition(".")

@@ -60,7 +60,9 @@ class FitSite(nn.Module):
         self.register_buffer("weight", weight if weight.dtype == torch.float64 else weight.float())
         biases = [linear.bias for linear in linears]
         if any(b is not None for b in biases):
-            filled = [torch.zeros(o).to(self.weight) if b is None else b for b, o in zip(biases, self.rows, strict=True)]
+            filled = [
+                torch.zeros(o).to(self.weight) if b is None else b for b, o in zip(biases, self.rows, strict=True)
+            ]
             self.register_buffer("bias", torch.cat([b.detach() for b in filled]).to(self.weight.dtype))
         else:
             self.register_buffer("bias", None)
@@ -68,19 +70,19 @@ class FitSite(nn.Module):
         self.grid = WeightGrid.for_weight(weights, (sum(self.rows), linears[0].in_features)) if weights else None
         self.outputs = nn.ModuleList(o if o is not None else nn.Identity() for o in outputs)
         n = linears[0].in_features
-        self.dense = weight.is_cuda and n <= DENSE_LIMIT and not isinstance(transform, Identity)
-        self.register_buffer("eye", torch.eye(n, dtype=self.weight.dtype) if self.dense else None)
+        dense = weight.is_cuda and n <= DENSE_LIMIT and not isinstance(transform, Identity)
+        self.register_buffer("eye", torch.eye(n, dtype=self.weight.dtype) if dense else None)
         self._last: tuple[Tensor, bool, tuple[Tensor, ...]] | None = None
 
     def _transformed(self, x: Tensor) -> Tensor:
         """x P.  # (.., n)"""
-        if self.dense:
+        if self.eye is not None:
             return x @ self.transform(self.eye).to(x.dtype)
         return self.transform(x)
 
     def _inverse_transformed(self) -> Tensor:
         """W P^-T.  # (sum of rows, n)"""
-        if self.dense:
+        if self.eye is not None:
             return self.weight @ self.transform.inverse_t(self.eye)
         return self.transform.inverse_t(self.weight)
 

@@ -7,7 +7,7 @@ from torch import nn
 from flatquant.errors import SpecError
 from flatquant.spec import BlockPlan, Plan, Recipe, SitePlan, Transforms
 from flatquant.transforms import kronecker_split
-from flatquant.wiring.arch import Arch, Edge, Geometry, submodule
+from flatquant.wiring.arch import Arch, Edge, Geometry, linear_at
 
 
 def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleList, *, force: bool = False) -> Plan:
@@ -88,12 +88,7 @@ def _online(edge: Edge, parts: Transforms, quantised: bool) -> tuple[bool, bool]
 
 
 def _input_size(block: nn.Module, edge: Edge) -> int:
-    sizes = set()
-    for path in edge.readers:
-        linear = submodule(block, path)
-        if not isinstance(linear, nn.Linear):
-            raise SpecError(f"{path} is a {type(linear).__name__}, not a Linear: quantise the original model")
-        sizes.add(linear.in_features)
+    sizes = {linear_at(block, path).in_features for path in edge.readers}
     if len(sizes) != 1:
         raise SpecError(f"{edge.site}: its readers have different input sizes {sorted(sizes)}")
     return sizes.pop()

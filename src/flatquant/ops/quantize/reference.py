@@ -121,9 +121,7 @@ def fake_quantize_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: in
     return fake_quantize(x, scale, zero, low, high)
 
 
-def row_grid(
-    x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int
-) -> tuple[Tensor, Tensor | None]:
+def row_grid(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point (None if symmetric) of every row; see `fake_quantize_rows`.  # (.., 1)"""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     bits = high.bit_length() + (low < 0)

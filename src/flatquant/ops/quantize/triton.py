@@ -86,7 +86,9 @@ def _backward(
     g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     low_ratio = tl.load(low_ptr + r * ratio_stride, mask=r < rows, other=1.0)
     high_ratio = tl.load(high_ptr + r * ratio_stride, mask=r < rows, other=1.0)
-    x_min, x_max, low, high, scale, zero = _grid(x, (c < n)[None, :], low_ratio, high_ratio, EPS, QMAX, SYMMETRIC, CLAMP)
+    x_min, x_max, low, high, scale, zero = _grid(
+        x, (c < n)[None, :], low_ratio, high_ratio, EPS, QMAX, SYMMETRIC, CLAMP
+    )
     c_x = x
     if CLAMP:
         c_x = tl.minimum(tl.maximum(x, low[:, None]), high[:, None])

@@ -1,0 +1,121 @@
+"""Write the tables of README.md and docs from benchmarks/results/*.json, between their markers.
+
+    python -m benchmarks.tables            rewrites the documents
+    python -m benchmarks.tables --check    says which would change, exit code 1 if any
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/experiments.md")
+# The original implementation in the same setting; see docs/experiments.md, "Fidelity to the paper".
+ORIGINAL_PERPLEXITY, ORIGINAL_SECONDS = 29.32, 842
+LABELS = {
+    "w4a4kv4": "FlatQuant W4A4KV4",
+    "w4a16": "FlatQuant W4A16",
+    "w3a16": "FlatQuant W3A16",
+    "kv4": "FlatQuant KV4 only",
+    "w4a4kv4-plain-rtn": "plain RTN W4A4KV4",
+    "w4a16-plain-gptq": "plain GPTQ W4A16",
+    "w3a16-plain-gptq": "plain GPTQ W3A16",
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    """One results file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def reference() -> list[str]:
+    """Perplexity of SmolLM2-135M under the reference preset."""
+    result = read("smollm2-reference")
+    lines = ["| SmolLM2-135M | weights | WikiText-2 | C4 | seeds |", "|---|---|---|---|---|"]
+    metrics = result["metrics"]
+    original = metrics["original"]
+    lines.append(f"| fp16 | - | {original['wikitext2']:.2f} | {original['c4']:.2f} | - |")
+    for row in sorted(metrics["mean"], key=lambda r: (list(LABELS).index(r["configuration"]), r["solver"] != "rtn")):
+        label = LABELS[row["configuration"]]
+        lines.append(
+            f"| {label} | {row['solver'].upper()} | {row['wikitext2']:.2f} | {row['c4']:.2f} | {row['seeds']} |"
+        )
+    lines.append(f"| original implementation, W4A4KV4 | RTN | {ORIGINAL_PERPLEXITY} | - | 1 |")
+    alone = [s["rtn"] for s in result["samples"] if s.get("alone")]
+    if alone:
+        seconds, memory = alone[0]["calibration_seconds"], alone[0]["peak_memory_bytes"] / 2**30
+        lines += [
+            "",
+            f"Calibration alone on one {result['device']}: {seconds:.0f} s, {memory:.1f} GiB peak "
+            f"(original implementation on the same kind of GPU: {ORIGINAL_SECONDS} s).",
+        ]
+    return lines
+
+
+def quick() -> list[str]:
+    """Variants of the quick preset."""
+    result = read("quick-preset")
+    lines = ["| variant | trained tokens | first and last KL | perplexity, 20 windows |", "|---|---|---|---|"]
+    for s in sorted(result["samples"], key=lambda s: s["perplexity"]):
+        first, last = s["divergence"] or (None, None)
+        kl = f"{first:.3f}, {last:.3f}" if s["divergence"] else "-"
+        lines.append(f"| {s['variant']} | {s['trained_tokens']:,} | {kl} | {s['perplexity']:.2f} |")
+    return lines
+
+
+def clip_start() -> list[str]:
+    """Where learned clips start."""
+    result = read("clip-start")
+    lines = ["| weights | activations, keys, values | KL | top-1 | perplexity |", "|---|---|---|---|---|"]
+    for s in result["samples"]:
+        lines.append(f"| {s['weights']} | {s['others']} | {s['kl']:.3f} | {s['top1']:.1%} | {s['perplexity']:.1f} |")
+    return lines
+
+
+def demo() -> list[str]:
+    """The demo on a CPU."""
+    result = read("demo-cpu")
+    lines = ["| | KL to the original | top-1 agreement | WikiText-2 perplexity | seconds |", "|---|---|---|---|---|"]
+    for name, row in result["metrics"]["rows"].items():
+        perplexity = f"{row['perplexity']:.1f}" if row.get("perplexity") is not None else "-"
+        seconds = f"{row['seconds']:.0f}" if row["seconds"] is not None else "-"
+        lines.append(f"| {name} | {row['kl']:.3f} | {row['top1']:.1%} | {perplexity} | {seconds} |")
+    total = result["metrics"]["seconds"]
+    lines += ["", f"In all {total / 60:.1f} minutes on {result['device']}."]
+    return lines
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "reference": reference,
+    "quick": quick,
+    "clip_start": clip_start,
+    "demo": demo,
+}
+_MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rendered(text: str) -> str:
+    """A document with its tables made anew."""
+    return _MARKED.sub(lambda m: m[1] + "\n".join(TABLES[m[2]]()) + "\n" + m[3], text)
+
+
+def main() -> int:
+    changed = [name for name in DOCUMENTS if rendered((ROOT / name).read_text()) != (ROOT / name).read_text()]
+    if "--check" in sys.argv:
+        print("\n".join(f"{name} differs from the results" for name in changed))
+        return bool(changed)
+    for name in changed:
+        (ROOT / name).write_text(rendered((ROOT / name).read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The main job on the real SmolLM2-135M: quantise, save, load, evaluate, generate."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import flatquant
+from flatquant.data import calibration_tokens
+from flatquant.evaluate import divergence_from_logits, perplexity, reference_logits
+from flatquant.models import load_model
+from flatquant.runtime.generate import generate_text
+from flatquant.spec import DataSpec
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_smollm2_at_w4a4kv4(tmp_path: Path) -> None:
+    model, tokenizer = load_model("smollm2-135m", dtype=torch.float32)
+    # English that comes with the repository: one text to calibrate on, another to test on.
+    held_out = calibration_tokens(ROOT / "CONTRIBUTING.md", tokenizer, samples=2, seqlen=128, seed=0)
+    logits = reference_logits(model, held_out)
+    recipe = flatquant.recipes.flatquant("w4a4kv4", preset="quick")
+    recipe = dataclasses.replace(
+        recipe,
+        data=DataSpec(samples=4, seqlen=128),
+        end_to_end=dataclasses.replace(recipe.end_to_end, steps=2),
+    )
+    kl = {}
+    for name, parts in (("rtn", flatquant.recipes.rtn("w4a4kv4")), ("flatquant", recipe)):
+        current, _ = load_model("smollm2-135m", dtype=torch.float32)
+        text = ROOT / "LICENSE" if parts.needs_data else None
+        result = flatquant.quantize(current, parts, text, tokenizer=tokenizer, output=tmp_path / name, device="cpu")
+        loaded = flatquant.load(tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(loaded(held_out).logits, result.model(held_out).logits)
+        in_memory, packed = perplexity(result.model, held_out).value, perplexity(loaded, held_out).value
+        assert abs(in_memory - packed) < 1e-3
+        kl[name] = divergence_from_logits(loaded, logits, held_out).kl
+    assert kl["flatquant"] < 0.3 * kl["rtn"], kl
+    written = generate_text(loaded, tokenizer, "The capital of France is", max_new_tokens=8)
+    assert len(written.text.split()) > 5
