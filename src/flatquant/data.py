@@ -228,7 +228,7 @@ def _c4(first: int, last: int) -> list[str]:
 
 def _download(source: str, path: str, **arguments: object) -> list[str]:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise DataError(
             f"downloading {source} needs the datasets package: pip install datasets; or set FLATQUANT_DATA to a folder "

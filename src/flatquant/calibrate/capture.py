@@ -72,7 +72,7 @@ def capture(model: PreTrainedModel, arch: Arch, tokens: Tensor) -> tuple[Tensor,
     """
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     hidden, calls = [], []
     with _recorded(blocks) as recorded:
         for window in tokens.split(1):
