@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def versions() -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     """Device, versions and commit, as every results file has them."""
-    return {"device": device_name(), "versions": versions(), "commit": commit(), "command": " ".join(sys.argv)}
+    return {"device": device_name(), "versions": versions(), "commit": commit()}
 
 
 def write_result(path: Path, name: str, **content: Any) -> None:

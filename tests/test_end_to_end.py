@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[1]
 def test_smollm2_at_w4a4kv4(tmp_path: Path) -> None:
     model, tokenizer = load_model("smollm2-135m", dtype=torch.float32)
     # English that comes with the repository: one text to calibrate on, another to test on.
-    held_out = calibration_tokens(ROOT / "CONTRIBUTING.md", tokenizer, samples=2, seqlen=128, seed=0)
+    texts = {"calibration.txt": "LICENSE", "test.txt": "CONTRIBUTING.md"}
+    for name, source in texts.items():
+        (tmp_path / name).write_text((ROOT / source).read_text())
+    held_out = calibration_tokens(tmp_path / "test.txt", tokenizer, samples=2, seqlen=128, seed=0)
     logits = reference_logits(model, held_out)
     recipe = flatquant.recipes.flatquant("w4a4kv4", preset="quick")
     recipe = dataclasses.replace(
@@ -32,7 +35,7 @@ def test_smollm2_at_w4a4kv4(tmp_path: Path) -> None:
     kl = {}
     for name, parts in (("rtn", flatquant.recipes.rtn("w4a4kv4")), ("flatquant", recipe)):
         current, _ = load_model("smollm2-135m", dtype=torch.float32)
-        text = ROOT / "LICENSE" if parts.needs_data else None
+        text = tmp_path / "calibration.txt" if parts.needs_data else None
         result = flatquant.quantize(current, parts, text, tokenizer=tokenizer, output=tmp_path / name, device="cpu")
         loaded = flatquant.load(tmp_path / name)
         with torch.no_grad():
@@ -42,4 +45,4 @@ def test_smollm2_at_w4a4kv4(tmp_path: Path) -> None:
         kl[name] = divergence_from_logits(loaded, logits, held_out).kl
     assert kl["flatquant"] < 0.3 * kl["rtn"], kl
     written = generate_text(loaded, tokenizer, "The capital of France is", max_new_tokens=8)
-    assert len(written.text.split()) > 5
+    assert "Paris" in written.text

@@ -146,7 +146,7 @@ def test_recipes_that_do_not_fit_the_model_are_errors(model) -> None:
 
 def test_a_quantised_model_is_not_quantised_again(model) -> None:
     once, _, _ = calibrated(model, rtn("w4"))
-    one_line(SpecError, "not a Linear", once, rtn("w4"))
+    one_line(ModelError, "not a Linear", once, rtn("w4"))
 
 
 def test_unknown_families_are_errors(model) -> None:

@@ -1,9 +1,8 @@
 """The fused fake quantisers equal their references, values and gradients, on odd shapes, with poisoned outputs.
 
-Without a CUDA device the kernels run in Triton's interpreter; with one they run there, and carry the `gpu` marker.
+Without a CUDA device the kernels run in Triton's interpreter (see conftest.py); with one they run there, and carry the
+`gpu` marker.
 """
-
-import os
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from flatquant.ops.quantize import reference  # noqa: E402

@@ -37,6 +37,8 @@ def _grid(x, columns, low_ratio, high_ratio, EPS: tl.constexpr, LEVELS: tl.const
         x_max = tl.maximum(tl.max(x, axis=1), 0.0)
     low = x_min * low_ratio
     high = x_max * high_ratio
+    if CLAMP:  # a narrow range away from 0 may cross over: everything is cut to its upper end then, as torch.clamp does
+        low = tl.minimum(low, high)
     if SYMMETRIC:
         half = tl.maximum(tl.maximum(high, -low), EPS)
         scale = tl.div_rn(half, tl.full(half.shape, LEVELS, tl.float32))
@@ -114,10 +116,13 @@ def _backward(
         g_low = tl.where(alive, -g_zero / scale - g_scale / QMAX, 0.0)
         g_high = tl.where(alive, g_scale / QMAX, 0.0)
     if CLAMP:  # what is cut follows the end it was cut to
-        above = (x > high[:, None]) & mask
-        below = (x < low[:, None]) & mask
+        crossed = (x_min * low_ratio > high)[:, None]
+        above = ((x > high[:, None]) | crossed) & mask
+        below = (x < low[:, None]) & mask & (crossed == 0)
         g_high += tl.sum(tl.where(above, gx, 0.0), axis=1)
         g_low += tl.sum(tl.where(below, gx, 0.0), axis=1)
+        g_high += tl.where(x_min * low_ratio > high, g_low, 0.0)
+        g_low = tl.where(x_min * low_ratio > high, 0.0, g_low)
         gx = tl.where(above | below, 0.0, gx)
     # the range's ends are elements of the row: their gradient is shared by all that attain them
     at_min = (x == x_min[:, None]) & mask & ((x_min < 0) | CLAMP)[:, None]

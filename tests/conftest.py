@@ -1,0 +1,9 @@
+"""Settings that must hold before anything else is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter. Triton reads this when it is first imported, by whomever.
+    os.environ["TRITON_INTERPRET"] = "1"
