@@ -93,7 +93,7 @@ def calibrate(
         dtype: of matrix products during the fit (parameters are float32).
         state: finished blocks are kept there and taken from there.
         progress: called with (stage, done, total).
-        graph: on CUDA, replay optimiser steps from a CUDA graph.
+        graph: on CUDA, replay the block-wise fit's steps from a CUDA graph.
 
     Raises:
         CalibrationError: NaN in a block (named); data missing.
@@ -244,7 +244,6 @@ class _Run:
                 targets,
                 spec,
                 dtype=self.dtype,
-                graph=self.graph,
                 start=start,
                 save=save,
                 progress=lambda done, total: self.progress("end to end", done, total),
