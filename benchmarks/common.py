@@ -6,6 +6,9 @@ import json
 import os
 import platform
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+MARK = "RESULT "
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 
 
@@ -57,3 +61,32 @@ def write_result(path: Path, name: str, **content: Any) -> None:
     """Write a results file: name, environment, and whatever the benchmark measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"name": name, **environment(), **content}, indent=1) + "\n")
+
+
+def run_jobs(
+    module: str, jobs: list[list[str]], parallel: int, common: list[str], keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Run `python -m module COMMON JOB` for every job, at most `parallel` processes at a time.
+
+    A job prints its result as a line `RESULT {json}`; `keep` receives each as it comes. A job that fails is named, and
+    the others go on.
+    """
+    waiting, running = list(jobs), []
+    while waiting or running:
+        while waiting and len(running) < parallel:
+            command = [sys.executable, "-m", module, *common, *waiting.pop(0)]
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        for process in [p for p in running if p.poll() is not None]:
+            running.remove(process)
+            assert process.stdout is not None
+            lines = [line for line in process.stdout if line.startswith(MARK)]
+            if process.returncode or not lines:
+                print("failed:", process.args, flush=True)
+                continue
+            keep(json.loads(lines[-1].removeprefix(MARK)))
+        time.sleep(0.5)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """What a job of `run_jobs` ends with."""
+    print(MARK + json.dumps(result), flush=True)

@@ -11,15 +11,12 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import write_result
+from benchmarks.common import print_result, run_jobs, write_result
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate.perplexity import perplexity
@@ -123,7 +120,7 @@ def job(args: argparse.Namespace) -> None:
         "divergence": [report.end_to_end[0], report.end_to_end[-1]] if report.end_to_end else None,
         "perplexity": perplexity(model, windows).value,
     }
-    print("RESULT " + json.dumps(out), flush=True)
+    print_result(out)
 
 
 def write(args: argparse.Namespace, results: list[dict]) -> None:
@@ -154,26 +151,15 @@ def main() -> None:
         job(args)
         return
     common = ["--model", args.model, "--data", args.data, "--device", args.device, *(["--tiny"] * args.tiny)]
-    waiting = [(name, seed) for name in args.only or VARIANTS for seed in range(args.seeds)]
-    running: list[subprocess.Popen] = []
     results: list[dict] = []
-    while waiting or running:
-        while waiting and len(running) < args.parallel:
-            name, seed = waiting.pop(0)
-            command = [sys.executable, "-m", "benchmarks.quick_preset", *common, "--job", name, "--seed", str(seed)]
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        for process in [p for p in running if p.poll() is not None]:
-            running.remove(process)
-            assert process.stdout is not None
-            lines = [line for line in process.stdout if line.startswith("RESULT ")]
-            if process.returncode or not lines:
-                print("failed:", process.args, flush=True)
-                continue
-            results.append(json.loads(lines[-1].removeprefix("RESULT ")))
-            r = results[-1]
-            print(r["variant"], r["seed"], round(r["perplexity"], 2), r["divergence"], round(r["seconds"]), flush=True)
-            write(args, results)
-        time.sleep(0.5)
+
+    def keep(r: dict) -> None:
+        results.append(r)
+        print(r["variant"], r["seed"], round(r["perplexity"], 2), r["divergence"], round(r["seconds"]), flush=True)
+        write(args, results)
+
+    jobs = [["--job", name, "--seed", str(seed)] for name in args.only or VARIANTS for seed in range(args.seeds)]
+    run_jobs("benchmarks.quick_preset", jobs, args.parallel, common, keep)
 
 
 if __name__ == "__main__":

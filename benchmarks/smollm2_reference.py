@@ -15,15 +15,13 @@ import dataclasses
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import write_result
+from benchmarks.common import print_result, run_jobs, write_result
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.state import RunState
 from flatquant.data import calibration_tokens, evaluation_windows
@@ -43,6 +41,7 @@ CONFIGURATIONS: dict[str, Recipe] = {
     "w3a16-plain-gptq": gptq("w3a16"),
 }
 ONE_SEED = ("w4a4kv4-plain-rtn", "w4a16-plain-gptq", "w3a16-plain-gptq")  # no seed, or one is enough
+MODULE = "benchmarks.smollm2_reference"
 SOLVERS = ("rtn", "gptq")
 GPTQ_TOO = ("w4a4kv4", "w4a16", "w3a16")
 
@@ -100,7 +99,7 @@ def job(args: argparse.Namespace) -> None:
                 "last_losses": [b["losses"][-1] if b["losses"] else None for b in report.blocks],
                 "perplexity": evaluate(current, tokenizer, data, args.tiny),
             }
-    print("RESULT " + json.dumps(out), flush=True)
+    print_result(out)
 
 
 def evaluate(model, tokenizer, data: Path, tiny: bool) -> dict[str, float]:
@@ -135,27 +134,6 @@ def _parameters(recipe: Recipe) -> Recipe:
 VARIANTS = {"second-moment": _start("second_moment"), "svd": _parameters}
 
 
-def run_jobs(jobs: list[list[str]], parallel: int, common: list[str], keep) -> None:
-    """Run jobs as processes, at most `parallel` at a time; `keep` receives every result as it comes."""
-    waiting, running = list(jobs), []
-    while waiting or running:
-        while waiting and len(running) < parallel:
-            command = [sys.executable, "-m", "benchmarks.smollm2_reference", *common, *waiting.pop(0)]
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        for process in [p for p in running if p.poll() is not None]:
-            running.remove(process)
-            assert process.stdout is not None
-            lines = [line for line in process.stdout if line.startswith("RESULT ")]
-            if process.returncode or not lines:
-                print("failed:", process.args, flush=True)
-                continue
-            result = json.loads(lines[-1].removeprefix("RESULT "))
-            keep(result)
-            brief = {s: {k: round(v, 3) for k, v in result[s]["perplexity"].items()} for s in SOLVERS if s in result}
-            print(result["configuration"], result["variant"], result["seed"], brief, flush=True)
-        time.sleep(0.5)
-
-
 def summary(results: list[dict]) -> list[dict]:
     """Mean over seeds per configuration, variant and solver."""
     groups: dict[tuple, list[dict]] = {}
@@ -180,7 +158,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=6)
+    parser.add_argument("--parallel", type=int, default=2, help="graph-replaying processes share a GPU badly")
     parser.add_argument("--only", nargs="*", help="configurations to run")
     parser.add_argument("--variants", nargs="*", default=[""], help="variants of w4a4kv4 to run")
     parser.add_argument("--alone", action="store_true", help="first time w4a4kv4 alone")
@@ -204,6 +182,8 @@ def main() -> None:
 
     def keep(result: dict) -> None:
         results.append(result)
+        brief = {s: {k: round(v, 3) for k, v in result[s]["perplexity"].items()} for s in SOLVERS if s in result}
+        print(result["configuration"], result["variant"], result["seed"], brief, flush=True)
         write_result(
             Path(args.out) / f"{name}.json",
             name,
@@ -214,14 +194,14 @@ def main() -> None:
 
     names = args.only if args.only is not None else list(CONFIGURATIONS)
     if args.alone:
-        run_jobs([["--job", "w4a4kv4", "--alone"]], 1, common, keep)
+        run_jobs(MODULE, [["--job", "w4a4kv4", "--alone"]], 1, common, keep)
         r = results[0]["rtn"]
         print("alone", r["calibration_seconds"], r["stages"], r["peak_memory_bytes"], flush=True)
     wanted = [(n, v, s) for s in range(args.seeds) for v in args.variants for n in names if not v or n == "w4a4kv4"]
     wanted = [w for w in wanted if w[2] == 0 or w[0] not in ONE_SEED]
     wanted.sort(key=lambda w: w[0] != "w4a4kv4")  # the headline first, should time run out
     jobs = [["--job", n, "--variant", v, "--seed", str(s)] for n, v, s in wanted]
-    run_jobs(jobs[1:] if args.alone else jobs, args.parallel, common, keep)
+    run_jobs(MODULE, jobs[1:] if args.alone else jobs, args.parallel, common, keep)
     print(json.dumps(summary(results), indent=1))
 
 
