@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=2, help="graph-replaying processes share a GPU badly")
+    parser.add_argument("--parallel", type=int, default=2, help="jobs side by side; each fills most of a GPU")
     parser.add_argument("--only", nargs="*", help="configurations to run")
     parser.add_argument("--variants", nargs="*", default=[""], help="variants of w4a4kv4 to run")
     parser.add_argument("--alone", action="store_true", help="first time w4a4kv4 alone")
