@@ -21,19 +21,17 @@ class Range(nn.Module, ABC):
     """Maps a data range to a grid range, end by end."""
 
     @abstractmethod
-    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Clipped (low, high), same shapes."""
-
-    @abstractmethod
     def ratios(self) -> tuple[Tensor, Tensor] | None:
         """The factors for (low, high), or None where nothing is cut."""
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Clipped (low, high), same shapes."""
+        ratios = self.ratios()
+        return (low, high) if ratios is None else (low * ratios[0], high * ratios[1])
 
 
 class NoClip(Range):
     """The full range."""
-
-    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return low, high
 
     def ratios(self) -> None:
         return None
@@ -53,10 +51,6 @@ class LearnedClip(Range, Trainable):
     def ratios(self) -> tuple[Tensor, Tensor]:
         return torch.sigmoid(self.low_logit), torch.sigmoid(self.high_logit)
 
-    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        low_ratio, high_ratio = self.ratios()
-        return low * low_ratio, high * high_ratio
-
 
 class FixedClip(Range):
     """Frozen factors, scalars, for serving.  # float32, (2,): low, high"""
@@ -69,6 +63,3 @@ class FixedClip(Range):
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         return self.ratio[0], self.ratio[1]
-
-    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return low * self.ratio[0], high * self.ratio[1]

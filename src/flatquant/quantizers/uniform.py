@@ -6,15 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flatquant.ops.quantize import fake_quantize_clamped, fake_quantize_rows
-from flatquant.ops.quantize.reference import (
-    EPS,
-    asymmetric_grid,
-    clamp_rows,
-    fake_quantize,
-    quantize,
-    row_grid,
-    symmetric_grid,
-)
+from flatquant.ops.quantize.reference import clamp_rows, covering_grid, fake_quantize, quantize, row_grid
 from flatquant.qtensor import QTensor
 from flatquant.quantizers.clip import LearnedClip, NoClip, Range
 from flatquant.spec import QuantSpec
@@ -95,14 +87,11 @@ class WeightGrid(nn.Module):
 
     def grid(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None if symmetric) that cover the groups of w.  # (o, g)"""
-        groups = self.grouped(w)
-        low, high = groups.amin(-1), groups.amax(-1)
-        if self.spec.symmetric:
-            return symmetric_grid(low, high, self.spec.bits, EPS), None
-        return asymmetric_grid(low, high, self.spec.bits)
+        scale, zero = covering_grid(self.grouped(w), self.spec.low, self.spec.high)
+        return scale[..., 0], None if zero is None else zero[..., 0]
 
     def forward(self, w: Tensor) -> Tensor:
         """Round to the grid and back, differentiable. Takes clamped weights.  # (o, n)"""
-        scale, zero = self.grid(w)
-        zero = zero[..., None] if zero is not None else None
-        return fake_quantize(self.grouped(w), scale[..., None], zero, self.spec.low, self.spec.high).flatten(-2)
+        groups = self.grouped(w)
+        scale, zero = covering_grid(groups, self.spec.low, self.spec.high)
+        return fake_quantize(groups, scale, zero, self.spec.low, self.spec.high).flatten(-2)

@@ -154,9 +154,22 @@ def fake_quantize_clamped(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low:
         low, high: integer range of the grid; symmetric if low < 0.
     """
     x = clamp_rows(x, low_ratio, high_ratio)
+    scale, zero = covering_grid(x, low, high)
+    return fake_quantize(x, scale, zero, low, high)
+
+
+def covering_grid(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (None if symmetric) of the grid that covers every row; see `fake_quantize_clamped`.
+
+    Args:
+        x: (.., n).
+        low, high: integer range of the grid; symmetric if low < 0.
+
+    Returns:
+        (.., 1).
+    """
     bits = high.bit_length() + (low < 0)
     bottom, top = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     if low < 0:
-        return fake_quantize(x, symmetric_grid(bottom, top, bits, EPS), None, low, high)
-    scale, zero = asymmetric_grid(bottom, top, bits)
-    return fake_quantize(x, scale, zero, low, high)
+        return symmetric_grid(bottom, top, bits, EPS), None
+    return asymmetric_grid(bottom, top, bits)
