@@ -63,6 +63,14 @@ def write_result(path: Path, name: str, **content: Any) -> None:
     path.write_text(json.dumps({"name": name, **environment(), **content}, indent=1) + "\n")
 
 
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The samples of a results file of this commit and device, to add to; none if there is no such file."""
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    return result["samples"] if all(result[k] == v for k, v in environment().items()) else []
+
+
 def run_jobs(
     module: str, jobs: list[list[str]], parallel: int, common: list[str], keep: Callable[[dict[str, Any]], None]
 ) -> None:

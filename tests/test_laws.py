@@ -302,10 +302,25 @@ def test_all_that_is_trained_gets_gradients_and_nothing_else_does(name: str, tra
             assert (p.grad != 0).all()  # every channel
         for p in groups["clip"]:
             assert (p.grad != 0).float().mean() > 0.9  # nearly every row
-        owned = {id(p) for m in fit.block.modules() if isinstance(m, Trainable) for p in m.parameters(recurse=False)}
+        parts = [m for m in fit.block.modules() if isinstance(m, Trainable)]
+        owned = {id(p) for m in parts for p in m.parameters(recurse=False) if p.requires_grad}
         assert owned == {id(p) for p in trained}
         if not trained_before:
             assert {id(p) for p in fit.block.parameters() if p.grad is not None} == owned
+
+
+def test_released_weights_train_and_frozen_ones_do_not() -> None:
+    model = family("llama", dtype=torch.float32, **SHAPES["odd"])
+    _, fits = wrap(model, bare(BASES["direct orthogonal"], Scheme.parse("w4a4kv4")), noise=0.02)
+    fits[0].release_weights()
+    model(tokens_for(model, 2, 16)).logits.square().mean().backward()
+    assert fits[1].parameters()["weight"] == []
+    weights = fits[0].parameters()["weight"]
+    assert [p.shape for p in weights] == [site.weight.shape for site in fits[0].sites.values()]
+    for p in weights:
+        assert p.grad is not None
+        assert (p.grad != 0).float().mean() > 0.9
+    assert all(site.weight.grad is None for site in fits[1].sites.values())
 
 
 def test_calibration_leaves_no_gradients_on_the_model() -> None:

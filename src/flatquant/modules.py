@@ -5,11 +5,13 @@ still trains, and one that is not a `Trainable` never does.
 """
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-Group = Literal["transform", "scale", "clip"]
+Group = Literal["transform", "scale", "clip", "weight"]
+
+GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 class Trainable(nn.Module):
@@ -19,14 +21,14 @@ class Trainable(nn.Module):
 
 
 def trainable_parameters(*modules: nn.Module) -> dict[Group, list[nn.Parameter]]:
-    """The distinct parameters of every `Trainable` inside `modules`, by group, in a fixed order."""
-    groups: dict[Group, list[nn.Parameter]] = {"transform": [], "scale": [], "clip": []}
+    """The distinct parameters that train of every `Trainable` inside `modules`, by group, in a fixed order."""
+    groups: dict[Group, list[nn.Parameter]] = {group: [] for group in GROUPS}
     seen: set[int] = set()
     for root in modules:
         for module in root.modules():
             if isinstance(module, Trainable) and id(module) not in seen:
                 seen.add(id(module))
-                groups[module.group].extend(module.parameters(recurse=False))
+                groups[module.group].extend(p for p in module.parameters(recurse=False) if p.requires_grad)
     return groups
 
 

@@ -297,20 +297,25 @@ class FitSpec:
 class EndToEndSpec:
     """End-to-end fit of the same parameters through all blocks: KL divergence to the original's logits.
 
-    `checkpoint` recomputes each block in the backward pass: a third more time, a block's activations less memory.
+    Attributes:
+        weight_lr: of the weights before transform and grid, which then train through their rounding as well
+            (straight-through); 0 leaves them as they are.
+        final_lr: where every cosine ends, as a share of `lr` (of `weight_lr` for weights).
+        checkpoint: recompute each block in the backward pass: a third more time, a block's activations less memory.
     """
 
     steps: int = 0
     batch_size: int = 2
     lr: float = 1e-3
     clip_lr: float = 1e-2
+    weight_lr: float = 0.0
     final_lr: float = 0.0
     checkpoint: bool = True
 
     def __post_init__(self) -> None:
         _check(self.steps >= 0, f"end-to-end steps {self.steps}: at least 0")
         _check(self.batch_size >= 1, f"end-to-end batch size {self.batch_size}: at least 1")
-        _check(self.lr > 0 and self.clip_lr > 0, "learning rates must be positive")
+        _check(self.lr > 0 and self.clip_lr > 0 and self.weight_lr >= 0, "learning rates must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

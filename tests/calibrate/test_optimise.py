@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatquant.calibrate.optimise import Optimiser, cosine
+from flatquant.modules import GROUPS
 
 
 @pytest.mark.parametrize("lr, floor", [(5e-3, 5e-6), (5e-2, 5e-6), (1e-3, 0.0)])
@@ -44,7 +45,14 @@ def problem(seed: int = 0) -> tuple[dict, Optimiser]:
     parameters = {"transform": [w], "scale": [], "clip": [c]}
     rates = {"transform": 1e-2, "scale": 1e-2, "clip": 1e-1}
     return parameters, Optimiser(
-        parameters, rates, floor=1e-4, steps=12, warmup=2, weight_decay=0.01, loss_fn=loss_fn, graph=False
+        parameters,
+        rates,
+        floors=dict.fromkeys(GROUPS, 1e-4),
+        steps=12,
+        warmup=2,
+        weight_decay=0.01,
+        loss_fn=loss_fn,
+        graph=False,
     )
 
 

@@ -36,9 +36,9 @@ def test_kl_divergence_is_the_mean_over_tokens() -> None:
     assert kl_divergence(p, p + 3.0).abs() < 1e-6  # logits are defined up to a constant
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_an_end_to_end_fit_lowers_the_divergence(model, checkpoint: bool) -> None:
-    spec = EndToEndSpec(steps=24, batch_size=4, lr=3e-3, clip_lr=3e-2, checkpoint=checkpoint)
+@pytest.mark.parametrize("checkpoint, weight_lr", [(False, 0.0), (True, 0.0), (False, 1e-3)])
+def test_an_end_to_end_fit_lowers_the_divergence(model, checkpoint: bool, weight_lr: float) -> None:
+    spec = EndToEndSpec(steps=24, batch_size=4, lr=3e-3, clip_lr=3e-2, weight_lr=weight_lr, checkpoint=checkpoint)
     recipe = quick("w3a4kv4", samples=8, seqlen=16)
     with_it, _, report = calibrated(model, dataclasses.replace(recipe, end_to_end=spec))
     without, _, _ = calibrated(model, recipe)
@@ -51,6 +51,13 @@ def test_an_end_to_end_fit_lowers_the_divergence(model, checkpoint: bool) -> Non
     assert after < 0.8 * before
     # What was fitted is what is served.
     assert before == pytest.approx(sum(report.end_to_end[:2]) / 2, rel=0.3)
+
+
+def test_blocks_fitted_side_by_side_end_as_they_would_alone(model) -> None:
+    recipe = quick("w4a4kv4", solver=SolverSpec(kind="gptq"))
+    (alone, _, a), (together, _, b) = (calibrated(model, recipe, side_by_side=k) for k in (1, 8))
+    assert [x["losses"] for x in a.blocks] == [x["losses"] for x in b.blocks]
+    assert same_bytes(alone, together)
 
 
 def test_recomputing_blocks_changes_nothing(model) -> None:
@@ -89,6 +96,7 @@ def killed_at(stage: str, done: int):
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=10, batch_size=2)), "end to end", 9),
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)), "end to end", 2),  # before a step is kept
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)), "solve", 1),
+        (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=10, batch_size=2, weight_lr=1e-3)), "end to end", 9),
     ],
 )
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, recipe: Recipe, stage: str, done: int) -> None:

@@ -6,7 +6,8 @@ the mean squared error divided by its own detached value, which makes the learni
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
+from flatquant.modules import GROUPS
 from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
@@ -26,36 +28,74 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled, cache_enabled=False)
 
 
-def fit_block(
-    fit: FitBlock,
-    call: BlockCall,
-    inputs: Tensor,
-    targets: Tensor,
+@dataclass(frozen=True, kw_only=True)
+class BlockFit:
+    """One wrapped block, how it is called, its full-precision inputs (N, T, h) and the original's outputs on them."""
+
+    index: int
+    fit: FitBlock
+    call: BlockCall
+    inputs: Tensor
+    targets: Tensor
+
+
+def fit_blocks(
+    blocks: Sequence[BlockFit],
     spec: FitSpec,
     *,
     dtype: torch.dtype,
     graph: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """Fit one wrapped block.
+) -> list[list[float]]:
+    """Fit wrapped blocks, each on its own, all side by side.
+
+    Inputs and targets are full-precision activations, so no block waits for another's fit. A step of a small model
+    leaves most of a GPU idle: on CUDA every block's steps run on a stream of their own.
 
     Args:
-        inputs: full-precision hidden states before the block, (N, T, h).
-        targets: the full-precision block's outputs on them, (N, T, h).
         dtype: of the matrix products (parameters stay float32).
         graph: on CUDA, replay steps from a CUDA graph.
-        progress: called with (epochs done, epochs).
+        progress: called with (epochs done of all blocks, their number).
 
     Returns:
-        Mean loss (MSE) of every epoch.
+        Mean loss (MSE) of every epoch, block by block; none for a block without parameters.
 
     Raises:
-        CalibrationError: the loss is not finite.
+        CalibrationError: a block's loss is not finite.
     """
-    parameters = fit.parameters()
-    per_epoch = inputs.shape[0] // spec.batch_size
-    if not any(parameters.values()) or not spec.epochs:
-        return []
+    running = [
+        (block, _optimiser(block, spec, dtype, graph)) for block in blocks if any(block.fit.parameters().values())
+    ]
+    history: dict[int, list[float]] = {block.index: [] for block in blocks}
+    per_epoch = _steps_per_epoch(blocks[0], spec)
+    for epoch in range(spec.epochs if running else 0):
+        losses: dict[int, list[Tensor]] = {block.index: [] for block, _ in running}
+        for i in range(per_epoch):
+            rows = slice(i * spec.batch_size, (i + 1) * spec.batch_size)
+            for block, optimiser in running:
+                losses[block.index].append(optimiser.step(block.inputs[rows], block.targets[rows]))
+        for block, optimiser in running:
+            optimiser.join()
+            mean = float(torch.stack(losses[block.index]).mean())
+            if not mean < float("inf"):
+                raise CalibrationError(
+                    f"block {block.index}: the loss is {mean} in epoch {epoch + 1}; "
+                    "try --dtype float32, a lower --lr, or other calibration text"
+                )
+            history[block.index].append(mean)
+        if progress:
+            progress((epoch + 1) * len(blocks), spec.epochs * len(blocks))
+    for block in blocks:
+        block.fit.forget()
+    return list(history.values())
+
+
+def _steps_per_epoch(block: BlockFit, spec: FitSpec) -> int:
+    return block.inputs.shape[0] // spec.batch_size
+
+
+def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool) -> Optimiser:
+    fit, call = block.fit, block.call
 
     def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with shared_inverses(fit.roots()), autocast(x.device, dtype):
@@ -63,29 +103,13 @@ def fit_block(
         loss = F.mse_loss(predicted.float(), y.float())
         return loss / loss.detach(), loss
 
-    optimiser = Optimiser(
-        parameters,
+    return Optimiser(
+        fit.parameters(),
         {"transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr},
-        floor=spec.lr * spec.final_lr,
-        steps=spec.epochs * per_epoch,
+        floors=dict.fromkeys(GROUPS, spec.lr * spec.final_lr),
+        steps=spec.epochs * _steps_per_epoch(block, spec),
         warmup=spec.warmup_steps,
         weight_decay=spec.weight_decay,
         loss_fn=loss_fn,
         graph=graph,
     )
-    history: list[float] = []
-    for epoch in range(spec.epochs):
-        losses = []
-        for i in range(per_epoch):
-            rows = slice(i * spec.batch_size, (i + 1) * spec.batch_size)
-            losses.append(optimiser.step(inputs[rows], targets[rows]))
-        mean = float(torch.stack(losses).mean())
-        if not mean < float("inf"):
-            raise CalibrationError(
-                f"the loss is {mean} in epoch {epoch + 1}; try --dtype float32, a lower --lr, or other calibration text"
-            )
-        history.append(mean)
-        if progress:
-            progress(epoch + 1, spec.epochs)
-    fit.forget()
-    return history

@@ -30,7 +30,7 @@ class Optimiser:
     Args:
         parameters: by group.
         rates: start learning rate by group.
-        floor: learning rate at the end, for every group.
+        floors: learning rate at the end by group.
         steps: total number of steps (the cosine's length).
         loss_fn: maps static batch tensors to (objective to differentiate, loss to report), both scalars. On CUDA it
             must not synchronise.
@@ -42,7 +42,7 @@ class Optimiser:
         parameters: Mapping[Group, list[nn.Parameter]],
         rates: Mapping[Group, float],
         *,
-        floor: float,
+        floors: Mapping[Group, float],
         steps: int,
         warmup: int = 0,
         weight_decay: float = 0.0,
@@ -51,23 +51,22 @@ class Optimiser:
     ) -> None:
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
-        self.rates = [rates[g] for g, ps in parameters.items() if ps]
+        self.rates = [(rates[g], floors[g]) for g, ps in parameters.items() if ps]
         groups = [{"params": ps, "lr": torch.tensor(rates[g], device=device)} for g, ps in parameters.items() if ps]
         on_gpu = device.type == "cuda"
         self.adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, capturable=on_gpu, fused=on_gpu)
-        self.floor, self.steps, self.warmup = floor, steps, warmup
+        self.steps, self.warmup = steps, warmup
         self.loss_fn = loss_fn
-        self.use_graph = graph and on_gpu
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: tuple[Tensor, ...] = ()
         self.static_loss: Tensor | None = None
-        self.stream = torch.cuda.Stream(device) if self.use_graph else None
+        self.stream = torch.cuda.Stream(device) if graph and on_gpu else None
         self.done = 0
         self.eager = 0
 
     def _set_rates(self) -> None:
-        for group, rate in zip(self.adamw.param_groups, self.rates, strict=True):
-            group["lr"].fill_(cosine(self.done, self.steps, self.warmup, rate, self.floor))
+        for group, (rate, floor) in zip(self.adamw.param_groups, self.rates, strict=True):
+            group["lr"].fill_(cosine(self.done - 1, self.steps, self.warmup, rate, floor))
 
     def _body(self, *batch: Tensor) -> Tensor:
         objective, loss = self.loss_fn(*batch)
@@ -77,23 +76,28 @@ class Optimiser:
         return loss.detach()
 
     def step(self, *batch: Tensor) -> Tensor:
-        """One update on a batch; returns its loss, a scalar tensor that later steps do not overwrite."""
-        self._set_rates()
+        """One update on a batch; returns its loss, a scalar tensor that later steps do not overwrite.
+
+        With a graph, the step runs on a stream of its own, so that several optimisers share a GPU side by side; `join`
+        before reading losses or parameters.
+        """
         self.done += 1
-        if not self.use_graph:
+        if self.stream is None:
+            self._set_rates()
             return self._body(*batch)
-        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self._set_rates()
+            return self._graphed(*batch)
+
+    def _graphed(self, *batch: Tensor) -> Tensor:
         if not self.static:
             self.static = tuple(b.clone() for b in batch)
         for static, b in zip(self.static, batch, strict=True):
             static.copy_(b)
         if self.eager < EAGER_STEPS:
             self.eager += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                loss = self._body(*self.static)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return loss
+            return self._body(*self.static)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
@@ -101,6 +105,11 @@ class Optimiser:
         self.graph.replay()
         assert self.static_loss is not None
         return self.static_loss.clone()
+
+    def join(self) -> None:
+        """Make the current stream wait for all steps so far."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of parameters and moments, by position: all that the next step depends on."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flatquant import seams
-from flatquant.calibrate.blockwise import autocast, fit_block
+from flatquant.calibrate.blockwise import BlockFit, autocast, fit_blocks
 from flatquant.calibrate.capture import BlockCall, Observer, capture, run_block
 from flatquant.calibrate.end2end import fit_end_to_end
 from flatquant.calibrate.solve import make_solver, solve_block
@@ -84,6 +84,7 @@ def calibrate(
     state: RunState | None = None,
     progress: Progress | None = None,
     graph: bool = True,
+    side_by_side: int | None = None,
 ) -> tuple[Plan, Report]:
     """Quantise `model` in place: its blocks end up with frozen linears, its attention with the quantised cache seam.
 
@@ -93,7 +94,8 @@ def calibrate(
         dtype: of matrix products during the fit (parameters are float32).
         state: finished blocks are kept there and taken from there.
         progress: called with (stage, done, total).
-        graph: on CUDA, replay the block-wise fit's steps from a CUDA graph.
+        graph: on CUDA, replay steps from CUDA graphs.
+        side_by_side: blocks fitted at a time; by default as many as it takes to fill a GPU, and one on a CPU.
 
     Raises:
         CalibrationError: NaN in a block (named); data missing.
@@ -106,8 +108,21 @@ def calibrate(
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
     if recipe.needs_data and tokens is None:
         raise CalibrationError(f"the recipe {recipe.name} needs calibration text")
-    run = _Run(model, recipe, plan, tokens, device, dtype, seed, state, progress or (lambda *_: None), graph)
+    run = _Run(
+        model, recipe, plan, tokens, device, dtype, seed, state, progress or (lambda *_: None), graph, side_by_side
+    )
     return plan, run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wrapped:
+    """A block on its way: wrapped (None if an earlier run solved it), its full-precision inputs and outputs."""
+
+    index: int
+    call: BlockCall
+    fit: FitBlock | None
+    inputs: Tensor | None  # (N, T, h), None if the recipe reads no text
+    targets: Tensor | None
 
 
 class _Run:
@@ -125,6 +140,7 @@ class _Run:
         state: RunState | None,
         progress: Progress,
         graph: bool,
+        side_by_side: int | None,
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
         self.arch = arch_of(model.config)
@@ -135,7 +151,9 @@ class _Run:
         self.model_dtype = next(model.parameters()).dtype
         self.solver = make_solver(recipe.solver)
         self.report = Report()
+        self.notes: dict[int, dict[str, Any]] = {}  # by block
         self.clock = Clock(seconds=self.report.seconds, device=device)
+        self.side_by_side = side_by_side or (self._fill() if graph and device.type == "cuda" else 1)
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
         self.quantised_stream = self.solver.needs_hessian and recipe.scheme.weights is not None
 
@@ -147,12 +165,15 @@ class _Run:
         quantised = first if self.quantised_stream else None
         hidden = first
         fits: list[FitBlock | None] = []
-        for index, call in enumerate(calls):
-            with _named(index):
-                fit, hidden = self._fit(index, call, hidden)
-                fits.append(fit)
-                if self.end_to_end is None:
-                    quantised = self._solve(index, call, fit, quantised)
+        for start in range(0, len(calls), self.side_by_side):
+            group = range(start, min(start + self.side_by_side, len(calls)))
+            wrapped, hidden = self._wrap(group, calls, hidden)
+            self._fit(wrapped)
+            fits += [w.fit for w in wrapped]
+            if self.end_to_end is None:
+                for w in wrapped:
+                    with _named(w.index):
+                        quantised = self._solve(w.index, w.call, w.fit, quantised)
         if self.end_to_end is not None:
             assert first is not None
             assert hidden is not None
@@ -161,6 +182,7 @@ class _Run:
             for index, (fit, call) in enumerate(zip(fits, calls, strict=True)):
                 with _named(index):
                     quantised = self._solve(index, call, fit, quantised)
+        self.report.blocks = [note for _, note in sorted(self.notes.items())]
         if self.device.type == "cuda":
             self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
         return self.report
@@ -174,8 +196,18 @@ class _Run:
             # Between blocks, activations are kept in the dtype of the products.
             return hidden.to(self.device, self.dtype), [c.to(self.device) for c in calls]
 
-    def _fit(self, index: int, call: BlockCall, hidden: Tensor | None) -> tuple[FitBlock | None, Tensor | None]:
-        """Wrap and fit a block, unless an earlier run solved it; and the full-precision block's outputs."""
+    def _wrap(
+        self, group: range, calls: list[BlockCall], hidden: Tensor | None
+    ) -> tuple[list[_Wrapped], Tensor | None]:
+        """Wrap the blocks of a group that no earlier run has solved; and the full-precision outputs of its last one."""
+        wrapped = []
+        for index in group:
+            with _named(index):
+                inputs, (fit, hidden) = hidden, self._wrap_one(index, calls[index], hidden)
+            wrapped.append(_Wrapped(index=index, call=calls[index], fit=fit, inputs=inputs, targets=hidden))
+        return wrapped, hidden
+
+    def _wrap_one(self, index: int, call: BlockCall, hidden: Tensor | None) -> tuple[FitBlock | None, Tensor | None]:
         block, plan = self.blocks[index], self.plan.blocks[index]
         block.to(self.device)
         if self.model_dtype != self.dtype:
@@ -190,33 +222,45 @@ class _Run:
         if self.state is not None and self.state.has(solved_name(index)):
             return None, targets
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        fit = wrap_block(block, self.arch, plan, self.recipe, statistics, generator)
-        if self.state is not None and self.state.has(fitted_name(index)):
-            tensors, note = self.state.load(fitted_name(index))
-            fit.load_state(tensors)
-        else:
-            note = self._fit_block(fit, index, call, hidden, targets)
-            if self.state is not None:
-                self.state.save(fitted_name(index), fit.state(), note)
-        self.report.blocks.append(note)
-        return fit, targets
+        return wrap_block(block, self.arch, plan, self.recipe, statistics, generator), targets
 
-    def _fit_block(
-        self, fit: FitBlock, index: int, call: BlockCall, hidden: Tensor | None, targets: Tensor | None
-    ) -> dict[str, Any]:
-        spec, start = self.recipe.fit, time.perf_counter()
-        losses: list[float] = []
-        if spec is not None and hidden is not None and targets is not None:
-            total = spec.epochs * len(self.plan.blocks)
+    def _fit(self, wrapped: list[_Wrapped]) -> None:
+        """Fit the blocks that no earlier run has fitted."""
+        todo: list[_Wrapped] = []
+        for w in wrapped:
+            if w.fit is None:
+                continue
+            if self.state is not None and self.state.has(fitted_name(w.index)):
+                tensors, self.notes[w.index] = self.state.load(fitted_name(w.index))
+                w.fit.load_state(tensors)
+                continue
+            todo.append(w)
+        start = time.perf_counter()
+        losses = self._fit_blocks(todo)
+        seconds = round((time.perf_counter() - start) / max(len(todo), 1), 3)
+        for w, history in zip(todo, losses, strict=True):
+            note = self.notes[w.index] = {"block": w.index, "losses": history, "seconds": seconds}
+            if self.state is not None and w.fit is not None:
+                self.state.save(fitted_name(w.index), w.fit.state(), note)
 
-            def progress(done: int, _: int) -> None:
-                self.progress("fit", index * spec.epochs + done, total)
-
-            with self.clock("fit"):
-                losses = fit_block(
-                    fit, call, hidden, targets, spec, dtype=self.dtype, graph=self.graph, progress=progress
-                )
-        return {"block": index, "losses": losses, "seconds": round(time.perf_counter() - start, 3)}
+    def _fit_blocks(self, todo: list[_Wrapped]) -> list[list[float]]:
+        spec = self.recipe.fit
+        blocks = [
+            BlockFit(index=w.index, fit=w.fit, call=w.call, inputs=w.inputs, targets=w.targets)
+            for w in todo
+            if w.fit is not None and w.inputs is not None and w.targets is not None
+        ]
+        if spec is None or not blocks:
+            return [[] for _ in todo]
+        before, total = blocks[0].index * spec.epochs, spec.epochs * len(self.plan.blocks)
+        with self.clock("fit"):
+            return fit_blocks(
+                blocks,
+                spec,
+                dtype=self.dtype,
+                graph=self.graph,
+                progress=lambda done, _: self.progress("fit", before + done, total),
+            )
 
     def _fit_end_to_end(
         self, spec: EndToEndSpec, fits: list[FitBlock], calls: list[BlockCall], inputs: Tensor, targets: Tensor
@@ -244,6 +288,7 @@ class _Run:
                 targets,
                 spec,
                 dtype=self.dtype,
+                graph=self.graph,
                 start=start,
                 save=save,
                 progress=lambda done, total: self.progress("end to end", done, total),
@@ -254,8 +299,7 @@ class _Run:
         block, plan = self.blocks[index], self.plan.blocks[index]
         if fit is None:
             assert self.state is not None
-            tensors, note = self.state.load(solved_name(index))
-            self.report.blocks.append(note)
+            tensors, self.notes[index] = self.state.load(solved_name(index))
             install(block, self.arch.attention, plan, packed=False)
             block.load_state_dict(tensors, assign=True)
             block.to(self.device)
@@ -265,7 +309,7 @@ class _Run:
                 block.to(self.model_dtype)
                 solve_block(block, plan, self.solver, call, quantised, self.batch)
             if self.state is not None and self.end_to_end is None:
-                self.state.save(solved_name(index), block.state_dict(), self.report.blocks[index])
+                self.state.save(solved_name(index), block.state_dict(), self.notes[index])
         if quantised is not None:
             with self.clock("quantised stream"):
                 quantised = run_block(block, call, quantised, self.batch)
@@ -274,6 +318,11 @@ class _Run:
         self.progress("solve", index + 1, len(self.plan.blocks))
         return quantised
 
+    def _fill(self) -> int:
+        """Blocks whose steps together fill a GPU."""
+        batch = self.batch * (1 if self.tokens is None else self.tokens.shape[1])
+        return max(1, min(4, FULL_STEP // (batch * self.model.config.hidden_size)))
+
     @property
     def batch(self) -> int:
         """Windows per forward pass outside the fit."""
@@ -281,6 +330,7 @@ class _Run:
 
 
 END_TO_END = "end-to-end"
+FULL_STEP = 1 << 24  # hidden-state elements a step of one block needs to fill a large GPU
 
 
 def fitted_name(index: int) -> str:

@@ -49,6 +49,11 @@ class FitBlock:
         """The trainable parameters by group."""
         return trainable_parameters(*self.roots())
 
+    def release_weights(self) -> None:
+        """Make the weights trainable too."""
+        for site in self.sites.values():
+            site.joined.requires_grad_(True)
+
     def state(self) -> dict[str, Tensor]:
         """Copies of all trainable parameters, by position: `transform.0`, `clip.3`."""
         return {f"{g}.{i}": p.detach().cpu().clone() for g, ps in self.parameters().items() for i, p in enumerate(ps)}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatquant.modules import Trainable
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.quantizers import Dynamic, WeightGrid
 from flatquant.spec import QuantSpec
@@ -36,10 +37,19 @@ class HeadOutput(nn.Module):
         return kron_matmul(y, None, self.factor.matrix().to(y.dtype))
 
 
+class JoinedWeight(Trainable):
+    """The weights of a site's readers, row upon row; frozen until an end-to-end fit releases them."""
+
+    group = "weight"
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value, requires_grad=False)
+
+
 class FitSite(nn.Module):
     """Transforms and fake-quantises one tensor, once for all its readers, and multiplies it by their weights."""
 
-    weight: Tensor  # float32 or float64, (sum of rows, n)
     bias: Tensor | None  # (sum of rows,)
     eye: Tensor | None  # (n, n), where the transform is applied as one dense matrix
 
@@ -57,7 +67,7 @@ class FitSite(nn.Module):
         self.activations = activations
         self.rows = [linear.out_features for linear in linears]
         weight = torch.cat([linear.weight.detach() for linear in linears])
-        self.register_buffer("weight", weight if weight.dtype == torch.float64 else weight.float())
+        self.joined = JoinedWeight(weight if weight.dtype == torch.float64 else weight.float())
         biases = [linear.bias for linear in linears]
         if any(b is not None for b in biases):
             filled = [
@@ -73,6 +83,11 @@ class FitSite(nn.Module):
         dense = weight.is_cuda and n <= DENSE_LIMIT and not isinstance(transform, Identity)
         self.register_buffer("eye", torch.eye(n, dtype=self.weight.dtype) if dense else None)
         self._last: tuple[Tensor, bool, tuple[Tensor, ...]] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The original weights of all readers.  # float32 or float64, (sum of rows, n)"""
+        return self.joined.value
 
     def _transformed(self, x: Tensor) -> Tensor:
         """x P.  # (.., n)"""
