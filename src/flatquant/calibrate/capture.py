@@ -77,7 +77,7 @@ def capture(model: PreTrainedModel, arch: Arch, tokens: Tensor) -> tuple[Tensor,
     with _recorded(blocks) as recorded:
         for window in tokens.split(1):
             recorded.clear()
-            model(input_ids=window.to(device), use_cache=False, logits_to_keep=1)
+            model.base_model(input_ids=window.to(device), use_cache=False)
             hidden.append(recorded[0][0])
             if not calls:
                 calls = [BlockCall(args=args, kwargs=_without_cache(kwargs)) for _, args, kwargs in recorded]

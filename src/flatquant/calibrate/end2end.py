@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +20,7 @@ from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
 from flatquant.modules import GROUPS, Group
+from flatquant.ops.divergence import kl_rows
 from flatquant.spec import EndToEndSpec
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
@@ -30,8 +30,7 @@ SAVE_EVERY = 8  # steps
 
 def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean over tokens of KL(teacher || student) in nats, from logits (.., V)."""
-    p, q = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
-    return (p.exp() * (p - q)).sum(-1).mean()
+    return kl_rows(teacher, student).mean()
 
 
 def fit_end_to_end(

@@ -8,7 +8,9 @@ steps, so nothing is warmed up twice. The loss stays on the device until the cal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,26 @@ def cosine(step: int, steps: int, warmup: int, lr: float, floor: float) -> float
     """Learning rate of `step` (0-based): linear warm-up, then a half cosine from lr to floor over all steps."""
     ramp = min(1.0, 0.01 + 0.99 * step / warmup) if warmup else 1.0
     return ramp * (floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Choose kernels that give the same bits every time, as those of a CPU do: attention's backward pass has others."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009 - a property pyright misses
+    # A warning where torch knows no such kernel, or thinks so: cuBLAS has a workspace for every stream here.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"[\s\S]*CuBLAS")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)  # noqa: B010
 
 
 class Optimiser:
@@ -50,7 +72,7 @@ class Optimiser:
         graph: bool,
     ) -> None:
         self.parameters = [p for ps in parameters.values() for p in ps]
-        device = self.parameters[0].device
+        self.device = device = self.parameters[0].device
         self.rates = [(rates[g], floors[g]) for g, ps in parameters.items() if ps]
         groups = [{"params": ps, "lr": torch.tensor(rates[g], device=device)} for g, ps in parameters.items() if ps]
         on_gpu = device.type == "cuda"
@@ -69,8 +91,9 @@ class Optimiser:
             group["lr"].fill_(cosine(self.done - 1, self.steps, self.warmup, rate, floor))
 
     def _body(self, *batch: Tensor) -> Tensor:
-        objective, loss = self.loss_fn(*batch)
-        objective.backward()
+        with deterministic(self.device):
+            objective, loss = self.loss_fn(*batch)
+            objective.backward()
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return loss.detach()

@@ -321,7 +321,7 @@ class _Run:
     def _fill(self) -> int:
         """Blocks whose steps together fill a GPU."""
         batch = self.batch * (1 if self.tokens is None else self.tokens.shape[1])
-        return max(1, min(4, FULL_STEP // (batch * self.model.config.hidden_size)))
+        return max(1, min(MOST_TOGETHER, FULL_STEP // (batch * self.model.config.hidden_size)))
 
     @property
     def batch(self) -> int:
@@ -330,7 +330,9 @@ class _Run:
 
 
 END_TO_END = "end-to-end"
-FULL_STEP = 1 << 24  # hidden-state elements a step of one block needs to fill a large GPU
+# Hidden-state elements that the steps of all blocks fitted together need to fill a large GPU, and a bound on memory.
+FULL_STEP = 1 << 25
+MOST_TOGETHER = 6
 
 
 def fitted_name(index: int) -> str:

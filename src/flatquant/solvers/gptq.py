@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flatquant.errors import CalibrationError
+from flatquant.ops.gptq import round_columns
 from flatquant.qtensor import QTensor
-from flatquant.solvers.base import Grid, Solver, as_qtensor, round_to
+from flatquant.solvers.base import Grid, Solver, as_qtensor
 
 
 class GPTQ(Solver):
@@ -44,22 +45,14 @@ class GPTQ(Solver):
         order = torch.argsort(h.diagonal(), descending=True) if self.act_order else torch.arange(n, device=w.device)
         w, h = w[:, order], h[order][:, order]
         upper = self._inverse_factor(h)
-        groups = (order // group).tolist()
+        groups = order // group
         q = torch.empty_like(w)
         for start in range(0, n, self.block_size):
-            stop = min(start + self.block_size, n)
-            block = w[:, start:stop]  # a view: updates below reach w
-            errors = torch.empty_like(block)
-            u = upper[start:stop, start:stop]
-            for i in range(stop - start):
-                g = groups[start + i]
-                s, z = scale[:, g], None if zero is None else zero[:, g]
-                column = block[:, i]
-                qi = round_to(column, s, z, grid.spec)
-                q[:, start + i] = qi
-                errors[:, i] = (column - s * (qi if z is None else qi - z)) / u[i, i]
-                block[:, i + 1 :] -= errors[:, i : i + 1] * u[i, i + 1 :]
-            w[:, stop:] -= errors @ upper[start:stop, stop:]
+            here, rest = slice(start, start + self.block_size), slice(start + self.block_size, n)
+            s, z = scale[:, groups[here]], None if zero is None else zero[:, groups[here]]
+            u = upper[here]
+            q[:, here], errors = round_columns(w[:, here], u[:, here], s, z, grid.spec.low, grid.spec.high)
+            w[:, rest] -= errors @ u[:, rest]
         values = torch.empty_like(q)
         values[:, order] = q
         return as_qtensor(values, scale, zero, grid.spec)

@@ -1,17 +1,14 @@
 """Rounding to uniform grids, with straight-through gradients; fused into one kernel a direction on CUDA."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from flatquant.ops import HAS_TRITON
 from flatquant.ops.quantize import reference
-
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def _fused(x: Tensor) -> bool:
-    return x.is_cuda and _HAS_TRITON and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return x.is_cuda and HAS_TRITON and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def fake_quantize_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> Tensor:

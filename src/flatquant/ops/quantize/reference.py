@@ -28,7 +28,7 @@ def symmetric_grid(low: Tensor, high: Tensor, bits: int, eps: float = 0.0) -> Te
     half_range = torch.maximum(high, -low)
     if eps:
         half_range = half_range.clamp(min=eps)
-    scale = half_range / (2 ** (bits - 1) - 1)
+    scale = _divided(half_range, 2 ** (bits - 1) - 1)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
@@ -40,8 +40,13 @@ def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tenso
     low, high = low.clamp(max=0), high.clamp(min=0)
     empty = low == high
     low, high = torch.where(empty, -torch.ones_like(low), low), torch.where(empty, torch.ones_like(high), high)
-    scale = (high - low) / (2**bits - 1)
+    scale = _divided(high - low, 2**bits - 1)
     return scale, round_ste(-low / scale)
+
+
+def _divided(x: Tensor, levels: int) -> Tensor:
+    """x / levels, correctly rounded on every device: CUDA multiplies by the reciprocal of a Python number instead."""
+    return x / torch.full_like(x, levels)
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
