@@ -64,6 +64,39 @@ def final(parameters: dict) -> list[Tensor]:
     return [p.detach().clone() for ps in parameters.values() for p in ps]
 
 
+def test_an_operation_without_a_deterministic_kernel_is_fitted_all_the_same() -> None:
+    def ends(strict: bool) -> tuple[list[Tensor], Optimiser]:
+        parameters, optimiser = problem()
+        plain = optimiser.loss_fn
+
+        def loss_fn(x: Tensor) -> tuple[Tensor, Tensor]:
+            if strict and torch.are_deterministic_algorithms_enabled():
+                plain(x)[0].backward()  # gradients that must not count
+                raise RuntimeError("f does not have a deterministic implementation")
+            return plain(x)
+
+        optimiser.loss_fn = loss_fn
+        for batch in batches():
+            optimiser.step(batch)
+        return final(parameters), optimiser
+
+    (without, one), (with_it, other) = ends(strict=True), ends(strict=False)
+    assert (one.reproducible, other.reproducible) == (False, True)
+    assert all(torch.equal(a, b) for a, b in zip(without, with_it, strict=True))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_other_errors_of_a_step_are_raised() -> None:
+    _, optimiser = problem()
+
+    def loss_fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("out of memory")
+
+    optimiser.loss_fn = loss_fn
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimiser.step(batches()[0])
+
+
 def test_a_resumed_run_ends_with_the_same_bytes() -> None:
     parameters, whole = problem()
     losses = [float(whole.step(b)) for b in batches()]

@@ -28,13 +28,18 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
     grouped=st.booleans(),
+    by_columns=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_it_equals_the_reference(rows: int, b: int, bits: int, symmetric: bool, grouped: bool, seed: int) -> None:
+def test_it_equals_the_reference(
+    rows: int, b: int, bits: int, symmetric: bool, grouped: bool, by_columns: bool, seed: int
+) -> None:
     g = torch.Generator().manual_seed(seed)
     wide = torch.randn(rows, b + 3, generator=g).to(DEVICE)
     w = wide[:, 1 : b + 1]  # a view, as the solver passes
     u = (torch.randn(b, b, generator=g).triu(1) * 0.2 + torch.diag(torch.rand(b, generator=g) + 0.5)).to(DEVICE)
+    if by_columns:  # as Cholesky leaves it on CUDA
+        u = u.mT.contiguous().mT
     scale = (torch.rand(rows, b if grouped else 1, generator=g) * 0.2 + 0.05).expand(-1, b).to(DEVICE)
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
     zero = None if symmetric else torch.randint(0, high + 1, scale.shape, generator=g).float().to(DEVICE)

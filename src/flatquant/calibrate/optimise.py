@@ -8,7 +8,7 @@ steps, so nothing is warmed up twice. The loss stays on the device until the cal
 from __future__ import annotations
 
 import math
-import warnings
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -27,20 +27,20 @@ def cosine(step: int, steps: int, warmup: int, lr: float, floor: float) -> float
 
 
 @contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Choose kernels that give the same bits every time, as those of a CPU do: attention's backward pass has others."""
-    if device.type != "cuda":
-        yield
-        return
+def deterministic() -> Iterator[None]:
+    """Choose kernels that give the same bits every time; attention's backward pass on CUDA has others.
+
+    Raises:
+        RuntimeError: torch meets an operation that has no such kernel.
+    """
+    # torch asks for this of cuBLAS, whose workspaces it could share between streams.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009 - a property pyright misses
-    # A warning where torch knows no such kernel, or thinks so: cuBLAS has a workspace for every stream here.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"[\s\S]*CuBLAS")
-            yield
+        yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)  # noqa: B010
@@ -72,7 +72,7 @@ class Optimiser:
         graph: bool,
     ) -> None:
         self.parameters = [p for ps in parameters.values() for p in ps]
-        self.device = device = self.parameters[0].device
+        device = self.parameters[0].device
         self.rates = [(rates[g], floors[g]) for g, ps in parameters.items() if ps]
         groups = [{"params": ps, "lr": torch.tensor(rates[g], device=device)} for g, ps in parameters.items() if ps]
         on_gpu = device.type == "cuda"
@@ -83,6 +83,7 @@ class Optimiser:
         self.static: tuple[Tensor, ...] = ()
         self.static_loss: Tensor | None = None
         self.stream = torch.cuda.Stream(device) if graph and on_gpu else None
+        self.reproducible = True
         self.done = 0
         self.eager = 0
 
@@ -90,10 +91,24 @@ class Optimiser:
         for group, (rate, floor) in zip(self.adamw.param_groups, self.rates, strict=True):
             group["lr"].fill_(cosine(self.done - 1, self.steps, self.warmup, rate, floor))
 
+    def _gradients(self, *batch: Tensor) -> Tensor:
+        objective, loss = self.loss_fn(*batch)
+        objective.backward()
+        return loss
+
     def _body(self, *batch: Tensor) -> Tensor:
-        with deterministic(self.device):
-            objective, loss = self.loss_fn(*batch)
-            objective.backward()
+        if self.reproducible:
+            try:
+                with deterministic():
+                    loss = self._gradients(*batch)
+            except RuntimeError as error:
+                if "deterministic" not in str(error):
+                    raise
+                # A family may use an operation without such a kernel: fit it all the same. The first step shows it.
+                self.reproducible = False
+                self.adamw.zero_grad(set_to_none=True)
+        if not self.reproducible:
+            loss = self._gradients(*batch)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return loss.detach()

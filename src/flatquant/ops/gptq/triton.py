@@ -52,7 +52,7 @@ def round_columns(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.round_columns`; float32, b at most 1,024."""
     rows, b = w.shape
-    assert w.stride(1) == u.stride(1) == 1
+    w, u = (t if t.stride(1) == 1 else t.contiguous() for t in (w, u))
     q, errors = (torch.empty(rows, b, dtype=w.dtype, device=w.device) for _ in range(2))
     scale = scale.contiguous()
     zero = None if zero is None else zero.contiguous()
