@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import read_samples, write_result
+from benchmarks.common import commit, read_samples, write_result
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate.divergence import divergence_from_logits, reference_logits
@@ -166,6 +166,7 @@ class Bench:
         out: dict[str, Any] = {
             "variant": name,
             "seed": seed,
+            "commit": commit(),
             "settings": VARIANTS[name],
             "recipe": to_dict(recipe),
             "dtype": dtype,

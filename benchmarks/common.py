@@ -64,11 +64,17 @@ def write_result(path: Path, name: str, **content: Any) -> None:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The samples of a results file of this commit and device, to add to; none if there is no such file."""
+    """The samples of a results file, to add to; none if there is no such file.
+
+    Raises:
+        ValueError: the file comes from another device or other versions; give another folder.
+    """
     if not path.exists():
         return []
-    result = json.loads(path.read_text())
-    return result["samples"] if all(result[k] == v for k, v in environment().items()) else []
+    result, here = json.loads(path.read_text()), environment()
+    if any(result[key] != here[key] for key in ("device", "versions")):
+        raise ValueError(f"{path} was measured on another device or with other versions")
+    return result["samples"]
 
 
 def run_jobs(

@@ -1,10 +1,10 @@
-"""SmolLM2-135M under FlatQuant's reference preset: perplexity and calibration time of every scheme, several seeds.
+"""SmolLM2-135M under FlatQuant's reference preset: perplexity and calibration time of every scheme.
 
-    python benchmarks/smollm2_reference.py --model smollm2-135m --data DATA --out benchmarks/results
+    python -m benchmarks.smollm2_reference --model smollm2-135m --data DATA --out benchmarks/results
 
-One process runs one job (a configuration and a seed); several run side by side on one GPU. `--alone` times one job on
-an otherwise idle device first: calibration times come from there. The text for calibration is wiki.valid.raw, for
-perplexity wiki.test.raw and the C4 sample, windows of 2,048 tokens.
+Calibrated on wiki.valid.raw, perplexity of wiki.test.raw and of the C4 sample in windows of 2,048 tokens. All runs
+happen one after another in one process, so that each has the device to itself; the fit of a configuration and seed is
+made once and handed from solver to solver. Results are written as they come, and added to what the file already holds.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.common import print_result, run_jobs, write_result
+from benchmarks.common import commit, read_samples, write_result
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.state import RunState
 from flatquant.data import calibration_tokens, evaluation_windows
@@ -30,123 +29,95 @@ from flatquant.models import load_model
 from flatquant.recipes import flatquant, gptq, rtn
 from flatquant.spec import DataSpec, Recipe, SolverSpec, to_dict
 
-# name -> (recipe, more solvers to run on the same fit)
+NAME = "smollm2-reference"
 CONFIGURATIONS: dict[str, Recipe] = {
     "w4a4kv4": flatquant("w4a4kv4"),
     "w4a16": flatquant("w4a16"),
     "w3a16": flatquant("w3a16"),
     "kv4": flatquant("kv4"),
-    "w4a4kv4-plain-rtn": rtn("w4a4kv4"),
-    "w4a16-plain-gptq": gptq("w4a16"),
-    "w3a16-plain-gptq": gptq("w3a16"),
+    "w4a4kv4-plain": rtn("w4a4kv4"),
+    "w4a16-plain": gptq("w4a16"),
+    "w3a16-plain": gptq("w3a16"),
 }
-SEVERAL_SEEDS = ("w4a4kv4",)  # the headline; one tells enough of the others
-MODULE = "benchmarks.smollm2_reference"
-SOLVERS = ("rtn", "gptq")
-GPTQ_TOO = ("w4a4kv4", "w4a16", "w3a16")
+# configuration/solver, or configuration/solver/seed, in the order of their weight
+RUNS = (
+    *(f"w4a4kv4/{solver}/{seed}" for seed in range(3) for solver in ("rtn", "gptq")),
+    "w4a16/rtn",
+    "w3a16/rtn",
+    "kv4/rtn",
+    "w4a4kv4-plain/rtn",
+    "w3a16/gptq",
+    "w4a16/gptq",
+    "w3a16-plain/gptq",
+    "w4a16-plain/gptq",
+)
+TEXTS = {"wikitext2": "wikitext-2-raw/wiki.test.raw", "c4": "c4/c4-en-sample.jsonl"}
 
 
-def job(args: argparse.Namespace) -> None:
-    """One configuration, one seed: calibrate, evaluate, print a JSON line."""
-    device = torch.device(args.device)
-    recipe = CONFIGURATIONS[args.job]
-    if args.variant:
-        recipe = VARIANTS[args.variant](recipe)
-    if args.tiny:
-        fit = recipe.fit and dataclasses.replace(recipe.fit, epochs=1)
-        recipe = dataclasses.replace(recipe, data=DataSpec(samples=4, seqlen=64), fit=fit)
-    dtype = getattr(torch, args.dtype)
-    model, tokenizer = load_model(args.model, dtype=torch.float16 if device.type == "cuda" else torch.float32)
-    data = Path(args.data)
-    tokens = calibration_tokens(
-        data / "wikitext-2-raw" / "wiki.valid.raw",
-        tokenizer,
-        samples=recipe.data.samples,
-        seqlen=recipe.data.seqlen,
-        seed=args.seed,
-    )
-    original = copy.deepcopy(model)
-    out: dict = {"configuration": args.job, "variant": args.variant, "seed": args.seed, "dtype": args.dtype}
-    out["alone"] = args.alone  # whether the device had nothing else to do: only then do times mean anything
-    out["recipe"] = to_dict(recipe)
-    with tempfile.TemporaryDirectory() as folder:
-        solvers = ["rtn", "gptq"] if args.job in GPTQ_TOO else [recipe.solver.kind]
-        for solver in solvers:
-            # a second solver takes the first one's fit
-            kept = Path(folder) / solver
-            kept.mkdir()
-            for file in Path(folder, "rtn").glob("fitted-*") if solver != "rtn" else ():
-                shutil.copy(file, kept)
-            current = copy.deepcopy(original)
-            start = time.perf_counter()
-            _, report = calibrate(
-                current,
-                dataclasses.replace(recipe, solver=SolverSpec(kind=solver)),
-                tokens,
-                device=device,
-                dtype=dtype,
-                seed=args.seed,
-                state=RunState(kept, {"solver": solver}, resume=False),
-                graph=not args.eager,
-            )
-            seconds = time.perf_counter() - start
-            current.to(device)
-            out[solver] = {
-                "calibration_seconds": seconds,
-                "stages": report.seconds,
-                "peak_memory_bytes": report.peak_memory,
-                "first_losses": [b["losses"][0] if b["losses"] else None for b in report.blocks],
-                "last_losses": [b["losses"][-1] if b["losses"] else None for b in report.blocks],
-                "perplexity": evaluate(current, tokenizer, data, args.tiny),
-            }
-    print_result(out)
+class Bench:
+    """One model, its texts, and the fits that were made."""
 
-
-def evaluate(model, tokenizer, data: Path, tiny: bool) -> dict[str, float]:
-    """Perplexity on WikiText-2 test and on the C4 sample."""
-    seqlen, windows = (64, 2) if tiny else (2048, None)
-    texts = {"wikitext2": data / "wikitext-2-raw" / "wiki.test.raw", "c4": data / "c4" / "c4-en-sample.jsonl"}
-    return {
-        name: perplexity(model, evaluation_windows(text, tokenizer, seqlen=seqlen, windows=windows), batch_size=8).value
-        for name, text in texts.items()
-    }
-
-
-def _start(scale: str):
-    def change(recipe: Recipe) -> Recipe:
-        transforms = {
-            site: tuple(dataclasses.replace(t, init=scale) if t.kind == "diagonal" else t for t in parts)
-            for site, parts in recipe.transforms.items()
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder, self.device = args, folder, torch.device(args.device)
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.model, self.tokenizer = load_model(args.model, dtype=self.dtype)
+        seqlen, windows = (64, 2) if args.tiny else (2048, None)
+        self.windows = {
+            name: evaluation_windows(Path(args.data) / file, self.tokenizer, seqlen=seqlen, windows=windows)
+            for name, file in TEXTS.items()
         }
-        return dataclasses.replace(recipe, transforms=transforms)
+        self.original = self.evaluate(copy.deepcopy(self.model))
 
-    return change
+    def evaluate(self, model) -> dict[str, float]:
+        """Perplexity on both texts."""
+        model.to(self.device)
+        return {name: perplexity(model, w, batch_size=8).value for name, w in self.windows.items()}
+
+    def run(self, configuration: str, solver: str, seed: int) -> dict[str, Any]:
+        """One result."""
+        recipe = dataclasses.replace(CONFIGURATIONS[configuration], solver=SolverSpec(kind=solver))
+        if self.args.tiny:
+            fit = recipe.fit and dataclasses.replace(recipe.fit, epochs=1)
+            recipe = dataclasses.replace(recipe, data=DataSpec(samples=4, seqlen=64), fit=fit)
+        tokens = calibration_tokens(
+            Path(self.args.data) / "wikitext-2-raw" / "wiki.valid.raw",
+            self.tokenizer,
+            samples=recipe.data.samples,
+            seqlen=recipe.data.seqlen,
+            seed=seed,
+        )
+        kept = self.folder / f"{configuration}-{seed}"
+        state = RunState(kept, {"recipe": configuration, "seed": seed}, resume=True)
+        fitted = any(kept.glob("fitted-*"))
+        for file in kept.glob("solved-*"):  # by another solver
+            file.unlink()
+        model = copy.deepcopy(self.model)
+        start = time.perf_counter()
+        _, report = calibrate(model, recipe, tokens, device=self.device, dtype=self.dtype, seed=seed, state=state)
+        seconds = time.perf_counter() - start
+        return {
+            "configuration": configuration,
+            "solver": solver,
+            "seed": seed,
+            "commit": commit(),
+            "recipe": to_dict(recipe),
+            "fit_reused": fitted,  # its seconds are those of folding and rounding
+            "calibration_seconds": seconds,
+            "stages": report.seconds,
+            "peak_memory_bytes": report.peak_memory,
+            "first_losses": [b["losses"][0] if b["losses"] else None for b in report.blocks],
+            "last_losses": [b["losses"][-1] if b["losses"] else None for b in report.blocks],
+            "perplexity": self.evaluate(model),
+        }
 
 
-def _parameters(recipe: Recipe) -> Recipe:
-    transforms = {
-        site: tuple(dataclasses.replace(t, parameters="svd") if t.kind != "diagonal" else t for t in parts)
-        for site, parts in recipe.transforms.items()
-    }
-    return dataclasses.replace(recipe, transforms=transforms)
-
-
-VARIANTS = {"second-moment": _start("second_moment"), "svd": _parameters}
-
-
-def summary(results: list[dict]) -> list[dict]:
-    """Mean over seeds per configuration, variant and solver."""
-    groups: dict[tuple, list[dict]] = {}
-    for r in results:
-        for solver in SOLVERS:
-            if solver in r:
-                groups.setdefault((r["configuration"], r["variant"], solver), []).append(r[solver])
+def summary(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds by configuration and solver."""
     rows = []
-    for (configuration, variant, solver), runs in sorted(groups.items(), key=str):
-        row = {"configuration": configuration, "variant": variant, "solver": solver, "seeds": len(runs)}
-        for text in runs[0]["perplexity"]:
-            row[text] = statistics.mean(run["perplexity"][text] for run in runs)
-        rows.append(row)
+    for configuration, solver in dict.fromkeys((s["configuration"], s["solver"]) for s in samples):
+        runs = [s for s in samples if (s["configuration"], s["solver"]) == (configuration, solver)]
+        row = {"configuration": configuration, "solver": solver, "seeds": len(runs)}
+        rows.append(row | {text: statistics.mean(r["perplexity"][text] for r in runs) for text in TEXTS})
     return rows
 
 
@@ -156,53 +127,26 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=2, help="jobs side by side; each fills most of a GPU")
-    parser.add_argument("--only", nargs="*", help="configurations to run")
-    parser.add_argument("--variants", nargs="*", default=[""], help="variants of w4a4kv4 to run")
-    parser.add_argument("--alone", action="store_true", help="first time w4a4kv4 alone")
-    parser.add_argument("--eager", action="store_true", help="no CUDA graph")
+    parser.add_argument("--only", nargs="*", default=RUNS, help="configuration/solver[/seed]")
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--variant", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.job:
-        job(args)
-        return
-    common = ["--model", args.model, "--data", args.data, "--device", args.device, "--dtype", args.dtype]
-    common += ["--tiny"] * args.tiny + ["--eager"] * args.eager
-    model, tokenizer = load_model(args.model, dtype=torch.float16 if args.device == "cuda" else torch.float32)
-    original = evaluate(model.to(args.device), tokenizer, Path(args.data), args.tiny)
-    print("original", original, flush=True)
-    del model
-    results: list[dict] = []
-    name = "smollm2-reference"
-
-    def keep(result: dict) -> None:
-        results.append(result)
-        brief = {s: {k: round(v, 3) for k, v in result[s]["perplexity"].items()} for s in SOLVERS if s in result}
-        print(result["configuration"], result["variant"], result["seed"], brief, flush=True)
-        write_result(
-            Path(args.out) / f"{name}.json",
-            name,
-            seeds=sorted({r["seed"] for r in results}),
-            metrics={"original": original, "mean": summary(results)},
-            samples=results,
-        )
-
-    names = args.only if args.only is not None else list(CONFIGURATIONS)
-    if args.alone:
-        run_jobs(MODULE, [["--job", "w4a4kv4", "--alone"]], 1, common, keep)
-        r = results[0]["rtn"]
-        print("alone", r["calibration_seconds"], r["stages"], r["peak_memory_bytes"], flush=True)
-    wanted = [(n, v, s) for s in range(args.seeds) for v in args.variants for n in names if not v or n == "w4a4kv4"]
-    wanted = [w for w in wanted if w[2] == 0 or w[0] in SEVERAL_SEEDS]
-    wanted.sort(key=lambda w: w[0] != "w4a4kv4")  # the headline first, should time run out
-    jobs = [["--job", n, "--variant", v, "--seed", str(s)] for n, v, s in wanted]
-    run_jobs(MODULE, jobs[1:] if args.alone else jobs, args.parallel, common, keep)
-    print(json.dumps(summary(results), indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder))
+        print("original", bench.original, flush=True)
+        path = Path(args.out) / f"{NAME}.json"
+        for run in args.only:
+            configuration, solver, *seed = run.split("/")
+            result = bench.run(configuration, solver, int(seed[0]) if seed else 0)
+            brief = {k: round(v, 3) for k, v in result["perplexity"].items()}
+            print(run, brief, round(result["calibration_seconds"], 1), result["stages"], flush=True)
+            samples = [*read_samples(path), result]
+            write_result(
+                path,
+                NAME,
+                seeds=sorted({s["seed"] for s in samples}),
+                metrics={"original": bench.original, "mean": summary(samples)},
+                samples=samples,
+            )
 
 
 if __name__ == "__main__":

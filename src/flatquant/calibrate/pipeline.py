@@ -153,7 +153,9 @@ class _Run:
         self.report = Report()
         self.notes: dict[int, dict[str, Any]] = {}  # by block
         self.clock = Clock(seconds=self.report.seconds, device=device)
-        self.side_by_side = side_by_side or (self._fill() if graph and device.type == "cuda" else 1)
+        self.side_by_side = side_by_side or 1
+        if side_by_side is None and graph and device.type == "cuda":
+            self.side_by_side = max(1, min(MOST_TOGETHER, self._full // self._fit_batch))
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
         self.quantised_stream = self.solver.needs_hessian and recipe.scheme.weights is not None
 
@@ -318,21 +320,25 @@ class _Run:
         self.progress("solve", index + 1, len(self.plan.blocks))
         return quantised
 
-    def _fill(self) -> int:
-        """Blocks whose steps together fill a GPU."""
-        batch = self.batch * (1 if self.tokens is None else self.tokens.shape[1])
-        return max(1, min(MOST_TOGETHER, FULL_STEP // (batch * self.model.config.hidden_size)))
+    @property
+    def _full(self) -> int:
+        """Windows whose hidden states are enough work at a time for a GPU."""
+        seqlen = 1 if self.tokens is None else self.tokens.shape[1]
+        return max(1, FULL_STEP // (seqlen * self.model.config.hidden_size))
+
+    @property
+    def _fit_batch(self) -> int:
+        return self.recipe.fit.batch_size if self.recipe.fit else 4
 
     @property
     def batch(self) -> int:
         """Windows per forward pass outside the fit."""
-        return self.recipe.fit.batch_size if self.recipe.fit else 4
+        return max(self._full, self._fit_batch) if self.device.type == "cuda" else self._fit_batch
 
 
 END_TO_END = "end-to-end"
-# Hidden-state elements that the steps of all blocks fitted together need to fill a large GPU, and a bound on memory.
-FULL_STEP = 1 << 25
-MOST_TOGETHER = 6
+FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
+MOST_TOGETHER = 6  # blocks, for their memory
 
 
 def fitted_name(index: int) -> str:
