@@ -81,8 +81,7 @@ def quantize(
         tokenizer: for calibration text, and saved along.
         output: folder to write; absent or empty. None keeps the result in memory only.
         device: where blocks are fitted; a GPU if there is one. The model stays where it is.
-        dtype: of the fit's matrix products; on a GPU float16 (unless the recipe fits end to end) and bfloat16 for
-            models of these types, else float32.
+        dtype: of the fit's matrix products; on a GPU that of models in float16 or bfloat16, else float32.
         seed: of the calibration text and of random transforms.
         resume: go on with an unfinished run of the same settings, if there is one.
         progress: called with (stage, done, total).
@@ -100,7 +99,7 @@ def quantize(
         tokenizer = tokenizer or own
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_device(device)
-    dtype = dtype or _fit_dtype(model, recipe, device)
+    dtype = dtype or _fit_dtype(model, device)
     _check_model(model, recipe)
     if isinstance(calibration, Tensor):
         recipe = _with_shape_of(calibration, recipe, model)
@@ -357,15 +356,10 @@ def _with_shape_of(tokens: Tensor, recipe: Recipe, model: PreTrainedModel) -> Re
     return replace(recipe, data=DataSpec(samples=tokens.shape[0], seqlen=tokens.shape[1]))
 
 
-def _fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Half precision only on a GPU, and only for models that are stored in it.
-
-    An end-to-end fit is not run in float16: the gradient of a mean over tokens underflows there.
-    """
-    if device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
-        return torch.float32
-    end_to_end = recipe.end_to_end is not None and recipe.end_to_end.steps > 0
-    return torch.float32 if end_to_end and model.dtype == torch.float16 else model.dtype
+def _fit_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
+    """Half precision only on a GPU, and only for models that are stored in it."""
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    return model.dtype if device.type == "cuda" and half else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------- small things

@@ -162,6 +162,8 @@ class _Run:
     def __call__(self) -> Report:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            if self.end_to_end is not None:
+                check_room(resident_bytes(self.blocks, self.end_to_end), torch.cuda.mem_get_info(self.device)[0])
         seams.use_attention(self.model)
         first, calls = self._capture()
         quantised = first if self.quantised_stream else None
@@ -334,6 +336,25 @@ class _Run:
     def batch(self) -> int:
         """Windows per forward pass outside the fit."""
         return max(self._full, self._fit_batch) if self.device.type == "cuda" else self._fit_batch
+
+
+def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec) -> int:
+    """What an end-to-end fit keeps on the device besides activations: weights; trained, with gradient and moments."""
+    weights = sum(p.numel() for block in blocks for p in block.parameters())
+    return weights * (16 if spec.weight_lr else 4)
+
+
+def check_room(needed: int, free: int) -> None:
+    """Refuse a fit that cannot fit, before any work.
+
+    Raises:
+        CalibrationError: fewer than `needed` bytes are free.
+    """
+    if needed > free:
+        raise CalibrationError(
+            f"the end-to-end fit keeps all blocks on the device, {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
+            "are free; use --preset reference, which has one block there at a time, or a larger GPU"
+        )
 
 
 END_TO_END = "end-to-end"
