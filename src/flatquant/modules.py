@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-Group = Literal["transform", "scale", "clip", "weight"]
+# "rotation" parameters are orthogonal matrices and stay so: their optimiser moves them on the manifold of those.
+Group = Literal["transform", "scale", "clip", "weight", "rotation"]
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 

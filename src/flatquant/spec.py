@@ -24,6 +24,8 @@ from flatquant.errors import SpecError
 # The quantised inputs of a transformer block, in the order data meets them.
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
 
+Clip = Literal["none", "learned", "fixed", "search"]
+
 T = TypeVar("T")
 
 
@@ -103,17 +105,21 @@ class QuantSpec:
         bits: 2 to 8. (16 bits means "no grid", which the schemes write as `None`.)
         symmetric: zero point 0 and integers in [-2^(b-1), 2^(b-1)-1]; otherwise a zero point and [0, 2^b-1].
         group_size: weights only; `None` is the whole row.
-        clip: `learned` fits how far the range is cut in; `none` keeps the full range.
+        clip: `learned` fits how far the range is cut in; `fixed` cuts it to `clip_ratio`; `search` tries ratios from 1
+            to 0.21 for every scale and keeps the one with the least |error|^2.4 (weights only); `none` keeps all.
         clip_start: where a learned clip starts: the range times sigmoid(clip_start). 4.0 is the paper's.
+        clip_ratio: of a fixed clip.
     """
 
     bits: int
     symmetric: bool = True
     group_size: int | None = None
-    clip: Literal["none", "learned"] = "none"
+    clip: Clip = "none"
     clip_start: float = 4.0
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        _check(0 < self.clip_ratio <= 1, f"clip ratio {self.clip_ratio}: above 0, at most 1")
         _check(2 <= self.bits <= 8, f"{self.bits} bits: a grid has 2 to 8 bits (16 means unquantised)")
         _check(self.group_size is None or self.group_size >= 2, f"group size {self.group_size}: at least 2")
 
@@ -165,6 +171,8 @@ class Scheme:
         for name in ("activations", "keys", "values"):
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
+            _check(spec is None or spec.clip != "search", f"{name}: a searched clip is for weights only")
+        _check(self.weights is None or self.weights.clip != "fixed", "weights: a fixed clip is for activations only")
         for key in self.overrides:
             block, dot, site = key.rpartition(".")
             number = block.isdecimal() and block == str(int(block))
@@ -211,6 +219,27 @@ class Scheme:
             clip=clip,
         )
 
+    def with_clips(self, *, weights: Clip, activations: float = 1.0, cache: float = 1.0, up_to: int = 8) -> Self:
+        """The same grids with this clip for weights, and fixed ratios for others of at most `up_to` bits.
+
+        Args:
+            activations, cache: of the inputs of linears, and of keys and values.
+            up_to: where there are more bits, a cut costs more than the finer grid gains.
+        """
+
+        def fixed(spec: QuantSpec | None, ratio: float) -> QuantSpec | None:
+            if spec is None or ratio == 1 or spec.bits > up_to:
+                return spec
+            return dataclasses.replace(spec, clip="fixed", clip_ratio=ratio)
+
+        return dataclasses.replace(
+            self,
+            weights=None if self.weights is None else dataclasses.replace(self.weights, clip=weights),
+            activations=fixed(self.activations, activations),
+            keys=fixed(self.keys, cache),
+            values=fixed(self.values, cache),
+        )
+
     def __str__(self) -> str:
         def bits(spec: QuantSpec | None) -> str:
             return "16" if spec is None else str(spec.bits)
@@ -248,16 +277,18 @@ class TransformSpec:
     """One change of basis on an edge; several compose in order.
 
     Attributes:
-        kind: `diagonal` (per-channel scale), `matrix` (full), `kronecker` (P1 (x) P2).
+        kind: `diagonal` (per-channel scale), `matrix` (full), `kronecker` (P1 (x) P2), `head` (one matrix inside every
+            head, which the heads' writer applies).
         parameters: `direct` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
-            Cayley form, so that the inverse is free of a general solve.
-        init: `orthogonal` (Haar), `hadamard` (randomised where one exists), `identity`. For a diagonal:
+            Cayley form, so that the inverse is free of a general solve; `rotation` trains an orthogonal matrix by
+            Cayley SGD; `fixed` stays at its start, which is orthogonal.
+        init: `orthogonal` (Haar), `hadamard` (randomised; a Haar factor where none exists), `identity`. For a diagonal:
             `absmax` is the paper's wmax^(1-alpha) / xmax^alpha, `second_moment` is (E w^2 / E x^2)^(1/4), `identity`.
         alpha: exponent of `absmax`.
     """
 
-    kind: Literal["diagonal", "matrix", "kronecker"]
-    parameters: Literal["direct", "svd"] = "direct"
+    kind: Literal["diagonal", "matrix", "kronecker", "head"]
+    parameters: Literal["direct", "svd", "rotation", "fixed"] = "direct"
     init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment"] = "identity"
     alpha: float = 0.3
 
@@ -265,6 +296,8 @@ class TransformSpec:
         data = self.init in ("absmax", "second_moment")
         _check(self.kind == "diagonal" or not data, f"a {self.kind} transform has no {self.init} start")
         _check(self.kind != "diagonal" or data or self.init == "identity", f"a diagonal has no {self.init} start")
+        trains = self.kind != "diagonal" or self.parameters == "direct"
+        _check(trains, f"a diagonal has no {self.parameters} parameters")
         _check(0 <= self.alpha <= 1, f"alpha {self.alpha}: between 0 and 1")
 
 
@@ -345,7 +378,11 @@ class DataSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A method: a choice of parts. `transforms` maps a site (or `qk`, the keys and queries) to what sits there."""
+    """A method: a choice of parts.
+
+    `transforms` maps a site to what sits there; besides the sites there are `qk`, the keys and queries, and `residual`,
+    the stream that blocks read through their norms and add to.
+    """
 
     name: str
     scheme: Scheme
@@ -356,10 +393,12 @@ class Recipe:
     data: DataSpec = field(default_factory=DataSpec)
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.transforms) - {*SITES, "qk"})
-        _check(not unknown, f"recipe {self.name}: no site {', '.join(unknown)}; sites are {', '.join(SITES)}, qk")
+        unknown = sorted(set(self.transforms) - {*SITES, "qk", "residual"})
+        known = ", ".join((*SITES, "qk", "residual"))
+        _check(not unknown, f"recipe {self.name}: no site {', '.join(unknown)}; sites are {known}")
         qk = self.transforms.get("qk", ())
         _check(all(t.kind == "matrix" for t in qk) and len(qk) <= 1, f"recipe {self.name}: qk takes one matrix")
+        self._check_residual()
         for site, parts in self.transforms.items():
             kinds = [t.kind for t in parts]
             _check(
@@ -382,6 +421,29 @@ class Recipe:
                 self.end_to_end.batch_size <= self.data.samples,
                 f"recipe {self.name}: end-to-end batch size {self.end_to_end.batch_size} exceeds "
                 f"{self.data.samples} samples",
+            )
+
+    def _check_residual(self) -> None:
+        residual = self.transforms.get("residual", ())
+        if not residual:
+            return
+        where = f"recipe {self.name}, residual"
+        rotates = residual[0].kind == "matrix" and residual[0].parameters in ("fixed", "rotation")
+        _check(
+            rotates and len(residual) == 1,
+            f"{where}: takes one matrix that is fixed or a rotation; only those commute with a norm",
+        )
+        fits_blocks = self.fit is not None and self.fit.epochs > 0
+        _check(
+            residual[0].parameters == "fixed" or not fits_blocks,
+            f"{where}: a rotation that all blocks share is trained end to end, not block by block",
+        )
+        for site in ("attn_in", "mlp_in"):
+            started = any(t.init in ("absmax", "second_moment") for t in self.transforms.get(site, ()))
+            _check(
+                not started,
+                f"{where}: the statistics that the diagonal at {site} starts from are those of the unrotated stream; "
+                "start it from the identity",
             )
 
     @property

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flatquant.calibrate.blockwise import autocast
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
-from flatquant.modules import GROUPS, Group
+from flatquant.modules import GROUPS, trainable_parameters
 from flatquant.ops.divergence import kl_rows
 from flatquant.spec import EndToEndSpec
 from flatquant.transforms import shared_inverses
@@ -66,12 +66,10 @@ def fit_end_to_end(
     Raises:
         CalibrationError: the divergence is not finite.
     """
-    parameters: dict[Group, list[nn.Parameter]] = {group: [] for group in GROUPS}
-    for fit in fits:
-        if spec.weight_lr:
+    if spec.weight_lr:
+        for fit in fits:
             fit.release_weights()
-        for group, ps in fit.parameters().items():
-            parameters[group].extend(ps)
+    parameters = trainable_parameters(*(root for fit in fits for root in fit.roots()))  # what blocks share, once
 
     def run(fit: FitBlock, call: BlockCall, x: Tensor) -> Tensor:
         with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same

@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from flatquant.wiring.apply import FitBlock, fold_block, wrap_block
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
+from flatquant.wiring.residual import residual_factor, rotate_ends
 
 # (stage, done, total): "fit" counts epochs of all blocks, "end-to-end" steps, "solve" blocks.
 Progress = Callable[[str, int, int], None]
@@ -149,6 +150,10 @@ class _Run:
         self.state, self.progress, self.graph = state, progress, graph
         self.home = next(model.parameters()).device
         self.model_dtype = next(model.parameters()).dtype
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + len(self.blocks))  # one that no block has
+        self.residual = residual_factor(model, recipe, plan, generator)
+        if self.residual is not None:
+            self.residual.to(device)
         self.solver = make_solver(recipe.solver)
         self.report = Report()
         self.notes: dict[int, dict[str, Any]] = {}  # by block
@@ -180,11 +185,14 @@ class _Run:
             assert first is not None
             assert hidden is not None
             # Solved blocks are only kept on their own where no end-to-end fit follows: all are wrapped here.
-            self._fit_end_to_end(self.end_to_end, [f for f in fits if f is not None], calls, first, hidden)
+            rotated = [self._rotated(call) for call in calls]
+            self._fit_end_to_end(self.end_to_end, [f for f in fits if f is not None], rotated, first, hidden)
             for index, (fit, call) in enumerate(zip(fits, calls, strict=True)):
                 with _named(index):
                     quantised = self._solve(index, call, fit, quantised)
         self.report.blocks = [note for _, note in sorted(self.notes.items())]
+        if self.residual is not None:
+            rotate_ends(self.model, self.arch, self.residual)
         if self.device.type == "cuda":
             self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
         return self.report
@@ -224,7 +232,12 @@ class _Run:
         if self.state is not None and self.state.has(solved_name(index)):
             return None, targets
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        return wrap_block(block, self.arch, plan, self.recipe, statistics, generator), targets
+        fit = wrap_block(block, self.arch, plan, self.recipe, statistics, generator, residual=self.residual)
+        return fit, targets
+
+    def _rotated(self, call: BlockCall) -> BlockCall:
+        """How a block is called once it is wrapped."""
+        return replace(call, basis=self.residual)
 
     def _fit(self, wrapped: list[_Wrapped]) -> None:
         """Fit the blocks that no earlier run has fitted."""
@@ -248,7 +261,7 @@ class _Run:
     def _fit_blocks(self, todo: list[_Wrapped]) -> list[list[float]]:
         spec = self.recipe.fit
         blocks = [
-            BlockFit(index=w.index, fit=w.fit, call=w.call, inputs=w.inputs, targets=w.targets)
+            BlockFit(index=w.index, fit=w.fit, call=self._rotated(w.call), inputs=w.inputs, targets=w.targets)
             for w in todo
             if w.fit is not None and w.inputs is not None and w.targets is not None
         ]
@@ -298,7 +311,7 @@ class _Run:
 
     def _solve(self, index: int, call: BlockCall, fit: FitBlock | None, quantised: Tensor | None) -> Tensor | None:
         """Fold and round a fitted block; its outputs on the quantised stream, where one is needed."""
-        block, plan = self.blocks[index], self.plan.blocks[index]
+        block, plan, call = self.blocks[index], self.plan.blocks[index], self._rotated(call)
         if fit is None:
             assert self.state is not None
             tensors, self.notes[index] = self.state.load(solved_name(index))

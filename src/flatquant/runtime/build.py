@@ -63,7 +63,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _dynamic(spec: QuantSpec | None) -> Dynamic | None:
     if spec is None:
         return None
-    return Dynamic(spec, FixedClip(_empty(2)) if spec.clip == "learned" else NoClip())
+    return Dynamic(spec, NoClip() if spec.clip == "none" else FixedClip(_empty(2)))
 
 
 def _site(plan: SitePlan) -> FrozenSite:

@@ -3,23 +3,28 @@
 from flatquant.transforms.base import Identity, Transform
 from flatquant.transforms.compose import Compose
 from flatquant.transforms.diagonal import Diagonal
-from flatquant.transforms.factor import DirectFactor, Factor, SVDFactor, shared_inverses
+from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor, shared_inverses
+from flatquant.transforms.hadamard import hadamard_split
 from flatquant.transforms.kronecker import Kronecker, kronecker_split
 from flatquant.transforms.matrix import Matrix
 from flatquant.transforms.start import make_factor
-from flatquant.transforms.written import Written
+from flatquant.transforms.written import MovedGain, Written
 
 __all__ = [
     "Compose",
     "Diagonal",
     "DirectFactor",
     "Factor",
+    "FixedFactor",
     "Identity",
     "Kronecker",
     "Matrix",
+    "MovedGain",
+    "OrthogonalFactor",
     "SVDFactor",
     "Transform",
     "Written",
+    "hadamard_split",
     "kronecker_split",
     "make_factor",
     "shared_inverses",

@@ -1,10 +1,14 @@
 """Square matrices with a differentiable inverse transpose: the building blocks of `Matrix` and `Kronecker`.
 
-Two parameterisations (FlatQuant, section 3.1 and appendix; both end within 3 % of each other's loss):
+Two parameterisations of any invertible matrix (FlatQuant, section 3.1 and appendix; both end within 3 % of each other's
+loss):
 - `DirectFactor` trains the entries of P. A batched, sync-free solve gives the inverse.
 - `SVDFactor` trains U diag(d) V^T. Its inverse transpose, U diag(1/d) V^T, needs no general inverse, and d shows the
   conditioning. U and V are a fixed start times a Cayley factor (I - A/2)^-1 (I + A/2) of a skew A that starts at 0, so
   that P starts at exactly the matrix asked for.
+
+And two that are orthogonal, P^-T = P: `FixedFactor` stays what it is (QuaRot), `OrthogonalFactor` is trained on the
+manifold of orthogonal matrices (SpinQuant).
 """
 
 from __future__ import annotations
@@ -19,10 +23,8 @@ from torch import Tensor, nn
 from flatquant.modules import Trainable
 
 
-class Factor(Trainable, ABC):
-    """An invertible (n, n) matrix with trainable entries."""
-
-    group = "transform"
+class Factor(nn.Module, ABC):
+    """An invertible (n, n) matrix."""
 
     @property
     @abstractmethod
@@ -38,8 +40,10 @@ class Factor(Trainable, ABC):
         """P^-T.  # (n, n)"""
 
 
-class DirectFactor(Factor):
+class DirectFactor(Factor, Trainable):
     """P is the parameter."""
+
+    group = "transform"
 
     def __init__(self, start: Tensor) -> None:
         """Start from `start`, (n, n), invertible."""
@@ -87,8 +91,10 @@ def shared_inverses(modules: Iterable[nn.Module]) -> Iterator[None]:
             factor.shared = None
 
 
-class SVDFactor(Factor):
+class SVDFactor(Factor, Trainable):
     """P = U diag(exp(log_d)) V^T with U, V orthogonal."""
+
+    group = "transform"
 
     u0: Tensor
     v0: Tensor
@@ -118,6 +124,52 @@ class SVDFactor(Factor):
     def inverse_t(self) -> Tensor:
         u, v = self._orthogonal()
         return (u * (-self.log_d).exp()) @ v.mT
+
+
+class FixedFactor(Factor):
+    """An orthogonal P that is not trained."""
+
+    q: Tensor
+
+    def __init__(self, start: Tensor) -> None:
+        """Stay at `start`, (n, n), orthogonal."""
+        super().__init__()
+        self.register_buffer("q", start.clone())
+
+    @property
+    def size(self) -> int:
+        return self.q.shape[0]
+
+    def matrix(self) -> Tensor:
+        return polish(self.q)
+
+    def inverse_t(self) -> Tensor:
+        return polish(self.q)
+
+
+class OrthogonalFactor(Factor, Trainable):
+    """An orthogonal P that an optimiser on the manifold trains.
+
+    `polish` takes out what its steps leave of a deviation, and its derivative projects gradients onto the manifold's
+    tangent space: only turning counts, not stretching.
+    """
+
+    group = "rotation"
+
+    def __init__(self, start: Tensor) -> None:
+        """Start from `start`, (n, n), orthogonal."""
+        super().__init__()
+        self.q = nn.Parameter(start.clone())
+
+    @property
+    def size(self) -> int:
+        return self.q.shape[0]
+
+    def matrix(self) -> Tensor:
+        return polish(self.q)
+
+    def inverse_t(self) -> Tensor:
+        return polish(self.q)
 
 
 def polish(u: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,18 @@ from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenSite
 from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec
-from flatquant.transforms import Compose, Diagonal, Factor, Identity, Kronecker, Matrix, Transform, Written, make_factor
+from flatquant.transforms import (
+    Compose,
+    Diagonal,
+    Factor,
+    Identity,
+    Kronecker,
+    Matrix,
+    MovedGain,
+    Transform,
+    Written,
+    make_factor,
+)
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
 from flatquant.wiring.arch import Arch, Edge, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
@@ -80,6 +91,7 @@ def wrap_block(
     statistics: Mapping[str, InputStatistics],
     generator: torch.Generator,
     *,
+    residual: Factor | None = None,
     force: bool = False,
 ) -> FitBlock:
     """Replace a block's linears by `FitLinear`s and attach a `FitKeyValue` to its attention.
@@ -87,6 +99,8 @@ def wrap_block(
     Args:
         statistics: per site, for transforms that start from data; may be empty otherwise.
         generator: CPU generator for random starts.
+        residual: rotates the residual stream that the block reads and adds to; then the block's norms lose their
+            gains to their readers, and the block maps x R to y R where it mapped x to y.
         force: build transforms even where nothing is quantised (the laws do).
     """
     device = next(block.parameters()).device
@@ -95,11 +109,19 @@ def wrap_block(
     for edge in arch.edges:
         parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
         weights: list[Tensor] = [linear_at(block, path).weight for path in edge.readers]
-        transform = _transform(edge, parts, plan.sites[edge.site], weights, statistics.get(edge.site), generator)
-        transforms[edge.site] = transform
-        if (written := _written(transform)) is not None:
+        made = _transforms(edge, parts, plan.sites[edge.site], weights, statistics.get(edge.site), generator)
+        if (written := _written(made)) is not None:
             assert edge.writer is not None
             outputs[edge.writer] = HeadOutput(written)
+        if residual is not None and edge.norm is not None:
+            made = [MovedGain(_gain(block, edge.norm)), Written(Matrix(residual)), *made]
+        transforms[edge.site] = _joined(made)
+    if residual is not None:
+        assert arch.residual is not None
+        outputs |= {path: HeadOutput(residual) for path in arch.residual.writers}
+        with torch.no_grad():
+            for norm in {edge.norm for edge in arch.edges if edge.norm is not None}:
+                _gain(block, norm).fill_(1)
     sites: dict[str, FitSite] = {}
     for edge in arch.edges:
         site_plan = plan.sites[edge.site]
@@ -128,14 +150,20 @@ def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None,
     return recipe.transforms.get(edge.site, ()) if helps else ()
 
 
-def _transform(
+def _gain(block: nn.Module, norm: str) -> Tensor:
+    gain = submodule(block, norm).weight
+    assert isinstance(gain, Tensor)
+    return gain
+
+
+def _transforms(
     edge: Edge,
     parts: Transforms,
     plan: SitePlan,
     weights: list[Tensor],
     statistics: InputStatistics | None,
     generator: torch.Generator,
-) -> Transform:
+) -> list[Transform]:
     made: list[Transform] = []
     n1, n2 = plan.shape
     for spec in parts:
@@ -144,6 +172,8 @@ def _transform(
                 made.append(Diagonal(_start_scale(spec, weights, statistics)))
             case "matrix":
                 made.append(Matrix(make_factor(spec, n1 * n2, generator)))
+            case "head":
+                made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
             case "kronecker" if edge.passes == "per_head":
                 # P1 mixes heads, online; P2 acts inside each head, where the writer applies it.
                 if plan.left:
@@ -151,6 +181,10 @@ def _transform(
                 made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
             case "kronecker":
                 made.append(Kronecker(make_factor(spec, n1, generator), make_factor(spec, n2, generator)))
+    return made
+
+
+def _joined(made: Sequence[Transform]) -> Transform:
     if not made:
         return Identity()
     return made[0] if len(made) == 1 else Compose(made)
@@ -253,9 +287,9 @@ def _parts_of(transform: Transform) -> list[nn.Module]:
     return list(transform.parts) if isinstance(transform, Compose) else [transform]
 
 
-def _written(transform: Transform) -> Factor | None:
-    """The per-head factor that a writer applies."""
-    for part in _parts_of(transform):
+def _written(transforms: Sequence[Transform]) -> Factor | None:
+    """The per-head factor that an edge's writer applies."""
+    for part in transforms:
         if isinstance(part, Written):
             assert isinstance(part.inner, Kronecker)
             return part.inner.right
@@ -265,9 +299,7 @@ def _written(transform: Transform) -> Factor | None:
 def _absorb(edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tuple[Tensor, Tensor | None]]) -> None:
     """Multiply the channels an edge carries where they are written: a norm's gain, or a linear's rows and bias."""
     if edge.norm is not None:
-        norm = submodule(block, edge.norm)
-        gain = norm.weight
-        assert isinstance(gain, Tensor)
+        gain = _gain(block, edge.norm)
         gain.copy_((gain.double() * diagonal).to(gain.dtype))
     else:
         assert edge.writer is not None
@@ -278,7 +310,7 @@ def _absorb(edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tu
 def freeze_dynamic(grid: Dynamic) -> Dynamic:
     """The same grid with its clip fixed."""
     ratios = grid.clip.ratios()
-    return Dynamic(grid.spec, NoClip() if ratios is None else FixedClip(torch.cat(ratios)))
+    return Dynamic(grid.spec, NoClip() if ratios is None else FixedClip(torch.stack([r.reshape(()) for r in ratios])))
 
 
 def _freeze_key_value(fit: FitKeyValue, dtype: torch.dtype) -> FrozenKeyValue:

@@ -26,7 +26,10 @@ DENSE_LIMIT = 2048
 
 
 class HeadOutput(nn.Module):
-    """What a writer absorbs on its output rows: one matrix P per head, shared by all heads."""
+    """What a writer absorbs on its output rows: one matrix P per head, shared by all heads.
+
+    For a writer of the residual stream, all of its output is one head.
+    """
 
     def __init__(self, factor: Factor) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from torch import nn
 
 from flatquant.errors import SpecError
 from flatquant.spec import BlockPlan, Plan, Recipe, SitePlan, Transforms
-from flatquant.transforms import kronecker_split
+from flatquant.transforms import hadamard_split, kronecker_split
 from flatquant.wiring.arch import Arch, Edge, Geometry, linear_at
 
 
@@ -25,11 +25,20 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
         block = key.rpartition(".")[0]
         if block and int(block) >= len(blocks):
             raise SpecError(f"override {key!r}: the model has blocks 0 to {len(blocks) - 1}")
+    if recipe.transforms.get("residual") and arch.residual is None:
+        raise SpecError(f"{arch.model_types[0]}: its residual stream is not one that a rotation can pass through")
     return Plan(
         blocks_path=arch.blocks,
         attention=arch.attention,
         blocks=tuple(_block(i, block, recipe, arch, geometry, force) for i, block in enumerate(blocks)),
     )
+
+
+def rotates_residual(recipe: Recipe, plan: Plan, force: bool = False) -> bool:
+    """Whether the residual stream is rotated: where the recipe says so and weights or activations are quantised."""
+    sites = (site for block in plan.blocks for site in block.sites.values())
+    quantised = force or any(site.weights or site.activations for site in sites)
+    return quantised and bool(recipe.transforms.get("residual"))
 
 
 def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, force: bool) -> BlockPlan:
@@ -70,8 +79,9 @@ def _shape(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> tuple[i
         if n != geometry.heads * geometry.head_dim:
             raise SpecError(f"{edge.readers[0]} has {n} inputs, not {geometry.heads} heads x {geometry.head_dim}")
         return geometry.heads, geometry.head_dim
-    if any(p.kind == "kronecker" for p in parts):
-        return kronecker_split(n)
+    for part in parts:
+        if part.kind == "kronecker":
+            return hadamard_split(n) if part.init == "hadamard" else kronecker_split(n)
     return 1, n
 
 
@@ -80,6 +90,8 @@ def _online(edge: Edge, parts: Transforms, quantised: bool) -> tuple[bool, bool]
     kinds = {p.kind for p in parts}
     if "diagonal" in kinds and edge.norm is None and edge.passes != "diagonal":
         raise SpecError(f"{edge.site}: a diagonal has neither a norm nor a writer to absorb it here")
+    if "head" in kinds and edge.passes != "per_head":
+        raise SpecError(f"{edge.site}: is not made of heads")
     if edge.passes == "per_head":
         if "matrix" in kinds:
             raise SpecError(f"{edge.site}: a full matrix mixes heads and cannot be absorbed; use a kronecker")
