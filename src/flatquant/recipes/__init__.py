@@ -7,9 +7,16 @@ from flatquant.recipes.flatquant import flatquant
 from flatquant.recipes.gptq import gptq
 from flatquant.recipes.quarot import quarot
 from flatquant.recipes.rtn import rtn
+from flatquant.recipes.smoothquant import smoothquant
 from flatquant.spec import Recipe
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"flatquant": flatquant, "gptq": gptq, "quarot": quarot, "rtn": rtn}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "flatquant": flatquant,
+    "gptq": gptq,
+    "quarot": quarot,
+    "rtn": rtn,
+    "smoothquant": smoothquant,
+}
 
 
 def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
@@ -23,4 +30,4 @@ def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
     return RECIPES[method](scheme, preset=preset)
 
 
-__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "quarot", "recipe", "rtn"]
+__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "quarot", "recipe", "rtn", "smoothquant"]
