@@ -319,6 +319,7 @@ class FitSpec:
     weight_decay: float = 0.01
     final_lr: float = 1e-3
     warmup_steps: int = 0
+    rotation_lr: float = 1.5
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, f"epochs {self.epochs}: at least 0")
@@ -328,9 +329,13 @@ class FitSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndSpec:
-    """End-to-end fit of the same parameters through all blocks: KL divergence to the original's logits.
+    """End-to-end fit of the same parameters through all blocks.
 
     Attributes:
+        objective: KL divergence to the original's logits, or cross entropy with the next token of the text.
+        round_weights: put weights on their grids while fitting. A solver that compensates rounding errors is better
+            served by parameters that were fitted to activations alone (SpinQuant, section 4.3).
+        rotation_lr: of rotations, by Cayley SGD.
         weight_lr: of the weights before transform and grid, which then train through their rounding as well
             (straight-through); 0 leaves them as they are.
         final_lr: where every cosine ends, as a share of `lr` (of `weight_lr` for weights).
@@ -342,6 +347,9 @@ class EndToEndSpec:
     lr: float = 1e-3
     clip_lr: float = 1e-2
     weight_lr: float = 0.0
+    rotation_lr: float = 1.5
+    objective: Literal["kl", "cross_entropy"] = "kl"
+    round_weights: bool = True
     final_lr: float = 0.0
     checkpoint: bool = True
 
@@ -417,6 +425,11 @@ class Recipe:
                 f"recipe {self.name}: batch size {self.fit.batch_size} exceeds {self.data.samples} samples",
             )
         if self.end_to_end and self.end_to_end.steps:
+            weights = self.scheme.weights
+            _check(
+                self.end_to_end.round_weights or weights is None or weights.clip != "learned",
+                f"recipe {self.name}: weights that are not rounded in the fit have no clip to learn",
+            )
             _check(
                 self.end_to_end.batch_size <= self.data.samples,
                 f"recipe {self.name}: end-to-end batch size {self.end_to_end.batch_size} exceeds "

@@ -105,8 +105,8 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool) 
 
     return Optimiser(
         fit.parameters(),
-        {"transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr},
-        floors=dict.fromkeys(GROUPS, spec.lr * spec.final_lr),
+        {"transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "rotation": spec.rotation_lr},
+        floors={**dict.fromkeys(GROUPS, spec.lr * spec.final_lr), "rotation": spec.rotation_lr * spec.final_lr},
         steps=spec.epochs * _steps_per_epoch(block, spec),
         warmup=spec.warmup_steps,
         weight_decay=spec.weight_decay,

@@ -27,7 +27,7 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.runtime.build import install
 from flatquant.spec import EndToEndSpec, Plan, Recipe
-from flatquant.wiring.apply import FitBlock, fold_block, wrap_block
+from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
@@ -294,7 +294,10 @@ class _Run:
         assert isinstance(output, nn.Linear)
         weight = output.weight.to(self.device, self.dtype)  # (V, h)
         bias = None if output.bias is None else output.bias.to(self.device, self.dtype)
-        with self.clock("end to end"):
+        if spec.objective == "cross_entropy":
+            assert self.tokens is not None
+            targets = self.tokens.to(self.device)
+        with self.clock("end to end"), unrounded_weights(() if spec.round_weights else fits):
             self.report.end_to_end = fit_end_to_end(
                 fits,
                 calls,

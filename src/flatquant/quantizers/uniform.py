@@ -59,7 +59,8 @@ def _dynamic_clip(spec: QuantSpec) -> Range:
 class WeightGrid(nn.Module):
     """One grid per row, or per group of a row, of a matrix.
 
-    A learned clip cuts the weights themselves; a searched one shrinks the grid, and rounding to it cuts them.
+    A learned clip cuts the weights themselves; a searched one shrinks the grid, and rounding to it cuts them. The
+    search is the solver's: in a fit, eighty trials a step cost more than they are worth.
     """
 
     def __init__(self, spec: QuantSpec, clip: Range | None = None) -> None:
@@ -94,27 +95,21 @@ class WeightGrid(nn.Module):
 
     def clamp_and_round(self, w: Tensor) -> Tensor:
         """`clamp`, then `forward`, in one kernel where there is one.  # (o, n)"""
-        if self.spec.clip == "search":
-            return self(self.clamp(w))
         return fake_quantize_clamped(self.grouped(w), *self._ratios(w), self.spec.low, self.spec.high).flatten(-2)
 
     def grid(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point (None if symmetric) that cover the groups of w.  # (o, g)"""
-        scale, zero = self._grid(self.grouped(w))
-        return scale[..., 0], None if zero is None else zero[..., 0]
-
-    def _grid(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point of (o, g, group).  # (o, g, 1)"""
+        """Scale and zero point (None if symmetric) for the groups of w: what a solver rounds to.  # (o, g)"""
+        groups = self.grouped(w)
         scale, zero = covering_grid(groups, self.spec.low, self.spec.high)
         if self.spec.clip == "search":
             # The zero point counts steps, so it stays where it is when both ends shrink alike.
-            scale = scale * searched_ratio(groups.detach(), scale.detach(), zero, self.spec.low, self.spec.high)
-        return scale, zero
+            scale = scale * searched_ratio(groups, scale, zero, self.spec.low, self.spec.high)
+        return scale[..., 0], None if zero is None else zero[..., 0]
 
     def forward(self, w: Tensor) -> Tensor:
         """Round to the grid and back, differentiable. Takes clamped weights.  # (o, n)"""
         groups = self.grouped(w)
-        scale, zero = self._grid(groups)
+        scale, zero = covering_grid(groups, self.spec.low, self.spec.high)
         return fake_quantize(groups, scale, zero, self.spec.low, self.spec.high).flatten(-2)
 
 

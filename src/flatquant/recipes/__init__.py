@@ -8,6 +8,7 @@ from flatquant.recipes.gptq import gptq
 from flatquant.recipes.quarot import quarot
 from flatquant.recipes.rtn import rtn
 from flatquant.recipes.smoothquant import smoothquant
+from flatquant.recipes.spinquant import spinquant
 from flatquant.spec import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -16,6 +17,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "quarot": quarot,
     "rtn": rtn,
     "smoothquant": smoothquant,
+    "spinquant": spinquant,
 }
 
 
@@ -30,4 +32,4 @@ def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
     return RECIPES[method](scheme, preset=preset)
 
 
-__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "quarot", "recipe", "rtn", "smoothquant"]
+__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "quarot", "recipe", "rtn", "smoothquant", "spinquant"]

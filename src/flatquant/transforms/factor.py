@@ -14,7 +14,7 @@ manifold of orthogonal matrices (SpinQuant).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -65,8 +65,8 @@ class DirectFactor(Factor, Trainable):
 
 
 @contextmanager
-def shared_inverses(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Invert all `DirectFactor`s in `modules` together, once, for as long as the context lasts.
+def shared_inverses(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Invert all `DirectFactor`s in `modules` together, and polish orthogonal ones, once while the context lasts.
 
     A GPU inverts one small matrix no faster than a batch of them. Factors of similar size are padded with an identity
     to a common one. Gradients flow as they would one by one.
@@ -84,10 +84,13 @@ def shared_inverses(modules: Iterable[nn.Module]) -> Iterator[None]:
         inverses = torch.linalg.inv_ex(torch.stack(padded)).inverse  # (batch, size, size)
         for factor, inverse in zip(members, inverses.unbind(), strict=True):
             factor.shared = inverse[: factor.size, : factor.size]
+    orthogonal = {id(m): m for root in modules for m in root.modules() if isinstance(m, FixedFactor | OrthogonalFactor)}
+    for factor in orthogonal.values():
+        factor.shared = polish(factor.q)
     try:
         yield
     finally:
-        for factor in factors.values():
+        for factor in (*factors.values(), *orthogonal.values()):
             factor.shared = None
 
 
@@ -135,16 +138,17 @@ class FixedFactor(Factor):
         """Stay at `start`, (n, n), orthogonal."""
         super().__init__()
         self.register_buffer("q", start.clone())
+        self.shared: Tensor | None = None  # set while `shared_inverses` lasts
 
     @property
     def size(self) -> int:
         return self.q.shape[0]
 
     def matrix(self) -> Tensor:
-        return polish(self.q)
+        return polish(self.q) if self.shared is None else self.shared
 
     def inverse_t(self) -> Tensor:
-        return polish(self.q)
+        return self.matrix()
 
 
 class OrthogonalFactor(Factor, Trainable):
@@ -160,16 +164,17 @@ class OrthogonalFactor(Factor, Trainable):
         """Start from `start`, (n, n), orthogonal."""
         super().__init__()
         self.q = nn.Parameter(start.clone())
+        self.shared: Tensor | None = None  # set while `shared_inverses` lasts
 
     @property
     def size(self) -> int:
         return self.q.shape[0]
 
     def matrix(self) -> Tensor:
-        return polish(self.q)
+        return polish(self.q) if self.shared is None else self.shared
 
     def inverse_t(self) -> Tensor:
-        return polish(self.q)
+        return self.matrix()
 
 
 def polish(u: Tensor) -> Tensor:

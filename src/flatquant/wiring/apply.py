@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,19 @@ class FitBlock:
         """Drop remembered activations."""
         for site in self.sites.values():
             site.forget()
+
+
+@contextmanager
+def unrounded_weights(fits: Iterable[FitBlock]) -> Iterator[None]:
+    """Leave weights off their grids: fit for a solver that will deal with the weights' errors itself."""
+    grids = [(site, site.grid) for fit in fits for site in fit.sites.values()]
+    for site, _ in grids:
+        site.grid = None
+    try:
+        yield
+    finally:
+        for site, grid in grids:
+            site.grid = grid
 
 
 def wrap_block(
