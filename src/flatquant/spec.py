@@ -309,7 +309,13 @@ class FitSpec:
     """Block-wise fit: each block's parameters against the full-precision block's output on the same inputs.
 
     Loss: mean squared error, divided by its own (detached) value, so that the learning rate has no scale
-    (FlatQuant, section 4.1). AdamW; cosine per step from `lr` to `lr * final_lr` (the same floor for every group).
+    (FlatQuant, section 4.1). AdamW.
+
+    Attributes:
+        inputs: of the block: `original`, the full-precision model's, or `quantised`, what the quantised blocks before
+            it give (targets stay the full-precision model's on its own inputs).
+        schedule: `cosine` per step from `lr` to `lr * final_lr` (the same floor for every group), or `constant`.
+        rotation_lr: of rotations, by Cayley SGD.
     """
 
     epochs: int = 15
@@ -320,6 +326,8 @@ class FitSpec:
     final_lr: float = 1e-3
     warmup_steps: int = 0
     rotation_lr: float = 1.5
+    inputs: Literal["original", "quantised"] = "original"
+    schedule: Literal["cosine", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, f"epochs {self.epochs}: at least 0")
@@ -405,7 +413,8 @@ class Recipe:
         known = ", ".join((*SITES, "qk", "residual"))
         _check(not unknown, f"recipe {self.name}: no site {', '.join(unknown)}; sites are {known}")
         qk = self.transforms.get("qk", ())
-        _check(all(t.kind == "matrix" for t in qk) and len(qk) <= 1, f"recipe {self.name}: qk takes one matrix")
+        fits_qk = all(t.kind == "matrix" or (t.kind, t.init) == ("diagonal", "identity") for t in qk)
+        _check(fits_qk and len(qk) <= 1, f"recipe {self.name}: qk takes one matrix, or one diagonal that starts at 1")
         self._check_residual()
         for site, parts in self.transforms.items():
             kinds = [t.kind for t in parts]
@@ -425,6 +434,11 @@ class Recipe:
                 f"recipe {self.name}: batch size {self.fit.batch_size} exceeds {self.data.samples} samples",
             )
         if self.end_to_end and self.end_to_end.steps:
+            _check(
+                self.fit is None or self.fit.inputs == "original",
+                f"recipe {self.name}: no block is quantised before an end-to-end fit, so a fit on quantised inputs "
+                "cannot come before one",
+            )
             weights = self.scheme.weights
             _check(
                 self.end_to_end.round_weights or weights is None or weights.clip != "learned",

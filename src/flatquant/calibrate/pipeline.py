@@ -162,7 +162,10 @@ class _Run:
         if side_by_side is None and graph and device.type == "cuda":
             self.side_by_side = max(1, min(MOST_TOGETHER, self._full // self._fit_batch))
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
-        self.quantised_stream = self.solver.needs_hessian and recipe.scheme.weights is not None
+        self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
+        if self.feeds_fit:  # a block waits for the one before it
+            self.side_by_side = 1
+        self.quantised_stream = self.feeds_fit or (self.solver.needs_hessian and recipe.scheme.weights is not None)
 
     def __call__(self) -> Report:
         if self.device.type == "cuda":
@@ -175,7 +178,7 @@ class _Run:
         for start in range(0, len(calls), self.side_by_side):
             group = range(start, min(start + self.side_by_side, len(calls)))
             wrapped, hidden = self._wrap(group, calls, hidden)
-            self._fit(wrapped)
+            self._fit(wrapped, quantised if self.feeds_fit else None)
             fits += [w.fit for w in wrapped]
             if self.end_to_end is None:
                 for w in wrapped:
@@ -239,8 +242,10 @@ class _Run:
         """How a block is called once it is wrapped."""
         return replace(call, basis=self.residual)
 
-    def _fit(self, wrapped: list[_Wrapped]) -> None:
-        """Fit the blocks that no earlier run has fitted."""
+    def _fit(self, wrapped: list[_Wrapped], quantised: Tensor | None) -> None:
+        """Fit the blocks that no earlier run has fitted; on `quantised` inputs (then one block at a time) if given."""
+        if quantised is not None:
+            wrapped = [replace(w, inputs=quantised) for w in wrapped]
         todo: list[_Wrapped] = []
         for w in wrapped:
             if w.fit is None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from flatquant.errors import SpecError
 from flatquant.recipes.flatquant import flatquant
 from flatquant.recipes.gptq import gptq
+from flatquant.recipes.omniquant import omniquant
 from flatquant.recipes.quarot import quarot
 from flatquant.recipes.rtn import rtn
 from flatquant.recipes.smoothquant import smoothquant
@@ -14,6 +15,7 @@ from flatquant.spec import Recipe
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "flatquant": flatquant,
     "gptq": gptq,
+    "omniquant": omniquant,
     "quarot": quarot,
     "rtn": rtn,
     "smoothquant": smoothquant,
@@ -32,4 +34,4 @@ def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
     return RECIPES[method](scheme, preset=preset)
 
 
-__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "quarot", "recipe", "rtn", "smoothquant", "spinquant"]
+__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "omniquant", "quarot", "recipe", "rtn", "smoothquant", "spinquant"]

@@ -2,7 +2,7 @@
 
 from flatquant.transforms.base import Identity, Transform
 from flatquant.transforms.compose import Compose
-from flatquant.transforms.diagonal import Diagonal
+from flatquant.transforms.diagonal import Diagonal, HeadDiagonal
 from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor, shared_inverses
 from flatquant.transforms.hadamard import hadamard_split
 from flatquant.transforms.kronecker import Kronecker, kronecker_split
@@ -16,6 +16,7 @@ __all__ = [
     "DirectFactor",
     "Factor",
     "FixedFactor",
+    "HeadDiagonal",
     "Identity",
     "Kronecker",
     "Matrix",

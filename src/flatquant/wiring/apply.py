@@ -21,6 +21,7 @@ from flatquant.transforms import (
     Compose,
     Diagonal,
     Factor,
+    HeadDiagonal,
     Identity,
     Kronecker,
     Matrix,
@@ -32,7 +33,7 @@ from flatquant.transforms import (
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
 from flatquant.wiring.arch import Arch, Edge, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
-from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput
+from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput, ReaderScale, WriterScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,23 +120,31 @@ def wrap_block(
     """
     device = next(block.parameters()).device
     transforms: dict[str, Transform] = {}
-    outputs: dict[str, HeadOutput] = {}
+    outputs: dict[str, list[nn.Module]] = {path: [] for edge in arch.edges for path in edge.readers}
     for edge in arch.edges:
         parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
-        weights: list[Tensor] = [linear_at(block, path).weight for path in edge.readers]
-        made = _transforms(edge, parts, plan.sites[edge.site], weights, statistics.get(edge.site), generator)
-        if (written := _written(made)) is not None:
+        linears = [linear_at(block, path) for path in edge.readers]
+        heads = 1
+        if edge.passes == "per_head":
             assert edge.writer is not None
-            outputs[edge.writer] = HeadOutput(written)
+            heads = linear_at(block, edge.writer).out_features // plan.head_dim
+        made = _transforms(edge, parts, plan.sites[edge.site], linears, statistics.get(edge.site), generator, heads)
+        for part in made:
+            if isinstance(part, Written):
+                assert edge.writer is not None
+                outputs[edge.writer].append(_written_output(part.inner))
         if residual is not None and edge.norm is not None:
             made = [MovedGain(_gain(block, edge.norm)), Written(Matrix(residual)), *made]
         transforms[edge.site] = _joined(made)
     if residual is not None:
         assert arch.residual is not None
-        outputs |= {path: HeadOutput(residual) for path in arch.residual.writers}
+        for path in arch.residual.writers:
+            outputs[path].append(HeadOutput(residual))
         with torch.no_grad():
             for norm in {edge.norm for edge in arch.edges if edge.norm is not None}:
                 _gain(block, norm).fill_(1)
+    if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and (plan.keys or force):
+        _scale_scores(block, arch, plan.head_dim, outputs)
     sites: dict[str, FitSite] = {}
     for edge in arch.edges:
         site_plan = plan.sites[edge.site]
@@ -144,7 +153,7 @@ def wrap_block(
             Dynamic(site_plan.activations) if site_plan.activations else None,
             site_plan.weights,
             [linear_at(block, path) for path in edge.readers],
-            [outputs.get(path) for path in edge.readers],
+            [outputs[path] for path in edge.readers],
         ).to(device)
     for edge in arch.edges:
         for index, path in enumerate(edge.readers):
@@ -170,20 +179,44 @@ def _gain(block: nn.Module, norm: str) -> Tensor:
     return gain
 
 
+def _written_output(inner: Transform) -> nn.Module:
+    """What the writer of heads absorbs of a transform that its readers undo."""
+    if isinstance(inner, HeadDiagonal):
+        return WriterScale(inner)
+    assert isinstance(inner, Kronecker)
+    assert inner.right is not None
+    return HeadOutput(inner.right)
+
+
+def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str, list[nn.Module]]) -> None:
+    """One learned scale per pair of key channels, undone by the queries' rows; it starts at 1."""
+    assert arch.scores is not None
+    keys = linear_at(block, arch.scores.keys).out_features
+    readers = linear_at(block, arch.scores.queries).out_features // keys
+    diagonal = HeadDiagonal(torch.ones(keys), head_dim, readers, paired=True)
+    outputs[arch.scores.keys].append(WriterScale(diagonal))
+    outputs[arch.scores.queries].append(ReaderScale(diagonal))
+
+
 def _transforms(
     edge: Edge,
     parts: Transforms,
     plan: SitePlan,
-    weights: list[Tensor],
+    linears: list[nn.Linear],
     statistics: InputStatistics | None,
     generator: torch.Generator,
+    heads: int,
 ) -> list[Transform]:
+    """The transforms of a site, in order; `heads` is the number of heads that an edge's writer writes."""
     made: list[Transform] = []
     n1, n2 = plan.shape
     for spec in parts:
         match spec.kind:
+            case "diagonal" if edge.passes == "per_head":
+                scale = _start_scale(spec, linears, statistics, (heads, n1 // heads, n2))
+                made.append(Written(HeadDiagonal(scale, n2, n1 // heads)))
             case "diagonal":
-                made.append(Diagonal(_start_scale(spec, weights, statistics)))
+                made.append(Diagonal(_start_scale(spec, linears, statistics, (1, 1, n1 * n2))))
             case "matrix":
                 made.append(Matrix(make_factor(spec, n1 * n2, generator)))
             case "head":
@@ -204,14 +237,22 @@ def _joined(made: Sequence[Transform]) -> Transform:
     return made[0] if len(made) == 1 else Compose(made)
 
 
-def _start_scale(spec: TransformSpec, weights: list[Tensor], statistics: InputStatistics | None) -> Tensor:
-    joined = torch.cat([w.detach().float() for w in weights])  # (sum o, n)
+def _start_scale(
+    spec: TransformSpec,
+    linears: list[nn.Linear],
+    statistics: InputStatistics | None,
+    shape: tuple[int, int, int],
+) -> Tensor:
+    """Where a diagonal starts. Of inputs in `shape` (a, b, c), the b copies share a scale.  # (a * c,)"""
+    weight = torch.cat([linear.weight.detach().float() for linear in linears])  # (sum o, n)
     if spec.init == "identity":
-        return torch.ones_like(joined[0])
+        return torch.ones_like(weight[0, : shape[0] * shape[2]])
     assert statistics is not None, f"a {spec.init} start needs input statistics"
     if spec.init == "absmax":
-        return absmax_scale(statistics.absmax.float(), joined.abs().amax(0), spec.alpha)
-    return second_moment_scale(statistics.square.float(), joined.square().mean(0))
+        x, w = (m.float().reshape(shape).amax(1).flatten() for m in (statistics.absmax, weight.abs().amax(0)))
+        return absmax_scale(x, w, spec.alpha)
+    x, w = (m.float().reshape(shape).mean(1).flatten() for m in (statistics.square, weight.square().mean(0)))
+    return second_moment_scale(x, w)
 
 
 def _attach_key_value(
@@ -299,15 +340,6 @@ def _online_parts(transform: Transform, plan: SitePlan) -> tuple[Tensor | None, 
 
 def _parts_of(transform: Transform) -> list[nn.Module]:
     return list(transform.parts) if isinstance(transform, Compose) else [transform]
-
-
-def _written(transforms: Sequence[Transform]) -> Factor | None:
-    """The per-head factor that an edge's writer applies."""
-    for part in transforms:
-        if isinstance(part, Written):
-            assert isinstance(part.inner, Kronecker)
-            return part.inner.right
-    return None
 
 
 def _absorb(edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tuple[Tensor, Tensor | None]]) -> None:

@@ -47,15 +47,29 @@ class Residual:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The edge from keys to queries, before RoPE.
+
+    RoPE turns channels j and j + head_dim / 2 into one another: a scale that the two share passes, from rows of `keys`
+    to rows of `queries`.
+    """
+
+    queries: str
+    keys: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arch:
     """One family (or several that are wired alike).
 
-    `residual` is None where something else than a norm reads the stream, or a norm stands between a writer and it.
+    `residual` is None where something else than a norm reads the stream, or a norm stands between a writer and it;
+    `scores` where RoPE pairs other channels, or queries and keys pass a norm.
     """
 
     model_types: tuple[str, ...]
     edges: tuple[Edge, ...]
     residual: Residual | None = None
+    scores: Scores | None = None
     blocks: str = "model.layers"
     attention: str = "self_attn"
     final_norm: str = "model.norm"

@@ -27,6 +27,8 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
             raise SpecError(f"override {key!r}: the model has blocks 0 to {len(blocks) - 1}")
     if recipe.transforms.get("residual") and arch.residual is None:
         raise SpecError(f"{arch.model_types[0]}: its residual stream is not one that a rotation can pass through")
+    if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and arch.scores is None:
+        raise SpecError(f"{arch.model_types[0]}: no scale passes from its keys to its queries")
     return Plan(
         blocks_path=arch.blocks,
         attention=arch.attention,
@@ -44,7 +46,8 @@ def rotates_residual(recipe: Recipe, plan: Plan, force: bool = False) -> bool:
 def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, force: bool) -> BlockPlan:
     keys, values = recipe.scheme.keys, recipe.scheme.values
     sites = {e.site: _site(e, index, block, recipe, geometry, force) for e in arch.edges}
-    qk = bool(recipe.transforms.get("qk")) and (keys is not None or force)
+    online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
+    qk = online and (keys is not None or force)
     return BlockPlan(sites=sites, head_dim=geometry.head_dim, qk=qk, keys=keys, values=values)
 
 
@@ -88,7 +91,7 @@ def _shape(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> tuple[i
 def _online(edge: Edge, parts: Transforms, quantised: bool) -> tuple[bool, bool]:
     """Whether P1 and P2 run online at this edge."""
     kinds = {p.kind for p in parts}
-    if "diagonal" in kinds and edge.norm is None and edge.passes != "diagonal":
+    if "diagonal" in kinds and edge.norm is None and edge.passes == "nothing":
         raise SpecError(f"{edge.site}: a diagonal has neither a norm nor a writer to absorb it here")
     if "head" in kinds and edge.passes != "per_head":
         raise SpecError(f"{edge.site}: is not made of heads")
