@@ -25,7 +25,7 @@ from flatquant.wiring.apply import fold_block
 from tests.laws import SHAPES, calibrated, decoded, family, hidden, relative, tokens_for, wrap_all
 
 PRESERVED = 1e-9
-METHODS = ("flatquant", "omniquant", "quarot", "smoothquant", "spinquant")
+METHODS = ("affinequant", "flatquant", "omniquant", "quarot", "smoothquant", "spinquant")
 
 CASES = [(method, "llama", shape) for method in METHODS for shape in SHAPES]
 CASES += [(method, kind, "odd") for method in METHODS for kind in ("mistral", "qwen2")]

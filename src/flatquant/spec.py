@@ -277,20 +277,22 @@ class TransformSpec:
     """One change of basis on an edge; several compose in order.
 
     Attributes:
-        kind: `diagonal` (per-channel scale), `matrix` (full), `kronecker` (P1 (x) P2), `head` (one matrix inside every
-            head, which the heads' writer applies).
+        kind: `diagonal` (per-channel scale), `matrix` (full), `kronecker` (P1 (x) P2), `head` (one matrix inside all
+            heads, which the heads' writer applies), `heads` (one for every key-value head, likewise).
         parameters: `direct` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
             Cayley form, so that the inverse is free of a general solve; `rotation` trains an orthogonal matrix by
-            Cayley SGD; `fixed` stays at its start, which is orthogonal.
+            Cayley SGD; `fixed` stays at its start, which is orthogonal; `masked` starts at the identity and opens band
+            by band, epoch by epoch, all off its diagonal held back by the factor `stability`.
         init: `orthogonal` (Haar), `hadamard` (randomised; a Haar factor where none exists), `identity`. For a diagonal:
             `absmax` is the paper's wmax^(1-alpha) / xmax^alpha, `second_moment` is (E w^2 / E x^2)^(1/4), `identity`.
         alpha: exponent of `absmax`.
     """
 
-    kind: Literal["diagonal", "matrix", "kronecker", "head"]
-    parameters: Literal["direct", "svd", "rotation", "fixed"] = "direct"
+    kind: Literal["diagonal", "matrix", "kronecker", "head", "heads"]
+    parameters: Literal["direct", "svd", "rotation", "fixed", "masked"] = "direct"
     init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment"] = "identity"
     alpha: float = 0.3
+    stability: float = 0.1
 
     def __post_init__(self) -> None:
         data = self.init in ("absmax", "second_moment")
@@ -298,6 +300,11 @@ class TransformSpec:
         _check(self.kind != "diagonal" or data or self.init == "identity", f"a diagonal has no {self.init} start")
         trains = self.kind != "diagonal" or self.parameters == "direct"
         _check(trains, f"a diagonal has no {self.parameters} parameters")
+        masked = self.parameters == "masked"
+        _check(self.kind != "heads" or masked, "heads takes masked parameters; use head for one matrix that all share")
+        _check(not masked or self.init == "identity", f"masked parameters have no {self.init} start")
+        _check(not masked or self.kind in ("matrix", "head", "heads"), f"a {self.kind} has no masked parameters")
+        _check(0 < self.stability <= 1, f"stability {self.stability}: above 0, at most 1")
         _check(0 <= self.alpha <= 1, f"alpha {self.alpha}: between 0 and 1")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
-from flatquant.modules import Group
+from flatquant.modules import Group, Scheduled
 from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
@@ -69,6 +69,10 @@ def fit_blocks(
     history: dict[int, list[float]] = {block.index: [] for block in blocks}
     per_epoch = _steps_per_epoch(blocks[0], spec)
     for epoch in range(spec.epochs if running else 0):
+        for block, _ in running:
+            for module in (m for root in block.fit.roots() for m in root.modules()):
+                if isinstance(module, Scheduled):
+                    module.begin_epoch(epoch, spec.epochs)
         losses: dict[int, list[Tensor]] = {block.index: [] for block, _ in running}
         for i in range(per_epoch):
             rows = slice(i * spec.batch_size, (i + 1) * spec.batch_size)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from flatquant.errors import SpecError
+from flatquant.recipes.affinequant import affinequant
 from flatquant.recipes.flatquant import flatquant
 from flatquant.recipes.gptq import gptq
 from flatquant.recipes.omniquant import omniquant
@@ -13,6 +14,7 @@ from flatquant.recipes.spinquant import spinquant
 from flatquant.spec import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
+    "affinequant": affinequant,
     "flatquant": flatquant,
     "gptq": gptq,
     "omniquant": omniquant,
@@ -34,4 +36,16 @@ def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
     return RECIPES[method](scheme, preset=preset)
 
 
-__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "omniquant", "quarot", "recipe", "rtn", "smoothquant", "spinquant"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "affinequant",
+    "flatquant",
+    "gptq",
+    "omniquant",
+    "quarot",
+    "recipe",
+    "rtn",
+    "smoothquant",
+    "spinquant",
+]

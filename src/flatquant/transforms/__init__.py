@@ -6,8 +6,9 @@ from flatquant.transforms.diagonal import Diagonal, HeadDiagonal
 from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor, shared_inverses
 from flatquant.transforms.hadamard import hadamard_split
 from flatquant.transforms.kronecker import Kronecker, kronecker_split
+from flatquant.transforms.masked import HeadMatrices, MaskedFactor
 from flatquant.transforms.matrix import Matrix
-from flatquant.transforms.start import make_factor
+from flatquant.transforms.start import make_factor, make_masked
 from flatquant.transforms.written import MovedGain, Written
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "Factor",
     "FixedFactor",
     "HeadDiagonal",
+    "HeadMatrices",
     "Identity",
     "Kronecker",
+    "MaskedFactor",
     "Matrix",
     "MovedGain",
     "OrthogonalFactor",
@@ -28,5 +31,6 @@ __all__ = [
     "hadamard_split",
     "kronecker_split",
     "make_factor",
+    "make_masked",
     "shared_inverses",
 ]

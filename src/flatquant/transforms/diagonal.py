@@ -68,6 +68,10 @@ class HeadDiagonal(Transform, Trainable):
         heads = self.scale.unflatten(0, (len(self.log_scale), -1))
         return heads.repeat_interleave(self.readers, 0).flatten()
 
+    def write(self, y: Tensor) -> Tensor:
+        """What the heads' writer gives, times c.  # (.., kv_heads * head_dim)"""
+        return y * self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.spread).to(x.dtype)
 

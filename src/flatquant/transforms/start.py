@@ -8,6 +8,7 @@ from torch import Tensor
 from flatquant.spec import TransformSpec
 from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor
 from flatquant.transforms.hadamard import hadamard, largest_hadamard_divisor
+from flatquant.transforms.masked import MaskedFactor
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
@@ -27,11 +28,18 @@ def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
     return torch.kron(random_orthogonal(n // d, generator).contiguous(), h) if n > d else h
 
 
+def make_masked(spec: TransformSpec, n: int, batch: tuple[int, ...] = ()) -> MaskedFactor:
+    """A masked (n, n) factor, or a batch of them; it starts at the identity."""
+    return MaskedFactor(n, spec.stability, batch=batch)
+
+
 FACTORS = {"direct": DirectFactor, "svd": SVDFactor, "fixed": FixedFactor, "rotation": OrthogonalFactor}
 
 
 def make_factor(spec: TransformSpec, n: int, generator: torch.Generator) -> Factor:
     """An (n, n) factor as `spec` asks; random starts draw from `generator` (a CPU generator)."""
+    if spec.parameters == "masked":
+        return make_masked(spec, n)
     match spec.init:
         case "orthogonal":
             start = random_orthogonal(n, generator)

@@ -22,6 +22,7 @@ from flatquant.transforms import (
     Diagonal,
     Factor,
     HeadDiagonal,
+    HeadMatrices,
     Identity,
     Kronecker,
     Matrix,
@@ -29,11 +30,12 @@ from flatquant.transforms import (
     Transform,
     Written,
     make_factor,
+    make_masked,
 )
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
 from flatquant.wiring.arch import Arch, Edge, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
-from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput, ReaderScale, WriterScale
+from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput, HeadsOutput, ReaderScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +183,8 @@ def _gain(block: nn.Module, norm: str) -> Tensor:
 
 def _written_output(inner: Transform) -> nn.Module:
     """What the writer of heads absorbs of a transform that its readers undo."""
-    if isinstance(inner, HeadDiagonal):
-        return WriterScale(inner)
+    if isinstance(inner, HeadDiagonal | HeadMatrices):
+        return HeadsOutput(inner)
     assert isinstance(inner, Kronecker)
     assert inner.right is not None
     return HeadOutput(inner.right)
@@ -194,7 +196,7 @@ def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str
     keys = linear_at(block, arch.scores.keys).out_features
     readers = linear_at(block, arch.scores.queries).out_features // keys
     diagonal = HeadDiagonal(torch.ones(keys), head_dim, readers, paired=True)
-    outputs[arch.scores.keys].append(WriterScale(diagonal))
+    outputs[arch.scores.keys].append(HeadsOutput(diagonal))
     outputs[arch.scores.queries].append(ReaderScale(diagonal))
 
 
@@ -219,6 +221,9 @@ def _transforms(
                 made.append(Diagonal(_start_scale(spec, linears, statistics, (1, 1, n1 * n2))))
             case "matrix":
                 made.append(Matrix(make_factor(spec, n1 * n2, generator)))
+            case "heads":
+                factor = make_masked(spec, n2, (heads,))
+                made.append(Written(HeadMatrices(factor, n1 // heads)))
             case "head":
                 made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
             case "kronecker" if edge.passes == "per_head":

@@ -18,7 +18,7 @@ from flatquant.modules import Trainable
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.quantizers import Dynamic, WeightGrid
 from flatquant.spec import QuantSpec
-from flatquant.transforms import Factor, HeadDiagonal, Identity, Transform
+from flatquant.transforms import Factor, HeadDiagonal, HeadMatrices, Identity, Transform
 
 # On a GPU a fit is bound by launches and memory traffic. Up to this size, one dense product forward and two backward
 # beat the structured product's many passes: 8192 x 1536 x 1536 in half precision takes an H100 0.06 ms.
@@ -40,16 +40,16 @@ class HeadOutput(nn.Module):
         return kron_matmul(y, None, self.factor.matrix().to(y.dtype))
 
 
-class WriterScale(nn.Module):
-    """What the writer of heads absorbs of a `HeadDiagonal`: rows times its scale."""
+class HeadsOutput(nn.Module):
+    """What the writer of heads absorbs of a transform that differs from head to head."""
 
-    def __init__(self, diagonal: HeadDiagonal) -> None:
+    def __init__(self, heads: HeadDiagonal | HeadMatrices) -> None:
         super().__init__()
-        self.diagonal = diagonal
+        self.heads = heads
 
     def forward(self, y: Tensor) -> Tensor:
-        """Outputs (or a bias) times the scale.  # (.., kv_heads * head_dim)"""
-        return y * self.diagonal.scale
+        """Outputs (or a bias), head by head.  # (.., kv_heads * head_dim)"""
+        return self.heads.write(y)
 
 
 class ReaderScale(nn.Module):

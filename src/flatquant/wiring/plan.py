@@ -93,7 +93,7 @@ def _online(edge: Edge, parts: Transforms, quantised: bool) -> tuple[bool, bool]
     kinds = {p.kind for p in parts}
     if "diagonal" in kinds and edge.norm is None and edge.passes == "nothing":
         raise SpecError(f"{edge.site}: a diagonal has neither a norm nor a writer to absorb it here")
-    if "head" in kinds and edge.passes != "per_head":
+    if kinds & {"head", "heads"} and edge.passes != "per_head":
         raise SpecError(f"{edge.site}: is not made of heads")
     if edge.passes == "per_head":
         if "matrix" in kinds:
