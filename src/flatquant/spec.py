@@ -109,6 +109,10 @@ class QuantSpec:
             to 0.21 for every scale and keeps the one with the least |error|^2.4 (weights only); `none` keeps all.
         clip_start: where a learned clip starts: the range times sigmoid(clip_start). 4.0 is the paper's.
         clip_ratio: of a fixed clip.
+        scope: `row` as above, or `tensor`: weights get one scale for all readers of a site, activations a static one,
+            from calibration text.
+        width: of activations with one static scale: channels are split into pieces, so that the scale may be finer, up
+            to this many pieces a channel on average.
     """
 
     bits: int
@@ -117,8 +121,14 @@ class QuantSpec:
     clip: Clip = "none"
     clip_start: float = 4.0
     clip_ratio: float = 1.0
+    scope: Literal["row", "tensor"] = "row"
+    width: float = 1.0
 
     def __post_init__(self) -> None:
+        whole = self.symmetric and self.group_size is None and self.clip == "none"
+        _check(self.scope == "row" or whole, "one scale for a tensor is symmetric, without groups and without a clip")
+        _check(self.width == 1 or self.scope == "tensor", "only a grid with one scale for a tensor splits channels")
+        _check(1 <= self.width <= 16, f"width {self.width}: 1 to 16")
         _check(0 < self.clip_ratio <= 1, f"clip ratio {self.clip_ratio}: above 0, at most 1")
         _check(2 <= self.bits <= 8, f"{self.bits} bits: a grid has 2 to 8 bits (16 means unquantised)")
         _check(self.group_size is None or self.group_size >= 2, f"group size {self.group_size}: at least 2")
@@ -172,6 +182,9 @@ class Scheme:
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
             _check(spec is None or spec.clip != "search", f"{name}: a searched clip is for weights only")
+            static = spec is not None and spec.scope == "tensor"
+            _check(not static or name == "activations", f"{name}: one scale per token and head, not for a tensor")
+        _check(self.weights is None or self.weights.width == 1, "weights: only channels of activations are split")
         _check(self.weights is None or self.weights.clip != "fixed", "weights: a fixed clip is for activations only")
         for key in self.overrides:
             block, dot, site = key.rpartition(".")
@@ -422,15 +435,21 @@ class Recipe:
         qk = self.transforms.get("qk", ())
         fits_qk = all(t.kind == "matrix" or (t.kind, t.init) == ("diagonal", "identity") for t in qk)
         _check(fits_qk and len(qk) <= 1, f"recipe {self.name}: qk takes one matrix, or one diagonal that starts at 1")
+        clipped = [s for s in (self.scheme.weights, self.scheme.activations) if s and s.clip == "learned"]
+        trained = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         self._check_residual()
+        static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
+        tensors = static or (self.scheme.weights is not None and self.scheme.weights.scope == "tensor")
+        _check(
+            not tensors or not trained,
+            f"recipe {self.name}: one scale for a tensor is set before a fit could change what it covers",
+        )
         for site, parts in self.transforms.items():
             kinds = [t.kind for t in parts]
             _check(
                 kinds.count("diagonal") <= 1 and "diagonal" not in kinds[1:] and len(parts) <= 2,
                 f"recipe {self.name}, {site}: at most one diagonal, first, and one matrix or kronecker after it",
             )
-        clipped = [s for s in (self.scheme.weights, self.scheme.activations) if s and s.clip == "learned"]
-        trained = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         _check(
             trained or not clipped or bool(self.transforms),
             f"recipe {self.name}: learned clipping needs a fit; use clip='none' or give the recipe a fit",
@@ -485,7 +504,8 @@ class Recipe:
         """Whether calibration text is read at all: plain rounding needs none."""
         fits = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         starts = any(t.init in ("absmax", "second_moment") for parts in self.transforms.values() for t in parts)
-        return fits or starts or (self.solver.kind == "gptq" and self.scheme.weights is not None)
+        static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
+        return fits or starts or static or (self.solver.kind == "gptq" and self.scheme.weights is not None)
 
 
 # --------------------------------------------------------------------------------------------- a concrete model

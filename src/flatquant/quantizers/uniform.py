@@ -57,7 +57,7 @@ def _dynamic_clip(spec: QuantSpec) -> Range:
 
 
 class WeightGrid(nn.Module):
-    """One grid per row, or per group of a row, of a matrix.
+    """One grid per row, or per group of a row, of a matrix, or one for all of it.
 
     A learned clip cuts the weights themselves; a searched one shrinks the grid, and rounding to it cuts them. The
     search is the solver's: in a fit, eighty trials a step cost more than they are worth.
@@ -95,21 +95,31 @@ class WeightGrid(nn.Module):
 
     def clamp_and_round(self, w: Tensor) -> Tensor:
         """`clamp`, then `forward`, in one kernel where there is one.  # (o, n)"""
+        if self.spec.scope == "tensor":
+            return self(w)
         return fake_quantize_clamped(self.grouped(w), *self._ratios(w), self.spec.low, self.spec.high).flatten(-2)
 
     def grid(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None if symmetric) for the groups of w: what a solver rounds to.  # (o, g)"""
         groups = self.grouped(w)
-        scale, zero = covering_grid(groups, self.spec.low, self.spec.high)
+        scale, zero = self._covering(groups)
         if self.spec.clip == "search":
             # The zero point counts steps, so it stays where it is when both ends shrink alike.
             scale = scale * searched_ratio(groups, scale, zero, self.spec.low, self.spec.high)
         return scale[..., 0], None if zero is None else zero[..., 0]
 
+    def _covering(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point that cover (o, g, group).  # (o, g, 1)"""
+        if self.spec.scope == "row":
+            return covering_grid(groups, self.spec.low, self.spec.high)
+        scale, zero = covering_grid(groups.reshape(1, 1, -1), self.spec.low, self.spec.high)
+        shape = (*groups.shape[:-1], 1)
+        return scale.expand(shape), None if zero is None else zero.expand(shape)
+
     def forward(self, w: Tensor) -> Tensor:
         """Round to the grid and back, differentiable. Takes clamped weights.  # (o, n)"""
         groups = self.grouped(w)
-        scale, zero = covering_grid(groups, self.spec.low, self.spec.high)
+        scale, zero = self._covering(groups)
         return fake_quantize(groups, scale, zero, self.spec.low, self.spec.high).flatten(-2)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from flatquant.errors import SpecError
 from flatquant.recipes.affinequant import affinequant
 from flatquant.recipes.flatquant import flatquant
+from flatquant.recipes.flattenquant import flattenquant
 from flatquant.recipes.gptq import gptq
 from flatquant.recipes.omniquant import omniquant
 from flatquant.recipes.quarot import quarot
@@ -16,6 +17,7 @@ from flatquant.spec import Recipe
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "affinequant": affinequant,
     "flatquant": flatquant,
+    "flattenquant": flattenquant,
     "gptq": gptq,
     "omniquant": omniquant,
     "quarot": quarot,
@@ -41,6 +43,7 @@ __all__ = [
     "Recipe",
     "affinequant",
     "flatquant",
+    "flattenquant",
     "gptq",
     "omniquant",
     "quarot",

@@ -283,6 +283,8 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
             for side in ("left", "right"):
                 if getattr(site, side):
                     kinds[f"{root}flatquant.{name}.{side}"] = "transforms"
+            if site.activations and site.activations.scope == "tensor":
+                kinds |= {f"{root}flatquant.{name}.activations.{n}": "transforms" for n in ("step", "copies")}
             if site.activations and site.activations.clip != "none":
                 kinds[f"{root}flatquant.{name}.activations.clip.ratio"] = "transforms"
         attention = f"{root}{plan.attention}.flatquant_kv."

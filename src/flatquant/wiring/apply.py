@@ -6,13 +6,14 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from flatquant import seams
 from flatquant.modules import Group, trainable_parameters
-from flatquant.quantizers import Dynamic, FixedClip, NoClip
+from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenSite
@@ -152,7 +153,7 @@ def wrap_block(
         site_plan = plan.sites[edge.site]
         sites[edge.site] = FitSite(
             transforms[edge.site],
-            Dynamic(site_plan.activations) if site_plan.activations else None,
+            _activations(site_plan.activations, transforms[edge.site], statistics.get(edge.site)),
             site_plan.weights,
             [linear_at(block, path) for path in edge.readers],
             [outputs[path] for path in edge.readers],
@@ -173,6 +174,23 @@ def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None,
     """The transforms a site gets: none where nothing is quantised that they could help."""
     helps = plan.weights or plan.activations or force or (edge.passes == "per_head" and values)
     return recipe.transforms.get(edge.site, ()) if helps else ()
+
+
+def _activations(
+    spec: QuantSpec | None, transform: Transform, statistics: InputStatistics | None
+) -> Dynamic | SplitGrid | None:
+    """The grid of a site's transformed input."""
+    if spec is None or spec.scope == "row":
+        return None if spec is None else Dynamic(spec)
+    assert statistics is not None, "a static scale needs input statistics"
+    absmax = statistics.absmax.float()
+    for part in _parts_of(transform):
+        match part:
+            case Diagonal() as diagonal:
+                absmax = absmax * diagonal.scale.detach().to(absmax)
+            case Written(inner=HeadDiagonal() as heads):  # its writer has applied it
+                absmax = absmax * heads.spread.detach().to(absmax)
+    return SplitGrid.covering(spec, absmax)
 
 
 def _gain(block: nn.Module, norm: str) -> Tensor:
@@ -312,7 +330,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
         frozen[edge.site] = FrozenSite(
             None if left is None else left.to(dtype),
             None if right is None else right.to(dtype),
-            None if activations is None else freeze_dynamic(activations),
+            None if activations is None else freeze_grid(activations),
         )
     for edge in arch.edges:
         for path in edge.readers:
@@ -358,8 +376,14 @@ def _absorb(edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tu
         folded[edge.writer] = (weight * diagonal[:, None], None if bias is None else bias * diagonal)
 
 
-def freeze_dynamic(grid: Dynamic) -> Dynamic:
+@overload
+def freeze_grid(grid: Dynamic) -> Dynamic: ...
+@overload
+def freeze_grid(grid: SplitGrid) -> SplitGrid: ...
+def freeze_grid(grid: Dynamic | SplitGrid) -> Dynamic | SplitGrid:
     """The same grid with its clip fixed."""
+    if isinstance(grid, SplitGrid):
+        return grid
     ratios = grid.clip.ratios()
     return Dynamic(grid.spec, NoClip() if ratios is None else FixedClip(torch.stack([r.reshape(()) for r in ratios])))
 
@@ -372,6 +396,6 @@ def _freeze_key_value(fit: FitKeyValue, dtype: torch.dtype) -> FrozenKeyValue:
     return FrozenKeyValue(
         key_matrix,
         query_matrix,
-        None if fit.keys is None else freeze_dynamic(fit.keys),
-        None if fit.values is None else freeze_dynamic(fit.values),
+        None if fit.keys is None else freeze_grid(fit.keys),
+        None if fit.values is None else freeze_grid(fit.values),
     )

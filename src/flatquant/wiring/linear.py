@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flatquant.modules import Trainable
 from flatquant.ops.kron.reference import kron_matmul
-from flatquant.quantizers import Dynamic, WeightGrid
+from flatquant.quantizers import Dynamic, SplitGrid, WeightGrid
 from flatquant.spec import QuantSpec
 from flatquant.transforms import Factor, HeadDiagonal, HeadMatrices, Identity, Transform
 
@@ -83,7 +83,7 @@ class FitSite(nn.Module):
     def __init__(
         self,
         transform: Transform,
-        activations: Dynamic | None,
+        activations: Dynamic | SplitGrid | None,
         weights: QuantSpec | None,
         linears: Sequence[nn.Linear],
         outputs: Sequence[Sequence[nn.Module]],

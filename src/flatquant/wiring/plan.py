@@ -65,6 +65,10 @@ def _site(
     if weights and weights.group_size and n % weights.group_size:
         raise SpecError(f"group size {weights.group_size} does not divide the {n} inputs of {edge.readers[0]}")
     quantised = weights is not None or activations is not None or force
+    if activations is not None and activations.scope == "tensor":
+        rotated = edge.norm is not None and bool(recipe.transforms.get("residual"))
+        if rotated or any(part.kind != "diagonal" for part in parts):
+            raise SpecError(f"{edge.site}: only a diagonal may come before a static scale")
     left, right = _online(edge, parts, quantised)
     return SitePlan(
         readers=edge.readers,
