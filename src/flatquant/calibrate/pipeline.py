@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.runtime.build import install
 from flatquant.spec import EndToEndSpec, Plan, Recipe
-from flatquant.wiring.apply import FitBlock, fold_block, wrap_block
+from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
+from flatquant.wiring.residual import residual_factor, rotate_ends
 
 # (stage, done, total): "fit" counts epochs of all blocks, "end-to-end" steps, "solve" blocks.
 Progress = Callable[[str, int, int], None]
@@ -149,6 +150,10 @@ class _Run:
         self.state, self.progress, self.graph = state, progress, graph
         self.home = next(model.parameters()).device
         self.model_dtype = next(model.parameters()).dtype
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + len(self.blocks))  # one that no block has
+        self.residual = residual_factor(model, recipe, plan, generator)
+        if self.residual is not None:
+            self.residual.to(device)
         self.solver = make_solver(recipe.solver)
         self.report = Report()
         self.notes: dict[int, dict[str, Any]] = {}  # by block
@@ -157,7 +162,10 @@ class _Run:
         if side_by_side is None and graph and device.type == "cuda":
             self.side_by_side = max(1, min(MOST_TOGETHER, self._full // self._fit_batch))
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
-        self.quantised_stream = self.solver.needs_hessian and recipe.scheme.weights is not None
+        self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
+        if self.feeds_fit:  # a block waits for the one before it
+            self.side_by_side = 1
+        self.quantised_stream = self.feeds_fit or (self.solver.needs_hessian and recipe.scheme.weights is not None)
 
     def __call__(self) -> Report:
         if self.device.type == "cuda":
@@ -172,7 +180,7 @@ class _Run:
         for start in range(0, len(calls), self.side_by_side):
             group = range(start, min(start + self.side_by_side, len(calls)))
             wrapped, hidden = self._wrap(group, calls, hidden)
-            self._fit(wrapped)
+            self._fit(wrapped, quantised if self.feeds_fit else None)
             fits += [w.fit for w in wrapped]
             if self.end_to_end is None:
                 for w in wrapped:
@@ -182,11 +190,14 @@ class _Run:
             assert first is not None
             assert hidden is not None
             # Solved blocks are only kept on their own where no end-to-end fit follows: all are wrapped here.
-            self._fit_end_to_end(self.end_to_end, [f for f in fits if f is not None], calls, first, hidden)
+            rotated = [self._rotated(call) for call in calls]
+            self._fit_end_to_end(self.end_to_end, [f for f in fits if f is not None], rotated, first, hidden)
             for index, (fit, call) in enumerate(zip(fits, calls, strict=True)):
                 with _named(index):
                     quantised = self._solve(index, call, fit, quantised)
         self.report.blocks = [note for _, note in sorted(self.notes.items())]
+        if self.residual is not None:
+            rotate_ends(self.model, self.arch, self.residual)
         if self.device.type == "cuda":
             self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
         return self.report
@@ -226,10 +237,17 @@ class _Run:
         if self.state is not None and self.state.has(solved_name(index)):
             return None, targets
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        return wrap_block(block, self.arch, plan, self.recipe, statistics, generator), targets
+        fit = wrap_block(block, self.arch, plan, self.recipe, statistics, generator, residual=self.residual)
+        return fit, targets
 
-    def _fit(self, wrapped: list[_Wrapped]) -> None:
-        """Fit the blocks that no earlier run has fitted."""
+    def _rotated(self, call: BlockCall) -> BlockCall:
+        """How a block is called once it is wrapped."""
+        return replace(call, basis=self.residual)
+
+    def _fit(self, wrapped: list[_Wrapped], quantised: Tensor | None) -> None:
+        """Fit the blocks that no earlier run has fitted; on `quantised` inputs (then one block at a time) if given."""
+        if quantised is not None:
+            wrapped = [replace(w, inputs=quantised) for w in wrapped]
         todo: list[_Wrapped] = []
         for w in wrapped:
             if w.fit is None:
@@ -250,7 +268,7 @@ class _Run:
     def _fit_blocks(self, todo: list[_Wrapped]) -> list[list[float]]:
         spec = self.recipe.fit
         blocks = [
-            BlockFit(index=w.index, fit=w.fit, call=w.call, inputs=w.inputs, targets=w.targets)
+            BlockFit(index=w.index, fit=w.fit, call=self._rotated(w.call), inputs=w.inputs, targets=w.targets)
             for w in todo
             if w.fit is not None and w.inputs is not None and w.targets is not None
         ]
@@ -283,7 +301,10 @@ class _Run:
         assert isinstance(output, nn.Linear)
         weight = output.weight.to(self.device, self.dtype)  # (V, h)
         bias = None if output.bias is None else output.bias.to(self.device, self.dtype)
-        with self.clock("end to end"):
+        if spec.objective == "cross_entropy":
+            assert self.tokens is not None
+            targets = self.tokens.to(self.device)
+        with self.clock("end to end"), unrounded_weights(() if spec.round_weights else fits):
             self.report.end_to_end = fit_end_to_end(
                 fits,
                 calls,
@@ -300,7 +321,7 @@ class _Run:
 
     def _solve(self, index: int, call: BlockCall, fit: FitBlock | None, quantised: Tensor | None) -> Tensor | None:
         """Fold and round a fitted block; its outputs on the quantised stream, where one is needed."""
-        block, plan = self.blocks[index], self.plan.blocks[index]
+        block, plan, call = self.blocks[index], self.plan.blocks[index], self._rotated(call)
         if fit is None:
             assert self.state is not None
             tensors, self.notes[index] = self.state.load(solved_name(index))

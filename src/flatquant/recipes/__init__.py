@@ -3,12 +3,28 @@
 from collections.abc import Callable
 
 from flatquant.errors import SpecError
+from flatquant.recipes.affinequant import affinequant
 from flatquant.recipes.flatquant import flatquant
+from flatquant.recipes.flattenquant import flattenquant
 from flatquant.recipes.gptq import gptq
+from flatquant.recipes.omniquant import omniquant
+from flatquant.recipes.quarot import quarot
 from flatquant.recipes.rtn import rtn
+from flatquant.recipes.smoothquant import smoothquant
+from flatquant.recipes.spinquant import spinquant
 from flatquant.spec import Recipe
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"flatquant": flatquant, "gptq": gptq, "rtn": rtn}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "affinequant": affinequant,
+    "flatquant": flatquant,
+    "flattenquant": flattenquant,
+    "gptq": gptq,
+    "omniquant": omniquant,
+    "quarot": quarot,
+    "rtn": rtn,
+    "smoothquant": smoothquant,
+    "spinquant": spinquant,
+}
 
 
 def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
@@ -22,4 +38,17 @@ def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
     return RECIPES[method](scheme, preset=preset)
 
 
-__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "recipe", "rtn"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "affinequant",
+    "flatquant",
+    "flattenquant",
+    "gptq",
+    "omniquant",
+    "quarot",
+    "recipe",
+    "rtn",
+    "smoothquant",
+    "spinquant",
+]

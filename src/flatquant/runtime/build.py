@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatquant import seams
 from flatquant.errors import ArtifactError
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import Dynamic, FixedClip, NoClip
+from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
 from flatquant.spec import BlockPlan, QuantSpec, SitePlan
@@ -63,14 +63,17 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _dynamic(spec: QuantSpec | None) -> Dynamic | None:
     if spec is None:
         return None
-    return Dynamic(spec, FixedClip(_empty(2)) if spec.clip == "learned" else NoClip())
+    return Dynamic(spec, NoClip() if spec.clip == "none" else FixedClip(_empty(2)))
 
 
 def _site(plan: SitePlan) -> FrozenSite:
     n1, n2 = plan.shape
-    return FrozenSite(
-        _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None, _dynamic(plan.activations)
-    )
+    spec = plan.activations
+    if spec is not None and spec.scope == "tensor":
+        grid = SplitGrid(spec, _empty(1), _empty(n1 * n2, dtype=torch.uint8))
+    else:
+        grid = _dynamic(spec)
+    return FrozenSite(_empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None, grid)
 
 
 def _linear(linear: nn.Linear, site: FrozenSite, spec: QuantSpec | None, packed: bool) -> SiteLinear:

@@ -16,7 +16,7 @@ from flatquant.modules import ExactBuffers
 from flatquant.ops.int_linear.reference import int_linear
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import Dynamic
+from flatquant.quantizers import Dynamic, SplitGrid
 from flatquant.spec import QuantSpec
 
 
@@ -29,7 +29,7 @@ class FrozenSite(ExactBuffers):
     left: Tensor | None
     right: Tensor | None
 
-    def __init__(self, left: Tensor | None, right: Tensor | None, activations: Dynamic | None) -> None:
+    def __init__(self, left: Tensor | None, right: Tensor | None, activations: Dynamic | SplitGrid | None) -> None:
         super().__init__()
         self.register_buffer("left", left)
         self.register_buffer("right", right)
