@@ -17,6 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from flatquant.calibrate.capture import BlockCall
+from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.errors import SpecError
 from flatquant.recipes import RECIPES, recipe
 from flatquant.runtime import artifact
@@ -89,6 +91,28 @@ def test_without_grids_a_method_leaves_the_function(method: str, kind: str, shap
     loaded = artifact.load(tmp_path / "out")
     assert torch.equal(logits(loaded, tokens), folded)
     assert relative(decoded(loaded, tokens) @ back, want) < PRESERVED
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", ["biased", "odd"])
+def test_the_fit_sees_what_is_served(method: str, shape: str) -> None:
+    """In float64, so that nothing rounds differently: what is left are scales in float32.
+
+    Not the cache: the first token's value is on a grid, and on the next grid its entries may be exact ties.
+    """
+    model = family("llama", **SHAPES[shape])
+    tokens = tokens_for(model, 2, 9)
+    used = small(method, "w4a4", solver="rtn")
+    weights = used.scheme.weights
+    if weights is not None and weights.clip == "search":  # the solver's alone
+        weights = dataclasses.replace(weights, clip="none")
+    used = dataclasses.replace(used, scheme=dataclasses.replace(used.scheme, weights=weights))
+    plan, fits, _ = wrap_all(model, used, noise=0.02)
+    seen = logits(model, tokens)
+    for fit, block_plan in zip(fits, plan.blocks, strict=True):
+        fold_block(fit, dtype=torch.float64)
+        solve_block(fit.block, block_plan, make_solver(SolverSpec()), BlockCall(args=(), kwargs={}), None, 1)
+    assert relative(logits(model, tokens), seen) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)

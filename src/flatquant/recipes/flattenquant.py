@@ -4,8 +4,9 @@
 (alpha = 0.5), then cut channels that reach beyond a threshold into pieces that share one static scale, with their
 weight columns repeated; weights have one scale for a tensor as well; GPTQ compensates. Ours: pieces saturate one after
 the other (their errors do not add up); the threshold is the least that keeps within `width` times the channels;
-o_proj's and down_proj's inputs are smoothed too; weights themselves are not split. The authors choose 4 or 8 bits per
-layer; here the scheme does (`w4a4,mlp_mid=w8a8`).
+o_proj's and down_proj's inputs are split but not smoothed (rows of v_proj and up_proj would take the scales, under the
+one scale of their tensor); weights themselves are not split. The authors choose 4 or 8 bits per layer; here the scheme
+does (`w4a4,mlp_mid=w8a8`).
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ def flattenquant(scheme: str | Scheme = "w4a4", preset: str = "reference", width
     return Recipe(
         name="flattenquant",
         scheme=scheme,
-        transforms=dict.fromkeys(("attn_in", "attn_out", "mlp_in", "mlp_mid"), (SMOOTH,)),
+        transforms={"attn_in": (SMOOTH,), "mlp_in": (SMOOTH,)},
         solver=SolverSpec(kind="gptq"),
         data=DATA[preset],
     )
