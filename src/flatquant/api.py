@@ -335,7 +335,7 @@ def _alive(process: int) -> bool:
 
 def _check_model(model: PreTrainedModel, recipe: Recipe) -> None:
     """What can be said before any text is read: the family, the recipe's fit to the model, NaN in the weights."""
-    arch = arch_of(model.config)
+    arch = arch_of(model.config, model)
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
     make_plan(recipe, arch, Geometry.of(model.config), blocks)

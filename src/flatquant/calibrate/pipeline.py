@@ -102,7 +102,7 @@ def calibrate(
         CalibrationError: NaN in a block (named); data missing.
         ModelError, SpecError: the recipe does not fit the model.
     """
-    arch = arch_of(model.config)
+    arch = arch_of(model.config, model)
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
     blocks.requires_grad_(False)  # only transforms, scales and clips are fitted
@@ -144,7 +144,7 @@ class _Run:
         side_by_side: int | None,
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
-        self.arch = arch_of(model.config)
+        self.arch = arch_of(model.config, model)
         self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
         self.state, self.progress, self.graph = state, progress, graph

@@ -318,7 +318,7 @@ def _skeleton(folder: Folder, stored: Mapping[str, StoredTensor]) -> PreTrainedM
             config = CONFIG_MAPPING[kind].from_dict(data)
             if config.num_hidden_layers != len(blocks):
                 raise ArtifactError(f"{where} is damaged: {len(blocks)} blocks planned of {config.num_hidden_layers}")
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=seams.ATTENTION)
             furnish(folder, model, _tied(model), stored)
     except ArtifactError:
         raise
@@ -391,15 +391,33 @@ def _castable(model: nn.Module) -> Iterator[str]:
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Make the modules anew whose tensors are not stored but computed from the config: rotary embeddings."""
+    """Fill the buffers that are not stored but computed from the config: rotary embeddings, scales of embeddings."""
     for path, module in list(model.named_modules()):
-        if any(t.is_meta for t in module.buffers(recurse=False)):
-            try:
-                fresh = type(module)(config=model.config)  # type: ignore[call-arg]
-            except TypeError as error:
-                raise ArtifactError(f"cannot rebuild {path} from the config ({one_line(error)})") from error
+        if not any(t.is_meta for t in module.buffers(recurse=False)):
+            continue
+        try:
+            fresh = type(module)(config=model.config)  # type: ignore[call-arg]
+        except TypeError:
+            _initialise_buffers(model, module, device)
+        else:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Module.to(fresh, device))
+
+
+def _initialise_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
+    """As `from_pretrained` does it: by the model's own rule, which leaves alone what is marked as loaded."""
+    empty = {name for name, t in module.named_buffers(recurse=False) if t.is_meta}
+    for name in empty:
+        setattr(module, name, torch.full_like(getattr(module, name), torch.nan, device=device))
+    loaded = [*module.parameters(recurse=False), *(t for n, t in module.named_buffers(recurse=False) if n not in empty)]
+    for tensor in loaded:
+        tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+    model._init_weights(module)
+    for tensor in loaded:
+        del tensor._is_hf_initialized  # pyright: ignore[reportAttributeAccessIssue]
+    for name in empty:
+        if bool(getattr(module, name).isnan().any()):
+            raise ArtifactError(f"cannot rebuild {name} of {type(module).__name__} from the config")
 
 
 # --------------------------------------------------------------------------------------------- inspect
