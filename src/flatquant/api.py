@@ -162,7 +162,7 @@ class _Run:
             progress=self.progress,
         )
         report = self._report(identity, data, original, calibration, text_seconds)
-        adopt(self.model, plan, to_dict(self.recipe), report, None)
+        adopt(self.model, plan, str(self.recipe.scheme), to_dict(self.recipe), report, None)
         if self.place is not None:
             artifact.save(
                 self.model,

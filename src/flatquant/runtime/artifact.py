@@ -77,6 +77,7 @@ def save(
     *,
     recipe: Mapping[str, Any],
     report: Mapping[str, Any],
+    scheme: str | None = None,
     tokenizer: Any = None,
     companions: Folder | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -89,6 +90,7 @@ def save(
         output: absent or an empty folder; appears by one rename when everything is on the disk.
         recipe: `spec.to_dict` of the recipe.
         report: kept as `flatquant_report.json`.
+        scheme: for people; that of the recipe if None. (A loaded model's recipe may be one of a later version.)
         tokenizer: saved along if given.
         companions: a folder whose files beside the model (tokenizer, evaluation) are copied, those that are whole.
         max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
@@ -101,7 +103,7 @@ def save(
     output = Path(output)
     if not (replace and output.is_dir()):
         check_output(output)
-    scheme = str(from_dict(Recipe, recipe).scheme)
+    scheme = scheme or str(from_dict(Recipe, recipe).scheme)
     output = output.resolve()
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -298,7 +300,7 @@ def load(
         except (ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{folder.path / GENERATION_FILE} is damaged ({one_line(error)})") from error
     seams.use_attention(model)
-    adopt(model, folder.plan, folder.recipe, folder.read_report(), folder)
+    adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
     return model.eval().requires_grad_(False)
 
 
@@ -492,7 +494,7 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
     return Inspection(
         scheme=folder.scheme,
         recipe=str(folder.recipe.get("name", "")),
-        architecture=str((folder.config.get("architectures") or [""])[0]),
+        architecture=_architecture(folder.config),
         format_version=FORMAT_VERSION,
         content_hash=folder.content_hash,
         blocks=len(folder.plan.blocks),
@@ -508,6 +510,11 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
         damaged=tuple(damaged),
         report=_summary(report) or None,
     )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
 def _kv_bytes(folder: Folder) -> tuple[int, int]:

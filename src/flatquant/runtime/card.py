@@ -31,7 +31,7 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any], evaluation:
     title = f"{base or config.get('architectures', ['A language model'])[0]}, {scheme}"
     rows = {
         "scheme": f"`{scheme}`: bits of weights (w), activations (a), keys and values (kv)",
-        "recipe": f"{recipe['name']}, weights rounded by {recipe['solver']['kind']}",
+        "recipe": f"{recipe.get('name')}, weights rounded by {_dict(recipe, 'solver').get('kind')}",
         **_transforms(recipe),
         **_data(report),
         **_versions(report),
@@ -60,9 +60,9 @@ def _dict(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _transforms(recipe: Mapping[str, Any]) -> dict[str, str]:
     sites = [
-        f"{site}: {' then '.join(part['kind'] for part in parts)}"
-        for site, parts in recipe["transforms"].items()
-        if parts
+        f"{site}: {' then '.join(str(part.get('kind')) for part in parts)}"
+        for site, parts in _dict(recipe, "transforms").items()
+        if isinstance(parts, list | tuple) and parts and all(isinstance(part, Mapping) for part in parts)
     ]
     return {"transforms": "; ".join(sites)} if sites else {}
 

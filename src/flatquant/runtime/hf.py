@@ -24,7 +24,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flatquant.errors import ArtifactError, ModelError
-from flatquant.runtime.folder import FORMAT_VERSION, INDEX_FILE, METHOD, SINGLE_FILE, Folder, plan_from_json
+from flatquant.runtime.folder import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    METHOD,
+    SINGLE_FILE,
+    Folder,
+    plan_from_json,
+    plan_to_json,
+)
 from flatquant.spec import Plan
 
 if TYPE_CHECKING:
@@ -127,7 +135,8 @@ class FlatQuantizer(HfQuantizer):
         seams.use_attention(model)
         model.requires_grad_(False)
         del model.config.transformers_weights  # pyright: ignore[reportAttributeAccessIssue] - set by `_prepare`
-        adopt(model, self.folder.plan, self.folder.recipe, self.folder.read_report(), self.folder)
+        folder = self.folder
+        adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
 
     def is_serializable(self) -> bool:
         return True
@@ -143,22 +152,24 @@ register_quantizer(METHOD)(FlatQuantizer)
 
 
 def adopt(
-    model: PreTrainedModel, plan: Plan, recipe: Mapping[str, Any], report: Mapping[str, Any], source: Folder | None
+    model: PreTrainedModel,
+    plan: Plan,
+    scheme: str,
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any],
+    source: Folder | None,
 ) -> None:
     """Make a quantised model's `save_pretrained` and `push_to_hub` write our format.
 
     Args:
         source: the folder it was loaded from; its tokenizer goes along.
     """
-    from flatquant.runtime.folder import plan_to_json
-    from flatquant.spec import Recipe, from_dict
-
-    config = FlatQuantConfig(str(from_dict(Recipe, recipe).scheme), recipe=dict(recipe), plan=plan_to_json(plan))
+    config = FlatQuantConfig(scheme, recipe=dict(recipe), plan=plan_to_json(plan))
     ours: Any = model  # these attributes are transformers' own, and it declares none of them
     ours.config.quantization_config = config
     ours.hf_quantizer = FlatQuantizer(config)
     ours.is_quantized, ours.quantization_method = True, METHOD
-    ours.flatquant_origin = (plan, recipe, report, source)
+    ours.flatquant_origin = (plan, scheme, recipe, report, source)
     # On the instance, since transformers offers no hook that could write packed tensors under other file names.
     ours.save_pretrained = MethodType(_save_pretrained, model)
     ours.push_to_hub = MethodType(_push_to_hub, model)
@@ -179,12 +190,13 @@ def _save_pretrained(
 
     if state_dict is not None or variant is not None:
         raise ModelError("a quantised model is saved as it is: leave out state_dict and variant")
-    plan, recipe, report, source = model.flatquant_origin
+    plan, scheme, recipe, report, source = model.flatquant_origin
     if is_main_process:
         artifact.save(
             model,
             plan,
             Path(save_directory),
+            scheme=scheme,
             recipe=recipe,
             report=report,
             companions=source,
