@@ -1,4 +1,4 @@
-"""The command line: `flatquant quantize`, `evaluate`, `generate`, `inspect`, `demo`.
+"""The command line: `flatquant quantize`, `evaluate`, `generate`, `inspect`, `report`, `demo`.
 
 Results go to stdout, progress and errors to stderr, so that `--json` can be piped. An error that the user can act on
 is one line and exit code 1; anything else is a defect and keeps its traceback. What takes time to import is imported
@@ -340,10 +340,13 @@ def evaluate(
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Of text that the model of --divergence-from writes.")] = 1,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is stdout.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep the result in DIR, for report and model card.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Perplexity on texts, and divergence from the original model."""
     with _errors():
+        if save and not _is_quantised(model):
+            raise FlatQuantError(f"--save keeps results in a quantised folder, and {model} is none")
         if not perplexity and divergence_from is None:
             raise FlatQuantError("nothing to evaluate; give --perplexity TEXT or --divergence-from MODEL")
         from flatquant import evaluate as evaluation
@@ -386,6 +389,14 @@ def evaluate(
                     progress=lambda done, total: display("divergence", done, total),
                 )
                 result["divergence"] = {"kl": far.kl, "top1": far.top1}
+                for source, ids in texts.items() if save else ():
+                    found = evaluation.perplexity(reference, ids, batch_size=batch_size)
+                    values = result.setdefault("original", {}).setdefault("perplexity", {})
+                    values[source] = {"value": found.value, "windows": found.windows}
+        if save:
+            from flatquant.runtime import artifact
+
+            artifact.keep_evaluation(Path(model), result)
         if json_file is not None:
             _write(json_file, result)
     if json_file != "-" and not (quiet and json_file):
@@ -474,6 +485,73 @@ def inspect(
         )
     if found.damaged:
         raise _failure(f"{folder}: damaged or missing: {', '.join(found.damaged)}; copy the folder again", 1)
+
+
+# --------------------------------------------------------------------------------------------- report
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A quantised folder.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file to write; flatquant_report.html in DIR.")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for the figures as SVG files of their own.")] = None,
+    collect: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="First look inside both models: the original, as for quantize.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Of --collect: wikitext2, c4, self, or a text file.")] = "self",
+    tokens: Annotated[int, typer.Option(min=8, help="Of --collect: tokens to run.")] = 512,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """One HTML file about a quantised model: quality, flatness, errors, sizes, and how to make it again."""
+    with _errors(), Display(silent=quiet) as display:
+        from flatquant import report as drawing
+        from flatquant.runtime import artifact
+        from flatquant.runtime.folder import COLLECTION_FILE, EVALUATION_FILE, Folder, read_json
+        from flatquant.spec import to_dict
+
+        opened = Folder.open(Path(folder))
+        if collect is not None:
+            found = _collect(folder, collect, text, tokens, _device(device), opened, display)
+            _write(str(opened.path / COLLECTION_FILE), found)
+        extra = [opened.path / name for name in (EVALUATION_FILE, COLLECTION_FILE)]
+        evaluation, collection = (read_json(file) if file.is_file() else None for file in extra)
+        noted = opened.read_report()
+        try:
+            page = drawing.page(folder, to_dict(artifact.inspect(folder)), noted, evaluation, collection)
+            drawn = drawing.figures(noted, collection)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of any form
+            raise FlatQuantError(f"the JSON files in {folder} are damaged ({error}); make them again") from error
+        target = output or opened.path / drawing.FILE
+        drawing.write(target, page)
+        for name, (_, figure, _) in drawn.items() if figures is not None else ():
+            drawing.write(figures / f"{name}.svg", drawing.standalone(figure))  # type: ignore[operator]
+    if not quiet:
+        _print(f"{target}: {len(drawn)} figures")
+
+
+def _collect(
+    folder: str, model: str, text: str, tokens: int, device: torch.device, opened: Any, display: Display
+) -> dict[str, Any]:
+    from flatquant.data import calibration_tokens
+    from flatquant.evaluate.collect import collect
+
+    original, _ = _open(model, device, None)
+    quantised, tokenizer = _open(folder, device, None)
+    windows = calibration_tokens(
+        text,
+        tokenizer,
+        samples=max(1, tokens // 256),
+        seqlen=min(tokens, 256),
+        seed=2,
+        model=original if text == "self" else None,
+        progress=(lambda done, total: display("text", done, total)) if text == "self" else None,
+    )
+    return collect(
+        quantised, original, opened.plan, windows, progress=lambda done, total: display("collect", done, total)
+    )
 
 
 # --------------------------------------------------------------------------------------------- demo

@@ -27,6 +27,7 @@ from flatquant.runtime.build import install
 from flatquant.runtime.card import model_card
 from flatquant.runtime.folder import (
     CARD_FILE,
+    COLLECTION_FILE,
     CONFIG_FILE,
     EVALUATION_FILE,
     FORMAT_VERSION,
@@ -52,7 +53,8 @@ from flatquant.spec import Plan, Recipe, from_dict
 # Keys of a config that name code, kernels or places of the machine that wrote it.
 _FOREIGN = ("auto_map", "attn_implementation", "use_kernels", "name_or_path", "transformers_weights")
 
-_UNHASHED = (CARD_FILE, EVALUATION_FILE, REPORT_FILE)  # say something about the model, are not read for serving
+# What says something about the model and is not read for serving.
+_UNHASHED = (CARD_FILE, COLLECTION_FILE, EVALUATION_FILE, REPORT_FILE)
 
 
 # --------------------------------------------------------------------------------------------- save
@@ -148,9 +150,36 @@ def save(
 def _copy_companions(source: Folder, target: Path) -> None:
     broken = source.damaged()
     names = [name for name in source.companions if name not in broken and not (target / name).exists()]
-    for name in [*names, *([EVALUATION_FILE] if (source.path / EVALUATION_FILE).is_file() else [])]:
+    names += [name for name in (EVALUATION_FILE, COLLECTION_FILE) if (source.path / name).is_file()]
+    for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / name, target / name)
+
+
+def keep_evaluation(path: Path, result: Mapping[str, Any]) -> None:
+    """Add what was measured to a folder's `flatquant_evaluation.json`, and write its card anew.
+
+    Raises:
+        ArtifactError: the folder is not ours, or cannot be written.
+    """
+    folder = Folder.open(path)
+    file = folder.path / EVALUATION_FILE
+    kept = read_json(file) if file.is_file() else {}
+    kept = kept if isinstance(kept, dict) else {}
+    try:
+        file.write_bytes(json_bytes(_merged(kept, result)))
+        write_card(folder.path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, entry by entry; the new one wins."""
+    both = {**old, **new}
+    return {
+        k: _merged(old[k], new[k]) if isinstance(old.get(k), Mapping) and isinstance(new.get(k), Mapping) else v
+        for k, v in both.items()
+    }
 
 
 def write_card(folder: Path) -> None:

@@ -44,6 +44,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 REPORT_FILE = "flatquant_report.json"
+COLLECTION_FILE = "flatquant_collection.json"
 EVALUATION_FILE = "flatquant_evaluation.json"
 CARD_FILE = "README.md"
 SINGLE_FILE = "flatquant.safetensors"
