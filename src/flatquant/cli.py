@@ -396,7 +396,7 @@ def evaluate(
         if save:
             from flatquant.runtime import artifact
 
-            artifact.keep_evaluation(Path(model), result)
+            artifact.keep_evaluation(Path(model), _without_folders(result))
         if json_file is not None:
             _write(json_file, result)
     if json_file != "-" and not (quiet and json_file):
@@ -410,6 +410,18 @@ def evaluate(
                 "top-1 agreement": f"{result['divergence']['top1']:.2%}",
             }
         _table(model, rows)
+
+
+def _without_folders(result: dict[str, Any]) -> dict[str, Any]:
+    """Texts by their names: where a file lay says nothing elsewhere."""
+    return {
+        key: {Path(text).name: found for text, found in value.items()}
+        if key == "perplexity"
+        else _without_folders(value)
+        if key == "original"
+        else value
+        for key, value in result.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------- generate

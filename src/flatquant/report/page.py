@@ -28,7 +28,7 @@ h2{font-size:1.2rem;margin:2em 0 .4em}p{margin:.4em 0}.soft{color:var(--soft);fo
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:18px 0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
 .card b{display:block;font-size:1.35rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:18px}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:18px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px}
 figure svg{width:100%;height:auto;display:block}figcaption{color:var(--soft);font-size:.88rem;padding:4px 6px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.94rem}
@@ -176,7 +176,7 @@ def _collected(collection: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]
         clips.setdefault(entry["where"], []).append(sum(entry["keeps"]) / len(entry["keeps"]))
     out["clips"] = (
         "fit",
-        plots.lines(clips, "Learned clips", "block", "share of the range kept"),
+        plots.lines(clips, "Learned clips", "block", "share of the range kept", zero=False),
         "How much of their range the grids of activations, keys and values cover. Less than 1 gives up a few "
         "extremes for finer levels.",
     )

@@ -7,7 +7,7 @@ Drawn by hand, since a report is to be one file without scripts that takes the r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; a little lighter on dark.
@@ -70,8 +70,9 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 class Axes:
     """Maps numbers to places, and draws what stands around them."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], *, log: bool = False) -> None:
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], *, log: bool = False, top: float = TOP) -> None:
         (x0, x1), (y0, y1) = x, y
+        self.top = top
         self.x, self.log = (x0, x1 if x1 > x0 else x0 + 1), log
         if log:
             y0 = max(y0, y1 * 1e-9, 1e-300)
@@ -88,7 +89,7 @@ class Axes:
         y0, y1 = self.y
         if self.log:
             value, y0, y1 = (math.log10(max(v, y0)) for v in (value, y0, y1))
-        return HEIGHT - BOTTOM - (value - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - (value - y0) / (y1 - y0) * (HEIGHT - self.top - BOTTOM)
 
     def frame(self, x_label: str, y_label: str, x_ticks: Sequence[float] | None = None) -> str:
         """Grid lines, ticks and labels."""
@@ -112,31 +113,42 @@ def lines(
     *,
     log: bool = False,
     span: tuple[float, float] | None = None,
+    zero: bool = True,
 ) -> str:
-    """Curves over their positions, or spread over `span`, with a legend."""
+    """Curves over their positions, or spread over `span`, with a legend; `zero`: a linear axis begins there."""
     values = [v for curve in series.values() for v in curve if math.isfinite(v) and (v > 0 or not log)]
     if not values:
         return ""
     longest = max(len(curve) for curve in series.values())
     x0, x1 = span or (0, longest - 1)
-    axes = Axes((x0, x1), (min(values) if log else min(0.0, *values), max(values)), log=log)
-    body = [axes.frame(x_label, y_label)]
-    for index, (name, curve) in enumerate(series.items()):
+    keys, top = _legend(series)
+    axes = Axes((x0, x1), (min(0.0, *values) if zero and not log else min(values), max(values)), log=log, top=top)
+    whole = range(0, longest, max(1, longest // 8)) if span is None else None
+    body = [keys, axes.frame(x_label, y_label, whole)]
+    for index, curve in enumerate(series.values()):
         width = (x1 - x0) / max(len(curve) - 1, 1)
         points = " ".join(
             f"{axes.at_x(x0 + i * width):.1f},{axes.at_y(v):.1f}" for i, v in enumerate(curve) if math.isfinite(v)
         )
-        colour = COLOURS[index % len(COLOURS)]
+        colour = COLOURS[index % len(COLOURS)] + (";stroke-dasharray:5 3" if index >= len(COLOURS) else "")
         body.append(f'<polyline class="line" style="stroke:{colour}" points="{points}"/>')
-        body.append(_key(index, name, colour))
     return svg("".join(body), title)
 
 
-def _key(index: int, name: str, colour: str) -> str:
-    y = TOP + 8 + 17 * index
-    x = WIDTH - RIGHT - 132
-    mark = f'<line x1="{x}" x2="{x + 18}" y1="{y - 4}" y2="{y - 4}" style="stroke:{colour};stroke-width:3"/>'
-    return mark + _text(x + 24, y, name)
+def _legend(names: Iterable[str]) -> tuple[str, float]:
+    """Keys in rows above the plot, and where the plot may begin."""
+    out, x, y = [], float(LEFT), TOP + 4.0
+    for index, name in enumerate(names):
+        width = 34 + 6.6 * len(name)
+        if x + width > WIDTH - RIGHT and x > LEFT:
+            x, y = float(LEFT), y + 17
+        colour = COLOURS[index % len(COLOURS)]
+        dashes = ";stroke-dasharray:5 3" if index >= len(COLOURS) else ""
+        style = f"stroke:{colour};stroke-width:3{dashes}"
+        out.append(f'<line x1="{x:.1f}" x2="{x + 18:.1f}" y1="{y - 4}" y2="{y - 4}" style="{style}"/>')
+        out.append(_text(x + 23, y, name))
+        x += width
+    return "".join(out), y + 12
 
 
 def bars(values: Sequence[float], title: str, x_label: str, y_label: str) -> str:
