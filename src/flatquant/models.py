@@ -160,7 +160,9 @@ def _check_config(config: Any, name: object) -> None:
     known: set[str] = set()
     for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         known.update((entry,) if isinstance(entry, str) else entry)
-    architectures = config.architectures or ()
+    architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(kind, str) for kind in architectures):
+        raise ModelError(f"the config of {name} names architectures that are no names; fetch the model again")
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
         architectures and known.isdisjoint(architectures)
     ):

@@ -167,17 +167,17 @@ def keep_evaluation(path: Path, result: Mapping[str, Any]) -> None:
     kept = read_json(file) if file.is_file() else {}
     kept = kept if isinstance(kept, dict) else {}
     try:
-        file.write_bytes(json_bytes(_merged(kept, result)))
+        file.write_bytes(json_bytes(merged(kept, result)))
         write_card(folder.path)
     except OSError as error:
         raise ArtifactError(f"cannot write {file}: {error.strerror or error}") from error
 
 
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Both, entry by entry; the new one wins."""
     both = {**old, **new}
     return {
-        k: _merged(old[k], new[k]) if isinstance(old.get(k), Mapping) and isinstance(new.get(k), Mapping) else v
+        k: merged(old[k], new[k]) if isinstance(old.get(k), Mapping) and isinstance(new.get(k), Mapping) else v
         for k, v in both.items()
     }
 
