@@ -317,7 +317,8 @@ def test_damaged_folder(place: Path, tmp_path: Path, damage, message: str) -> No
 
 
 def test_nothing_to_evaluate(place: Path) -> None:
-    refused(run("evaluate", place / "model"), "nothing to evaluate; give --perplexity TEXT or --divergence-from")
+    done = run("evaluate", place / "model")
+    refused(done, "nothing to evaluate; give --perplexity TEXT, --tasks all or --divergence-from")
 
 
 def test_quantised_twice(place: Path, tmp_path: Path) -> None:

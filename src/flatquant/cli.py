@@ -1,4 +1,5 @@
-"""The command line: `flatquant quantize`, `evaluate`, `generate`, `inspect`, `report`, `demo`.
+"""The command line: `flatquant quantize`, `evaluate`, `generate`, `inspect`, `report`, `import`, `export`,
+`demo`.
 
 Results go to stdout, progress and errors to stderr, so that `--json` can be piped. An error that the user can act on
 is one line and exit code 1; anything else is a defect and keeps its traceback. What takes time to import is imported
@@ -668,6 +669,63 @@ def _collect(
     return collect(
         quantised, original, opened.plan, windows, progress=lambda done, total: display("collect", done, total)
     )
+
+
+# --------------------------------------------------------------------------------------------- import, export
+
+
+@app.command(name="import")
+def import_(
+    model: Annotated[str, typer.Argument(help="The unquantised model: hub id, local folder, GGUF file.")],
+    matrices: Annotated[Path, typer.Option(help="flat_matrices.pth of the original FlatQuant project, or its folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; absent or empty.")],
+    scheme: Annotated[str, typer.Option(help="What the matrices were made for; the file does not say.")] = "w4a4kv4",
+    quiet: Quiet = False,
+) -> None:
+    """Quantise a model with transforms and clips that the original project's code has found."""
+    with _errors():
+        from flatquant.interchange import import_matrices
+        from flatquant.models import load_model
+        from flatquant.runtime import artifact
+        from flatquant.spec import to_dict
+
+        artifact.check_output(output)
+        loaded, tokenizer = load_model(model)
+        plan, recipe, noted = import_matrices(loaded, matrices, scheme)
+        artifact.save(loaded, plan, output, recipe=to_dict(recipe), report=noted, tokenizer=tokenizer)
+    if not quiet:
+        _print(f"{output}: {recipe.scheme}")
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A quantised folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; absent or empty.")],
+    form: Annotated[str, typer.Option("--format", help="dense or compressed-tensors.")] = "dense",
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Of dense: leave out the grids of activations, keys and values.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantised model for other tools."""
+    with _errors():
+        from flatquant import interchange
+        from flatquant.models import load_tokenizer
+        from flatquant.runtime import artifact
+        from flatquant.runtime.folder import Folder
+
+        if form not in ("dense", "compressed-tensors"):
+            raise SpecError(f"unknown format {form!r}; known: dense, compressed-tensors")
+        if weights_only and form != "dense":
+            raise SpecError("--weights-only is for --format dense")
+        model, plan = artifact.load(folder), Folder.open(Path(folder)).plan
+        tokenizer = load_tokenizer(Path(folder)) if (Path(folder) / "tokenizer_config.json").is_file() else None
+        if form == "dense":
+            interchange.export_dense(model, plan, output, tokenizer=tokenizer, weights_only=weights_only)
+        else:
+            interchange.export_compressed(model, plan, output, tokenizer=tokenizer)
+    if not quiet:
+        _print(f"{output}: {form}")
 
 
 # --------------------------------------------------------------------------------------------- demo
