@@ -172,7 +172,7 @@ def _fill(fit: FitBlock, reader: _Reader) -> float:
                     for path, rows in zip(readers, site.rows, strict=True)
                 ]
                 ours.copy_(torch.cat(theirs))
-        if site.activations is not None:
+        if isinstance(site.activations, Dynamic):
             widest = max(widest, _clip(site.activations, reader, [f"{path}.act_quantizer" for path in readers]))
     kv = fit.key_value
     if kv is not None:

@@ -245,7 +245,7 @@ def _clips(index: int, plan: BlockPlan, block: nn.Module, model: Plan) -> Iterat
     for site in plan.sites:
         frozen = block.get_submodule(f"flatquant.{site}")
         assert isinstance(frozen, FrozenSite)
-        grids[site] = frozen.activations
+        grids[site] = frozen.activations if isinstance(frozen.activations, Dynamic) else None
     kv = seams.attached(block.get_submodule(model.attention))
     if isinstance(kv, FrozenKeyValue):
         grids |= {"keys": kv.keys, "values": kv.values}
