@@ -15,15 +15,27 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from flatquant import seams, spec
 from flatquant.errors import ModelError, SpecError
-from flatquant.recipes import rtn
+from flatquant.recipes import RECIPES, rtn
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.kvcache import QuantizedCache
-from flatquant.spec import Recipe, Scheme
+from flatquant.spec import DataSpec, Recipe, Scheme
 from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
-from tests.laws import BASES, bare, calibrated, decoded, hidden, quick, reinstalled, relative, tokens_for, wrap
+from tests.laws import (
+    BASES,
+    bare,
+    calibrated,
+    decoded,
+    hidden,
+    quick,
+    reinstalled,
+    relative,
+    tokens_for,
+    wrap,
+    wrap_all,
+)
 from tests.tiny_models import FAMILIES, tiny_family
 
 PRESERVED = 1e-9
@@ -62,6 +74,34 @@ def test_without_grids_the_function_is_unchanged(name: str, kv_heads: int, trans
     loaded = reinstalled(model, plan, wrapped)
     assert torch.equal(hidden(loaded, tokens), folded)
     assert relative(decoded(loaded, tokens), want) < PRESERVED
+
+
+# What other methods ask for beyond edges: a residual stream that can be rotated, keys and queries that can be scaled.
+NO_ROTATION = {"gemma2", "gemma3_text", "phi3", "olmo2", "stablelm", "stablelm parallel", "cohere", "glm4"}
+NO_SCALED_SCORES = NO_ROTATION | {"qwen3"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["quarot", "omniquant", "affinequant"])
+def test_other_methods_leave_the_function_or_say_that_they_cannot(name: str, method: str) -> None:
+    model = tiny_family(name, dtype=torch.float64)
+    if name == "gemma2":
+        seams.use_attention(model)
+    recipe = dataclasses.replace(RECIPES[method]("w4a4kv4"), scheme=Scheme(), data=DataSpec(samples=4, seqlen=12))
+    tokens = tokens_for(model, 2, 9)
+    with torch.no_grad():
+        want = model(tokens).logits
+    refused = (method == "quarot" and name in NO_ROTATION) or (method != "quarot" and name in NO_SCALED_SCORES)
+    if refused:
+        with pytest.raises(SpecError, match=name.split()[0]):
+            wrap_all(model, recipe, force=True)
+        return
+    _, fits, _ = wrap_all(model, recipe, force=True)
+    with torch.no_grad():
+        assert relative(model(tokens).logits, want) < PRESERVED
+        for fit in fits:
+            fold_block(fit, dtype=torch.float64)
+        assert relative(model(tokens).logits, want) < PRESERVED
 
 
 @pytest.mark.parametrize("name", FAMILIES)

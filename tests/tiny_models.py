@@ -4,6 +4,7 @@ The models have what makes real ones hard to quantise: norm weights that are not
 times larger than the rest.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -135,12 +136,24 @@ class _ExactCohereNorm(CohereLayerNorm):
 _EXACT = {Gemma2RMSNorm: _ExactGemma2Norm, Gemma3RMSNorm: _ExactGemma3Norm, CohereLayerNorm: _ExactCohereNorm}
 
 
+@cache
+def _exact(kind: type) -> type:
+    """A norm's class with arithmetic in the input's own precision; any other class as it is."""
+    if kind.__name__.endswith("RMSNorm") and kind not in _EXACT:
+        return type(kind.__name__, (kind,), {"forward": _rms_norm})
+    return _EXACT.get(kind, kind)
+
+
+def _rms_norm(self: Any, x: Tensor) -> Tensor:
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
 def tiny_family(
     name: str, *, kv_heads: int = 2, tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
     """A random model of one of `FAMILIES`, in eval mode: four heads of 6 channels, two blocks.
 
-    In float64, norms that apply their gain in float32 are replaced by ones that do not: a law is about our arithmetic.
+    In float64, norms that compute in float32 are replaced by ones that do not: a law is about our arithmetic.
     """
     config = AutoConfig.for_model(
         name.split()[0],
@@ -172,7 +185,7 @@ def tiny_family(
                 weight.copy_(torch.randn(weight.shape) * weight.shape[-1] ** -0.5)
     if dtype == torch.float64:
         for module in model.modules():
-            module.__class__ = _EXACT.get(type(module), type(module))
+            module.__class__ = _exact(type(module))
     return model.to(dtype).eval()
 
 

@@ -29,9 +29,9 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
         if block and int(block) >= len(blocks):
             raise SpecError(f"override {key!r}: the model has blocks 0 to {len(blocks) - 1}")
     if recipe.transforms.get("residual") and arch.residual is None:
-        raise SpecError(f"{arch.model_types[0]}: its residual stream is not one that a rotation can pass through")
+        raise SpecError(f"{', '.join(arch.model_types)}: its residual stream is not one that a rotation can pass through")
     if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and arch.scores is None:
-        raise SpecError(f"{arch.model_types[0]}: no scale passes from its keys to its queries")
+        raise SpecError(f"{', '.join(arch.model_types)}: no scale passes from its keys to its queries")
     return Plan(
         blocks_path=arch.blocks,
         attention=arch.attention,
