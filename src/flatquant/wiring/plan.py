@@ -29,7 +29,7 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
         if block and int(block) >= len(blocks):
             raise SpecError(f"override {key!r}: the model has blocks 0 to {len(blocks) - 1}")
     if recipe.transforms.get("residual") and arch.residual is None:
-        raise SpecError(f"{', '.join(arch.model_types)}: its residual stream is not one that a rotation can pass through")
+        raise SpecError(f"{', '.join(arch.model_types)}: no rotation can pass through its residual stream")
     if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and arch.scores is None:
         raise SpecError(f"{', '.join(arch.model_types)}: no scale passes from its keys to its queries")
     return Plan(
