@@ -20,7 +20,7 @@ from flatquant.runtime.artifact import load, save
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.spec import DataSpec, Recipe, Scheme
 from flatquant.wiring.apply import fold_block
-from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 from tests.laws import (
@@ -175,3 +175,15 @@ def test_an_unknown_family_comes_with_a_draft() -> None:
         "docs/families.md",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_what_the_model_makes_of_its_head(name: str) -> None:
+    model = tiny_family(name, dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+    handle = submodule(model, arch_of(model.config).final_norm).register_forward_hook(lambda *a: seen.append(a[-1]))
+    with torch.no_grad():
+        want = model(tokens_for(model, 2, 9)).logits
+        handle.remove()
+        got = logits(model.config, model.get_output_embeddings()(seen[0]))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

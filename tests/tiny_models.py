@@ -103,6 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "residual_multiplier": 0.6,
         "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
     },
     "smollm3": {"no_rope_layers": [1, 0], "attention_bias": True},
     "stablelm": {

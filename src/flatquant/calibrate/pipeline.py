@@ -28,7 +28,7 @@ from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.runtime.build import install
 from flatquant.spec import EndToEndSpec, Plan, Recipe
 from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
-from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 from flatquant.wiring.residual import residual_factor, rotate_ends
@@ -308,7 +308,7 @@ class _Run:
             self.report.end_to_end = fit_end_to_end(
                 fits,
                 calls,
-                lambda x: F.linear(norm(x).to(self.dtype), weight, bias),
+                lambda x: logits(self.model.config, F.linear(norm(x).to(self.dtype), weight, bias)),
                 inputs,
                 targets,
                 spec,

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from flatquant.errors import ModelError
 from flatquant.spec import Transforms
@@ -136,6 +137,14 @@ class Geometry:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim)
+
+
+def logits(config, products: Tensor) -> Tensor:
+    """What a model says, from what its output embedding gives: some families scale that, or cap it.  # (.., V)"""
+    products = products * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    if cap := getattr(config, "final_logit_softcapping", None):
+        return cap * torch.tanh(products / cap)
+    return products
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
