@@ -141,7 +141,9 @@ class Geometry:
 
 def logits(config, products: Tensor) -> Tensor:
     """What a model says, from what its output embedding gives: some families scale that, or cap it.  # (.., V)"""
-    products = products * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    if scale != 1:
+        products = products * scale
     if cap := getattr(config, "final_logit_softcapping", None):
         return cap * torch.tanh(products / cap)
     return products
