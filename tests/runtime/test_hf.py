@@ -86,6 +86,15 @@ def test_pipeline_and_generate(whole: Path) -> None:
     assert written[0]["generated_text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
+def test_offloading_is_refused(whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    with pytest.raises(ModelError, match="cannot be offloaded"):
+        AutoModelForCausalLM.from_pretrained(
+            whole, device_map={**places, "model.layers.1": "disk"}, offload_folder=tmp_path
+        )
+
+
 def test_the_class_itself_loads_too(whole: Path) -> None:
     assert isinstance(LlamaForCausalLM.from_pretrained(whole).model.layers[1].mlp.down_proj, PackedLinear)
 

@@ -132,6 +132,12 @@ class FlatQuantizer(HfQuantizer):
         from flatquant import seams
 
         assert self.folder is not None
+        places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ModelError(
+                "a quantised model cannot be offloaded: some of it would lie on the cpu or the disk; give device_map "
+                "the memory that it needs, or load it on the cpu"
+            )
         seams.use_attention(model)
         model.requires_grad_(False)
         del model.config.transformers_weights  # pyright: ignore[reportAttributeAccessIssue] - set by `_prepare`
