@@ -206,6 +206,8 @@ def test_display_names_the_block(capsys: pytest.CaptureFixture[str]) -> None:
         (["--method", "rtn", "--samples", "3"], "reads no calibration text: leave out --samples"),
         (["--method", "rtn", "--calibration", "c4"], "reads no calibration text: leave out --calibration"),
         (["--method", "rtn", "--solver", "gptq"], "rounds with rtn: leave out --solver"),
+        (["--method", "gptq", "--hessian", "output_adaptive"], "rounds with gptq: leave out --hessian"),
+        (["--hessian", "output_adaptive"], "the solver rtn uses no Hessian"),
         (["--preset", "quick", "--epochs", "3"], "preset quick has no block-wise fit: leave out --epochs"),
         (["--solver", "magic"], "'magic' is not one of 'rtn', 'gptq'"),
         (["--samples", "2", "--batch-size", "4"], "batch size 4 exceeds 2 samples"),

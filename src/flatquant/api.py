@@ -360,12 +360,13 @@ def _with_shape_of(tokens: Tensor, recipe: Recipe, model: PreTrainedModel) -> Re
 def _fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> torch.dtype:
     """Half precision only on a GPU, and only for models that are stored in it.
 
-    An end-to-end fit is not run in float16: the gradient of a mean over tokens underflows there.
+    What takes gradients through the whole model does not run in float16: they underflow there.
     """
     if device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
         return torch.float32
     end_to_end = recipe.end_to_end is not None and recipe.end_to_end.steps > 0
-    return torch.float32 if end_to_end and model.dtype == torch.float16 else model.dtype
+    through_all = end_to_end or (recipe.solver.hessian == "output_adaptive" and recipe.scheme.weights is not None)
+    return torch.float32 if through_all and model.dtype == torch.float16 else model.dtype
 
 
 # ------------------------------------------------------------------------------------------------- small things

@@ -230,6 +230,9 @@ def quantize(
     batch_size: Annotated[int | None, typer.Option(help="Windows in a step of a fit.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of fits; clips get ten times that.")] = None,
     solver: Annotated[str | None, typer.Option(help="How weights are rounded: rtn or gptq.")] = None,
+    hessian: Annotated[
+        str | None, typer.Option(help="What the solver preserves: input_gram (layers) or output_adaptive (the loss).")
+    ] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
     seed: Annotated[int, typer.Option(help="Of the calibration text and of random transforms.")] = 0,
@@ -242,7 +245,7 @@ def quantize(
     """Quantise a model and save it as a folder."""
     hint = f"interrupted; go on by repeating the command with --resume (the state is in {output}.partial)"
     with _errors(hint):
-        recipe = _recipe(method, scheme, preset, calibration, samples, seqlen, epochs, batch_size, lr, solver)
+        recipe = _recipe(method, scheme, preset, calibration, samples, seqlen, epochs, batch_size, lr, solver, hessian)
         from flatquant import api
 
         with Display(silent=quiet or as_json, epochs=recipe.fit.epochs if recipe.fit else 0) as display:
@@ -279,10 +282,11 @@ def _recipe(
     batch_size: int | None,
     lr: float | None,
     solver: str | None,
+    hessian: str | None = None,
 ) -> Recipe:
     """The method's recipe with what the options change; an option that would change nothing is an error."""
     from flatquant.recipes import recipe
-    from flatquant.spec import SolverSpec, from_dict
+    from flatquant.spec import SolverSpec, from_dict, to_dict
 
     base = recipe(method, scheme, preset)
     steps = {"batch_size": batch_size, "lr": lr, "clip_lr": None if lr is None else 10 * lr}
@@ -297,10 +301,13 @@ def _recipe(
         changes["fit"] = replace(base.fit, **steps, **({} if epochs is None else {"epochs": epochs}))
     if base.end_to_end is not None:
         changes["end_to_end"] = replace(base.end_to_end, **steps)
-    if solver is not None:
-        if not base.transforms and solver != base.solver.kind:
-            raise SpecError(f"method {method} rounds with {base.solver.kind}: leave out --solver, or change --method")
-        changes["solver"] = from_dict(SolverSpec, {"kind": solver}, "solver")
+    rounding = {name: value for name, value in (("kind", solver), ("hessian", hessian)) if value is not None}
+    if rounding:
+        own = to_dict(base.solver)
+        if not base.transforms and any(own[name] != value for name, value in rounding.items()):
+            given = _options({name: 0 for name, value in (("solver", solver), ("hessian", hessian)) if value})
+            raise SpecError(f"method {method} rounds with {base.solver.kind}: leave out {given}, or change --method")
+        changes["solver"] = from_dict(SolverSpec, rounding if solver is not None else own | rounding, "solver")
     if data:
         changes["data"] = replace(base.data, **data)
     changed = replace(base, **changes)

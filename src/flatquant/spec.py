@@ -320,16 +320,36 @@ class EndToEndSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SolverSpec:
-    """How the folded weights are rounded. `damping` (relative to the mean diagonal) and `block_size` are GPTQ's."""
+    """How the folded weights are rounded.
+
+    Attributes:
+        kind: to nearest, or with every column's error pushed onto those still free.
+        hessian: what that error costs: `input_gram`, the layer's output error; `output_adaptive`, the model's loss.
+        gradients: of `output_adaptive`: one outer product for every sequence, or for every token.
+        damping: of the Hessian, relative to its mean diagonal.
+        block_size: columns after which the error reaches those outside; a matter of speed alone.
+        act_order: columns of large diagonal first.
+    """
 
     kind: Literal["rtn", "gptq"] = "rtn"
+    hessian: Literal["input_gram", "output_adaptive"] = "input_gram"
+    gradients: Literal["sequence", "token"] = "sequence"
     damping: float = 0.01
     block_size: int = 128
     act_order: bool = False
 
     def __post_init__(self) -> None:
+        _check(
+            self.needs_hessian or self.hessian == "input_gram",
+            f"the solver {self.kind} uses no Hessian: leave out {self.hessian}, or choose the solver gptq",
+        )
         _check(self.damping > 0, f"damping {self.damping}: must be positive")
         _check(self.block_size >= 1, f"block size {self.block_size}: at least 1")
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether rounding reads data."""
+        return self.kind != "rtn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +409,7 @@ class Recipe:
         """Whether calibration text is read at all: plain rounding needs none."""
         fits = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         starts = any(t.init in ("absmax", "second_moment") for parts in self.transforms.values() for t in parts)
-        return fits or starts or (self.solver.kind == "gptq" and self.scheme.weights is not None)
+        return fits or starts or (self.solver.needs_hessian and self.scheme.weights is not None)
 
 
 # --------------------------------------------------------------------------------------------- a concrete model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +26,39 @@ def make_solver(spec: SolverSpec) -> Solver:
 
 @torch.no_grad()
 def solve_block(
-    block: nn.Module, plan: BlockPlan, solver: Solver, call: BlockCall, inputs: Tensor | None, batch_size: int
+    block: nn.Module,
+    plan: BlockPlan,
+    solver: Solver,
+    call: BlockCall,
+    inputs: Tensor | None,
+    batch_size: int,
+    hessians: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Replace the dense linears of a folded block by `FrozenLinear`s where the plan has a weight grid.
 
-    Sites are solved in the order data meets them, so that the Hessian of a later site sees the rounding of an earlier
-    one, and the activations' grid, as serving will (GPTQ's sequential groups: qkv, o, gate/up, down).
+    Sites are solved in the order data meets them, so that the Gram matrix of a later site sees the rounding of an
+    earlier one, and the activations' grid, as serving will (GPTQ's sequential groups: qkv, o, gate/up, down).
 
     Args:
         inputs: the block's inputs in the quantised model, (N, T, h); needed by solvers that use a Hessian.
+        hessians: by reader, where they are not the Gram matrices of those inputs.
     """
     for site in plan.sites.values():
         if site.weights is None:
             continue
-        hessian = None
-        if solver.needs_hessian and inputs is not None:
-            hessian = _gram(block, site, call, inputs, batch_size)
-        linears = [_folded(block, path) for path in site.readers]
-        # Readers share inputs, hence the Hessian; rows are independent: one solve for all of them.
-        joined = solver.solve(torch.cat([linear.weight for linear in linears]), WeightGrid(site.weights), hessian)
-        rows = joined.split([linear.weight.shape[0] for linear in linears])
-        for path, linear, weight in zip(site.readers, linears, rows, strict=True):
-            replace_submodule(block, path, FrozenLinear(linear.site, weight, linear.bias))
+        if hessians is not None:
+            jobs = [((path,), hessians[path]) for path in site.readers]
+        elif solver.needs_hessian and inputs is not None:
+            # Readers share inputs, hence the Hessian; rows are independent: one solve for all of them.
+            jobs = [(site.readers, _gram(block, site, call, inputs, batch_size))]
+        else:
+            jobs = [(site.readers, None)]
+        for paths, hessian in jobs:
+            linears = [_folded(block, path) for path in paths]
+            joined = solver.solve(torch.cat([linear.weight for linear in linears]), WeightGrid(site.weights), hessian)
+            rows = joined.split([linear.weight.shape[0] for linear in linears])
+            for path, linear, weight in zip(paths, linears, rows, strict=True):
+                replace_submodule(block, path, FrozenLinear(linear.site, weight, linear.bias))
 
 
 def _folded(block: nn.Module, path: str) -> DenseLinear:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from flatquant.errors import SpecError
 from flatquant.recipes.flatquant import flatquant
 from flatquant.recipes.gptq import gptq
+from flatquant.recipes.oac import oac
 from flatquant.recipes.rtn import rtn
 from flatquant.spec import Recipe
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"flatquant": flatquant, "gptq": gptq, "rtn": rtn}
+RECIPES: dict[str, Callable[..., Recipe]] = {"flatquant": flatquant, "gptq": gptq, "oac": oac, "rtn": rtn}
 
 
 def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
@@ -22,4 +23,4 @@ def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
     return RECIPES[method](scheme, preset=preset)
 
 
-__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "recipe", "rtn"]
+__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "oac", "recipe", "rtn"]

@@ -37,7 +37,11 @@ class FrozenSite(ExactBuffers):
         self._last: tuple[Tensor, Tensor | QTensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor | QTensor:
-        """x (P1 (x) P2), as integers if activations are quantised here, else in x's dtype.  # (.., n)"""
+        """x (P1 (x) P2), as integers if activations are quantised here, else in x's dtype.  # (.., n)
+
+        Integers carry no gradient: where x has one, the result is the numbers that the integers stand for, and the
+        gradient passes the rounding straight through.
+        """
         last = self._last  # read once: another thread may replace it
         if last is not None and last[0] is x:
             return last[1]
@@ -45,7 +49,12 @@ class FrozenSite(ExactBuffers):
         factor = self.left if self.left is not None else self.right
         if factor is not None:
             y = kron_matmul(x.to(factor.dtype), self.left, self.right)
-        out = y.to(x.dtype) if self.activations is None else self.activations.quantize(y)
+        if self.activations is None:
+            out = y.to(x.dtype)
+        elif y.requires_grad:
+            out = self.activations(y).to(x.dtype)
+        else:
+            out = self.activations.quantize(y)
         self._last = (x, out)
         return out
 

@@ -2,7 +2,7 @@
 
 from flatquant.solvers.base import Grid, Solver
 from flatquant.solvers.gptq import GPTQ
-from flatquant.solvers.hessian import InputGram
+from flatquant.solvers.hessian import InputGram, OutputAdaptive
 from flatquant.solvers.rtn import RTN
 
-__all__ = ["GPTQ", "RTN", "Grid", "InputGram", "Solver"]
+__all__ = ["GPTQ", "RTN", "Grid", "InputGram", "OutputAdaptive", "Solver"]
