@@ -57,6 +57,8 @@ def test_every_method_is_described() -> None:
         "grid": "w4 a4 symmetric; k4 v4 asymmetric", "solver": "rtn", "objective": "-", "data": "-", "online": 0.0,
     }  # fmt: skip
     assert rows["oac"]["solver"] == "gptq (output_adaptive)"
+    assert rows["vptq"]["scheme"] == "w4a16kv16"
+    assert rows["vptq"]["grid"] == "w4 in codebooks of vectors of 4"
     flat = rows["flatquant"]
     assert flat["where"] == "attn_in, attn_out, mlp_in, mlp_mid, qk"
     assert flat["transform"] == "diagonal (absmax) + kronecker (orthogonal) + matrix (orthogonal)"

@@ -34,7 +34,7 @@ from flatquant.errors import CalibrationError, DataError, ModelError
 from flatquant.models import load_model
 from flatquant.runtime import artifact
 from flatquant.runtime.folder import REPORT_FILE, Folder, read_json
-from flatquant.runtime.linear import FrozenLinear
+from flatquant.runtime.linear import Unpacked
 from flatquant.spec import DataSpec, Plan, Recipe, to_dict
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
@@ -380,12 +380,10 @@ def state_folder(output: Path) -> Path:
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors as they are stored: integers packed, shared tensors once."""
-    packed = {f"{name}.values": m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    unpacked = {f"{name}.{m.loose}": m for name, m in model.named_modules() if isinstance(m, Unpacked)}
     sizes: dict[int, int] = {}
     for name, tensor in model.state_dict().items():
-        linear = packed.get(name)
-        size = tensor.nbytes if linear is None else tensor.shape[0] * -(-tensor.shape[1] * linear.spec.bits // 8)
-        sizes[tensor.data_ptr()] = size
+        sizes[tensor.data_ptr()] = unpacked[name].packed_bytes if name in unpacked else tensor.nbytes
     return sum(sizes.values())
 
 

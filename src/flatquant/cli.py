@@ -229,7 +229,7 @@ def quantize(
     epochs: Annotated[int | None, typer.Option(help="Epochs of each block's fit; the quick preset has none.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a step of a fit.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of fits; clips get ten times that.")] = None,
-    solver: Annotated[str | None, typer.Option(help="How weights are rounded: rtn or gptq.")] = None,
+    solver: Annotated[str | None, typer.Option(help="How weights are rounded: rtn, gptq or codebook.")] = None,
     hessian: Annotated[
         str | None, typer.Option(help="What the solver preserves: input_gram (layers) or output_adaptive (the loss).")
     ] = None,
@@ -301,12 +301,15 @@ def _recipe(
         changes["fit"] = replace(base.fit, **steps, **({} if epochs is None else {"epochs": epochs}))
     if base.end_to_end is not None:
         changes["end_to_end"] = replace(base.end_to_end, **steps)
-    rounding = {name: value for name, value in (("kind", solver), ("hessian", hessian)) if value is not None}
+    pairs = (("kind", solver), ("hessian", hessian))
+    rounding: dict[str, Any] = {name: value for name, value in pairs if value is not None}
     if rounding:
         own = to_dict(base.solver)
         if not base.transforms and any(own[name] != value for name, value in rounding.items()):
             given = _options({name: 0 for name, value in (("solver", solver), ("hessian", hessian)) if value})
             raise SpecError(f"method {method} rounds with {base.solver.kind}: leave out {given}, or change --method")
+        if solver == "codebook":
+            rounding["codebook"] = {}  # its defaults
         changes["solver"] = from_dict(SolverSpec, rounding if solver is not None else own | rounding, "solver")
     if data:
         changes["data"] = replace(base.data, **data)

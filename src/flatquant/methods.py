@@ -73,7 +73,9 @@ def _grids(found: Recipe) -> str:
     scheme = found.scheme
     kinds: dict[str, list[str]] = {}
     for letter, spec in (("w", scheme.weights), ("a", scheme.activations), ("k", scheme.keys), ("v", scheme.values)):
-        if spec is not None:
+        if spec is not None and letter == "w" and found.solver.codebook is not None:
+            kinds[f"in codebooks of vectors of {found.solver.codebook.length}"] = [f"w{spec.bits}"]
+        elif spec is not None:
             group = f"g{spec.group_size}" if spec.group_size else ""
             kinds.setdefault(_grid(spec), []).append(f"{letter}{spec.bits}{group}")
     return "; ".join(f"{' '.join(tensors)} {kind}" for kind, tensors in kinds.items()) or "-"

@@ -4,37 +4,44 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatquant.calibrate.capture import BlockCall
+from flatquant.codebook import CodebookTensor
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import WeightGrid
+from flatquant.quantizers import VectorGrid, WeightGrid
+from flatquant.runtime.codebook import CodebookLinear
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite
-from flatquant.solvers import GPTQ, RTN, InputGram, Solver
+from flatquant.solvers import GPTQ, RTN, InputGram, Solver, VectorSolver
 from flatquant.spec import BlockPlan, SitePlan, SolverSpec
 from flatquant.wiring.arch import replace_submodule, submodule
 
 
-def make_solver(spec: SolverSpec) -> Solver:
+def make_solver(spec: SolverSpec) -> Solver[Any, QTensor | CodebookTensor]:
     """The solver a spec names."""
-    if spec.kind == "rtn":
-        return RTN()
-    return GPTQ(damping=spec.damping, block_size=spec.block_size, act_order=spec.act_order)
+    match spec.kind:
+        case "rtn":
+            return RTN()
+        case "gptq":
+            return GPTQ(damping=spec.damping, block_size=spec.block_size, act_order=spec.act_order)
+        case "codebook":
+            return VectorSolver(damping=spec.damping, block_size=spec.block_size)
 
 
 @torch.no_grad()
 def solve_block(
     block: nn.Module,
     plan: BlockPlan,
-    solver: Solver,
+    solver: Solver[Any, QTensor | CodebookTensor],
     call: BlockCall,
     inputs: Tensor | None,
     batch_size: int,
     hessians: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Replace the dense linears of a folded block by `FrozenLinear`s where the plan has a weight grid.
+    """Replace the dense linears of a folded block by `FrozenLinear`s, or `CodebookLinear`s, where the plan has bits.
 
     Sites are solved in the order data meets them, so that the Gram matrix of a later site sees the rounding of an
     earlier one, and the activations' grid, as serving will (GPTQ's sequential groups: qkv, o, gate/up, down).
@@ -46,16 +53,22 @@ def solve_block(
     for site in plan.sites.values():
         if site.weights is None:
             continue
-        if hessians is not None:
-            jobs = [((path,), hessians[path]) for path in site.readers]
-        elif solver.needs_hessian and inputs is not None:
-            # Readers share inputs, hence the Hessian; rows are independent: one solve for all of them.
-            jobs = [(site.readers, _gram(block, site, call, inputs, batch_size))]
+        gram = None
+        if hessians is None and solver.needs_hessian and inputs is not None:
+            gram = _gram(block, site, call, inputs, batch_size)  # readers share inputs, hence the Hessian
+        if hessians is None and site.codebook is None:
+            jobs = [site.readers]  # rows are independent: one solve for all of them
         else:
-            jobs = [(site.readers, None)]
-        for paths, hessian in jobs:
+            jobs = [(path,) for path in site.readers]
+        grid = WeightGrid(site.weights) if site.codebook is None else VectorGrid(site.codebook, site.weights.bits)
+        for paths in jobs:
             linears = [_folded(block, path) for path in paths]
-            joined = solver.solve(torch.cat([linear.weight for linear in linears]), WeightGrid(site.weights), hessian)
+            hessian = gram if hessians is None else hessians[paths[0]]
+            joined = solver.solve(torch.cat([linear.weight for linear in linears]), grid, hessian)
+            if isinstance(joined, CodebookTensor):
+                (path,), (linear,) = paths, linears
+                replace_submodule(block, path, CodebookLinear.of(linear.site, joined, linear.bias))
+                continue
             rows = joined.split([linear.weight.shape[0] for linear in linears])
             for path, linear, weight in zip(paths, linears, rows, strict=True):
                 replace_submodule(block, path, FrozenLinear(linear.site, weight, linear.bias))

@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flatquant.errors import ArtifactError, SpecError
-from flatquant.spec import BlockPlan, Plan, from_dict, to_dict
+from flatquant.spec import BlockPlan, Plan, SitePlan, from_dict, to_dict
 
 METHOD = "flatquant"
 FORMAT_VERSION = 1
@@ -48,6 +48,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
+    "I32": torch.int32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -275,7 +276,9 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
     for index, block in enumerate(plan.blocks):
         root = f"{plan.blocks_path}.{index}."
         for name, site in block.sites.items():
-            for path in site.readers if site.weights else ():
+            for path in site.readers if site.codebook else ():
+                kinds |= {f"{root}{path}.{name}": kind for name, kind in _codebook_kinds(site).items()}
+            for path in site.readers if site.weights and not site.codebook else ():
                 kinds[f"{root}{path}.packed"] = "packed"
                 kinds[f"{root}{path}.scale"] = "grids"
                 if not site.weights.symmetric:  # type: ignore[union-attr]
@@ -291,4 +294,19 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
         for name, spec in (("keys", block.keys), ("values", block.values)):
             if spec and spec.clip == "learned":
                 kinds[f"{attention}{name}.clip.ratio"] = "transforms"
+    return kinds
+
+
+def _codebook_kinds(site: SitePlan) -> dict[str, str]:
+    assert site.codebook is not None
+    assert site.weights is not None
+    books = ["main"]
+    if site.codebook.index_bits(site.weights.bits)[1]:
+        books.append("residual")
+    kinds = {}
+    if site.codebook.outlier_columns(site.shape[0] * site.shape[1]):
+        books.append("outliers")
+        kinds["columns"] = "grids"
+    for book in books:
+        kinds |= {f"books.{book}.packed": "packed", f"books.{book}.entries": "grids"}
     return kinds

@@ -8,6 +8,7 @@ same integers, so a model in memory and its saved copy agree to the last bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,6 +62,21 @@ class FrozenSite(ExactBuffers):
     def forget(self) -> None:
         """Drop the remembered tensors."""
         self._last = None
+
+
+class Unpacked(ABC):
+    """A module that keeps integers one per element in the buffer `loose`; stored, they are packed into bytes."""
+
+    loose: ClassVar[str]
+
+    @abstractmethod
+    def pack(self) -> Tensor:
+        """What is stored instead, as the tensor `packed`.  # uint8"""
+
+    @property
+    @abstractmethod
+    def packed_bytes(self) -> int:
+        """Size of what `pack` gives."""
 
 
 class SiteLinear(ExactBuffers, ABC):
@@ -124,10 +140,11 @@ class IntegerLinear(SiteLinear, ABC):
         return F.linear(y, w.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class FrozenLinear(IntegerLinear):
+class FrozenLinear(IntegerLinear, Unpacked):
     """Integers one per byte: the solver's output."""
 
     values: Tensor
+    loose = "values"
 
     def __init__(self, site: FrozenSite, weight: QTensor, bias: Tensor | None) -> None:
         super().__init__(site, weight.scale, weight.zero, bias, weight.spec)
@@ -135,6 +152,14 @@ class FrozenLinear(IntegerLinear):
 
     def qweight(self) -> QTensor:
         return QTensor(values=self.values, scale=self.scale, zero=self.zero, spec=self.spec)
+
+    def pack(self) -> Tensor:
+        return self.qweight().packed()
+
+    @property
+    def packed_bytes(self) -> int:
+        o, n = self.values.shape
+        return o * -(-n * self.spec.bits // 8)
 
 
 class PackedLinear(IntegerLinear):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flatquant.errors import SpecError
-from flatquant.spec import BlockPlan, Plan, Recipe, SitePlan, Transforms
+from flatquant.spec import BlockPlan, CodebookSpec, Plan, Recipe, SitePlan, Transforms
 from flatquant.transforms import kronecker_split
 from flatquant.wiring.arch import Arch, Edge, Geometry, linear_at
 
@@ -52,6 +52,9 @@ def _site(
     n = _input_size(block, edge)
     if weights and weights.group_size and n % weights.group_size:
         raise SpecError(f"group size {weights.group_size} does not divide the {n} inputs of {edge.readers[0]}")
+    codebook = recipe.solver.codebook if weights else None
+    if codebook is not None:
+        _check_lengths(block, edge, codebook)
     quantised = weights is not None or activations is not None or force
     left, right = _online(edge, parts, quantised)
     return SitePlan(
@@ -61,7 +64,17 @@ def _site(
         right=right,
         weights=weights,
         activations=activations,
+        codebook=codebook,
     )
+
+
+def _check_lengths(block: nn.Module, edge: Edge, codebook: CodebookSpec) -> None:
+    lengths = {codebook.length, *([codebook.outlier_length] if codebook.outliers else [])}
+    for path in edge.readers:
+        o = linear_at(block, path).out_features
+        for length in sorted(lengths):
+            if o % length:
+                raise SpecError(f"codebook vectors of {length} do not divide the {o} outputs of {path}")
 
 
 def _shape(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> tuple[int, int]:
