@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from flatquant.calibrate.blockwise import BlockFit, autocast, fit_blocks
 from flatquant.calibrate.capture import BlockCall, Observer, capture, run_block
 from flatquant.calibrate.end2end import fit_end_to_end
 from flatquant.calibrate.gradients import output_hessians
+from flatquant.calibrate.optimise import deterministic
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
@@ -371,7 +372,8 @@ class _Run:
                 logits = self._head(hidden)
             return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum")
 
-        return output_hessians(
+        collect = partial(
+            output_hessians,
             self.blocks[index],
             self.plan.blocks[index],
             calls[index],
@@ -380,6 +382,13 @@ class _Run:
             self.tokens.to(self.device),
             self.recipe.solver.gradients,
         )
+        try:
+            with deterministic():
+                return collect()
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            return collect()  # a family may use an operation without such a kernel
 
     @property
     def batch(self) -> int:
