@@ -39,6 +39,8 @@ def output_hessians(
         tokens: the ids of these sequences, (N, T).
     """
     paths = [path for site in plan.sites.values() if site.weights for path in site.readers]
+    if not paths:
+        return {}
     found: dict[str, OutputAdaptive] = {}
     handles = []
 

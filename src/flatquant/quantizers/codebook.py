@@ -7,10 +7,10 @@ from torch import Tensor
 
 from flatquant.spec import CodebookSpec
 
-_SAMPLE = 256  # vectors that k-means sees for every entry
+_SAMPLE = 128  # vectors that k-means sees for every entry
 _LARGEST_SAMPLE = 1 << 22
-_ROUNDS = 50
-_TOLERANCE = 1e-4  # relative gain of a round below which k-means stops
+_ROUNDS = 30
+_TOLERANCE = 1e-3  # relative gain of a round below which k-means stops
 _CELLS = 1 << 24  # distances that exist at once
 
 
