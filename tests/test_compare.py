@@ -87,9 +87,10 @@ def test_online_operations_are_those_of_the_factors() -> None:
     n = {"attn_in": 90, "attn_out": 90, "mlp_in": 90, "mlp_mid": 154}
     factors = {"attn_in": (9, 10), "attn_out": (9, 0), "mlp_in": (9, 10), "mlp_mid": (11, 14)}
     block = sum(2 * n[s] * sum(factors[s]) for s in n) + 2 * 10 * 10 * (9 + 3)
-    assert online_flops(plan, geometry) == block * model.config.num_hidden_layers
-    plan, _ = wrap(family("llama"), bare({}, Scheme.parse("w4a4kv4", clip="none")))
-    assert online_flops(plan, geometry) == 0
+    assert online_flops(plan, geometry, model.model.layers) == block * model.config.num_hidden_layers
+    model = family("llama")
+    plan, _ = wrap(model, bare({}, Scheme.parse("w4a4kv4", clip="none")))
+    assert online_flops(plan, geometry, model.model.layers) == 0
 
 
 # ------------------------------------------------------------------------------------------------- compare

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatquant import __version__, api, evaluate
 from flatquant.data import evaluation_windows
@@ -29,7 +29,7 @@ from flatquant.models import load_model
 from flatquant.recipes import RECIPES, recipe
 from flatquant.runtime import artifact
 from flatquant.spec import Recipe, Scheme
-from flatquant.wiring.arch import Geometry
+from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.cost import online_flops
 
 Progress = Callable[[str, int, int], None]
@@ -252,7 +252,7 @@ class _Bench:
             "stages": timing["seconds"],
             "peak_bytes": peak,
             "bits_per_weight": found.bits_per_quantised_weight,
-            "online_flops_per_token": online_flops(made.plan, Geometry.of(made.model.config)),
+            "online_flops_per_token": _flops(made),
             "bytes_per_token": sum(found.bytes_by_kind.values()) - _looked_up(made.model).nbytes,
             "kv_bytes_per_token": found.kv_bytes_per_token,
             "content_hash": found.content_hash,
@@ -282,6 +282,12 @@ class _Bench:
             progress=lambda done, total: self.say(f"{label}: divergence", done, total),
         )
         return {"kl": far.kl, "top1": far.top1}
+
+
+def _flops(made: api.Quantized) -> int:
+    blocks = submodule(made.model, made.plan.blocks_path)
+    assert isinstance(blocks, nn.ModuleList)
+    return online_flops(made.plan, Geometry.of(made.model.config), blocks)
 
 
 def _looked_up(model: Any) -> Tensor:

@@ -89,7 +89,8 @@ def _grid(spec: QuantSpec) -> str:
 def _solver(found: Recipe) -> str:
     if found.scheme.weights is None:
         return "-"
-    return f"{found.solver.kind} ({found.solver.hessian})" if found.solver.needs_hessian else found.solver.kind
+    branch = f", branch of rank {found.branch.rank}" if found.branch else ""
+    return found.solver.kind + (f" ({found.solver.hessian})" if found.solver.needs_hessian else "") + branch
 
 
 def _objective(found: Recipe) -> str:
@@ -110,4 +111,4 @@ def _online(found: Recipe) -> float:
     blocks = model.model.layers
     plan = make_plan(found, arch, geometry, blocks)
     own = sum(2 * linear_at(blocks[0], path).weight.numel() for edge in arch.edges for path in edge.readers)
-    return online_flops(plan, geometry) / own
+    return online_flops(plan, geometry, blocks) / own

@@ -409,6 +409,23 @@ class SolverSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BranchSpec:
+    """A low-rank branch in 16 bit beside every rounded weight: only what it leaves is rounded.
+
+    Attributes:
+        rank: of the branch, shared by the readers of a site; no more than the weights have.
+        rounds: how often the branch is decomposed anew from what rounding has left; 1 takes it from the weights.
+    """
+
+    rank: int = 32
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.rank >= 1, f"branch rank {self.rank}: at least 1")
+        _check(self.rounds >= 1, f"branch rounds {self.rounds}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """How much calibration text: `samples` windows of `seqlen` tokens."""
 
@@ -429,9 +446,14 @@ class Recipe:
     fit: FitSpec | None = None
     end_to_end: EndToEndSpec | None = None
     solver: SolverSpec = field(default_factory=SolverSpec)
+    branch: BranchSpec | None = None
     data: DataSpec = field(default_factory=DataSpec)
 
     def __post_init__(self) -> None:
+        _check(
+            self.branch is None or self.branch.rounds == 1 or self.solver.codebook is None,
+            f"recipe {self.name}: a branch is refined by rounding to a grid, which codebooks are not; use one round",
+        )
         unknown = sorted(set(self.transforms) - {*SITES, "qk"})
         _check(not unknown, f"recipe {self.name}: no site {', '.join(unknown)}; sites are {', '.join(SITES)}, qk")
         qk = self.transforms.get("qk", ())
@@ -483,7 +505,8 @@ class SitePlan:
 
     The online transform maps x, reshaped to [.., left, right] sizes `shape`, to P1^T X P2; `left` and `right` say
     whether P1 and P2 exist online (a factor that a writer absorbed, or that was never there, does not).
-    Weights are integers on a grid, or `weights.bits` bits each in codebooks. Module paths are relative to the block.
+    Weights are integers on a grid, or `weights.bits` bits each in codebooks; with a `rank`, beside a branch in 16 bit.
+    Module paths are relative to the block.
     """
 
     readers: tuple[str, ...]
@@ -493,8 +516,10 @@ class SitePlan:
     weights: QuantSpec | None = None
     activations: QuantSpec | None = None
     codebook: CodebookSpec | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
+        _check(self.rank >= 0 and (not self.rank or self.weights is not None), "a branch is beside rounded weights")
         _check(bool(self.readers), "a site needs at least one reader")
         _check(min(self.shape) >= 1, f"site shape {self.shape}: sizes must be positive")
         if self.codebook is not None:

@@ -339,7 +339,8 @@ class _Run:
                 with self.clock("gradients"):
                     hessians = self._output_hessians(index, calls, quantised)
             with self.clock("solve"):
-                solve_block(block, plan, self.solver, call, quantised, self.batch, hessians)
+                rounds = self.recipe.branch.rounds if self.recipe.branch else 1
+                solve_block(block, plan, self.solver, call, quantised, self.batch, hessians, rounds)
             if self.state is not None and self.end_to_end is None:
                 self.state.save(solved_name(index), block.state_dict(), self.notes[index])
         if quantised is not None:

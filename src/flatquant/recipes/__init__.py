@@ -7,10 +7,18 @@ from flatquant.recipes.flatquant import flatquant
 from flatquant.recipes.gptq import gptq
 from flatquant.recipes.oac import oac
 from flatquant.recipes.rtn import rtn
+from flatquant.recipes.svdquant import svdquant
 from flatquant.recipes.vptq import vptq
 from flatquant.spec import Recipe
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"flatquant": flatquant, "gptq": gptq, "oac": oac, "rtn": rtn, "vptq": vptq}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "flatquant": flatquant,
+    "gptq": gptq,
+    "oac": oac,
+    "rtn": rtn,
+    "svdquant": svdquant,
+    "vptq": vptq,
+}
 
 
 def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
@@ -24,4 +32,4 @@ def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
     return RECIPES[method](scheme, preset=preset)
 
 
-__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "oac", "recipe", "rtn", "vptq"]
+__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "oac", "recipe", "rtn", "svdquant", "vptq"]

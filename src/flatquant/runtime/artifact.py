@@ -395,7 +395,7 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
     quantised = 0
     for index, block in enumerate(folder.plan.blocks):
         for site in block.sites.values():
-            book = "" if site.codebook is None else "books.main."
+            book = ("inner." if site.rank else "") + ("" if site.codebook is None else "books.main.")
             for reader in site.readers if site.weights else ():
                 rows = stored[f"{folder.plan.blocks_path}.{index}.{reader}.{book}packed"].shape[0]
                 rows *= 1 if site.codebook is None else site.codebook.length

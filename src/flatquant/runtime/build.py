@@ -13,6 +13,7 @@ from flatquant.codebook import Book, index_dtype
 from flatquant.errors import ArtifactError
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import Dynamic, FixedClip, NoClip
+from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
@@ -44,7 +45,9 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
                     f"the plan does not fit the model: {path!r} is no linear layer of {n1} x {n2} inputs"
                 )
             parent, _, leaf = path.rpartition(".")
-            setattr(_get(block, parent), leaf, _linear(linear, site, site_plan, packed))
+            inner = _linear(linear, site, site_plan, packed)
+            up = _empty(linear.out_features, site_plan.rank, dtype=torch.float16) if site_plan.rank else None
+            setattr(_get(block, parent), leaf, inner if up is None else BranchedLinear(inner, up))
     setattr(block, SITES_SLOT, sites)
     if plan.qk or plan.keys or plan.values:
         key, query = (_empty(plan.head_dim, plan.head_dim) if plan.qk else None for _ in range(2))
@@ -71,7 +74,10 @@ def _dynamic(spec: QuantSpec | None) -> Dynamic | None:
 def _site(plan: SitePlan) -> FrozenSite:
     n1, n2 = plan.shape
     return FrozenSite(
-        _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None, _dynamic(plan.activations)
+        _empty(n1, n1) if plan.left else None,
+        _empty(n2, n2) if plan.right else None,
+        _dynamic(plan.activations),
+        _empty(plan.rank, n1 * n2, dtype=torch.float16) if plan.rank else None,
     )
 
 

@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flatquant.errors import ArtifactError, SpecError
-from flatquant.spec import BlockPlan, Plan, SitePlan, from_dict, to_dict
+from flatquant.spec import BlockPlan, Plan, QuantSpec, SitePlan, from_dict, to_dict
 
 METHOD = "flatquant"
 FORMAT_VERSION = 1
@@ -276,13 +276,10 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
     for index, block in enumerate(plan.blocks):
         root = f"{plan.blocks_path}.{index}."
         for name, site in block.sites.items():
-            for path in site.readers if site.codebook else ():
-                kinds |= {f"{root}{path}.{name}": kind for name, kind in _codebook_kinds(site).items()}
-            for path in site.readers if site.weights and not site.codebook else ():
-                kinds[f"{root}{path}.packed"] = "packed"
-                kinds[f"{root}{path}.scale"] = "grids"
-                if not site.weights.symmetric:  # type: ignore[union-attr]
-                    kinds[f"{root}{path}.zero"] = "grids"
+            for path in site.readers:
+                kinds |= {f"{root}{path}.{part}": kind for part, kind in _reader_kinds(site).items()}
+            if site.rank:
+                kinds[f"{root}flatquant.{name}.down"] = "transforms"
             for side in ("left", "right"):
                 if getattr(site, side):
                     kinds[f"{root}flatquant.{name}.{side}"] = "transforms"
@@ -295,6 +292,18 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
             if spec and spec.clip == "learned":
                 kinds[f"{attention}{name}.clip.ratio"] = "transforms"
     return kinds
+
+
+def _reader_kinds(site: SitePlan) -> dict[str, str]:
+    """Of one reader's tensors, biases and dense weights left out."""
+    if site.weights is None:
+        return {}
+    kinds = _integer_kinds(site.weights) if site.codebook is None else _codebook_kinds(site)
+    return {f"inner.{n}": kind for n, kind in kinds.items()} | {"up": "transforms"} if site.rank else kinds
+
+
+def _integer_kinds(weights: QuantSpec) -> dict[str, str]:
+    return {"packed": "packed", "scale": "grids"} | ({} if weights.symmetric else {"zero": "grids"})
 
 
 def _codebook_kinds(site: SitePlan) -> dict[str, str]:

@@ -24,18 +24,23 @@ from flatquant.spec import QuantSpec
 class FrozenSite(ExactBuffers):
     """Transforms one tensor and puts it on its grid, once for all its readers.
 
-    Buffers: `left` P1 (n1, n1) and `right` P2 (n2, n2), float32, each present only if it runs online.
+    Buffers: `left` P1 (n1, n1) and `right` P2 (n2, n2), float32, each present only if it runs online; `down` L2 (r, n),
+    float16, where the readers have a low-rank branch.
     """
 
     left: Tensor | None
     right: Tensor | None
+    down: Tensor | None
 
-    def __init__(self, left: Tensor | None, right: Tensor | None, activations: Dynamic | None) -> None:
+    def __init__(
+        self, left: Tensor | None, right: Tensor | None, activations: Dynamic | None, down: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.register_buffer("left", left)
         self.register_buffer("right", right)
+        self.register_buffer("down", down)
         self.activations = activations
-        self._last: tuple[Tensor, Tensor | QTensor] | None = None
+        self._last: tuple[Tensor, Tensor | QTensor, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor | QTensor:
         """x (P1 (x) P2), as integers if activations are quantised here, else in x's dtype.  # (.., n)
@@ -43,9 +48,18 @@ class FrozenSite(ExactBuffers):
         Integers carry no gradient: where x has one, the result is the numbers that the integers stand for, and the
         gradient passes the rounding straight through.
         """
+        return self._computed(x)[0]
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x (P1 (x) P2) L2^T, not on any grid.  # (.., r)"""
+        low = self._computed(x)[1]
+        assert low is not None, "this site has no branch"
+        return low
+
+    def _computed(self, x: Tensor) -> tuple[Tensor | QTensor, Tensor | None]:
         last = self._last  # read once: another thread may replace it
         if last is not None and last[0] is x:
-            return last[1]
+            return last[1], last[2]
         y = x
         factor = self.left if self.left is not None else self.right
         if factor is not None:
@@ -56,8 +70,9 @@ class FrozenSite(ExactBuffers):
             out = self.activations(y).to(x.dtype)
         else:
             out = self.activations.quantize(y)
-        self._last = (x, out)
-        return out
+        low = None if self.down is None else F.linear(y, self.down.to(y.dtype))
+        self._last = (x, out, low)
+        return out, low
 
     def forget(self) -> None:
         """Drop the remembered tensors."""

@@ -65,7 +65,13 @@ def _site(
         weights=weights,
         activations=activations,
         codebook=codebook,
+        rank=_rank(block, edge, recipe, n) if weights else 0,
     )
+
+
+def _rank(block: nn.Module, edge: Edge, recipe: Recipe, n: int) -> int:
+    outputs = sum(linear_at(block, path).out_features for path in edge.readers)
+    return min(recipe.branch.rank, n, outputs) if recipe.branch else 0
 
 
 def _check_lengths(block: nn.Module, edge: Edge, codebook: CodebookSpec) -> None:
