@@ -97,11 +97,22 @@ def demo() -> list[str]:
     return lines
 
 
+def branch_dit() -> list[str]:
+    """The low-rank branch on a diffusion transformer's block."""
+    result = read("branch-dit")
+    lines = ["| W4A4 of one block | relative squared error, mean | least and largest over seeds |", "|---|---|---|"]
+    for name, mean in result["metrics"].items():
+        values = [s[name] for s in result["samples"]]
+        lines.append(f"| {name} | {mean:.4f} | {min(values):.4f}, {max(values):.4f} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "reference": reference,
     "quick": quick,
     "clip_start": clip_start,
     "demo": demo,
+    "branch_dit": branch_dit,
 }
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
