@@ -31,6 +31,8 @@ LABELS = {
     "w3a16-plain": "no transform W3A16",
 }
 
+FORMS = {"wikitext2": ".2f", "c4": ".2f", "kl-wikitext2": ".3f", "kl-c4": ".3f"}
+
 
 def read(name: str) -> dict[str, Any]:
     """One results file."""
@@ -72,6 +74,18 @@ def quick() -> list[str]:
         first, last = s["divergence"] or (None, None)
         kl = f"{first:.3f}, {last:.3f}" if s["divergence"] else "-"
         lines.append(f"| {s['variant']} | {s['trained_tokens']:,} | {kl} | {s['perplexity']:.2f} |")
+    return lines
+
+
+def best() -> list[str]:
+    """Variants of the best preset."""
+    result = read("best-preset")
+    original, rows = result["metrics"]["original"], result["metrics"]["mean"]
+    lines = ["| variant | WikiText-2 | C4 | KL, WikiText-2 | KL, C4 | seconds | seeds |", "|---" * 7 + "|"]
+    lines.append(f"| original, fp16 | {original['wikitext2']:.2f} | {original['c4']:.2f} | - | - | - | - |")
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["wikitext2"]):
+        texts = " | ".join(f"{row[key]:{form}}" for key, form in FORMS.items())
+        lines.append(f"| {name} | {texts} | {row['seconds']:.0f} | {len(row['seeds'])} |")
     return lines
 
 
@@ -120,6 +134,7 @@ def levels_digits() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "reference": reference,
     "quick": quick,
+    "best": best,
     "clip_start": clip_start,
     "demo": demo,
     "branch_dit": branch_dit,

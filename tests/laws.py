@@ -12,14 +12,18 @@ from torch import Tensor
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from flatquant import seams
+from flatquant.calibrate.capture import Observer
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.recipes import flatquant
 from flatquant.runtime.build import install
 from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, Scheme, Transforms, TransformSpec
-from flatquant.wiring.apply import FitBlock, wrap_block
+from flatquant.transforms import Factor
+from flatquant.transforms.factor import cayley
+from flatquant.wiring.apply import FitBlock, InputStatistics, wrap_block
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
+from flatquant.wiring.residual import residual_factor, rotate_ends
 from tests.tiny_models import tiny_llama
 
 CPU = torch.device("cpu")
@@ -105,27 +109,48 @@ def tokens_for(model: PreTrainedModel, *shape: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def perturb(fit: FitBlock, noise: float, generator: torch.Generator) -> None:
-    """Move every transform and scale, so that nothing stays orthogonal, symmetric or 1."""
+    """Move every transform and scale, so that nothing stays symmetric or 1, or orthogonal but for rotations."""
     for group, parameters in fit.parameters().items():
         for p in parameters if group != "clip" else ():
-            p.add_(noise * torch.randn(p.shape, generator=generator).to(p.dtype))
+            step = noise * torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.copy_(p @ cayley(step) if group == "rotation" else p + step)
 
 
 def wrap(
     model: PreTrainedModel, recipe: Recipe, *, noise: float = 0.1, force: bool = False, seed: int = 0
 ) -> tuple[Plan, list[FitBlock]]:
     """Wrap all blocks in the model's own dtype and move their parameters away from the start."""
+    plan, fits, _ = wrap_all(model, recipe, noise=noise, force=force, seed=seed)
+    return plan, fits
+
+
+def wrap_all(
+    model: PreTrainedModel, recipe: Recipe, *, noise: float = 0.1, force: bool = False, seed: int = 0
+) -> tuple[Plan, list[FitBlock], Factor | None]:
+    """`wrap`, with the rotation of the residual stream, which the model's ends then have taken too."""
     seams.use_attention(model)
     arch, blocks = arch_of(model.config), model.model.layers
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=force)
     generator = torch.Generator().manual_seed(seed)
+    residual = residual_factor(model, recipe, plan, generator, force=force)
+    statistics = observed(model) if recipe.needs_data else [{}] * len(blocks)
     fits = []
-    for block, block_plan in zip(blocks, plan.blocks, strict=True):
-        fit = wrap_block(block, arch, block_plan, recipe, {}, generator, force=force)
+    for block, block_plan, seen in zip(blocks, plan.blocks, statistics, strict=True):
+        fit = wrap_block(block, arch, block_plan, recipe, seen, generator, residual=residual, force=force)
         fit.block.to(model.dtype)
         perturb(fit, noise, generator)
         fits.append(fit)
-    return plan, fits
+    if residual is not None:
+        rotate_ends(model, arch, residual)
+    return plan, fits, residual
+
+
+@torch.no_grad()
+def observed(model: PreTrainedModel) -> list[dict[str, InputStatistics]]:
+    """Every block's input statistics on random text."""
+    observers = [Observer(block, arch_of(model.config)) for block in model.model.layers]
+    model(tokens_for(model, 4, 12, seed=1), use_cache=False)
+    return [observer.close() for observer in observers]
 
 
 def reinstalled(original: PreTrainedModel, plan: Plan, quantised: PreTrainedModel) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: round trip, JSON, bad input, interruption."""
 
+import dataclasses
 import json
 import os
 import re
@@ -76,7 +77,7 @@ def test_options_reach_the_recipe(place: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "flatquant_report.json").read_text())
     recipe = report["recipe"]
     assert (recipe["fit"]["epochs"], recipe["fit"]["batch_size"]) == (1, 2)
-    assert (recipe["fit"]["lr"], recipe["fit"]["clip_lr"]) == (1e-3, 1e-2)
+    assert (recipe["fit"]["lr"], recipe["fit"]["clip_lr"]) == pytest.approx((1e-3, 1e-2))
     assert recipe["solver"]["kind"] == "gptq"
     assert recipe["data"] == {"samples": 2, "seqlen": 16}
     assert report["seed"] == 5
@@ -86,8 +87,21 @@ def test_options_reach_the_recipe(place: Path, tmp_path: Path) -> None:
 def test_options_reach_the_end_to_end_fit() -> None:
     recipe = _recipe("flatquant", "w4a4kv4", "quick", None, 4, 32, None, 1, 1e-3, "gptq")
     assert recipe.end_to_end is not None
-    assert (recipe.end_to_end.batch_size, recipe.end_to_end.lr, recipe.end_to_end.clip_lr) == (1, 1e-3, 1e-2)
+    assert recipe.end_to_end.batch_size == 1
+    assert (recipe.end_to_end.lr, recipe.end_to_end.clip_lr) == pytest.approx((1e-3, 1e-2))
     assert recipe.solver.kind == "gptq"
+
+
+def test_one_rate_scales_all_of_both_fits() -> None:
+    base, recipe = (
+        _recipe("flatquant", "w4a4kv4", "best", None, None, None, epochs, None, lr, None)
+        for epochs, lr in ((None, None), (2, 1e-2))
+    )
+    assert base.fit is not None
+    assert base.end_to_end is not None
+    assert recipe.fit == dataclasses.replace(base.fit, epochs=2, lr=1e-2, clip_lr=1e-1)
+    doubled = {name: 2 * getattr(base.end_to_end, name) for name in ("lr", "clip_lr", "weight_lr")}
+    assert recipe.end_to_end == dataclasses.replace(base.end_to_end, **doubled)
 
 
 def test_evaluate(place: Path, tmp_path: Path) -> None:
@@ -196,8 +210,8 @@ def test_display_names_the_block(capsys: pytest.CaptureFixture[str]) -> None:
         (["--scheme", "w9a4"], "9 bits: a grid has 2 to 8 bits"),
         (["--scheme", "w4a4,mlp_mid=w1"], "1 bits"),
         (["--scheme", "w4g5"], "group size 5 does not divide the 64 inputs"),
-        (["--method", "magic"], "unknown method 'magic'; known: flatquant"),
-        (["--preset", "slow"], "unknown preset 'slow'; known: quick, reference"),
+        (["--method", "magic"], "unknown method 'magic'; known: .*flatquant"),
+        (["--preset", "slow"], "unknown preset 'slow'; known: best, quick, reference"),
         (
             ["--method", "rtn", "--epochs", "3"],
             "method rtn with preset reference has no block-wise fit: leave out --epochs",

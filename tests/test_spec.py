@@ -274,8 +274,8 @@ NONE = Scheme.parse("w4a4", clip="none")
         lambda: Recipe(name="r", scheme=NONE, end_to_end=EndToEndSpec(steps=1, batch_size=9), data=DataSpec(samples=8)),
         lambda: recipe("awq", "w4"),
         lambda: recipe("rtn", "w4x"),
-        lambda: recipe("flatquant", "w4", "best"),
-        lambda: recipe("gptq", "w4", "best"),
+        lambda: recipe("flatquant", "w4", "slow"),
+        lambda: recipe("gptq", "w4", "slow"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(make: Callable[[], Any]) -> None:

@@ -81,8 +81,7 @@ def quantize(
         tokenizer: for calibration text, and saved along.
         output: folder to write; absent or empty. None keeps the result in memory only.
         device: where blocks are fitted; a GPU if there is one. The model stays where it is.
-        dtype: of the fit's matrix products; on a GPU float16 (unless the recipe fits end to end) and bfloat16 for
-            models of these types, else float32.
+        dtype: of the fit's matrix products; on a GPU that of models in float16 or bfloat16, else float32.
         seed: of the calibration text and of random transforms.
         resume: go on with an unfinished run of the same settings, if there is one.
         progress: called with (stage, done, total).
@@ -360,13 +359,13 @@ def _with_shape_of(tokens: Tensor, recipe: Recipe, model: PreTrainedModel) -> Re
 def _fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> torch.dtype:
     """Half precision only on a GPU, and only for models that are stored in it.
 
-    What takes gradients through the whole model does not run in float16: they underflow there.
+    Gradients that are squared into Hessians are not left to float16: small ones would vanish there.
     """
-    if device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    if device.type != "cuda" or not half:
         return torch.float32
-    end_to_end = recipe.end_to_end is not None and recipe.end_to_end.steps > 0
-    through_all = end_to_end or (recipe.solver.hessian == "output_adaptive" and recipe.scheme.weights is not None)
-    return torch.float32 if through_all and model.dtype == torch.float16 else model.dtype
+    squared = recipe.solver.hessian == "output_adaptive" and recipe.scheme.weights is not None
+    return torch.float32 if squared and model.dtype == torch.float16 else model.dtype
 
 
 # ------------------------------------------------------------------------------------------------- small things

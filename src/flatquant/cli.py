@@ -220,7 +220,9 @@ def quantize(
     scheme: Annotated[
         str, typer.Option(help="w4a4kv4, w3a16, w4g128a8kv4, k4v2, w4a4kv4,mlp_mid=w8a8, ...")
     ] = "w4a4kv4",
-    preset: Annotated[str, typer.Option(help="reference: the paper's recipe; quick: for a laptop CPU.")] = "reference",
+    preset: Annotated[
+        str, typer.Option(help="reference: the paper's recipe; best: more accurate; quick: for a laptop CPU.")
+    ] = "reference",
     calibration: Annotated[
         str | None, typer.Option(help="wikitext2 (default), c4, self (the model writes it), or a text file or folder.")
     ] = None,
@@ -289,7 +291,7 @@ def _recipe(
     from flatquant.spec import SolverSpec, from_dict, to_dict
 
     base = recipe(method, scheme, preset)
-    steps = {"batch_size": batch_size, "lr": lr, "clip_lr": None if lr is None else 10 * lr}
+    steps = {"batch_size": batch_size, "lr": lr}
     steps = {name: value for name, value in steps.items() if value is not None}
     data = {name: value for name, value in (("samples", samples), ("seqlen", seqlen)) if value is not None}
     changes: dict[str, Any] = {}
@@ -297,10 +299,14 @@ def _recipe(
         raise SpecError(f"method {method} fits nothing: leave out {_options(steps)}")
     if epochs is not None and base.fit is None:
         raise SpecError(f"method {method} with preset {preset} has no block-wise fit: leave out --epochs")
-    if base.fit is not None:
-        changes["fit"] = replace(base.fit, **steps, **({} if epochs is None else {"epochs": epochs}))
-    if base.end_to_end is not None:
-        changes["end_to_end"] = replace(base.end_to_end, **steps)
+    first = base.fit or base.end_to_end
+    ratio = 1.0 if lr is None or first is None else lr / first.lr  # all rates keep their proportions
+    for name in ("fit", "end_to_end"):
+        if (part := getattr(base, name)) is not None:
+            rates = {f: getattr(part, f) * ratio for f in ("lr", "clip_lr", "weight_lr") if hasattr(part, f)}
+            changes[name] = replace(part, **rates, **({} if batch_size is None else {"batch_size": batch_size}))
+    if base.fit is not None and epochs is not None:
+        changes["fit"] = replace(changes["fit"], epochs=epochs)
     pairs = (("kind", solver), ("hessian", hessian))
     rounding: dict[str, Any] = {name: value for name, value in pairs if value is not None}
     if rounding:
@@ -340,7 +346,7 @@ def methods(as_json: Json = False) -> None:
     shown = Table(title="methods", title_justify="left", show_lines=True)
     columns = [column for column in rows[0] if column not in ("scheme", "data")]
     for column in columns:
-        shown.add_column(column, overflow="fold")
+        shown.add_column(column, overflow="fold", no_wrap=column == "method")
     for row in rows:
         shown.add_row(*(row[column] for column in columns[:-1]), f"{row['online']:.2%}")
     Console(highlight=False).print(shown)

@@ -82,7 +82,7 @@ def _grids(found: Recipe) -> str:
 
 
 def _grid(spec: QuantSpec) -> str:
-    kind = "symmetric" if spec.symmetric else "asymmetric"
+    kind = ("symmetric" if spec.symmetric else "asymmetric") + (" per tensor" if spec.scope == "tensor" else "")
     return kind if spec.clip == "none" else f"{kind}, {spec.clip} clip"
 
 
@@ -96,9 +96,11 @@ def _solver(found: Recipe) -> str:
 def _objective(found: Recipe) -> str:
     parts = []
     if found.fit is not None and found.fit.epochs:
-        parts.append(f"block outputs, {found.fit.epochs} epochs")
+        seen = ", quantised inputs" if found.fit.inputs == "quantised" else ""
+        parts.append(f"block outputs{seen}, {found.fit.epochs} epochs")
     if found.end_to_end is not None and found.end_to_end.steps:
-        parts.append(f"model outputs, {found.end_to_end.steps} steps")
+        words = {"kl": "divergence", "cross_entropy": "cross entropy"}
+        parts.append(f"{words[found.end_to_end.objective]} of the model, {found.end_to_end.steps} steps")
     return "; ".join(parts) or "-"
 
 

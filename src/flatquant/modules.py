@@ -1,15 +1,17 @@
-"""Two traits of modules, declared by their owners: being trained, and keeping exact buffers.
+"""Traits of modules, declared by their owners: being trained, following a schedule, keeping exact buffers.
 
 Fits collect parameters by walking modules for `Trainable`, never by looking for substrings in names: a renamed module
 still trains, and one that is not a `Trainable` never does.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-Group = Literal["transform", "scale", "clip", "weight"]
+# "rotation" parameters are orthogonal matrices and stay so: their optimiser moves them on the manifold of those.
+Group = Literal["transform", "scale", "clip", "weight", "rotation"]
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 
@@ -30,6 +32,14 @@ def trainable_parameters(*modules: nn.Module) -> dict[Group, list[nn.Parameter]]
                 seen.add(id(module))
                 groups[module.group].extend(p for p in module.parameters(recurse=False) if p.requires_grad)
     return groups
+
+
+class Scheduled(nn.Module, ABC):
+    """A module that changes from epoch to epoch of a block-wise fit, and is otherwise as in the last one."""
+
+    @abstractmethod
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before `epoch` (0-based) of `epochs`; changes buffers in place, so that a CUDA graph sees it."""
 
 
 class ExactBuffers(nn.Module):

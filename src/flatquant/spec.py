@@ -24,6 +24,8 @@ from flatquant.errors import SpecError
 # The quantised inputs of a transformer block, in the order data meets them.
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
 
+Clip = Literal["none", "learned", "fixed", "search"]
+
 T = TypeVar("T")
 
 
@@ -103,17 +105,31 @@ class QuantSpec:
         bits: 2 to 8. (16 bits means "no grid", which the schemes write as `None`.)
         symmetric: zero point 0 and integers in [-2^(b-1), 2^(b-1)-1]; otherwise a zero point and [0, 2^b-1].
         group_size: weights only; `None` is the whole row.
-        clip: `learned` fits how far the range is cut in; `none` keeps the full range.
+        clip: `learned` fits how far the range is cut in; `fixed` cuts it to `clip_ratio`; `search` tries ratios from 1
+            to 0.21 for every scale and keeps the one with the least |error|^2.4 (weights only); `none` keeps all.
         clip_start: where a learned clip starts: the range times sigmoid(clip_start). 4.0 is the paper's.
+        clip_ratio: of a fixed clip.
+        scope: `row` as above, or `tensor`: weights get one scale for all readers of a site, activations a static one,
+            from calibration text.
+        width: of activations with one static scale: channels are split into pieces, so that the scale may be finer, up
+            to this many pieces a channel on average.
     """
 
     bits: int
     symmetric: bool = True
     group_size: int | None = None
-    clip: Literal["none", "learned"] = "none"
+    clip: Clip = "none"
     clip_start: float = 4.0
+    clip_ratio: float = 1.0
+    scope: Literal["row", "tensor"] = "row"
+    width: float = 1.0
 
     def __post_init__(self) -> None:
+        whole = self.symmetric and self.group_size is None and self.clip == "none"
+        _check(self.scope == "row" or whole, "one scale for a tensor is symmetric, without groups and without a clip")
+        _check(self.width == 1 or self.scope == "tensor", "only a grid with one scale for a tensor splits channels")
+        _check(1 <= self.width <= 16, f"width {self.width}: 1 to 16")
+        _check(0 < self.clip_ratio <= 1, f"clip ratio {self.clip_ratio}: above 0, at most 1")
         _check(2 <= self.bits <= 8, f"{self.bits} bits: a grid has 2 to 8 bits (16 means unquantised)")
         _check(self.group_size is None or self.group_size >= 2, f"group size {self.group_size}: at least 2")
 
@@ -165,6 +181,11 @@ class Scheme:
         for name in ("activations", "keys", "values"):
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
+            _check(spec is None or spec.clip != "search", f"{name}: a searched clip is for weights only")
+            static = spec is not None and spec.scope == "tensor"
+            _check(not static or name == "activations", f"{name}: one scale per token and head, not for a tensor")
+        _check(self.weights is None or self.weights.width == 1, "weights: only channels of activations are split")
+        _check(self.weights is None or self.weights.clip != "fixed", "weights: a fixed clip is for activations only")
         for key in self.overrides:
             block, dot, site = key.rpartition(".")
             number = block.isdecimal() and block == str(int(block))
@@ -211,6 +232,27 @@ class Scheme:
             clip=clip,
         )
 
+    def with_clips(self, *, weights: Clip, activations: float = 1.0, cache: float = 1.0, up_to: int = 8) -> Self:
+        """The same grids with this clip for weights, and fixed ratios for others of at most `up_to` bits.
+
+        Args:
+            activations, cache: of the inputs of linears, and of keys and values.
+            up_to: where there are more bits, a cut costs more than the finer grid gains.
+        """
+
+        def fixed(spec: QuantSpec | None, ratio: float) -> QuantSpec | None:
+            if spec is None or ratio == 1 or spec.bits > up_to:
+                return spec
+            return dataclasses.replace(spec, clip="fixed", clip_ratio=ratio)
+
+        return dataclasses.replace(
+            self,
+            weights=None if self.weights is None else dataclasses.replace(self.weights, clip=weights),
+            activations=fixed(self.activations, activations),
+            keys=fixed(self.keys, cache),
+            values=fixed(self.values, cache),
+        )
+
     def __str__(self) -> str:
         def bits(spec: QuantSpec | None) -> str:
             return "16" if spec is None else str(spec.bits)
@@ -248,23 +290,34 @@ class TransformSpec:
     """One change of basis on an edge; several compose in order.
 
     Attributes:
-        kind: `diagonal` (per-channel scale), `matrix` (full), `kronecker` (P1 (x) P2).
+        kind: `diagonal` (per-channel scale), `matrix` (full), `kronecker` (P1 (x) P2), `head` (one matrix inside all
+            heads, which the heads' writer applies), `heads` (one for every key-value head, likewise).
         parameters: `direct` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
-            Cayley form, so that the inverse is free of a general solve.
-        init: `orthogonal` (Haar), `hadamard` (randomised where one exists), `identity`. For a diagonal:
+            Cayley form, so that the inverse is free of a general solve; `rotation` trains an orthogonal matrix by
+            Cayley SGD; `fixed` stays at its start, which is orthogonal; `masked` starts at the identity and opens band
+            by band, epoch by epoch, all off its diagonal held back by the factor `stability`.
+        init: `orthogonal` (Haar), `hadamard` (randomised; a Haar factor where none exists), `identity`. For a diagonal:
             `absmax` is the paper's wmax^(1-alpha) / xmax^alpha, `second_moment` is (E w^2 / E x^2)^(1/4), `identity`.
         alpha: exponent of `absmax`.
     """
 
-    kind: Literal["diagonal", "matrix", "kronecker"]
-    parameters: Literal["direct", "svd"] = "direct"
+    kind: Literal["diagonal", "matrix", "kronecker", "head", "heads"]
+    parameters: Literal["direct", "svd", "rotation", "fixed", "masked"] = "direct"
     init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment"] = "identity"
     alpha: float = 0.3
+    stability: float = 0.1
 
     def __post_init__(self) -> None:
         data = self.init in ("absmax", "second_moment")
         _check(self.kind == "diagonal" or not data, f"a {self.kind} transform has no {self.init} start")
         _check(self.kind != "diagonal" or data or self.init == "identity", f"a diagonal has no {self.init} start")
+        trains = self.kind != "diagonal" or self.parameters == "direct"
+        _check(trains, f"a diagonal has no {self.parameters} parameters")
+        masked = self.parameters == "masked"
+        _check(self.kind != "heads" or masked, "heads takes masked parameters; use head for one matrix that all share")
+        _check(not masked or self.init == "identity", f"masked parameters have no {self.init} start")
+        _check(not masked or self.kind in ("matrix", "head", "heads"), f"a {self.kind} has no masked parameters")
+        _check(0 < self.stability <= 1, f"stability {self.stability}: above 0, at most 1")
         _check(0 <= self.alpha <= 1, f"alpha {self.alpha}: between 0 and 1")
 
 
@@ -276,7 +329,13 @@ class FitSpec:
     """Block-wise fit: each block's parameters against the full-precision block's output on the same inputs.
 
     Loss: mean squared error, divided by its own (detached) value, so that the learning rate has no scale
-    (FlatQuant, section 4.1). AdamW; cosine per step from `lr` to `lr * final_lr` (the same floor for every group).
+    (FlatQuant, section 4.1). AdamW.
+
+    Attributes:
+        inputs: of the block: `original`, the full-precision model's, or `quantised`, what the quantised blocks before
+            it give (targets stay the full-precision model's on its own inputs).
+        schedule: `cosine` per step from `lr` to `lr * final_lr` (the same floor for every group), or `constant`.
+        rotation_lr: of rotations, by Cayley SGD.
     """
 
     epochs: int = 15
@@ -286,6 +345,9 @@ class FitSpec:
     weight_decay: float = 0.01
     final_lr: float = 1e-3
     warmup_steps: int = 0
+    rotation_lr: float = 1.5
+    inputs: Literal["original", "quantised"] = "original"
+    schedule: Literal["cosine", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, f"epochs {self.epochs}: at least 0")
@@ -295,9 +357,13 @@ class FitSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndSpec:
-    """End-to-end fit of the same parameters through all blocks: KL divergence to the original's logits.
+    """End-to-end fit of the same parameters through all blocks.
 
     Attributes:
+        objective: KL divergence to the original's logits, or cross entropy with the next token of the text.
+        round_weights: put weights on their grids while fitting. A solver that compensates rounding errors is better
+            served by parameters that were fitted to activations alone (SpinQuant, section 4.3).
+        rotation_lr: of rotations, by Cayley SGD.
         weight_lr: of the weights before transform and grid, which then train through their rounding as well
             (straight-through); 0 leaves them as they are.
         final_lr: where every cosine ends, as a share of `lr` (of `weight_lr` for weights).
@@ -309,6 +375,9 @@ class EndToEndSpec:
     lr: float = 1e-3
     clip_lr: float = 1e-2
     weight_lr: float = 0.0
+    rotation_lr: float = 1.5
+    objective: Literal["kl", "cross_entropy"] = "kl"
+    round_weights: bool = True
     final_lr: float = 0.0
     checkpoint: bool = True
 
@@ -438,7 +507,11 @@ class DataSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A method: a choice of parts. `transforms` maps a site (or `qk`, the keys and queries) to what sits there."""
+    """A method: a choice of parts.
+
+    `transforms` maps a site to what sits there; besides the sites there are `qk`, the keys and queries, and `residual`,
+    the stream that blocks read through their norms and add to.
+    """
 
     name: str
     scheme: Scheme
@@ -454,18 +527,27 @@ class Recipe:
             self.branch is None or self.branch.rounds == 1 or self.solver.codebook is None,
             f"recipe {self.name}: a branch is refined by rounding to a grid, which codebooks are not; use one round",
         )
-        unknown = sorted(set(self.transforms) - {*SITES, "qk"})
-        _check(not unknown, f"recipe {self.name}: no site {', '.join(unknown)}; sites are {', '.join(SITES)}, qk")
+        unknown = sorted(set(self.transforms) - {*SITES, "qk", "residual"})
+        known = ", ".join((*SITES, "qk", "residual"))
+        _check(not unknown, f"recipe {self.name}: no site {', '.join(unknown)}; sites are {known}")
         qk = self.transforms.get("qk", ())
-        _check(all(t.kind == "matrix" for t in qk) and len(qk) <= 1, f"recipe {self.name}: qk takes one matrix")
+        fits_qk = all(t.kind == "matrix" or (t.kind, t.init) == ("diagonal", "identity") for t in qk)
+        _check(fits_qk and len(qk) <= 1, f"recipe {self.name}: qk takes one matrix, or one diagonal that starts at 1")
+        clipped = [s for s in (self.scheme.weights, self.scheme.activations) if s and s.clip == "learned"]
+        trained = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
+        self._check_residual()
+        static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
+        tensors = static or (self.scheme.weights is not None and self.scheme.weights.scope == "tensor")
+        _check(
+            not tensors or not trained,
+            f"recipe {self.name}: one scale for a tensor is set before a fit could change what it covers",
+        )
         for site, parts in self.transforms.items():
             kinds = [t.kind for t in parts]
             _check(
                 kinds.count("diagonal") <= 1 and "diagonal" not in kinds[1:] and len(parts) <= 2,
                 f"recipe {self.name}, {site}: at most one diagonal, first, and one matrix or kronecker after it",
             )
-        clipped = [s for s in (self.scheme.weights, self.scheme.activations) if s and s.clip == "learned"]
-        trained = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         _check(
             trained or not clipped or bool(self.transforms),
             f"recipe {self.name}: learned clipping needs a fit; use clip='none' or give the recipe a fit",
@@ -473,7 +555,9 @@ class Recipe:
         if self.solver.codebook is not None and self.scheme.weights is not None:
             _check(not trained, f"recipe {self.name}: fits round weights to a uniform grid, which codebooks are not")
             _check(
-                self.scheme.weights.clip == "none" and self.scheme.weights.group_size is None,
+                self.scheme.weights.clip == "none"
+                and self.scheme.weights.group_size is None
+                and self.scheme.weights.scope == "row",
                 f"recipe {self.name}: codebooks have neither clip nor groups; use clip='none' and w{{bits}}",
             )
         if self.fit and self.fit.epochs:
@@ -483,9 +567,42 @@ class Recipe:
             )
         if self.end_to_end and self.end_to_end.steps:
             _check(
+                self.fit is None or self.fit.inputs == "original",
+                f"recipe {self.name}: no block is quantised before an end-to-end fit, so a fit on quantised inputs "
+                "cannot come before one",
+            )
+            weights = self.scheme.weights
+            _check(
+                self.end_to_end.round_weights or weights is None or weights.clip != "learned",
+                f"recipe {self.name}: weights that are not rounded in the fit have no clip to learn",
+            )
+            _check(
                 self.end_to_end.batch_size <= self.data.samples,
                 f"recipe {self.name}: end-to-end batch size {self.end_to_end.batch_size} exceeds "
                 f"{self.data.samples} samples",
+            )
+
+    def _check_residual(self) -> None:
+        residual = self.transforms.get("residual", ())
+        if not residual:
+            return
+        where = f"recipe {self.name}, residual"
+        rotates = residual[0].kind == "matrix" and residual[0].parameters in ("fixed", "rotation")
+        _check(
+            rotates and len(residual) == 1,
+            f"{where}: takes one matrix that is fixed or a rotation; only those commute with a norm",
+        )
+        fits_blocks = self.fit is not None and self.fit.epochs > 0
+        _check(
+            residual[0].parameters == "fixed" or not fits_blocks,
+            f"{where}: a rotation that all blocks share is trained end to end, not block by block",
+        )
+        for site in ("attn_in", "mlp_in"):
+            started = any(t.init in ("absmax", "second_moment") for t in self.transforms.get(site, ()))
+            _check(
+                not started,
+                f"{where}: the statistics that the diagonal at {site} starts from are those of the unrotated stream; "
+                "start it from the identity",
             )
 
     @property
@@ -493,7 +610,8 @@ class Recipe:
         """Whether calibration text is read at all: plain rounding needs none."""
         fits = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         starts = any(t.init in ("absmax", "second_moment") for parts in self.transforms.values() for t in parts)
-        return fits or starts or (self.solver.needs_hessian and self.scheme.weights is not None)
+        static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
+        return fits or starts or static or (self.solver.needs_hessian and self.scheme.weights is not None)
 
 
 # --------------------------------------------------------------------------------------------- a concrete model

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from flatquant.calibrate.end2end import kl_divergence
-from flatquant.calibrate.pipeline import calibrate
+from flatquant.calibrate.pipeline import calibrate, check_room, resident_bytes
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, ModelError, SpecError
 from flatquant.recipes import flatquant, gptq, rtn
@@ -58,6 +58,16 @@ def test_blocks_fitted_side_by_side_end_as_they_would_alone(model) -> None:
     (alone, _, a), (together, _, b) = (calibrated(model, recipe, side_by_side=k) for k in (1, 8))
     assert [x["losses"] for x in a.blocks] == [x["losses"] for x in b.blocks]
     assert same_bytes(alone, together)
+
+
+def test_an_end_to_end_fit_that_has_no_room_is_refused(model) -> None:
+    blocks = list(model.model.layers)
+    weights = sum(p.numel() for block in blocks for p in block.parameters())
+    frozen, trained = (resident_bytes(blocks, EndToEndSpec(steps=1, weight_lr=rate)) for rate in (0.0, 1e-4))
+    assert (frozen, trained) == (4 * weights, 16 * weights)
+    check_room(trained, trained)
+    with pytest.raises(CalibrationError, match=r"32\.0 GiB, and 8\.0 GiB are free; use --preset reference"):
+        check_room(1 << 35, 1 << 33)
 
 
 def test_recomputing_blocks_changes_nothing(model) -> None:
@@ -147,8 +157,6 @@ def test_recipes_that_do_not_fit_the_model_are_errors(model) -> None:
     one_line(SpecError, "7.mlp_mid.*0 to 1", model, rtn("w4,7.mlp_mid=w8"))
     one_line(SpecError, "group size 7 does not divide the 24 inputs", model, rtn("w4g7"))
     one_line(SpecError, "group size 3 .*40 inputs", model, rtn("w4g3"))
-    transforms = {"attn_out": flatquant().transforms["attn_in"]}
-    one_line(SpecError, "attn_out.*diagonal", model, Recipe(name="r", scheme=rtn("w4").scheme, transforms=transforms))
     transforms = {"attn_out": flatquant().transforms["qk"]}
     one_line(SpecError, "attn_out.*matrix", model, Recipe(name="r", scheme=rtn("w4").scheme, transforms=transforms))
 

@@ -1,5 +1,7 @@
 """Grids against the formulas of the paper, written again in numpy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flatquant.errors import SpecError
 from flatquant.modules import trainable_parameters
 from flatquant.quantizers import Dynamic, FixedClip, LearnedClip, NoClip, WeightGrid
-from flatquant.spec import QuantSpec
+from flatquant.solvers import RTN
+from flatquant.spec import QuantSpec, Scheme
 
 SIGMA4 = 1 / (1 + np.exp(-4.0))
 BITS = st.integers(2, 8)
@@ -294,3 +298,50 @@ def test_a_clip_starts_where_its_spec_says() -> None:
     assert (low.item(), high.item()) == (-1.0, 3.0)
     w = WeightGrid.for_weight(spec, (2, 4)).clamp(torch.tensor([[-4.0, 0, 1, 2], [-2.0, 0, 1, 8]]))
     assert w.tolist() == [[-2.0, 0, 1, 1], [-1.0, 0, 1, 4]]
+
+
+# ------------------------------------------------------------------------------------------- fixed and searched
+
+
+def test_a_fixed_clip_scales_the_range_and_is_not_trained() -> None:
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    for symmetric in (True, False):
+        plain = Dynamic(QuantSpec(bits=4, symmetric=symmetric))
+        cut = Dynamic(QuantSpec(bits=4, symmetric=symmetric, clip="fixed", clip_ratio=0.9))
+        torch.testing.assert_close(cut.grid(x)[0], 0.9 * plain.grid(x)[0])
+        assert not any(trainable_parameters(cut).values())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [None, 8])
+def test_a_searched_clip_errs_less(symmetric: bool, group: int | None) -> None:
+    w = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    w[0, 3] = 12.0
+    spec = QuantSpec(bits=3, symmetric=symmetric, group_size=group)
+    plain, searched = WeightGrid(spec), WeightGrid(dataclasses.replace(spec, clip="search"))
+
+    def error(grid: WeightGrid) -> torch.Tensor:
+        rounded = RTN().solve(w, grid, None).dequantize()
+        return (rounded - w).abs().pow(2.4).unflatten(-1, (-1, group or 32)).sum(-1)
+
+    assert (error(searched) <= error(plain) + 1e-5).all()
+    assert error(searched).sum() < 0.97 * error(plain).sum()
+    ratio = searched.grid(w)[0] / plain.grid(w)[0]
+    assert ((ratio > 0.2) & (ratio <= 1.0)).all()
+    torch.testing.assert_close(ratio * 100, (ratio * 100).round(), rtol=0, atol=1e-3)
+    assert torch.equal(searched(w), plain(w))  # in a fit
+
+
+@pytest.mark.parametrize("where, clip", [("weights", "fixed"), ("activations", "search"), ("keys", "search")])
+def test_clips_are_refused_where_they_make_no_sense(where: str, clip: str) -> None:
+    with pytest.raises(SpecError, match=where):
+        Scheme(**{where: QuantSpec(bits=4, clip=clip)})  # type: ignore[arg-type]
+
+
+def test_clips_of_a_scheme() -> None:
+    scheme = Scheme.parse("w4a4k4v8", clip="none").with_clips(weights="search", activations=0.9, cache=0.95, up_to=4)
+    assert scheme.weights == QuantSpec(bits=4, clip="search")
+    assert scheme.activations == QuantSpec(bits=4, clip="fixed", clip_ratio=0.9)
+    assert scheme.keys == QuantSpec(bits=4, symmetric=False, clip="fixed", clip_ratio=0.95)
+    assert scheme.values == QuantSpec(bits=8, symmetric=False)
+    assert Scheme.parse("w16", clip="none").with_clips(weights="search") == Scheme()

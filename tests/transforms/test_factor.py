@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flatquant.modules import trainable_parameters
 from flatquant.spec import TransformSpec
-from flatquant.transforms import DirectFactor, Factor, SVDFactor, make_factor
+from flatquant.transforms import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor, make_factor
 from flatquant.transforms.factor import cayley, polish
 from flatquant.transforms.start import random_hadamard, random_orthogonal
 
@@ -103,6 +103,33 @@ def test_all_parameters_are_declared_for_training(kind: type) -> None:
     assert {id(p) for p in trainable_parameters(factor)["transform"]} == {id(p) for p in factor.parameters()}
 
 
+# ------------------------------------------------------------------------------------------ orthogonal ones
+
+
+@pytest.mark.parametrize("kind", [FixedFactor, OrthogonalFactor])
+@pytest.mark.parametrize("n", [1, 2, 9, 12, 30])
+def test_orthogonal_factors_are_their_own_inverse_transpose(kind: type, n: int) -> None:
+    start = random_hadamard(n, generator())
+    factor = kind(start).double()  # a start that was rounded to float32
+    assert factor.size == n
+    eye = torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close(factor.matrix().mT @ factor.inverse_t(), eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(factor.matrix().mT @ factor.matrix(), eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(factor.matrix().float(), start, rtol=0, atol=1e-6)
+
+
+def test_only_a_rotation_is_trained_and_its_gradient_is_tangent() -> None:
+    start = random_orthogonal(7, generator())
+    assert not any(trainable_parameters(FixedFactor(start)).values())
+    factor = OrthogonalFactor(start).double()
+    assert [id(p) for p in trainable_parameters(factor)["rotation"]] == [id(factor.q)]
+    target = torch.randn(7, 7, generator=generator(), dtype=torch.float64)
+    (factor.matrix() * target).sum().backward()
+    q, grad = factor.q.detach(), factor.q.grad
+    assert grad is not None
+    torch.testing.assert_close(q.mT @ grad + grad.mT @ q, torch.zeros_like(q), rtol=0, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ parts
 
 
@@ -147,6 +174,13 @@ def test_a_hadamard_of_a_power_of_two_spreads_every_channel_evenly() -> None:
     torch.testing.assert_close(h.abs(), torch.full((16, 16), 0.25), rtol=0, atol=0)
 
 
+def test_a_hadamard_start_leaves_no_more_to_chance_than_it_must() -> None:
+    for n, d in ((12, 12), (20, 20), (36, 36), (18, 2), (88, 88)):
+        magnitudes = random_hadamard(n, generator()).abs().unflatten(0, (-1, d)).unflatten(-1, (-1, d))
+        spread = magnitudes.amax((1, 3)) - magnitudes.amin((1, 3))  # inside every d x d tile
+        assert float(spread.max()) < 1e-6
+
+
 def test_random_starts_leave_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
     random_orthogonal(5, generator())
@@ -154,7 +188,10 @@ def test_random_starts_leave_the_global_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("parameters, kind", [("direct", DirectFactor), ("svd", SVDFactor)])
+@pytest.mark.parametrize(
+    "parameters, kind",
+    [("direct", DirectFactor), ("svd", SVDFactor), ("fixed", FixedFactor), ("rotation", OrthogonalFactor)],
+)
 @pytest.mark.parametrize("init", ["orthogonal", "hadamard", "identity"])
 def test_make_factor_makes_what_the_spec_says(parameters, kind: type, init) -> None:
     factor = make_factor(TransformSpec(kind="matrix", parameters=parameters, init=init), 12, generator(4))

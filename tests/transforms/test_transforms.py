@@ -15,6 +15,7 @@ from flatquant.transforms import (
     Identity,
     Kronecker,
     Matrix,
+    MovedGain,
     SVDFactor,
     Transform,
     Written,
@@ -105,6 +106,13 @@ def test_written_leaves_activations_and_undoes_in_weights() -> None:
     x = random(3, 4, seed=2)
     assert Written(inner)(x) is x
     torch.testing.assert_close(Written(inner).inverse_t(x), inner.inverse_t(x))
+
+
+def test_a_moved_gain_is_the_norm_s_of_before() -> None:
+    gain, x, w = random(4, seed=3), random(3, 4, seed=2), random(5, 4, seed=1)
+    moved = MovedGain(gain)
+    assert moved(x) is x
+    torch.testing.assert_close(moved(x) @ moved.inverse_t(w).mT, (x * gain) @ w.mT)
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -18,7 +18,7 @@ def _site(*, grids: bool, bias: tuple[bool, bool] = (True, False)) -> tuple[FitS
     kron = Kronecker(make_factor(spec, 3, generator), make_factor(spec, 4, generator))
     transform = Compose([Diagonal(torch.rand(12) + 0.5), kron]).double()
     grid = QuantSpec(bits=4, clip="learned") if grids else None
-    site = FitSite(transform, Dynamic(grid) if grid else None, grid, linears, [None, None])
+    site = FitSite(transform, Dynamic(grid) if grid else None, grid, linears, [(), ()])
     return site.double(), linears
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
-from flatquant.modules import GROUPS
+from flatquant.modules import Group, Scheduled
 from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
@@ -49,7 +49,7 @@ def fit_blocks(
 ) -> list[list[float]]:
     """Fit wrapped blocks, each on its own, all side by side.
 
-    Inputs and targets are full-precision activations, so no block waits for another's fit. A step of a small model
+    Where inputs are full-precision activations, no block waits for another's fit. A step of a small model
     leaves most of a GPU idle: on CUDA every block's steps run on a stream of their own.
 
     Args:
@@ -69,6 +69,10 @@ def fit_blocks(
     history: dict[int, list[float]] = {block.index: [] for block in blocks}
     per_epoch = _steps_per_epoch(blocks[0], spec)
     for epoch in range(spec.epochs if running else 0):
+        for block, _ in running:
+            for module in (m for root in block.fit.roots() for m in root.modules()):
+                if isinstance(module, Scheduled):
+                    module.begin_epoch(epoch, spec.epochs)
         losses: dict[int, list[Tensor]] = {block.index: [] for block, _ in running}
         for i in range(per_epoch):
             rows = slice(i * spec.batch_size, (i + 1) * spec.batch_size)
@@ -103,10 +107,14 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool) 
         loss = F.mse_loss(predicted.float(), y.float())
         return loss / loss.detach(), loss
 
+    rates: dict[Group, float] = {
+        "transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "rotation": spec.rotation_lr,
+    }  # fmt: skip
+    floors: dict[Group, float] = {g: spec.final_lr * (spec.lr if g == "clip" else rate) for g, rate in rates.items()}
     return Optimiser(
         fit.parameters(),
-        {"transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr},
-        floors=dict.fromkeys(GROUPS, spec.lr * spec.final_lr),
+        rates,
+        floors=rates if spec.schedule == "constant" else floors,
         steps=spec.epochs * _steps_per_epoch(block, spec),
         warmup=spec.warmup_steps,
         weight_decay=spec.weight_decay,

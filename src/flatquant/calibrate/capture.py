@@ -4,32 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flatquant.transforms import Factor
 from flatquant.wiring.apply import InputStatistics
 from flatquant.wiring.arch import Arch, submodule
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCall:
-    """How the model calls one block, besides the hidden states; the same for windows of one length."""
+    """How the model calls one block, besides the hidden states; the same for windows of one length.
+
+    `basis` is that of a block's residual stream once it is wrapped. Hidden states between blocks stay in the original
+    basis, so that both models' can be compared; a rotated block is entered and left through the basis.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    basis: Factor | None = None
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run a block.  # (B, T, h) -> (B, T, h)"""
+        if self.basis is not None:
+            hidden = hidden @ self.basis.matrix().to(hidden.dtype)
         out = block(hidden, *self.args, **self.kwargs)
-        return out if isinstance(out, Tensor) else out[0]
+        out = out if isinstance(out, Tensor) else out[0]
+        return out if self.basis is None else out @ self.basis.inverse_t().mT.to(out.dtype)
 
     def to(self, device: torch.device) -> BlockCall:
         """The same call with its tensors on `device`."""
-        return BlockCall(args=_to(self.args, device), kwargs=_to(self.kwargs, device))
+        return replace(self, args=_to(self.args, device), kwargs=_to(self.kwargs, device))
 
 
 def _to(value: Any, device: torch.device) -> Any:

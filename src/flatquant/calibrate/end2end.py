@@ -1,8 +1,8 @@
-"""End-to-end fit: the same parameters, through all blocks at once, by KL divergence to the original's logits.
+"""End-to-end fit: the same parameters, through all blocks at once, by what the model says.
 
 Block-wise reconstruction weighs every direction of a block's output alike; the KL divergence weighs what the model
 says. Nothing is added that costs at inference. The original's side is its last hidden states, kept from the block-wise
-pass: its logits are one product away.
+pass: its logits are one product away. The other objective, cross entropy with the text, needs no original (SpinQuant).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flatquant.calibrate.blockwise import autocast
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
-from flatquant.modules import GROUPS, Group
+from flatquant.modules import Group, trainable_parameters
 from flatquant.ops.divergence import kl_rows
 from flatquant.spec import EndToEndSpec
 from flatquant.transforms import shared_inverses
@@ -53,7 +54,7 @@ def fit_end_to_end(
         fits, calls: every block and how it is called.
         head: final norm and output embedding, (B, T, h) -> (B, T, V).
         inputs: hidden states before block 0, (N, T, h).
-        targets: the original's hidden states after the last block, (N, T, h).
+        targets: the original's hidden states after the last block, (N, T, h), or for cross entropy the tokens, (N, T).
         start: (steps done, losses so far, state) to go on from, as `save` received them.
         graph: on CUDA, replay steps from a CUDA graph.
         save: keeps the state at the end, and every `SAVE_EVERY` steps unless that would slow the fit by more than a
@@ -61,17 +62,17 @@ def fit_end_to_end(
         progress: called with (steps done, steps).
 
     Returns:
-        KL divergence of every step, nats per token.
+        KL divergence, or cross entropy, of every step, nats per token.
 
     Raises:
         CalibrationError: the divergence is not finite.
     """
-    parameters: dict[Group, list[nn.Parameter]] = {group: [] for group in GROUPS}
-    for fit in fits:
-        if spec.weight_lr:
+    if spec.weight_lr:
+        for fit in fits:
             fit.release_weights()
-        for group, ps in fit.parameters().items():
-            parameters[group].extend(ps)
+    parameters = trainable_parameters(*(root for fit in fits for root in fit.roots()))  # what blocks share, once
+    if not any(parameters.values()):
+        return []
 
     def run(fit: FitBlock, call: BlockCall, x: Tensor) -> Tensor:
         with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same
@@ -87,17 +88,30 @@ def fit_end_to_end(
 
     def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(x.device, dtype):
-            with torch.no_grad():
-                teacher = head(y)
+            teacher = None
+            if spec.objective == "kl":
+                with torch.no_grad():
+                    teacher = head(y)
             logits = student(x)
-        loss = kl_divergence(teacher, logits)
+        if teacher is None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten())
+        else:
+            loss = kl_divergence(teacher, logits)
         # The sum over tokens, not the mean: AdamW sees no difference, gradients in float16 do not underflow.
         return loss * (x.shape[0] * x.shape[1]), loss
 
+    rates: dict[Group, float] = {
+        "transform": spec.lr,
+        "scale": spec.lr,
+        "clip": spec.clip_lr,
+        "weight": spec.weight_lr,
+        # A rotation's step does depend on the size of gradients: its rate undoes the sum.
+        "rotation": spec.rotation_lr / (spec.batch_size * inputs.shape[1]),
+    }
     optimiser = Optimiser(
         parameters,
-        {"transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "weight": spec.weight_lr},
-        floors={**dict.fromkeys(GROUPS, spec.lr * spec.final_lr), "weight": spec.weight_lr * spec.final_lr},
+        rates,
+        floors={g: spec.final_lr * (spec.lr if g == "clip" else rate) for g, rate in rates.items()},
         steps=spec.steps,
         loss_fn=loss_fn,
         graph=graph,

@@ -1,4 +1,4 @@
-"""One optimiser for every fit: AdamW with a learning rate per group, a cosine, and on a GPU one graph per step.
+"""One optimiser for every fit: AdamW (Cayley SGD for rotations), a rate per group, a cosine, on a GPU a graph per step.
 
 A calibration step of a small model is bound by launches, not by arithmetic. On CUDA the whole step - forward,
 backward, update - is captured once per block in a CUDA graph and replayed; the first steps run eagerly and are real
@@ -11,12 +11,15 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flatquant.calibrate.cayley import CayleySGD
 from flatquant.modules import Group
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW; a rotation has none
 EAGER_STEPS = 3  # before capture: lazily made workspaces and optimiser state must exist
 
 
@@ -73,10 +76,19 @@ class Optimiser:
     ) -> None:
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
-        self.rates = [(rates[g], floors[g]) for g, ps in parameters.items() if ps]
-        groups = [{"params": ps, "lr": torch.tensor(rates[g], device=device)} for g, ps in parameters.items() if ps]
         on_gpu = device.type == "cuda"
-        self.adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, capturable=on_gpu, fused=on_gpu)
+        self.groups: list[tuple[dict[str, Any], float, float]] = []  # with the rate at the start and at the end
+        moved, turned = [], []
+        for name, ps in parameters.items():
+            if ps:
+                group = {"params": ps, "lr": torch.tensor(rates[name], device=device)}
+                self.groups.append((group, rates[name], floors[name]))
+                (turned if name == "rotation" else moved).append(group)
+        self.optimisers: list[torch.optim.Optimizer] = []
+        if moved:
+            self.optimisers.append(torch.optim.AdamW(moved, weight_decay=weight_decay, capturable=on_gpu, fused=on_gpu))
+        if turned:
+            self.optimisers.append(CayleySGD(turned))
         self.steps, self.warmup = steps, warmup
         self.loss_fn = loss_fn
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -88,7 +100,7 @@ class Optimiser:
         self.eager = 0
 
     def _set_rates(self) -> None:
-        for group, (rate, floor) in zip(self.adamw.param_groups, self.rates, strict=True):
+        for group, rate, floor in self.groups:
             group["lr"].fill_(cosine(self.done - 1, self.steps, self.warmup, rate, floor))
 
     def _gradients(self, *batch: Tensor) -> Tensor:
@@ -106,12 +118,17 @@ class Optimiser:
                     raise
                 # A family may use an operation without such a kernel: fit it all the same. The first step shows it.
                 self.reproducible = False
-                self.adamw.zero_grad(set_to_none=True)
+                self._forget_gradients()
         if not self.reproducible:
             loss = self._gradients(*batch)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self._forget_gradients()
         return loss.detach()
+
+    def _forget_gradients(self) -> None:
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
 
     def step(self, *batch: Tensor) -> Tensor:
         """One update on a batch; returns its loss, a scalar tensor that later steps do not overwrite.
@@ -153,10 +170,10 @@ class Optimiser:
         """Copies of parameters and moments, by position: all that the next step depends on."""
         out = {}
         for i, p in enumerate(self.parameters):
-            moments = self.adamw.state[p]
             out[f"{i}.value"] = p.detach().cpu().clone()
-            for name in ("exp_avg", "exp_avg_sq", "step"):
-                out[f"{i}.{name}"] = moments[name].detach().cpu().clone()
+            for optimiser in self.optimisers:
+                for name, moment in optimiser.state.get(p, {}).items():
+                    out[f"{i}.{name}"] = moment.detach().cpu().clone()
         return out
 
     @torch.no_grad()
@@ -165,5 +182,6 @@ class Optimiser:
         self.done = done
         for i, p in enumerate(self.parameters):
             p.copy_(state[f"{i}.value"])
-            names = ("exp_avg", "exp_avg_sq", "step")
-            self.adamw.state[p] = {n: state[f"{i}.{n}"].to(p.device, copy=True) for n in names}
+            moments = {n: state[f"{i}.{n}"].to(p.device, copy=True) for n in MOMENTS if f"{i}.{n}" in state}
+            if moments:
+                self.optimisers[0].state[p] = moments

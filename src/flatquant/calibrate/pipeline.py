@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -31,10 +31,11 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.runtime.build import install
 from flatquant.spec import EndToEndSpec, Plan, Recipe
-from flatquant.wiring.apply import FitBlock, fold_block, wrap_block
+from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
+from flatquant.wiring.residual import residual_factor, rotate_ends
 
 # (stage, done, total): "fit" counts epochs of all blocks, "end-to-end" steps, "solve" blocks.
 Progress = Callable[[str, int, int], None]
@@ -153,21 +154,31 @@ class _Run:
         self.state, self.progress, self.graph = state, progress, graph
         self.home = next(model.parameters()).device
         self.model_dtype = next(model.parameters()).dtype
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + len(self.blocks))  # one that no block has
+        self.residual = residual_factor(model, recipe, plan, generator)
+        if self.residual is not None:
+            self.residual.to(device)
         self.solver = make_solver(recipe.solver)
         self.report = Report()
         self.notes: dict[int, dict[str, Any]] = {}  # by block
         self.clock = Clock(seconds=self.report.seconds, device=device)
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
-        self.quantised_stream = self.solver.needs_hessian and recipe.scheme.weights is not None
-        self.output_adaptive = self.quantised_stream and recipe.solver.hessian == "output_adaptive"
+        self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
+        self.quantised_stream = self.feeds_fit or (self.solver.needs_hessian and recipe.scheme.weights is not None)
+        self.output_adaptive = self.solver.needs_hessian and recipe.solver.hessian == "output_adaptive"
+        self.output_adaptive &= recipe.scheme.weights is not None
         self.side_by_side = side_by_side or 1
-        # Output-adaptive gradients pass through the blocks after one as they were: not wrapped.
-        if side_by_side is None and graph and device.type == "cuda" and not self.output_adaptive:
+        if side_by_side is None and graph and device.type == "cuda":
             self.side_by_side = max(1, min(MOST_TOGETHER, self._full // self._fit_batch))
+        # A block waits for the one before it, or its gradients come through the ones after it as they were.
+        if self.feeds_fit or self.output_adaptive:
+            self.side_by_side = 1
 
     def __call__(self) -> Report:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            if self.end_to_end is not None:
+                check_room(resident_bytes(self.blocks, self.end_to_end), torch.cuda.mem_get_info(self.device)[0])
         seams.use_attention(self.model)
         first, calls = self._capture()
         if self.output_adaptive:
@@ -179,7 +190,7 @@ class _Run:
         for start in range(0, len(calls), self.side_by_side):
             group = range(start, min(start + self.side_by_side, len(calls)))
             wrapped, hidden = self._wrap(group, calls, hidden)
-            self._fit(wrapped)
+            self._fit(wrapped, quantised if self.feeds_fit else None)
             fits += [w.fit for w in wrapped]
             if self.end_to_end is None:
                 for w in wrapped:
@@ -192,13 +203,16 @@ class _Run:
             assert hidden is not None
             # Solved blocks are only kept on their own where no end-to-end fit follows: all are wrapped here.
             wrapped = [fit for fit in fits if fit is not None]
-            self._fit_end_to_end(self.end_to_end, wrapped, calls, first, hidden)
+            rotated = [self._rotated(call) for call in calls]
+            self._fit_end_to_end(self.end_to_end, wrapped, rotated, first, hidden)
             for index, fit in enumerate(wrapped):
                 self._fold(index, fit)
             for index in range(len(calls)):
                 with _named(index):
                     quantised = self._solve(index, calls, quantised, solved=False)
         self.report.blocks = [note for _, note in sorted(self.notes.items())]
+        if self.residual is not None:
+            rotate_ends(self.model, self.arch, self.residual)
         if self.device.type == "cuda":
             self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
         return self.report
@@ -242,10 +256,17 @@ class _Run:
         if self.state is not None and self.state.has(solved_name(index)):
             return None, targets
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        return wrap_block(block, self.arch, plan, self.recipe, statistics, generator), targets
+        fit = wrap_block(block, self.arch, plan, self.recipe, statistics, generator, residual=self.residual)
+        return fit, targets
 
-    def _fit(self, wrapped: list[_Wrapped]) -> None:
-        """Fit the blocks that no earlier run has fitted."""
+    def _rotated(self, call: BlockCall) -> BlockCall:
+        """How a block is called once it is wrapped."""
+        return replace(call, basis=self.residual)
+
+    def _fit(self, wrapped: list[_Wrapped], quantised: Tensor | None) -> None:
+        """Fit the blocks that no earlier run has fitted; on `quantised` inputs (then one block at a time) if given."""
+        if quantised is not None:
+            wrapped = [replace(w, inputs=quantised) for w in wrapped]
         todo: list[_Wrapped] = []
         for w in wrapped:
             if w.fit is None:
@@ -266,7 +287,7 @@ class _Run:
     def _fit_blocks(self, todo: list[_Wrapped]) -> list[list[float]]:
         spec = self.recipe.fit
         blocks = [
-            BlockFit(index=w.index, fit=w.fit, call=w.call, inputs=w.inputs, targets=w.targets)
+            BlockFit(index=w.index, fit=w.fit, call=self._rotated(w.call), inputs=w.inputs, targets=w.targets)
             for w in todo
             if w.fit is not None and w.inputs is not None and w.targets is not None
         ]
@@ -294,7 +315,10 @@ class _Run:
             if self.state is not None:
                 self.state.save(END_TO_END, tensors, {"step": step, "losses": losses})
 
-        with self.clock("end to end"):
+        if spec.objective == "cross_entropy":
+            assert self.tokens is not None
+            targets = self.tokens.to(self.device)
+        with self.clock("end to end"), unrounded_weights(() if spec.round_weights else fits):
             self.report.end_to_end = fit_end_to_end(
                 fits,
                 calls,
@@ -326,7 +350,7 @@ class _Run:
 
     def _solve(self, index: int, calls: list[BlockCall], quantised: Tensor | None, *, solved: bool) -> Tensor | None:
         """Round a folded block, or take what an earlier run solved; its outputs on the quantised stream, if needed."""
-        block, plan, call = self.blocks[index], self.plan.blocks[index], calls[index]
+        block, plan, call = self.blocks[index], self.plan.blocks[index], self._rotated(calls[index])
         if solved:
             assert self.state is not None
             tensors, self.notes[index] = self.state.load(solved_name(index))
@@ -364,11 +388,13 @@ class _Run:
     def _output_hessians(self, index: int, calls: list[BlockCall], quantised: Tensor | None) -> dict[str, Tensor]:
         assert quantised is not None
         assert self.tokens is not None
+        # After an end-to-end fit all blocks are folded, otherwise those that come later are as they were.
+        after = calls[index + 1 :] if self.end_to_end is None else [self._rotated(c) for c in calls[index + 1 :]]
 
         def loss(hidden: Tensor, ids: Tensor) -> Tensor:
             """Cross entropy of a sequence, summed: a mean would underflow half precision on its way back."""
             with autocast(self.device, self.dtype):
-                for block, call in zip(self.blocks[index + 1 :], calls[index + 1 :], strict=True):
+                for block, call in zip(self.blocks[index + 1 :], after, strict=True):
                     hidden = call(block, hidden)
                 logits = self._head(hidden)
             return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum")
@@ -377,7 +403,7 @@ class _Run:
             output_hessians,
             self.blocks[index],
             self.plan.blocks[index],
-            calls[index],
+            self._rotated(calls[index]),
             loss,
             quantised,
             self.tokens.to(self.device),
@@ -395,6 +421,25 @@ class _Run:
     def batch(self) -> int:
         """Windows per forward pass outside the fit."""
         return max(self._full, self._fit_batch) if self.device.type == "cuda" else self._fit_batch
+
+
+def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec) -> int:
+    """What an end-to-end fit keeps on the device besides activations: weights; trained, with gradient and moments."""
+    weights = sum(p.numel() for block in blocks for p in block.parameters())
+    return weights * (16 if spec.weight_lr else 4)
+
+
+def check_room(needed: int, free: int) -> None:
+    """Refuse a fit that cannot fit, before any work.
+
+    Raises:
+        CalibrationError: fewer than `needed` bytes are free.
+    """
+    if needed > free:
+        raise CalibrationError(
+            f"the end-to-end fit keeps all blocks on the device, {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
+            "are free; use --preset reference, which has one block there at a time, or a larger GPU"
+        )
 
 
 END_TO_END = "end-to-end"

@@ -3,19 +3,31 @@
 from collections.abc import Callable
 
 from flatquant.errors import SpecError
+from flatquant.recipes.affinequant import affinequant
 from flatquant.recipes.flatquant import flatquant
+from flatquant.recipes.flattenquant import flattenquant
 from flatquant.recipes.gptq import gptq
 from flatquant.recipes.oac import oac
+from flatquant.recipes.omniquant import omniquant
+from flatquant.recipes.quarot import quarot
 from flatquant.recipes.rtn import rtn
+from flatquant.recipes.smoothquant import smoothquant
+from flatquant.recipes.spinquant import spinquant
 from flatquant.recipes.svdquant import svdquant
 from flatquant.recipes.vptq import vptq
 from flatquant.spec import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
+    "affinequant": affinequant,
     "flatquant": flatquant,
+    "flattenquant": flattenquant,
     "gptq": gptq,
     "oac": oac,
+    "omniquant": omniquant,
+    "quarot": quarot,
     "rtn": rtn,
+    "smoothquant": smoothquant,
+    "spinquant": spinquant,
     "svdquant": svdquant,
     "vptq": vptq,
 }
@@ -32,4 +44,20 @@ def recipe(method: str, scheme: str, preset: str = "reference") -> Recipe:
     return RECIPES[method](scheme, preset=preset)
 
 
-__all__ = ["RECIPES", "Recipe", "flatquant", "gptq", "oac", "recipe", "rtn", "svdquant", "vptq"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "affinequant",
+    "flatquant",
+    "flattenquant",
+    "gptq",
+    "oac",
+    "omniquant",
+    "quarot",
+    "recipe",
+    "rtn",
+    "smoothquant",
+    "spinquant",
+    "svdquant",
+    "vptq",
+]

@@ -36,7 +36,11 @@ def transforms(scale: TransformSpec) -> dict[str, Transforms]:
 
 
 def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Recipe:
-    """The paper's recipe (`reference`), or one that a laptop CPU finishes in minutes (`quick`).
+    """The paper's recipe (`reference`), a more accurate one (`best`), or one for minutes of a laptop CPU (`quick`).
+
+    `best` spends few epochs on block-wise reconstruction and then fits all blocks at once by KL divergence to the
+    original, the weights included (quantisation-aware distillation, arXiv 2601.20088), at the same cost of inference
+    (docs/experiments.md, "What the `best` preset is made of"). It keeps all blocks on the device: 16 bytes a weight.
 
     `quick` sees too little text for block-wise reconstruction, which then fits noise: it starts from scales that
     balance second moments and clips near where they end, and spends its minutes on end-to-end steps
@@ -54,6 +58,16 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
             solver=SolverSpec(kind="rtn"),
             data=DataSpec(samples=128, seqlen=2048),
         )
+    if preset == "best":
+        return Recipe(
+            name="flatquant",
+            scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
+            transforms=transforms(BALANCED_SCALE),
+            fit=FitSpec(epochs=3, batch_size=4, lr=5e-3, clip_lr=5e-2),
+            end_to_end=EndToEndSpec(steps=200, batch_size=4, lr=2e-3, clip_lr=2e-2, weight_lr=1e-4),
+            solver=SolverSpec(kind="rtn"),
+            data=DataSpec(samples=128, seqlen=2048),
+        )
     if preset == "quick":
         return Recipe(
             name="flatquant",
@@ -63,4 +77,4 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
             solver=SolverSpec(kind="rtn"),
             data=DataSpec(samples=40, seqlen=256),
         )
-    raise SpecError(f"unknown preset {preset!r}; known: quick, reference")
+    raise SpecError(f"unknown preset {preset!r}; known: best, quick, reference")

@@ -4,6 +4,7 @@ from flatquant.errors import SpecError
 from flatquant.spec import DataSpec, Recipe, Scheme, SolverSpec
 
 DATA = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
+DATA["best"] = DATA["reference"]
 
 
 def gptq(scheme: str | Scheme, preset: str = "reference") -> Recipe:

@@ -12,7 +12,7 @@ from flatquant import seams
 from flatquant.codebook import Book, index_dtype
 from flatquant.errors import ArtifactError
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import Dynamic, FixedClip, NoClip
+from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -68,17 +68,18 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _dynamic(spec: QuantSpec | None) -> Dynamic | None:
     if spec is None:
         return None
-    return Dynamic(spec, FixedClip(_empty(2)) if spec.clip == "learned" else NoClip())
+    return Dynamic(spec, NoClip() if spec.clip == "none" else FixedClip(_empty(2)))
 
 
 def _site(plan: SitePlan) -> FrozenSite:
     n1, n2 = plan.shape
-    return FrozenSite(
-        _empty(n1, n1) if plan.left else None,
-        _empty(n2, n2) if plan.right else None,
-        _dynamic(plan.activations),
-        _empty(plan.rank, n1 * n2, dtype=torch.float16) if plan.rank else None,
-    )
+    spec = plan.activations
+    if spec is not None and spec.scope == "tensor":
+        grid = SplitGrid(spec, _empty(1), _empty(n1 * n2, dtype=torch.uint8))
+    else:
+        grid = _dynamic(spec)
+    left, right = _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None
+    return FrozenSite(left, right, grid, _empty(plan.rank, n1 * n2, dtype=torch.float16) if plan.rank else None)
 
 
 def _linear(linear: nn.Linear, site: FrozenSite, plan: SitePlan, packed: bool) -> SiteLinear:

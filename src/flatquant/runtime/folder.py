@@ -283,13 +283,15 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
             for side in ("left", "right"):
                 if getattr(site, side):
                     kinds[f"{root}flatquant.{name}.{side}"] = "transforms"
-            if site.activations and site.activations.clip == "learned":
+            if site.activations and site.activations.scope == "tensor":
+                kinds |= {f"{root}flatquant.{name}.activations.{n}": "transforms" for n in ("step", "copies")}
+            if site.activations and site.activations.clip != "none":
                 kinds[f"{root}flatquant.{name}.activations.clip.ratio"] = "transforms"
         attention = f"{root}{plan.attention}.flatquant_kv."
         if block.qk:
             kinds |= {attention + "key_matrix": "transforms", attention + "query_matrix": "transforms"}
         for name, spec in (("keys", block.keys), ("values", block.values)):
-            if spec and spec.clip == "learned":
+            if spec and spec.clip != "none":
                 kinds[f"{attention}{name}.clip.ratio"] = "transforms"
     return kinds
 

@@ -17,7 +17,7 @@ from flatquant.modules import ExactBuffers
 from flatquant.ops.int_linear.reference import int_linear
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import Dynamic
+from flatquant.quantizers import Dynamic, SplitGrid
 from flatquant.spec import QuantSpec
 
 
@@ -33,7 +33,11 @@ class FrozenSite(ExactBuffers):
     down: Tensor | None
 
     def __init__(
-        self, left: Tensor | None, right: Tensor | None, activations: Dynamic | None, down: Tensor | None = None
+        self,
+        left: Tensor | None,
+        right: Tensor | None,
+        activations: Dynamic | SplitGrid | None,
+        down: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("left", left)

@@ -2,25 +2,35 @@
 
 from flatquant.transforms.base import Identity, Transform
 from flatquant.transforms.compose import Compose
-from flatquant.transforms.diagonal import Diagonal
-from flatquant.transforms.factor import DirectFactor, Factor, SVDFactor, shared_inverses
+from flatquant.transforms.diagonal import Diagonal, HeadDiagonal
+from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor, shared_inverses
+from flatquant.transforms.hadamard import hadamard_split
 from flatquant.transforms.kronecker import Kronecker, kronecker_split
+from flatquant.transforms.masked import HeadMatrices, MaskedFactor
 from flatquant.transforms.matrix import Matrix
-from flatquant.transforms.start import make_factor
-from flatquant.transforms.written import Written
+from flatquant.transforms.start import make_factor, make_masked
+from flatquant.transforms.written import MovedGain, Written
 
 __all__ = [
     "Compose",
     "Diagonal",
     "DirectFactor",
     "Factor",
+    "FixedFactor",
+    "HeadDiagonal",
+    "HeadMatrices",
     "Identity",
     "Kronecker",
+    "MaskedFactor",
     "Matrix",
+    "MovedGain",
+    "OrthogonalFactor",
     "SVDFactor",
     "Transform",
     "Written",
+    "hadamard_split",
     "kronecker_split",
     "make_factor",
+    "make_masked",
     "shared_inverses",
 ]

@@ -36,6 +36,49 @@ class Diagonal(Transform, Trainable):
         return w / self.scale
 
 
+class HeadDiagonal(Transform, Trainable):
+    """One scale per channel of every key or value head, shared by the query heads that read that head.
+
+    The head's writer applies `scale` to its output; this transform is what its readers see.
+    """
+
+    group = "scale"
+
+    def __init__(self, scale: Tensor, head_dim: int, readers: int, *, paired: bool = False) -> None:
+        """Start from `scale`, positive, (kv_heads * head_dim,); `readers` query heads read a head.
+
+        Args:
+            paired: channels j and j + head_dim / 2 share a scale, which then commutes with RoPE's rotation of the two
+                (the official code of learned equivalent transformations lacks this, and changes the function).
+        """
+        super().__init__()
+        log = scale.clamp(1 / BOUND, BOUND).log().unflatten(0, (-1, head_dim))  # (kv_heads, head_dim)
+        self.log_scale = nn.Parameter((log[:, : head_dim // 2] + log[:, head_dim // 2 :]) / 2 if paired else log)
+        self.readers, self.paired = readers, paired
+
+    @property
+    def scale(self) -> Tensor:
+        """c.  # (kv_heads * head_dim,)"""
+        log = torch.cat([self.log_scale, self.log_scale], 1) if self.paired else self.log_scale
+        return log.exp().flatten()
+
+    @property
+    def spread(self) -> Tensor:
+        """c as the query heads see it.  # (heads * head_dim,)"""
+        heads = self.scale.unflatten(0, (len(self.log_scale), -1))
+        return heads.repeat_interleave(self.readers, 0).flatten()
+
+    def write(self, y: Tensor) -> Tensor:
+        """What the heads' writer gives, times c.  # (.., kv_heads * head_dim)"""
+        return y * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.spread).to(x.dtype)
+
+    def inverse_t(self, w: Tensor) -> Tensor:
+        return w / self.spread
+
+
 def absmax_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
     """The paper's start, wmax^(1-alpha) / xmax^alpha (SmoothQuant, eq. 4, inverted; FlatQuant's code).
 

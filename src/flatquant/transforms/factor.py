@@ -1,16 +1,20 @@
 """Square matrices with a differentiable inverse transpose: the building blocks of `Matrix` and `Kronecker`.
 
-Two parameterisations (FlatQuant, section 3.1 and appendix; both end within 3 % of each other's loss):
+Two parameterisations of any invertible matrix (FlatQuant, section 3.1 and appendix; both end within 3 % of each other's
+loss):
 - `DirectFactor` trains the entries of P. A batched, sync-free solve gives the inverse.
 - `SVDFactor` trains U diag(d) V^T. Its inverse transpose, U diag(1/d) V^T, needs no general inverse, and d shows the
   conditioning. U and V are a fixed start times a Cayley factor (I - A/2)^-1 (I + A/2) of a skew A that starts at 0, so
   that P starts at exactly the matrix asked for.
+
+And two that are orthogonal, P^-T = P: `FixedFactor` stays what it is (QuaRot), `OrthogonalFactor` is trained on the
+manifold of orthogonal matrices (SpinQuant).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,10 +23,8 @@ from torch import Tensor, nn
 from flatquant.modules import Trainable
 
 
-class Factor(Trainable, ABC):
-    """An invertible (n, n) matrix with trainable entries."""
-
-    group = "transform"
+class Factor(nn.Module, ABC):
+    """An invertible (n, n) matrix."""
 
     @property
     @abstractmethod
@@ -38,8 +40,10 @@ class Factor(Trainable, ABC):
         """P^-T.  # (n, n)"""
 
 
-class DirectFactor(Factor):
+class DirectFactor(Factor, Trainable):
     """P is the parameter."""
+
+    group = "transform"
 
     def __init__(self, start: Tensor) -> None:
         """Start from `start`, (n, n), invertible."""
@@ -61,8 +65,8 @@ class DirectFactor(Factor):
 
 
 @contextmanager
-def shared_inverses(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Invert all `DirectFactor`s in `modules` together, once, for as long as the context lasts.
+def shared_inverses(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Invert all `DirectFactor`s in `modules` together, and polish orthogonal ones, once while the context lasts.
 
     A GPU inverts one small matrix no faster than a batch of them. Factors of similar size are padded with an identity
     to a common one. Gradients flow as they would one by one.
@@ -80,15 +84,20 @@ def shared_inverses(modules: Iterable[nn.Module]) -> Iterator[None]:
         inverses = torch.linalg.inv_ex(torch.stack(padded)).inverse  # (batch, size, size)
         for factor, inverse in zip(members, inverses.unbind(), strict=True):
             factor.shared = inverse[: factor.size, : factor.size]
+    orthogonal = {id(m): m for root in modules for m in root.modules() if isinstance(m, FixedFactor | OrthogonalFactor)}
+    for factor in orthogonal.values():
+        factor.shared = polish(factor.q)
     try:
         yield
     finally:
-        for factor in factors.values():
+        for factor in (*factors.values(), *orthogonal.values()):
             factor.shared = None
 
 
-class SVDFactor(Factor):
+class SVDFactor(Factor, Trainable):
     """P = U diag(exp(log_d)) V^T with U, V orthogonal."""
+
+    group = "transform"
 
     u0: Tensor
     v0: Tensor
@@ -118,6 +127,54 @@ class SVDFactor(Factor):
     def inverse_t(self) -> Tensor:
         u, v = self._orthogonal()
         return (u * (-self.log_d).exp()) @ v.mT
+
+
+class FixedFactor(Factor):
+    """An orthogonal P that is not trained."""
+
+    q: Tensor
+
+    def __init__(self, start: Tensor) -> None:
+        """Stay at `start`, (n, n), orthogonal."""
+        super().__init__()
+        self.register_buffer("q", start.clone())
+        self.shared: Tensor | None = None  # set while `shared_inverses` lasts
+
+    @property
+    def size(self) -> int:
+        return self.q.shape[0]
+
+    def matrix(self) -> Tensor:
+        return polish(self.q) if self.shared is None else self.shared
+
+    def inverse_t(self) -> Tensor:
+        return self.matrix()
+
+
+class OrthogonalFactor(Factor, Trainable):
+    """An orthogonal P that an optimiser on the manifold trains.
+
+    `polish` takes out what its steps leave of a deviation, and its derivative projects gradients onto the manifold's
+    tangent space: only turning counts, not stretching.
+    """
+
+    group = "rotation"
+
+    def __init__(self, start: Tensor) -> None:
+        """Start from `start`, (n, n), orthogonal."""
+        super().__init__()
+        self.q = nn.Parameter(start.clone())
+        self.shared: Tensor | None = None  # set while `shared_inverses` lasts
+
+    @property
+    def size(self) -> int:
+        return self.q.shape[0]
+
+    def matrix(self) -> Tensor:
+        return polish(self.q) if self.shared is None else self.shared
+
+    def inverse_t(self) -> Tensor:
+        return self.matrix()
 
 
 def polish(u: Tensor) -> Tensor:

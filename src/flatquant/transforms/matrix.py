@@ -17,4 +17,4 @@ class Matrix(Transform):
         return x @ self.factor.matrix().to(x.dtype)
 
     def inverse_t(self, w: Tensor) -> Tensor:
-        return w @ self.factor.inverse_t()
+        return w @ self.factor.inverse_t().to(w.dtype)

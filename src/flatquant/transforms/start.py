@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from flatquant.spec import TransformSpec
-from flatquant.transforms.factor import DirectFactor, Factor, SVDFactor
+from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor
+from flatquant.transforms.hadamard import hadamard, largest_hadamard_divisor
+from flatquant.transforms.masked import MaskedFactor
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
@@ -16,19 +18,28 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
 
 
 def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
-    """diag(+-1) H of the largest power of two that divides n, times a Haar factor for the rest.  # float32, (n, n)"""
-    power = n & -n
-    h = torch.ones(1, 1)
-    while h.shape[0] < power:  # Sylvester's doubling
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    h = h / math.sqrt(power)
-    signs = torch.randint(0, 2, (power,), generator=generator).float() * 2 - 1
-    rest = random_orthogonal(n // power, generator) if n > power else torch.ones(1, 1)
-    return torch.kron(rest.contiguous(), h * signs[:, None])
+    """diag(+-1) H / sqrt(d), d the largest divisor of n with a Hadamard matrix, times a Haar factor for the rest.
+
+    576 is all Hadamard, 9 is all Haar, 90 is 45 (Haar) x 2.  # float32, (n, n)
+    """
+    d = largest_hadamard_divisor(n)
+    signs = torch.randint(0, 2, (d,), generator=generator).float() * 2 - 1
+    h = hadamard(d) / math.sqrt(d) * signs[:, None]
+    return torch.kron(random_orthogonal(n // d, generator).contiguous(), h) if n > d else h
+
+
+def make_masked(spec: TransformSpec, n: int, batch: tuple[int, ...] = ()) -> MaskedFactor:
+    """A masked (n, n) factor, or a batch of them; it starts at the identity."""
+    return MaskedFactor(n, spec.stability, batch=batch)
+
+
+FACTORS = {"direct": DirectFactor, "svd": SVDFactor, "fixed": FixedFactor, "rotation": OrthogonalFactor}
 
 
 def make_factor(spec: TransformSpec, n: int, generator: torch.Generator) -> Factor:
-    """A trainable (n, n) factor as `spec` asks; random starts draw from `generator` (a CPU generator)."""
+    """An (n, n) factor as `spec` asks; random starts draw from `generator` (a CPU generator)."""
+    if spec.parameters == "masked":
+        return make_masked(spec, n)
     match spec.init:
         case "orthogonal":
             start = random_orthogonal(n, generator)
@@ -36,4 +47,4 @@ def make_factor(spec: TransformSpec, n: int, generator: torch.Generator) -> Fact
             start = random_hadamard(n, generator)
         case _:
             start = torch.eye(n)
-    return DirectFactor(start) if spec.parameters == "direct" else SVDFactor(start)
+    return FACTORS[spec.parameters](start)

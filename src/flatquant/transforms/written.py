@@ -1,5 +1,6 @@
-"""A transform that the writer of a tensor has already applied: its readers' weights undo it, nothing runs online."""
+"""Transforms that the writer of a tensor has already applied: its readers' weights undo them, nothing runs online."""
 
+import torch
 from torch import Tensor
 
 from flatquant.transforms.base import Transform
@@ -17,3 +18,23 @@ class Written(Transform):
 
     def inverse_t(self, w: Tensor) -> Tensor:
         return self.inner.inverse_t(w)
+
+
+class MovedGain(Transform):
+    """A norm's gain g that its readers have taken over, so that the norm commutes with rotations (QuaRot, section 3).
+
+    Identity on activations, w * g on weights.
+    """
+
+    gain: Tensor
+
+    def __init__(self, gain: Tensor) -> None:
+        """Take over `gain`, (n,), float32 or float64; the norm's own is then 1."""
+        super().__init__()
+        self.register_buffer("gain", gain.detach().to(torch.promote_types(gain.dtype, torch.float32), copy=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def inverse_t(self, w: Tensor) -> Tensor:
+        return w * self.gain

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from flatquant import seams
 from flatquant.modules import Group, trainable_parameters
-from flatquant.quantizers import Dynamic, FixedClip, NoClip
+from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenSite
 from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec
-from flatquant.transforms import Compose, Diagonal, Factor, Identity, Kronecker, Matrix, Transform, Written, make_factor
+from flatquant.transforms import (
+    Compose,
+    Diagonal,
+    Factor,
+    HeadDiagonal,
+    HeadMatrices,
+    Identity,
+    Kronecker,
+    Matrix,
+    MovedGain,
+    Transform,
+    Written,
+    make_factor,
+    make_masked,
+)
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
 from flatquant.wiring.arch import Arch, Edge, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
-from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput
+from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput, HeadsOutput, ReaderScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +88,19 @@ class FitBlock:
             site.forget()
 
 
+@contextmanager
+def unrounded_weights(fits: Iterable[FitBlock]) -> Iterator[None]:
+    """Leave weights off their grids: fit for a solver that will deal with the weights' errors itself."""
+    grids = [(site, site.grid) for fit in fits for site in fit.sites.values()]
+    for site, _ in grids:
+        site.grid = None
+    try:
+        yield
+    finally:
+        for site, grid in grids:
+            site.grid = grid
+
+
 def wrap_block(
     block: nn.Module,
     arch: Arch,
@@ -80,6 +109,7 @@ def wrap_block(
     statistics: Mapping[str, InputStatistics],
     generator: torch.Generator,
     *,
+    residual: Factor | None = None,
     force: bool = False,
 ) -> FitBlock:
     """Replace a block's linears by `FitLinear`s and attach a `FitKeyValue` to its attention.
@@ -87,28 +117,46 @@ def wrap_block(
     Args:
         statistics: per site, for transforms that start from data; may be empty otherwise.
         generator: CPU generator for random starts.
+        residual: rotates the residual stream that the block reads and adds to; then the block's norms lose their
+            gains to their readers, and the block maps x R to y R where it mapped x to y.
         force: build transforms even where nothing is quantised (the laws do).
     """
     device = next(block.parameters()).device
     transforms: dict[str, Transform] = {}
-    outputs: dict[str, HeadOutput] = {}
+    outputs: dict[str, list[nn.Module]] = {path: [] for edge in arch.edges for path in edge.readers}
     for edge in arch.edges:
         parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
-        weights: list[Tensor] = [linear_at(block, path).weight for path in edge.readers]
-        transform = _transform(edge, parts, plan.sites[edge.site], weights, statistics.get(edge.site), generator)
-        transforms[edge.site] = transform
-        if (written := _written(transform)) is not None:
+        linears = [linear_at(block, path) for path in edge.readers]
+        heads = 1
+        if edge.passes == "per_head":
             assert edge.writer is not None
-            outputs[edge.writer] = HeadOutput(written)
+            heads = linear_at(block, edge.writer).out_features // plan.head_dim
+        made = _transforms(edge, parts, plan.sites[edge.site], linears, statistics.get(edge.site), generator, heads)
+        for part in made:
+            if isinstance(part, Written):
+                assert edge.writer is not None
+                outputs[edge.writer].append(_written_output(part.inner))
+        if residual is not None and edge.norm is not None:
+            made = [MovedGain(_gain(block, edge.norm)), Written(Matrix(residual)), *made]
+        transforms[edge.site] = _joined(made)
+    if residual is not None:
+        assert arch.residual is not None
+        for path in arch.residual.writers:
+            outputs[path].append(HeadOutput(residual))
+        with torch.no_grad():
+            for norm in {edge.norm for edge in arch.edges if edge.norm is not None}:
+                _gain(block, norm).fill_(1)
+    if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and (plan.keys or force):
+        _scale_scores(block, arch, plan.head_dim, outputs)
     sites: dict[str, FitSite] = {}
     for edge in arch.edges:
         site_plan = plan.sites[edge.site]
         sites[edge.site] = FitSite(
             transforms[edge.site],
-            Dynamic(site_plan.activations) if site_plan.activations else None,
+            _activations(site_plan.activations, transforms[edge.site], statistics.get(edge.site)),
             site_plan.weights,
             [linear_at(block, path) for path in edge.readers],
-            [outputs.get(path) for path in edge.readers],
+            [outputs[path] for path in edge.readers],
         ).to(device)
     for edge in arch.edges:
         for index, path in enumerate(edge.readers):
@@ -128,22 +176,74 @@ def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None,
     return recipe.transforms.get(edge.site, ()) if helps else ()
 
 
-def _transform(
+def _activations(
+    spec: QuantSpec | None, transform: Transform, statistics: InputStatistics | None
+) -> Dynamic | SplitGrid | None:
+    """The grid of a site's transformed input."""
+    if spec is None or spec.scope == "row":
+        return None if spec is None else Dynamic(spec)
+    assert statistics is not None, "a static scale needs input statistics"
+    absmax = statistics.absmax.float()
+    for part in _parts_of(transform):
+        match part:
+            case Diagonal() as diagonal:
+                absmax = absmax * diagonal.scale.detach().to(absmax)
+            case Written(inner=HeadDiagonal() as heads):  # its writer has applied it
+                absmax = absmax * heads.spread.detach().to(absmax)
+    return SplitGrid.covering(spec, absmax)
+
+
+def _gain(block: nn.Module, norm: str) -> Tensor:
+    gain = submodule(block, norm).weight
+    assert isinstance(gain, Tensor)
+    return gain
+
+
+def _written_output(inner: Transform) -> nn.Module:
+    """What the writer of heads absorbs of a transform that its readers undo."""
+    if isinstance(inner, HeadDiagonal | HeadMatrices):
+        return HeadsOutput(inner)
+    assert isinstance(inner, Kronecker)
+    assert inner.right is not None
+    return HeadOutput(inner.right)
+
+
+def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str, list[nn.Module]]) -> None:
+    """One learned scale per pair of key channels, undone by the queries' rows; it starts at 1."""
+    assert arch.scores is not None
+    keys = linear_at(block, arch.scores.keys).out_features
+    readers = linear_at(block, arch.scores.queries).out_features // keys
+    diagonal = HeadDiagonal(torch.ones(keys), head_dim, readers, paired=True)
+    outputs[arch.scores.keys].append(HeadsOutput(diagonal))
+    outputs[arch.scores.queries].append(ReaderScale(diagonal))
+
+
+def _transforms(
     edge: Edge,
     parts: Transforms,
     plan: SitePlan,
-    weights: list[Tensor],
+    linears: list[nn.Linear],
     statistics: InputStatistics | None,
     generator: torch.Generator,
-) -> Transform:
+    heads: int,
+) -> list[Transform]:
+    """The transforms of a site, in order; `heads` is the number of heads that an edge's writer writes."""
     made: list[Transform] = []
     n1, n2 = plan.shape
     for spec in parts:
         match spec.kind:
+            case "diagonal" if edge.passes == "per_head":
+                scale = _start_scale(spec, linears, statistics, (heads, n1 // heads, n2))
+                made.append(Written(HeadDiagonal(scale, n2, n1 // heads)))
             case "diagonal":
-                made.append(Diagonal(_start_scale(spec, weights, statistics)))
+                made.append(Diagonal(_start_scale(spec, linears, statistics, (1, 1, n1 * n2))))
             case "matrix":
                 made.append(Matrix(make_factor(spec, n1 * n2, generator)))
+            case "heads":
+                factor = make_masked(spec, n2, (heads,))
+                made.append(Written(HeadMatrices(factor, n1 // heads)))
+            case "head":
+                made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
             case "kronecker" if edge.passes == "per_head":
                 # P1 mixes heads, online; P2 acts inside each head, where the writer applies it.
                 if plan.left:
@@ -151,19 +251,31 @@ def _transform(
                 made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
             case "kronecker":
                 made.append(Kronecker(make_factor(spec, n1, generator), make_factor(spec, n2, generator)))
+    return made
+
+
+def _joined(made: Sequence[Transform]) -> Transform:
     if not made:
         return Identity()
     return made[0] if len(made) == 1 else Compose(made)
 
 
-def _start_scale(spec: TransformSpec, weights: list[Tensor], statistics: InputStatistics | None) -> Tensor:
-    joined = torch.cat([w.detach().float() for w in weights])  # (sum o, n)
+def _start_scale(
+    spec: TransformSpec,
+    linears: list[nn.Linear],
+    statistics: InputStatistics | None,
+    shape: tuple[int, int, int],
+) -> Tensor:
+    """Where a diagonal starts. Of inputs in `shape` (a, b, c), the b copies share a scale.  # (a * c,)"""
+    weight = torch.cat([linear.weight.detach().float() for linear in linears])  # (sum o, n)
     if spec.init == "identity":
-        return torch.ones_like(joined[0])
+        return torch.ones_like(weight[0, : shape[0] * shape[2]])
     assert statistics is not None, f"a {spec.init} start needs input statistics"
     if spec.init == "absmax":
-        return absmax_scale(statistics.absmax.float(), joined.abs().amax(0), spec.alpha)
-    return second_moment_scale(statistics.square.float(), joined.square().mean(0))
+        x, w = (m.float().reshape(shape).amax(1).flatten() for m in (statistics.absmax, weight.abs().amax(0)))
+        return absmax_scale(x, w, spec.alpha)
+    x, w = (m.float().reshape(shape).mean(1).flatten() for m in (statistics.square, weight.square().mean(0)))
+    return second_moment_scale(x, w)
 
 
 def _attach_key_value(
@@ -218,7 +330,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
         frozen[edge.site] = FrozenSite(
             None if left is None else left.to(dtype),
             None if right is None else right.to(dtype),
-            None if activations is None else freeze_dynamic(activations),
+            None if activations is None else freeze_grid(activations),
         )
     for edge in arch.edges:
         for path in edge.readers:
@@ -253,21 +365,10 @@ def _parts_of(transform: Transform) -> list[nn.Module]:
     return list(transform.parts) if isinstance(transform, Compose) else [transform]
 
 
-def _written(transform: Transform) -> Factor | None:
-    """The per-head factor that a writer applies."""
-    for part in _parts_of(transform):
-        if isinstance(part, Written):
-            assert isinstance(part.inner, Kronecker)
-            return part.inner.right
-    return None
-
-
 def _absorb(edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tuple[Tensor, Tensor | None]]) -> None:
     """Multiply the channels an edge carries where they are written: a norm's gain, or a linear's rows and bias."""
     if edge.norm is not None:
-        norm = submodule(block, edge.norm)
-        gain = norm.weight
-        assert isinstance(gain, Tensor)
+        gain = _gain(block, edge.norm)
         gain.copy_((gain.double() * diagonal).to(gain.dtype))
     else:
         assert edge.writer is not None
@@ -275,10 +376,16 @@ def _absorb(edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tu
         folded[edge.writer] = (weight * diagonal[:, None], None if bias is None else bias * diagonal)
 
 
-def freeze_dynamic(grid: Dynamic) -> Dynamic:
+@overload
+def freeze_grid(grid: Dynamic) -> Dynamic: ...
+@overload
+def freeze_grid(grid: SplitGrid) -> SplitGrid: ...
+def freeze_grid(grid: Dynamic | SplitGrid) -> Dynamic | SplitGrid:
     """The same grid with its clip fixed."""
+    if isinstance(grid, SplitGrid):
+        return grid
     ratios = grid.clip.ratios()
-    return Dynamic(grid.spec, NoClip() if ratios is None else FixedClip(torch.cat(ratios)))
+    return Dynamic(grid.spec, NoClip() if ratios is None else FixedClip(torch.stack([r.reshape(()) for r in ratios])))
 
 
 def _freeze_key_value(fit: FitKeyValue, dtype: torch.dtype) -> FrozenKeyValue:
@@ -289,6 +396,6 @@ def _freeze_key_value(fit: FitKeyValue, dtype: torch.dtype) -> FrozenKeyValue:
     return FrozenKeyValue(
         key_matrix,
         query_matrix,
-        None if fit.keys is None else freeze_dynamic(fit.keys),
-        None if fit.values is None else freeze_dynamic(fit.values),
+        None if fit.keys is None else freeze_grid(fit.keys),
+        None if fit.values is None else freeze_grid(fit.values),
     )

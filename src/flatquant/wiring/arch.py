@@ -35,11 +35,41 @@ class Edge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Residual:
+    """The edge that runs through all blocks: the embedding writes it, blocks read it through their norms and add to it,
+    the head reads it through the final norm. A rotation passes: an RMSNorm without its gain commutes with it.
+
+    Attributes:
+        writers: the linears of a block whose outputs are added to it. Its readers are those of the edges with a norm.
+    """
+
+    writers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The edge from keys to queries, before RoPE.
+
+    RoPE turns channels j and j + head_dim / 2 into one another: a scale that the two share passes, from rows of `keys`
+    to rows of `queries`.
+    """
+
+    queries: str
+    keys: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arch:
-    """One family (or several that are wired alike)."""
+    """One family (or several that are wired alike).
+
+    `residual` is None where something else than a norm reads the stream, or a norm stands between a writer and it;
+    `scores` where RoPE pairs other channels, or queries and keys pass a norm.
+    """
 
     model_types: tuple[str, ...]
     edges: tuple[Edge, ...]
+    residual: Residual | None = None
+    scores: Scores | None = None
     blocks: str = "model.layers"
     attention: str = "self_attn"
     final_norm: str = "model.norm"

@@ -1,7 +1,7 @@
 """The families we know: one literal each. `docs/` says how to add one; the laws in `tests/` decide whether it holds."""
 
 from flatquant.errors import ModelError
-from flatquant.wiring.arch import Arch, Edge
+from flatquant.wiring.arch import Arch, Edge, Residual, Scores
 
 LLAMA = Arch(
     model_types=("llama", "mistral", "qwen2"),
@@ -15,6 +15,8 @@ LLAMA = Arch(
         Edge(site="mlp_in", readers=("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
         Edge(site="mlp_mid", readers=("mlp.down_proj",), writer="mlp.up_proj", passes="diagonal"),
     ),
+    residual=Residual(writers=("self_attn.o_proj", "mlp.down_proj")),
+    scores=Scores(queries="self_attn.q_proj", keys="self_attn.k_proj"),
 )
 
 ARCHS = (LLAMA,)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from flatquant.modules import Trainable
 from flatquant.ops.kron.reference import kron_matmul
-from flatquant.quantizers import Dynamic, WeightGrid
+from flatquant.quantizers import Dynamic, SplitGrid, WeightGrid
 from flatquant.spec import QuantSpec
-from flatquant.transforms import Factor, Identity, Transform
+from flatquant.transforms import Factor, HeadDiagonal, HeadMatrices, Identity, Transform
 
 # On a GPU a fit is bound by launches and memory traffic. Up to this size, one dense product forward and two backward
 # beat the structured product's many passes: 8192 x 1536 x 1536 in half precision takes an H100 0.06 ms.
@@ -26,7 +26,10 @@ DENSE_LIMIT = 2048
 
 
 class HeadOutput(nn.Module):
-    """What a writer absorbs on its output rows: one matrix P per head, shared by all heads."""
+    """What a writer absorbs on its output rows: one matrix P per head, shared by all heads.
+
+    For a writer of the residual stream, all of its output is one head.
+    """
 
     def __init__(self, factor: Factor) -> None:
         super().__init__()
@@ -35,6 +38,30 @@ class HeadOutput(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """Outputs (or a bias) times P, head by head.  # (.., heads * head_dim)"""
         return kron_matmul(y, None, self.factor.matrix().to(y.dtype))
+
+
+class HeadsOutput(nn.Module):
+    """What the writer of heads absorbs of a transform that differs from head to head."""
+
+    def __init__(self, heads: HeadDiagonal | HeadMatrices) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Outputs (or a bias), head by head.  # (.., kv_heads * head_dim)"""
+        return self.heads.write(y)
+
+
+class ReaderScale(nn.Module):
+    """What queries absorb of their keys' `HeadDiagonal`: rows divided by its scale."""
+
+    def __init__(self, diagonal: HeadDiagonal) -> None:
+        super().__init__()
+        self.diagonal = diagonal
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Outputs (or a bias) over the scale.  # (.., heads * head_dim)"""
+        return self.diagonal.inverse_t(y)
 
 
 class JoinedWeight(Trainable):
@@ -56,12 +83,12 @@ class FitSite(nn.Module):
     def __init__(
         self,
         transform: Transform,
-        activations: Dynamic | None,
+        activations: Dynamic | SplitGrid | None,
         weights: QuantSpec | None,
         linears: Sequence[nn.Linear],
-        outputs: Sequence[HeadOutput | None],
+        outputs: Sequence[Sequence[nn.Module]],
     ) -> None:
-        """`outputs` has, for every linear, the transform its output rows absorb, or None."""
+        """`outputs` has, for every linear, the maps its output rows absorb, in order."""
         super().__init__()
         self.transform = transform
         self.activations = activations
@@ -78,7 +105,7 @@ class FitSite(nn.Module):
             self.register_buffer("bias", None)
         self.has_bias = [b is not None for b in biases]
         self.grid = WeightGrid.for_weight(weights, (sum(self.rows), linears[0].in_features)) if weights else None
-        self.outputs = nn.ModuleList(o if o is not None else nn.Identity() for o in outputs)
+        self.outputs = nn.ModuleList(nn.Sequential(*maps) for maps in outputs)
         n = linears[0].in_features
         dense = weight.is_cuda and n <= DENSE_LIMIT and not isinstance(transform, Identity)
         self.register_buffer("eye", torch.eye(n, dtype=self.weight.dtype) if dense else None)
@@ -103,7 +130,7 @@ class FitSite(nn.Module):
 
     @property
     def _has_outputs(self) -> bool:
-        return any(isinstance(o, HeadOutput) for o in self.outputs)
+        return any(len(maps) for maps in self.outputs)  # type: ignore[arg-type]
 
     def transformed_weight(self) -> Tensor:
         """W P^-T, clipped, then mapped by the readers' output transforms: what a solver rounds.  # (sum of rows, n)"""

@@ -1,0 +1,40 @@
+"""OmniQuant (ICLR 2024, arXiv 2308.13137): learned weight clipping and learned equivalent transformation.
+
+Clips of every weight row (LWC, section 3.2) and, where activations are quantised, per-channel scales (LET, section 3.3)
+from a norm to its readers, from v_proj to o_proj and from keys to queries; down_proj's input has none (its gradients
+are unstable). All of it is folded into weights. Fitted block by block with AdamW at constant rates, on what the
+quantised blocks before give, against the full-precision model's outputs (section 3.1); then rounded.
+
+Other than the official code: key and query channels that RoPE turns into one another share a scale, so that the
+function is unchanged, and each key and value head has its own, shared by its queries (GQA); a scale starts from the
+largest weight of all its readers, not of the first; scales train as logarithms; grids are the scheme's (the authors'
+are asymmetric); no shift, which the authors keep at 0 for norms without a bias; no second loss term for 2 bits.
+"""
+
+from flatquant.errors import SpecError
+from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, TransformSpec
+
+SCALE = TransformSpec(kind="diagonal", init="absmax", alpha=0.5)
+LEARNED_FROM_ONE = TransformSpec(kind="diagonal")
+
+
+def omniquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Recipe:
+    """The paper's recipe: 20 epochs, 40 for 2-bit weights; `quick` reads less text.
+
+    Raises:
+        SpecError: an unknown preset or a scheme that is none.
+    """
+    if isinstance(scheme, str):
+        scheme = Scheme.parse(scheme, clip="none").with_clips(weights="learned")
+    epochs = 40 if scheme.weights and scheme.weights.bits == 2 else 20
+    fit = FitSpec(
+        epochs=epochs, batch_size=1, lr=5e-3, clip_lr=1e-2, weight_decay=0.0, inputs="quantised", schedule="constant"
+    )
+    data = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=256)}
+    if preset not in data:
+        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(data)}")
+    scales = {"attn_in": (SCALE,), "attn_out": (SCALE,), "mlp_in": (SCALE,), "qk": (LEARNED_FROM_ONE,)}
+    weights_only = scheme.activations is scheme.keys is scheme.values is None
+    return Recipe(
+        name="omniquant", scheme=scheme, transforms={} if weights_only else scales, fit=fit, data=data[preset]
+    )
