@@ -193,7 +193,7 @@ def test_a_refused_combination_is_a_row(place: Path, tmp_path: Path, monkeypatch
 
 def test_what_is_wrong_with_the_whole_comparison_is_an_error(place: Path, tmp_path: Path) -> None:
     chosen, out = settings(place), tmp_path / "out"
-    with pytest.raises(SpecError, match="unknown method magic, voodoo; known: .*flatquant"):
+    with pytest.raises(SpecError, match=r"unknown method magic, voodoo; known: .*flatquant"):
         compare.run(chosen, ["magic", "rtn", "voodoo"], ["w4"], out)
     with pytest.raises(SpecError, match="expected something like"):
         compare.run(chosen, ["rtn"], ["4bits"], out)

@@ -315,7 +315,9 @@ def _recipe(
             given = _options({name: 0 for name, value in (("solver", solver), ("hessian", hessian)) if value})
             raise SpecError(f"method {method} rounds with {base.solver.kind}: leave out {given}, or change --method")
         if solver == "codebook":
-            rounding["codebook"] = {}  # its defaults
+            rounding["codebook"] = {}  # its defaults, and no clip
+            if base.scheme.weights is not None:
+                changes["scheme"] = replace(base.scheme, weights=replace(base.scheme.weights, clip="none"))
         changes["solver"] = from_dict(SolverSpec, rounding if solver is not None else own | rounding, "solver")
     if data:
         changes["data"] = replace(base.data, **data)

@@ -14,7 +14,7 @@ from flatquant.errors import ArtifactError, SpecError
 from flatquant.recipes import flatquant, recipe, vptq
 from flatquant.runtime.artifact import inspect, load, save
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook
-from flatquant.spec import CodebookSpec, DataSpec, Recipe, Scheme, SolverSpec, from_dict, to_dict
+from flatquant.spec import CodebookSpec, DataSpec, QuantSpec, Recipe, Scheme, SolverSpec, from_dict, to_dict
 from flatquant.wiring.arch import submodule
 from tests.laws import BASES, SHAPES, bare, calibrated, family, hidden, relative, same_bytes, tokens_for
 
@@ -101,6 +101,33 @@ def test_codebooks_combine_with_fixed_changes_of_basis(basis: str, scheme: str) 
     assert torch.isfinite(hidden(model, tokens)).all()
     for path in READERS:
         assert isinstance(submodule(model.model.layers[0], path), CodebookLinear)
+
+
+def test_codebooks_in_a_rotated_model(tmp_path: Path) -> None:
+    """The residual stream rotated, weights in codebooks, activations and cache on grids, as the command line asks."""
+    from flatquant.cli import _recipe
+
+    chosen = _recipe("quarot", "w2a4kv4", "reference", None, 8, 16, None, None, None, "codebook")
+    original = family("llama", dtype=torch.float32, **SHAPES["biased"])
+    model, plan, _ = calibrated(original, chosen)
+    linear = submodule(model.model.layers[0], "mlp.up_proj")
+    assert isinstance(linear, CodebookLinear)
+    save(model, plan, tmp_path / "a", recipe=to_dict(chosen), report={})
+    tokens = tokens_for(original, 2, 9)
+    with torch.no_grad():
+        got = load(tmp_path / "a")(tokens).logits
+        assert torch.equal(got, model(tokens).logits)
+    # With an entry for every 16 weights it is near the original, and far from it in any other basis.
+    books = CodebookSpec(length=1, main_bits=8)
+    fine = dataclasses.replace(
+        chosen,
+        scheme=dataclasses.replace(chosen.scheme, weights=QuantSpec(bits=8), activations=None, keys=None, values=None),
+        solver=dataclasses.replace(chosen.solver, codebook=books),
+    )
+    near, _, _ = calibrated(original, fine)
+    with torch.no_grad():
+        want = original(tokens).logits
+        assert (near(tokens).logits - want).square().mean() < 0.1 * want.square().mean()
 
 
 def test_codebooks_take_the_loss_for_their_hessian() -> None:
