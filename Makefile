@@ -27,6 +27,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 READY_TORCH := $(VENV)/.ready-torch
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_DOCS := $(VENV)/.ready-docs
 SOURCES := src tests $(wildcard benchmarks)
 
 # Small models on many threads are slower, and sums then differ from machine to machine.
@@ -34,7 +35,7 @@ THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} MKL_NUM_THREADS=$${MKL_NUM_THR
 # A test that needs a hub is a defect.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test test-gpu lint format clean
+.PHONY: help venv demo test test-gpu lint format docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -61,6 +62,9 @@ format: $(READY_DEV) ## fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+docs: $(READY_DOCS) ## build the site into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 clean: ## remove caches and built packages; environments stay
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -81,4 +85,8 @@ $(READY): pyproject.toml $(READY_TORCH)
 
 $(READY_DEV): $(READY)
 	$(INSTALL) -e '.[dev]'
+	touch $@
+
+$(READY_DOCS): $(READY)
+	$(INSTALL) -e '.[docs]'
 	touch $@

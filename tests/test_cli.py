@@ -284,12 +284,12 @@ def test_nan_in_a_block(place: Path, tmp_path: Path) -> None:
 
 
 def _truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
+    file = folder / "flatquant.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def _flip(folder: Path) -> None:
-    file = folder / "model.safetensors"
+    file = folder / "flatquant.safetensors"
     data = bytearray(file.read_bytes())
     data[-50] ^= 4
     file.write_bytes(data)
@@ -303,7 +303,7 @@ def _other_version(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_truncate, "model.safetensors is (missing or )?damaged.*copy the folder again"),
+        (_truncate, "flatquant.safetensors is (missing or )?damaged.*copy the folder again"),
         (_flip, "damaged.*copy the folder again"),
         (_other_version, "format version 99, this library reads 1"),
     ],
@@ -317,11 +317,12 @@ def test_damaged_folder(place: Path, tmp_path: Path, damage, message: str) -> No
     assert done.exit_code == 1
     assert re.fullmatch(f"error: .*{message}.*\n", done.stderr)
     if damage is _flip:
-        assert json.loads(done.stdout)["damaged"] == ["model.safetensors"]
+        assert json.loads(done.stdout)["damaged"] == ["flatquant.safetensors"]
 
 
 def test_nothing_to_evaluate(place: Path) -> None:
-    refused(run("evaluate", place / "model"), "nothing to evaluate; give --perplexity TEXT or --divergence-from")
+    done = run("evaluate", place / "model")
+    refused(done, "nothing to evaluate; give --perplexity TEXT, --tasks all or --divergence-from")
 
 
 def test_quantised_twice(place: Path, tmp_path: Path) -> None:

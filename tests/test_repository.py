@@ -72,7 +72,7 @@ def test_make_targets_in_documents_exist(document: str) -> None:
     assert asked <= targets, sorted(asked - targets)
 
 
-@pytest.mark.parametrize("module", ["flatquant", "flatquant.spec", "flatquant.recipes"])
+@pytest.mark.parametrize("module", ["flatquant", "flatquant.spec", "flatquant.recipes", "flatquant.report"])
 def test_pure_data_does_not_import_torch(module: str) -> None:
     """The import contract is static; this one also sees what `flatquant/__init__` does."""
     code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import {module}; sys.exit('torch' in sys.modules)"

@@ -4,12 +4,26 @@ The models have what makes real ones hard to quantise: norm weights that are not
 times larger than the rest.
 """
 
+from functools import cache
+from typing import Any
+
 import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 VOCAB = 128
 
@@ -59,6 +73,120 @@ def tiny_llama(
                 weight.copy_(torch.randn(weight.shape) * weight.shape[1] ** -0.5)
                 if name.endswith("up_proj.weight"):
                     weight[torch.randperm(len(weight))[:2]] *= 10  # large inputs of down_proj
+    return model.to(dtype).eval()
+
+
+PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.7}
+
+# Every family, and the variants that are wired differently; what a config has beyond `tiny_family`'s fields.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 5},  # shorter than the tests' windows
+    "qwen2": {},
+    "qwen3": {"attention_bias": True},
+    "gemma2": {
+        "query_pre_attn_scalar": 6,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 2.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma3_text": {
+        "query_pre_attn_scalar": 6,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {"rope_parameters": PARTIAL},
+    "olmo2": {"attention_bias": True},
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0], "attention_bias": True},
+    "stablelm": {
+        "use_qkv_bias": True,
+        "qk_layernorm": True,
+        "use_parallel_residual": False,
+        "rope_parameters": PARTIAL,
+    },
+    "stablelm parallel": {"use_qkv_bias": True, "use_parallel_residual": True, "rope_parameters": PARTIAL},
+    "cohere": {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3},
+    "glm4": {"attention_bias": True, "rope_parameters": PARTIAL},
+}
+
+
+class _ExactGemma2Norm(Gemma2RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x) * (1 + self.weight)
+
+
+class _ExactGemma3Norm(Gemma3RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x) * (1 + self.weight)
+
+
+class _ExactCohereNorm(CohereLayerNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states - hidden_states.mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+_EXACT = {Gemma2RMSNorm: _ExactGemma2Norm, Gemma3RMSNorm: _ExactGemma3Norm, CohereLayerNorm: _ExactCohereNorm}
+
+
+@cache
+def _exact(kind: type) -> type:
+    """A norm's class with arithmetic in the input's own precision; any other class as it is."""
+    if kind.__name__.endswith("RMSNorm") and kind not in _EXACT:
+        return type(kind.__name__, (kind,), {"forward": _rms_norm})
+    return _EXACT.get(kind, kind)
+
+
+def _rms_norm(self: Any, x: Tensor) -> Tensor:
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def tiny_family(
+    name: str, *, kv_heads: int = 2, tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """A random model of one of `FAMILIES`, in eval mode: four heads of 6 channels, two blocks.
+
+    In float64, norms that compute in float32 are replaced by ones that do not: a law is about our arithmetic.
+    """
+    config = AutoConfig.for_model(
+        name.split()[0],
+        hidden_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=6,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        vocab_size=VOCAB,
+        tie_word_embeddings=tied,
+        max_position_embeddings=512,
+        bos_token_id=VOCAB - 2,
+        eos_token_id=VOCAB - 1,
+        pad_token_id=VOCAB - 1,
+        **FAMILIES[name],
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        for key, weight in model.named_parameters():
+            if key.endswith("bias"):
+                weight.copy_(0.1 * torch.randn(weight.shape))
+            elif "norm" in key:
+                weight.add_(0.2 * torch.randn(weight.shape))
+                if weight.ndim == 1 and len(weight) == 24:
+                    weight[torch.randperm(24)[:2]] *= 4
+            else:
+                weight.copy_(torch.randn(weight.shape) * weight.shape[-1] ** -0.5)
+    if dtype == torch.float64:
+        for module in model.modules():
+            module.__class__ = _exact(type(module))
     return model.to(dtype).eval()
 
 

@@ -31,9 +31,10 @@ from flatquant.calibrate.pipeline import Report, calibrate
 from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, tensor_bytes
 from flatquant.data import calibration_tokens
 from flatquant.errors import CalibrationError, DataError, ModelError
-from flatquant.models import load_model
+from flatquant.models import ALIASES, load_model, resolve
 from flatquant.runtime import artifact
 from flatquant.runtime.folder import REPORT_FILE, Folder, read_json
+from flatquant.runtime.hf import adopt
 from flatquant.runtime.linear import Unpacked
 from flatquant.spec import DataSpec, Plan, Recipe, to_dict
 from flatquant.wiring.arch import Geometry, submodule
@@ -94,7 +95,9 @@ def quantize(
     if place is not None and not resume:
         artifact.check_output(place.output)
         place.refuse_unfinished()
+    name = None
     if not isinstance(model, PreTrainedModel):
+        name = str(model) if model in ALIASES or isinstance(resolve(model), str) else None
         model, own = load_model(model)
         tokenizer = tokenizer or own
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -104,7 +107,7 @@ def quantize(
     if isinstance(calibration, Tensor):
         recipe = _with_shape_of(calibration, recipe, model)
     model.eval().requires_grad_(False)
-    run = _Run(model, recipe, calibration, tokenizer, place, device, dtype, seed, resume, progress)
+    run = _Run(model, name, recipe, calibration, tokenizer, place, device, dtype, seed, resume, progress)
     return run()
 
 
@@ -114,6 +117,7 @@ class _Run:
     def __init__(
         self,
         model: PreTrainedModel,
+        name: str | None,
         recipe: Recipe,
         calibration: str | Path | Tensor | None,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -125,6 +129,7 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.model, self.recipe, self.calibration, self.tokenizer = model, recipe, calibration, tokenizer
+        self.name = name  # a hub id or an alias; never a path, since the report travels
         self.place, self.device, self.dtype, self.seed = place, device, dtype, seed
         self.resume, self.progress = resume, progress
         self.start = time.perf_counter()
@@ -157,6 +162,7 @@ class _Run:
             progress=self.progress,
         )
         report = self._report(identity, data, original, calibration, text_seconds)
+        adopt(self.model, plan, str(self.recipe.scheme), to_dict(self.recipe), report, None)
         if self.place is not None:
             artifact.save(
                 self.model,
@@ -252,6 +258,7 @@ class _Run:
             "recipe": to_dict(self.recipe),
             "data": data,
             "model": {
+                "name": self.name,
                 "architecture": type(self.model).__name__,
                 "dtype": _name(self.model.dtype),
                 "sha256": original["sha256"],
@@ -328,7 +335,7 @@ def _alive(process: int) -> bool:
 
 def _check_model(model: PreTrainedModel, recipe: Recipe) -> None:
     """What can be said before any text is read: the family, the recipe's fit to the model, NaN in the weights."""
-    arch = arch_of(model.config)
+    arch = arch_of(model.config, model)
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
     make_plan(recipe, arch, Geometry.of(model.config), blocks)

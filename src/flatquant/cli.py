@@ -1,4 +1,5 @@
-"""The command line: `flatquant quantize`, `methods`, `compare`, `evaluate`, `generate`, `inspect`, `demo`.
+"""The command line: `flatquant quantize`, `methods`, `compare`, `evaluate`, `generate`, `inspect`, `report`, `import`,
+`export`, `demo`.
 
 Results go to stdout, progress and errors to stderr, so that `--json` can be piped. An error that the user can act on
 is one line and exit code 1; anything else is a defect and keeps its traceback. What takes time to import is imported
@@ -446,74 +447,201 @@ def evaluate(
     ] = None,
     windows: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Zero-shot tasks: all, or piqa,arc_easy,... (needs lm-eval)."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Questions of each task.")] = None,
     divergence_from: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="KL divergence from this model, on the first text, else on text it writes."),
+        typer.Option(
+            metavar="MODEL",
+            help="KL divergence from this model, on the first text, else on text it writes; its scores on --tasks too.",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows or questions at a time; 1 window, and as many questions as fit.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Of text that the model of --divergence-from writes.")] = 1,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is stdout.")] = None,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="Keep results in DIR, for report and model card; kept tasks are not run again."),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity on texts, and divergence from the original model."""
+    """Perplexity on texts, zero-shot tasks, and divergence from the original model."""
     with _errors():
-        if not perplexity and divergence_from is None:
-            raise FlatQuantError("nothing to evaluate; give --perplexity TEXT or --divergence-from MODEL")
-        from flatquant import evaluate as evaluation
-        from flatquant.data import calibration_tokens, evaluation_windows
-
+        if not perplexity and not tasks and divergence_from is None:
+            raise FlatQuantError("nothing to evaluate; give --perplexity TEXT, --tasks all or --divergence-from MODEL")
+        if save and not _is_quantised(model):
+            raise FlatQuantError(f"--save keeps results in a quantised folder, and {model} is none")
         where, kind = _device(device), _dtype(dtype)
-        candidate, tokenizer = _open(model, where, kind)
-        texts = {
-            source: evaluation_windows(source, tokenizer, seqlen=seqlen, windows=windows) for source in perplexity or ()
-        }
-        result: dict[str, Any] = {}
         with Display(silent=quiet or json_file == "-") as display:
-            for source, ids in texts.items():
-                found = evaluation.perplexity(
-                    candidate,
-                    ids,
-                    batch_size=batch_size,
-                    progress=lambda done, total, s=source: display(f"perplexity of {s}", done, total),
-                )
-                result.setdefault("perplexity", {})[source] = {"value": found.value, "windows": found.windows}
-            if divergence_from is not None:
-                reference, own = _open(divergence_from, where, kind)
-                if texts:
-                    held_out = next(iter(texts.values()))
-                else:
-                    held_out = calibration_tokens(
-                        "self",
-                        own,
-                        samples=windows or 4,
-                        seqlen=min(seqlen, 512),
-                        seed=seed,
-                        model=reference,
-                        progress=lambda done, total: display("text", done, total),
-                    )
-                far = evaluation.divergence(
-                    candidate,
-                    reference,
-                    held_out,
-                    batch_size=batch_size,
-                    progress=lambda done, total: display("divergence", done, total),
-                )
-                result["divergence"] = {"kl": far.kl, "top1": far.top1}
+            job = _Evaluation(model, divergence_from, where, kind, batch_size, display, save)
+            for source in perplexity or ():
+                job.perplexity(source, seqlen, windows)
+            if divergence_from is not None and (perplexity or not tasks):
+                job.divergence(windows, seqlen, seed)
+            if tasks:
+                job.tasks(tasks, limit)
         if json_file is not None:
-            _write(json_file, result)
+            _write(json_file, job.result)
     if json_file != "-" and not (quiet and json_file):
-        rows = {
-            f"perplexity, {source}": f"{found['value']:.4f} ({found['windows']} windows)"
-            for source, found in result.get("perplexity", {}).items()
+        _table(model, _evaluation_rows(job.result))
+
+
+class _Evaluation:
+    """One call of `evaluate`: its models, loaded when needed, and what was found so far."""
+
+    def __init__(
+        self,
+        model: str,
+        original: str | None,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        batch_size: int | None,
+        display: Display,
+        save: bool,
+    ) -> None:
+        self.model, self.original, self.device, self.dtype = model, original, device, dtype
+        self.batch_size, self.display, self.save = batch_size, display, save
+        self.result: dict[str, Any] = {}
+        self.texts: dict[str, Any] = {}
+        self.opened: dict[str, Any] = {}
+
+    def open(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model, read once."""
+        if name not in self.opened:
+            self.opened[name] = _open(name, self.device, self.dtype)
+        return self.opened[name]
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """Note a result, in the folder too if asked."""
+        from flatquant.runtime.artifact import keep_evaluation, merged
+
+        self.result = merged(self.result, result)
+        if self.save:
+            keep_evaluation(Path(self.model), _without_folders(result))
+
+    def perplexity(self, source: str, seqlen: int, windows: int | None) -> None:
+        """Of the model, and of the original where results are kept."""
+        from flatquant import evaluate as evaluation
+        from flatquant.data import evaluation_windows
+
+        candidate, tokenizer = self.open(self.model)
+        ids = self.texts[source] = evaluation_windows(source, tokenizer, seqlen=seqlen, windows=windows)
+
+        def of(model: PreTrainedModel) -> dict[str, Any]:
+            found = evaluation.perplexity(
+                model,
+                ids,
+                batch_size=self.batch_size or 1,
+                progress=lambda done, total: self.display(f"perplexity of {source}", done, total),
+            )
+            return {"perplexity": {source: {"value": found.value, "windows": found.windows}}}
+
+        self.keep(of(candidate))
+        if self.save and self.original is not None:
+            self.keep({"original": of(self.open(self.original)[0])})
+
+    def divergence(self, windows: int | None, seqlen: int, seed: int) -> None:
+        """From the original, on the first text."""
+        from flatquant import evaluate as evaluation
+        from flatquant.data import calibration_tokens
+
+        assert self.original is not None
+        candidate, _ = self.open(self.model)
+        reference, tokenizer = self.open(self.original)
+        if self.texts:
+            held_out = next(iter(self.texts.values()))
+        else:
+            held_out = calibration_tokens(
+                "self",
+                tokenizer,
+                samples=windows or 4,
+                seqlen=min(seqlen, 512),
+                seed=seed,
+                model=reference,
+                progress=lambda done, total: self.display("text", done, total),
+            )
+        far = evaluation.divergence(
+            candidate,
+            reference,
+            held_out,
+            batch_size=self.batch_size or 1,
+            progress=lambda done, total: self.display("divergence", done, total),
+        )
+        self.keep({"divergence": {"kl": far.kl, "top1": far.top1}})
+
+    def tasks(self, names: str, limit: int | None) -> None:
+        """Of the model, and of the original for the drop; those that the folder has already are not run again."""
+        from flatquant import evaluate as evaluation
+        from flatquant.runtime.folder import EVALUATION_FILE, read_json
+
+        wanted = evaluation.TASKS if names == "all" else tuple(name.strip() for name in names.split(","))
+        file = Path(self.model, EVALUATION_FILE)
+        kept = read_json(file) if self.save and file.is_file() else {}
+        kept = kept if isinstance(kept, dict) else {}
+        for name, found, wrap in (
+            (self.model, kept, lambda r: r),
+            (self.original, kept.get("original") or {}, lambda r: {"original": r}),
+        ):
+            if name is None:
+                continue
+            earlier = found.get("tasks") or {}
+            missing = [t for t in wanted if (earlier.get(t) or {}).get("limit", -1) != limit]
+            for task in wanted:
+                if task not in missing:
+                    self.result = _merged_task(self.result, wrap, task, earlier[task])
+            if missing:
+                scored, tokenizer = self.open(name)
+                evaluation.zero_shot(
+                    scored,
+                    tokenizer,
+                    missing,
+                    limit=limit,
+                    batch_size=self.batch_size,
+                    keep=lambda task, score, wrap=wrap: self.keep(wrap({"tasks": {task: score}})),
+                    quiet=self.display.silent,
+                )
+
+
+def _merged_task(result: dict[str, Any], wrap: Any, task: str, score: Any) -> dict[str, Any]:
+    from flatquant.runtime.artifact import merged
+
+    return merged(result, wrap({"tasks": {task: score}}))
+
+
+def _evaluation_rows(result: dict[str, Any]) -> dict[str, str]:
+    rows = {
+        f"perplexity, {source}": f"{found['value']:.4f} ({found['windows']} windows)"
+        for source, found in result.get("perplexity", {}).items()
+    }
+    if "divergence" in result:
+        rows |= {
+            "KL divergence": f"{result['divergence']['kl']:.5f} nats per token",
+            "top-1 agreement": f"{result['divergence']['top1']:.2%}",
         }
-        if "divergence" in result:
-            rows |= {
-                "KL divergence": f"{result['divergence']['kl']:.5f} nats per token",
-                "top-1 agreement": f"{result['divergence']['top1']:.2%}",
-            }
-        _table(model, rows)
+    before = result.get("original", {}).get("tasks", {})
+    for task, found in result.get("tasks", {}).items():
+        drop = f", {found['value'] - before[task]['value']:+.2%} against the original" if task in before else ""
+        rows[f"{task}, {found['metric']}"] = f"{found['value']:.2%} ± {found['stderr']:.2%}{drop}"
+    return rows
+
+
+def _without_folders(result: dict[str, Any]) -> dict[str, Any]:
+    """Texts by their names: where a file lay says nothing elsewhere."""
+    return {
+        key: {Path(text).name: found for text, found in value.items()}
+        if key == "perplexity"
+        else _without_folders(value)
+        if key == "original"
+        else value
+        for key, value in result.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------- generate
@@ -589,6 +717,130 @@ def inspect(
         )
     if found.damaged:
         raise _failure(f"{folder}: damaged or missing: {', '.join(found.damaged)}; copy the folder again", 1)
+
+
+# --------------------------------------------------------------------------------------------- report
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A quantised folder.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file to write; flatquant_report.html in DIR.")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for the figures as SVG files of their own.")] = None,
+    collect: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="First look inside both models: the original, as for quantize.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Of --collect: wikitext2, c4, self, or a text file.")] = "self",
+    tokens: Annotated[int, typer.Option(min=8, help="Of --collect: tokens to run.")] = 512,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """One HTML file about a quantised model: quality, flatness, errors, sizes, and how to make it again."""
+    with _errors(), Display(silent=quiet) as display:
+        from flatquant import report as drawing
+        from flatquant.runtime import artifact
+        from flatquant.runtime.folder import COLLECTION_FILE, EVALUATION_FILE, Folder, read_json
+        from flatquant.spec import to_dict
+
+        opened = Folder.open(Path(folder))
+        if collect is not None:
+            found = _collect(folder, collect, text, tokens, _device(device), opened, display)
+            _write(str(opened.path / COLLECTION_FILE), found)
+        extra = [opened.path / name for name in (EVALUATION_FILE, COLLECTION_FILE)]
+        evaluation, collection = (read_json(file) if file.is_file() else None for file in extra)
+        noted = opened.read_report()
+        try:
+            page = drawing.page(folder, to_dict(artifact.inspect(folder)), noted, evaluation, collection)
+            drawn = drawing.figures(noted, collection)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of any form
+            raise FlatQuantError(f"the JSON files in {folder} are damaged ({error}); make them again") from error
+        target = output or opened.path / drawing.FILE
+        drawing.write(target, page)
+        for name, (_, figure, _) in drawn.items() if figures is not None else ():
+            drawing.write(figures / f"{name}.svg", drawing.standalone(figure))  # type: ignore[operator]
+    if not quiet:
+        _print(f"{target}: {len(drawn)} figures")
+
+
+def _collect(
+    folder: str, model: str, text: str, tokens: int, device: torch.device, opened: Any, display: Display
+) -> dict[str, Any]:
+    from flatquant.data import calibration_tokens
+    from flatquant.evaluate.collect import collect
+
+    original, _ = _open(model, device, None)
+    quantised, tokenizer = _open(folder, device, None)
+    windows = calibration_tokens(
+        text,
+        tokenizer,
+        samples=max(1, tokens // 256),
+        seqlen=min(tokens, 256),
+        seed=2,
+        model=original if text == "self" else None,
+        progress=(lambda done, total: display("text", done, total)) if text == "self" else None,
+    )
+    return collect(
+        quantised, original, opened.plan, windows, progress=lambda done, total: display("collect", done, total)
+    )
+
+
+# --------------------------------------------------------------------------------------------- import, export
+
+
+@app.command(name="import")
+def import_(
+    model: Annotated[str, typer.Argument(help="The unquantised model: hub id, local folder, GGUF file.")],
+    matrices: Annotated[Path, typer.Option(help="flat_matrices.pth of the original FlatQuant project, or its folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; absent or empty.")],
+    scheme: Annotated[str, typer.Option(help="What the matrices were made for; the file does not say.")] = "w4a4kv4",
+    quiet: Quiet = False,
+) -> None:
+    """Quantise a model with transforms and clips that the original project's code has found."""
+    with _errors():
+        from flatquant.interchange import import_matrices
+        from flatquant.models import load_model
+        from flatquant.runtime import artifact
+        from flatquant.spec import to_dict
+
+        artifact.check_output(output)
+        loaded, tokenizer = load_model(model)
+        plan, recipe, noted = import_matrices(loaded, matrices, scheme)
+        artifact.save(loaded, plan, output, recipe=to_dict(recipe), report=noted, tokenizer=tokenizer)
+    if not quiet:
+        _print(f"{output}: {recipe.scheme}")
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A quantised folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; absent or empty.")],
+    form: Annotated[str, typer.Option("--format", help="dense or compressed-tensors.")] = "dense",
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Of dense: leave out the grids of activations, keys and values.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantised model for other tools."""
+    with _errors():
+        from flatquant import interchange
+        from flatquant.models import load_tokenizer
+        from flatquant.runtime import artifact
+        from flatquant.runtime.folder import Folder
+
+        if form not in ("dense", "compressed-tensors"):
+            raise SpecError(f"unknown format {form!r}; known: dense, compressed-tensors")
+        if weights_only and form != "dense":
+            raise SpecError("--weights-only is for --format dense")
+        model, plan = artifact.load(folder), Folder.open(Path(folder)).plan
+        tokenizer = load_tokenizer(Path(folder)) if (Path(folder) / "tokenizer_config.json").is_file() else None
+        if form == "dense":
+            interchange.export_dense(model, plan, output, tokenizer=tokenizer, weights_only=weights_only)
+        else:
+            interchange.export_compressed(model, plan, output, tokenizer=tokenizer)
+    if not quiet:
+        _print(f"{output}: {form}")
 
 
 # --------------------------------------------------------------------------------------------- demo

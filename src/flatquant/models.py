@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -58,6 +60,8 @@ def load_model(
     with _quiet():
         config = _load_config(folder, name, trust_remote_code)
         _check_config(config, name)
+        if isinstance(folder, Path):
+            _check_size(folder, config)
         model, report = _load_weights(folder, name, config, dtype, trust_remote_code)
         _check_report(report, name)
         tokenizer = _load_tokenizer(folder, name, trust_remote_code)
@@ -156,12 +160,38 @@ def _check_config(config: Any, name: object) -> None:
     known: set[str] = set()
     for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         known.update((entry,) if isinstance(entry, str) else entry)
-    architectures = config.architectures or ()
+    architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(kind, str) for kind in architectures):
+        raise ModelError(f"the config of {name} names architectures that are no names; fetch the model again")
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
         architectures and known.isdisjoint(architectures)
     ):
         what = architectures[0] if architectures else config.model_type
         raise ModelError(f"{name} is {what}, not a causal language model; give a decoder-only one")
+
+
+def _check_size(folder: Path, config: Any) -> None:
+    """A config that asks for far more than the files hold: transformers would make up the rest, whatever its size.
+
+    A little more is left to `_check_report`, which names what is missing.
+    """
+    if getattr(config, "quantization_config", None) or getattr(config, "auto_map", None):
+        return  # fewer numbers than parameters, or code that decides
+    tensors = numbers = 0
+    try:
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as stored:
+                for key in stored.keys():  # noqa: SIM118 - not a dict
+                    tensors, numbers = tensors + 1, numbers + math.prod(stored.get_slice(key).get_shape())
+        layers = getattr(config, "num_hidden_layers", None) or 0
+        if layers <= tensors:  # the number of modules is bounded by the size of the files
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            if sum(p.numel() for p in model.parameters()) <= 4 * numbers + (1 << 24):
+                return
+    except Exception as error:  # as above
+        raise ModelError(f"cannot load the weights of {folder}: {_first_line(error)}; fetch the model again") from error
+    raise ModelError(f"{folder / 'config.json'} describes a larger model than its weights; fetch the model again")
 
 
 def _load_weights(

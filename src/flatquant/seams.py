@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -106,7 +107,21 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     kv = attached(module)
     if kv is not None:
         query = kv.query(query)
+    if kwargs.get("softcap") is not None:
+        return _capped(query, key, value, attention_mask, kwargs["scaling"], kwargs["softcap"]), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, cap: float) -> Tensor:
+    """Attention with scores c tanh(s / c) (Gemma 2); the fused kernel has no such thing.  # (B, T, heads, head_dim)"""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = cap * torch.tanh(q @ k.mT * (scaling / cap))  # (B, heads, T, S)
+    if mask is None:  # transformers leaves out a mask that is merely causal
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[-2] - q.shape[-2])
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    work = torch.promote_types(scores.dtype, torch.float32)
+    return (scores.softmax(-1, dtype=work).to(q.dtype) @ v).transpose(1, 2).contiguous()
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)

@@ -130,8 +130,8 @@ def test_shards_are_as_large_as_allowed(quantised, tmp_path: Path) -> None:
     path = save_it(quantised("w4a4kv4"), tmp_path / "model", max_shard_bytes=limit)
     shards = sorted(path.glob("*.safetensors"))
     assert len(shards) > 2
-    assert not (path / "model.safetensors").exists()
-    weight_map = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert not (path / "flatquant.safetensors").exists()
+    weight_map = json.loads((path / "flatquant.safetensors.index.json").read_text())["weight_map"]
     for shard in shards:
         tensors = safetensors.torch.load_file(shard)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit
@@ -231,7 +231,7 @@ def test_a_file_size_limit_of_the_system(whole: Path, tmp_path: Path) -> None:
 
 def hashed(folder: Path) -> list[Path]:
     """Every file that serving reads."""
-    return sorted(p for p in folder.iterdir() if p.name != "flatquant_report.json")
+    return sorted(p for p in folder.iterdir() if p.name not in ("flatquant_report.json", "README.md"))
 
 
 def test_any_flipped_bit_is_noticed(folder: Path) -> None:
@@ -303,7 +303,7 @@ def test_names_stay_in_the_folder(folder: Path, name: str) -> None:
 
 
 def test_index_that_points_elsewhere(folder: Path) -> None:
-    file = folder / "model.safetensors.index.json"
+    file = folder / "flatquant.safetensors.index.json"
     index = json.loads(file.read_text())
     name = next(iter(index["weight_map"]))
     shutil.copy(folder / index["weight_map"][name], folder.parent / "x")
@@ -316,14 +316,14 @@ def test_index_that_points_elsewhere(folder: Path) -> None:
 
 def change_shard(folder: Path, change: Callable[[dict], None]) -> None:
     """Rewrite a shard, index and hashes, consistently."""
-    file = sorted(folder.glob("model-*.safetensors"))[1]  # the first holds nothing but the embedding
+    file = sorted(folder.glob("flatquant-*.safetensors"))[1]  # the first holds nothing but the embedding
     tensors = safetensors.torch.load_file(file)
     change(tensors)
     safetensors.torch.save_file(tensors, file)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = json.loads((folder / "flatquant.safetensors.index.json").read_text())
     kept = {k: v for k, v in index["weight_map"].items() if v != file.name}
     index["weight_map"] = {**kept, **dict.fromkeys(tensors, file.name)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "flatquant.safetensors.index.json").write_text(json.dumps(index))
     forge(folder, lambda c: None)
 
 
@@ -446,7 +446,7 @@ def test_inspection_of_an_unquantised_scheme(quantised, tmp_path: Path) -> None:
 
 def test_inspection_names_damaged_files(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard = sorted(folder.glob("flatquant-*.safetensors"))[0]
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)

@@ -32,7 +32,7 @@ from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.runtime.build import install
 from flatquant.spec import EndToEndSpec, Plan, Recipe
 from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
-from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 from flatquant.wiring.residual import residual_factor, rotate_ends
@@ -106,7 +106,7 @@ def calibrate(
         CalibrationError: NaN in a block (named); data missing.
         ModelError, SpecError: the recipe does not fit the model.
     """
-    arch = arch_of(model.config)
+    arch = arch_of(model.config, model)
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
     blocks.requires_grad_(False)  # only transforms, scales and clips are fitted
@@ -148,7 +148,7 @@ class _Run:
         side_by_side: int | None,
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
-        self.arch = arch_of(model.config)
+        self.arch = arch_of(model.config, model)
         self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
         self.state, self.progress, self.graph = state, progress, graph
@@ -341,7 +341,7 @@ class _Run:
         assert isinstance(output, nn.Linear)
         weight = output.weight.to(self.device, self.dtype)  # (V, h)
         bias = None if output.bias is None else output.bias.to(self.device, self.dtype)
-        return lambda x: F.linear(norm(x).to(self.dtype), weight, bias)
+        return lambda x: logits(self.model.config, F.linear(norm(x).to(self.dtype), weight, bias))
 
     def _fold(self, index: int, fit: FitBlock) -> None:
         with self.clock("fold"):
@@ -396,8 +396,8 @@ class _Run:
             with autocast(self.device, self.dtype):
                 for block, call in zip(self.blocks[index + 1 :], after, strict=True):
                     hidden = call(block, hidden)
-                logits = self._head(hidden)
-            return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+                scores = self._head(hidden)
+            return F.cross_entropy(scores[0, :-1].float(), ids[0, 1:], reduction="sum")
 
         collect = partial(
             output_hessians,

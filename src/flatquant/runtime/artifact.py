@@ -24,8 +24,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 from flatquant import seams
 from flatquant.errors import ArtifactError
 from flatquant.runtime.build import install
+from flatquant.runtime.card import model_card
 from flatquant.runtime.folder import (
+    CARD_FILE,
+    COLLECTION_FILE,
     CONFIG_FILE,
+    EVALUATION_FILE,
     FORMAT_VERSION,
     GENERATION_FILE,
     INDEX_FILE,
@@ -41,12 +45,16 @@ from flatquant.runtime.folder import (
     read_json,
     stored_kinds,
 )
+from flatquant.runtime.hf import adopt
 from flatquant.runtime.kvcache import token_bytes
 from flatquant.runtime.linear import DenseLinear, Unpacked
 from flatquant.spec import Plan, Recipe, from_dict
 
 # Keys of a config that name code, kernels or places of the machine that wrote it.
-_FOREIGN = ("auto_map", "attn_implementation", "use_kernels", "name_or_path")
+_FOREIGN = ("auto_map", "attn_implementation", "use_kernels", "name_or_path", "transformers_weights")
+
+# What says something about the model and is not read for serving.
+_UNHASHED = (CARD_FILE, COLLECTION_FILE, EVALUATION_FILE, REPORT_FILE)
 
 
 # --------------------------------------------------------------------------------------------- save
@@ -71,8 +79,11 @@ def save(
     *,
     recipe: Mapping[str, Any],
     report: Mapping[str, Any],
+    scheme: str | None = None,
     tokenizer: Any = None,
+    companions: Folder | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    replace: bool = False,
 ) -> None:
     """Write a quantised model as a folder. The model in memory stays as it is.
 
@@ -81,16 +92,20 @@ def save(
         output: absent or an empty folder; appears by one rename when everything is on the disk.
         recipe: `spec.to_dict` of the recipe.
         report: kept as `flatquant_report.json`.
+        scheme: for people; that of the recipe if None. (A loaded model's recipe may be one of a later version.)
         tokenizer: saved along if given.
+        companions: a folder whose files beside the model (tokenizer, evaluation) are copied, those that are whole.
         max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
+        replace: `output` may hold files; those of the same names, and older tensors of ours, are replaced.
 
     Raises:
         ArtifactError: something is in the way, or the disk is full or read-only. Nothing half-written stays.
         SpecError: `recipe` is not a recipe.
     """
     output = Path(output)
-    check_output(output)
-    scheme = str(from_dict(Recipe, recipe).scheme)
+    if not (replace and output.is_dir()):
+        check_output(output)
+    scheme = scheme or str(from_dict(Recipe, recipe).scheme)
     output = output.resolve()
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -103,6 +118,8 @@ def save(
                 (temporary / GENERATION_FILE).write_text(text, encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+            if companions is not None:
+                _copy_companions(companions, temporary)
             config = _config_to_json(model)
             config["quantization_config"] = {
                 "quant_method": METHOD,
@@ -110,23 +127,83 @@ def save(
                 "scheme": scheme,
                 "recipe": dict(recipe),
                 "plan": plan_to_json(plan),
-                "files": {name: _sha256(temporary / name) for name in _files(temporary)},
+                "files": {n: _sha256(temporary / n) for n in _files(temporary) if n not in _UNHASHED},
             }
             config["quantization_config"]["content_hash"] = content_hash(config)
             (temporary / CONFIG_FILE).write_bytes(json_bytes(config))
             (temporary / REPORT_FILE).write_bytes(json_bytes(report))
+            write_card(temporary)
             for name in _files(temporary):
                 # safetensors makes files that only their owner may read
                 shutil.copymode(temporary / CONFIG_FILE, temporary / name)
                 _sync(temporary / name)
             _sync(temporary)
-            os.replace(temporary, output)
+            _publish(temporary, output)
             _sync(output.parent)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise ArtifactError(f"cannot write {output}: {reason}; free space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_companions(source: Folder, target: Path) -> None:
+    broken = source.damaged()
+    names = [name for name in source.companions if name not in broken and not (target / name).exists()]
+    names += [name for name in (EVALUATION_FILE, COLLECTION_FILE) if (source.path / name).is_file()]
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.path / name, target / name)
+
+
+def keep_evaluation(path: Path, result: Mapping[str, Any]) -> None:
+    """Add what was measured to a folder's `flatquant_evaluation.json`, and write its card anew.
+
+    Raises:
+        ArtifactError: the folder is not ours, or cannot be written.
+    """
+    folder = Folder.open(path)
+    file = folder.path / EVALUATION_FILE
+    kept = read_json(file) if file.is_file() else {}
+    kept = kept if isinstance(kept, dict) else {}
+    try:
+        file.write_bytes(json_bytes(merged(kept, result)))
+        write_card(folder.path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, entry by entry; the new one wins."""
+    both = {**old, **new}
+    return {
+        k: merged(old[k], new[k]) if isinstance(old.get(k), Mapping) and isinstance(new.get(k), Mapping) else v
+        for k, v in both.items()
+    }
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md from the folder's own JSON files.
+
+    Raises:
+        ArtifactError: one of them is damaged.
+    """
+    config, report = (read_json(folder / name) for name in (CONFIG_FILE, REPORT_FILE))
+    evaluation = read_json(folder / EVALUATION_FILE) if (folder / EVALUATION_FILE).is_file() else None
+    (folder / CARD_FILE).write_text(model_card(config, report, evaluation), encoding="utf-8")
+
+
+def _publish(temporary: Path, output: Path) -> None:
+    """Make the finished folder appear: by one rename, or into a folder that holds other files, the config last."""
+    if not output.is_dir() or not any(output.iterdir()):
+        os.replace(temporary, output)
+        return
+    names = sorted(_files(temporary), key=lambda name: name == CONFIG_FILE)
+    for stale in {*output.glob("flatquant*.safetensors"), output / INDEX_FILE} - {output / name for name in names}:
+        stale.unlink(missing_ok=True)
+    for name in names:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary / name, output / name)
 
 
 def _config_to_json(model: PreTrainedModel) -> dict[str, Any]:
@@ -156,11 +233,13 @@ def _pending(model: nn.Module) -> dict[str, _Pending]:
     """What is stored of a model: its state with integers packed and tied weights once."""
     tied = _tied(model)
     unpacked = {f"{name}.{m.loose}": m for name, m in model.named_modules() if isinstance(m, Unpacked)}
-    pending = {}
+    pending: dict[str, _Pending] = {}
     for name, tensor in model.state_dict().items():
         if name in unpacked:
             module = unpacked[name]
             pending[name.removesuffix(module.loose) + "packed"] = _Pending(module.packed_bytes, module.pack)
+        elif tensor.is_meta:
+            raise ArtifactError(f"{name} is offloaded; load the model without offloading, then save it")
         elif name not in tied:
             pending[name] = _Pending(tensor.nbytes, lambda t=tensor: t)
     return dict(sorted(pending.items()))
@@ -177,7 +256,8 @@ def _write_tensors(model: nn.Module, folder: Path, max_shard_bytes: int) -> None
         shards[-1].append(name)
         room -= tensor.nbytes
     count = len(shards)
-    files = [SINGLE_FILE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    numbered = [f"flatquant-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    files = numbered if count > 1 else [SINGLE_FILE]
     for file, names in zip(files, shards, strict=True):
         # A copy of its own for each: the file's writer refuses views of a larger storage.
         tensors = {n: pending[n].make().detach().cpu().clone(memory_format=torch.contiguous_format) for n in names}
@@ -232,8 +312,6 @@ def load(
         folder.check_files()
     stored = folder.tensors()
     model = _skeleton(folder, stored)
-    tied = _tied(model)
-    _compare(folder, model, tied, stored)
     state = _read_tensors(folder, stored, torch.device(device))
     if dtype is not None:
         for name in _castable(model):
@@ -249,6 +327,7 @@ def load(
         except (ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{folder.path / GENERATION_FILE} is damaged ({one_line(error)})") from error
     seams.use_attention(model)
+    adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
     return model.eval().requires_grad_(False)
 
 
@@ -268,17 +347,35 @@ def _skeleton(folder: Folder, stored: Mapping[str, StoredTensor]) -> PreTrainedM
             config = CONFIG_MAPPING[kind].from_dict(data)
             if config.num_hidden_layers != len(blocks):
                 raise ArtifactError(f"{where} is damaged: {len(blocks)} blocks planned of {config.num_hidden_layers}")
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-            modules = model.get_submodule(folder.plan.blocks_path)
-            assert isinstance(modules, nn.ModuleList), f"{folder.plan.blocks_path} is no list of blocks"
-            for module, block in zip(modules, blocks, strict=True):
-                install(module, folder.plan.attention, block, packed=True)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=seams.ATTENTION)
+            furnish(folder, model, _tied(model), stored)
     except ArtifactError:
         raise
     except Exception as error:
         # A config is free-form data of another library: whatever it trips over, the folder is at fault.
         raise ArtifactError(f"{where} is damaged: no model can be built from it ({one_line(error)})") from error
     return model
+
+
+def furnish(folder: Folder, model: PreTrainedModel, tied: set[str], stored: Mapping[str, StoredTensor]) -> None:
+    """Put empty serving modules into a model's blocks, where the folder's plan says so.
+
+    Args:
+        tied: names of tensors that are others under a second name, and are not stored.
+
+    Raises:
+        ArtifactError: the plan does not fit the model, or the stored tensors are not exactly those that it needs.
+    """
+    try:
+        modules = model.get_submodule(folder.plan.blocks_path)
+    except AttributeError:
+        modules = None
+    if not isinstance(modules, nn.ModuleList) or len(modules) != len(folder.plan.blocks):
+        path = one_line(folder.plan.blocks_path)
+        raise ArtifactError(f"the plan does not fit the model: {path} is no list of its blocks")
+    for module, block in zip(modules, folder.plan.blocks, strict=True):
+        install(module, folder.plan.attention, block, packed=True)
+    _compare(folder, model, tied, stored)
 
 
 def _compare(folder: Folder, model: nn.Module, tied: set[str], stored: Mapping[str, StoredTensor]) -> None:
@@ -323,15 +420,33 @@ def _castable(model: nn.Module) -> Iterator[str]:
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Make the modules anew whose tensors are not stored but computed from the config: rotary embeddings."""
+    """Fill the buffers that are not stored but computed from the config: rotary embeddings, scales of embeddings."""
     for path, module in list(model.named_modules()):
-        if any(t.is_meta for t in module.buffers(recurse=False)):
-            try:
-                fresh = type(module)(config=model.config)  # type: ignore[call-arg]
-            except TypeError as error:
-                raise ArtifactError(f"cannot rebuild {path} from the config ({one_line(error)})") from error
+        if not any(t.is_meta for t in module.buffers(recurse=False)):
+            continue
+        try:
+            fresh = type(module)(config=model.config)  # type: ignore[call-arg]
+        except TypeError:
+            _initialise_buffers(model, module, device)
+        else:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Module.to(fresh, device))
+
+
+def _initialise_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
+    """As `from_pretrained` does it: by the model's own rule, which leaves alone what is marked as loaded."""
+    empty = {name for name, t in module.named_buffers(recurse=False) if t.is_meta}
+    for name in empty:
+        setattr(module, name, torch.full_like(getattr(module, name), torch.nan, device=device))
+    loaded = [*module.parameters(recurse=False), *(t for n, t in module.named_buffers(recurse=False) if n not in empty)]
+    for tensor in loaded:
+        tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+    model._init_weights(module)
+    for tensor in loaded:
+        del tensor._is_hf_initialized  # pyright: ignore[reportAttributeAccessIssue]
+    for name in empty:
+        if bool(getattr(module, name).isnan().any()):
+            raise ArtifactError(f"cannot rebuild {name} of {type(module).__name__} from the config")
 
 
 # --------------------------------------------------------------------------------------------- inspect
@@ -404,11 +519,11 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
     ours = sizes["packed"] + sizes["grids"] + sizes["transforms"]
     kv, kv16 = _kv_bytes(folder)
     damaged = folder.damaged() if verify else [n for n in sorted(folder.files) if not (folder.path / n).is_file()]
-    report = read_json(folder.path / REPORT_FILE) if (folder.path / REPORT_FILE).is_file() else None
+    report = folder.read_report()
     return Inspection(
         scheme=folder.scheme,
         recipe=str(folder.recipe.get("name", "")),
-        architecture=str((folder.config.get("architectures") or [""])[0]),
+        architecture=_architecture(folder.config),
         format_version=FORMAT_VERSION,
         content_hash=folder.content_hash,
         blocks=len(folder.plan.blocks),
@@ -422,8 +537,13 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
         kv_bytes_per_token=kv,
         kv_bytes_per_token_16bit=kv16,
         damaged=tuple(damaged),
-        report=_summary(report) if isinstance(report, dict) else None,
+        report=_summary(report) or None,
     )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
 def _kv_bytes(folder: Folder) -> tuple[int, int]:

@@ -8,10 +8,15 @@ Layout, in the manner of Hugging Face folders:
         plan                            what sits where; equal blocks are written once
         files                           sha256 of every other file but the report
         content_hash                    sha256 of this very file's content (without this entry)
-    model.safetensors               or model-0000i-of-0000n.safetensors and model.safetensors.index.json
+    flatquant.safetensors           or flatquant-0000i-of-0000n.safetensors and flatquant.safetensors.index.json
     generation_config.json, tokenizer files
+    README.md                       the model card; not hashed: its owner may add to it
     flatquant_report.json           how it was made: times, losses. Not read for serving, and not hashed, so that two
                                     runs that find the same model have the same content hash
+
+The tensors do not lie in `model.safetensors`, on purpose. A transformers that has not imported flatquant warns of an
+unknown quant_method, ignores it and goes on: it would leave all quantised layers random. Not finding the file that it
+looks for, it stops.
 
 A hash guards against damage, not against malice: whoever can rewrite a folder can rewrite its hashes. So numbers and
 names are also checked before anything is allocated or opened: no pickle, no remote code, no file outside the folder.
@@ -23,7 +28,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,8 +44,11 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 REPORT_FILE = "flatquant_report.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+COLLECTION_FILE = "flatquant_collection.json"
+EVALUATION_FILE = "flatquant_evaluation.json"
+CARD_FILE = "README.md"
+SINGLE_FILE = "flatquant.safetensors"
+INDEX_FILE = "flatquant.safetensors.index.json"
 
 _MAX_JSON_BYTES = 64 << 20  # of a JSON file that we parse; a thousand different blocks take about two million
 _NAME = re.compile(r"[A-Za-z0-9_+\-][A-Za-z0-9_+\-. ]*")  # one part of a file name; never ".." or hidden
@@ -133,9 +141,15 @@ class Folder:
         """The files that hold tensors."""
         return sorted(name for name in self.files if name.endswith(".safetensors"))
 
-    def damaged(self) -> dict[str, str]:
+    @property
+    def companions(self) -> list[str]:
+        """The files that came along and that loading the model does not read: the tokenizer's."""
+        return sorted(name for name in self.files if name not in (*self.shards, INDEX_FILE, GENERATION_FILE))
+
+    def damaged(self, skipped: Collection[str] = ()) -> dict[str, str]:
         """Files that are missing or differ from their hash, and why."""
-        return {name: why for name, digest in sorted(self.files.items()) if (why := self._damage(name, digest))}
+        found = {name: self._damage(name, digest) for name, digest in sorted(self.files.items()) if name not in skipped}
+        return {name: why for name, why in found.items() if why}
 
     def _damage(self, name: str, digest: str) -> str:
         if not (self.path / name).is_file():
@@ -147,10 +161,18 @@ class Folder:
             return f"cannot be read ({error.strerror or error})"
         return "" if found == digest else "is damaged: its sha256 does not match"
 
-    def check_files(self) -> None:
+    def check_files(self, *, companions: bool = True) -> None:
         """Raise ArtifactError for the first file that is missing or damaged."""
-        for name, why in self.damaged().items():
-            raise ArtifactError(f"{self.path / name} {why}; copy the folder again")
+        skipped = () if companions else self.companions
+        for name, why in self.damaged(skipped).items():
+            hint = ", or pass verify=False if you replaced it" if name in self.companions else ""
+            raise ArtifactError(f"{self.path / name} {why}; copy the folder again{hint}")
+
+    def read_report(self) -> dict[str, Any]:
+        """`flatquant_report.json`; empty if it is missing or no object."""
+        file = self.path / REPORT_FILE
+        report = read_json(file) if file.is_file() else None
+        return report if isinstance(report, dict) else {}
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Every stored tensor, from the shards' headers alone.

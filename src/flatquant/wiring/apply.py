@@ -36,7 +36,7 @@ from flatquant.transforms import (
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
 from flatquant.wiring.arch import Arch, Edge, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
-from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput, HeadsOutput, ReaderScale
+from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput, HeadsOutput, LastRows, ReaderScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +127,16 @@ def wrap_block(
     for edge in arch.edges:
         parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
         linears = [linear_at(block, path) for path in edge.readers]
-        heads = 1
-        if edge.passes == "per_head":
-            assert edge.writer is not None
-            heads = linear_at(block, edge.writer).out_features // plan.head_dim
+        heads, first = 1, 0
+        if edge.writer is not None:
+            rows = linear_at(block, edge.writes.path).out_features
+            first = edge.writes.first(rows, linears[0].in_features)
+            heads = (rows - first) // plan.head_dim
         made = _transforms(edge, parts, plan.sites[edge.site], linears, statistics.get(edge.site), generator, heads)
         for part in made:
             if isinstance(part, Written):
-                assert edge.writer is not None
-                outputs[edge.writer].append(_written_output(part.inner))
+                output = _written_output(part.inner)
+                outputs[edge.writes.path].append(LastRows(output, first) if first else output)
         if residual is not None and edge.norm is not None:
             made = [MovedGain(_gain(block, edge.norm)), Written(Matrix(residual)), *made]
         transforms[edge.site] = _joined(made)
@@ -173,7 +174,7 @@ def wrap_block(
 def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None, force: bool) -> Transforms:
     """The transforms a site gets: none where nothing is quantised that they could help."""
     helps = plan.weights or plan.activations or force or (edge.passes == "per_head" and values)
-    return recipe.transforms.get(edge.site, ()) if helps else ()
+    return edge.bearable(recipe.transforms.get(edge.site, ())) if helps else ()
 
 
 def _activations(
@@ -325,7 +326,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     for edge in arch.edges:
         diagonal, left, right = _online_parts(wide[edge.site].transform, plan.sites[edge.site])
         if diagonal is not None:
-            _absorb(edge, block, diagonal, folded)
+            _absorb(edge, arch, block, diagonal, folded)
         activations = fit.sites[edge.site].activations
         frozen[edge.site] = FrozenSite(
             None if left is None else left.to(dtype),
@@ -365,15 +366,20 @@ def _parts_of(transform: Transform) -> list[nn.Module]:
     return list(transform.parts) if isinstance(transform, Compose) else [transform]
 
 
-def _absorb(edge: Edge, block: nn.Module, diagonal: Tensor, folded: dict[str, tuple[Tensor, Tensor | None]]) -> None:
+def _absorb(
+    edge: Edge, arch: Arch, block: nn.Module, diagonal: Tensor, folded: dict[str, tuple[Tensor, Tensor | None]]
+) -> None:
     """Multiply the channels an edge carries where they are written: a norm's gain, or a linear's rows and bias."""
     if edge.norm is not None:
-        gain = _gain(block, edge.norm)
-        gain.copy_((gain.double() * diagonal).to(gain.dtype))
+        gain, shift = _gain(block, edge.norm), getattr(submodule(block, edge.norm), "bias", None)
+        gain.copy_(((gain.double() + arch.norm_offset) * diagonal - arch.norm_offset).to(gain.dtype))
+        if isinstance(shift, Tensor):
+            shift.copy_((shift.double() * diagonal).to(shift.dtype))
     else:
-        assert edge.writer is not None
-        weight, bias = folded[edge.writer]
-        folded[edge.writer] = (weight * diagonal[:, None], None if bias is None else bias * diagonal)
+        weight, bias = folded[edge.writes.path]
+        scale = torch.ones_like(weight[:, 0])
+        scale[edge.writes.first(len(scale), len(diagonal)) :][: len(diagonal)] = diagonal
+        folded[edge.writes.path] = (weight * scale[:, None], None if bias is None else bias * scale)
 
 
 @overload

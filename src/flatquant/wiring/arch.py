@@ -6,12 +6,37 @@ online. Module paths are relative to a block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from flatquant.errors import ModelError
+from flatquant.spec import Transforms
+
+
+@dataclass(frozen=True)
+class Writes:
+    """The rows of a linear that write one tensor: all, or a part of a fused one."""
+
+    path: str
+    part: str | None
+
+    def first(self, rows: int, n: int) -> int:
+        """Where the rows begin that write a tensor, of which readers see n channels.
+
+        A fused q, k and v has as many rows for k as for v, and n for q; a fused gate and up has n for each.
+        """
+        match self.part:
+            case "v":
+                return (rows + n) // 2
+            case "up":
+                return rows - n
+            case _:
+                return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +46,9 @@ class Edge:
     Attributes:
         site: its name, one of `spec.SITES`.
         readers: the linears that read it. They share one online transform and one activation grid.
-        norm: the RMSNorm that writes it, whose gain absorbs a diagonal.
-        writer: the linear whose output rows absorb part of the transform.
+        norm: the norm that writes it, whose gain (and shift) absorbs a diagonal.
+        writer: the linear whose output rows absorb part of the transform; of a fused one, the part:
+            `self_attn.qkv_proj[v]`, `mlp.gate_up_proj[up]`.
         passes: what survives between the writer and the readers: a per-channel scale (`diagonal`: an elementwise
             product), or one matrix per head shared by all heads (`per_head`: softmax attention).
     """
@@ -32,6 +58,23 @@ class Edge:
     norm: str | None = None
     writer: str | None = None
     passes: Literal["nothing", "diagonal", "per_head"] = "nothing"
+
+    @property
+    def writes(self) -> Writes:
+        """`writer`, taken apart."""
+        match = re.fullmatch(r"([\w.]+)(?:\[(v|up)\])?", self.writer or "")
+        if match is None:
+            raise ModelError(f"{self.site}: {self.writer!r} is no writer's path; of a fused one, path[v] or path[up]")
+        return Writes(match[1], match[2])
+
+    def bearable(self, parts: Transforms) -> Transforms:
+        """A recipe's transforms less the diagonal, if nothing wrote this tensor that could absorb one.
+
+        Blocks without a norm in front (olmo2) read the residual stream itself.
+        """
+        if self.norm is None and self.writer is None:
+            return tuple(part for part in parts if part.kind != "diagonal")
+        return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +105,19 @@ class Scores:
 class Arch:
     """One family (or several that are wired alike).
 
-    `residual` is None where something else than a norm reads the stream, or a norm stands between a writer and it;
-    `scores` where RoPE pairs other channels, or queries and keys pass a norm.
+    Attributes:
+        residual: None where something else than a norm reads the stream, or a norm stands between a writer and it.
+        scores: None where RoPE pairs other channels, or queries and keys pass a norm.
+        when: config fields that choose between descriptions of one model type.
+        norm_offset: a norm multiplies by this plus its weight (Gemma: 1).
     """
 
     model_types: tuple[str, ...]
     edges: tuple[Edge, ...]
     residual: Residual | None = None
     scores: Scores | None = None
+    when: Mapping[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0.0
     blocks: str = "model.layers"
     attention: str = "self_attn"
     final_norm: str = "model.norm"
@@ -89,6 +137,16 @@ class Geometry:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim)
+
+
+def logits(config, products: Tensor) -> Tensor:
+    """What a model says, from what its output embedding gives: some families scale that, or cap it.  # (.., V)"""
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    if scale != 1:
+        products = products * scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        return cap * torch.tanh(products / cap)
+    return products
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:

@@ -1,38 +1,132 @@
-"""The families we know: one literal each. `docs/` says how to add one; the laws in `tests/` decide whether it holds."""
+"""The families we know: one literal each. docs/families.md says how to add one, and the laws decide whether it holds.
+
+Most differ from Llama in what the attention function, the norms and the masks do, which no transform touches: q and k
+norms, rotary embeddings, sliding windows and logit caps all lie between an edge's readers and the next edge.
+"""
+
+from dataclasses import replace
+
+from torch import nn
 
 from flatquant.errors import ModelError
 from flatquant.wiring.arch import Arch, Edge, Residual, Scores
 
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+ATTN_OUT = Edge(site="attn_out", readers=("self_attn.o_proj",), writer="self_attn.v_proj", passes="per_head")
+MLP_MID = Edge(site="mlp_mid", readers=("mlp.down_proj",), writer="mlp.up_proj", passes="diagonal")
+
 LLAMA = Arch(
-    model_types=("llama", "mistral", "qwen2"),
+    model_types=("llama", "mistral", "qwen2", "granite", "smollm3"),
     edges=(
-        Edge(
-            site="attn_in",
-            readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            norm="input_layernorm",
-        ),
-        Edge(site="attn_out", readers=("self_attn.o_proj",), writer="self_attn.v_proj", passes="per_head"),
-        Edge(site="mlp_in", readers=("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
-        Edge(site="mlp_mid", readers=("mlp.down_proj",), writer="mlp.up_proj", passes="diagonal"),
+        Edge(site="attn_in", readers=_QKV, norm="input_layernorm"),
+        ATTN_OUT,
+        Edge(site="mlp_in", readers=_GATE_UP, norm="post_attention_layernorm"),
+        MLP_MID,
     ),
     residual=Residual(writers=("self_attn.o_proj", "mlp.down_proj")),
     scores=Scores(queries="self_attn.q_proj", keys="self_attn.k_proj"),
 )
 
-ARCHS = (LLAMA,)
+QWEN3 = replace(LLAMA, model_types=("qwen3",), scores=None)  # norms of q and k
+
+GEMMA = Arch(  # norms on both sides of attention and MLP; those in front multiply by 1 + weight
+    model_types=("gemma2", "gemma3_text"),
+    edges=(
+        Edge(site="attn_in", readers=_QKV, norm="input_layernorm"),
+        ATTN_OUT,
+        Edge(site="mlp_in", readers=_GATE_UP, norm="pre_feedforward_layernorm"),
+        MLP_MID,
+    ),
+    norm_offset=1.0,
+)
+
+OLMO2 = Arch(  # norms behind attention and MLP only: nothing in front absorbs a diagonal
+    model_types=("olmo2",),
+    edges=(
+        Edge(site="attn_in", readers=_QKV),
+        ATTN_OUT,
+        Edge(site="mlp_in", readers=_GATE_UP),
+        MLP_MID,
+    ),
+)
+
+PHI3 = Arch(  # fused projections; glm4 has its gate and up fused only
+    model_types=("phi3",),
+    edges=(
+        Edge(site="attn_in", readers=("self_attn.qkv_proj",), norm="input_layernorm"),
+        replace(ATTN_OUT, writer="self_attn.qkv_proj[v]"),
+        Edge(site="mlp_in", readers=("mlp.gate_up_proj",), norm="post_attention_layernorm"),
+        replace(MLP_MID, writer="mlp.gate_up_proj[up]"),
+    ),
+)
+
+GLM4 = replace(PHI3, model_types=("glm4",), edges=(*LLAMA.edges[:2], *PHI3.edges[2:]))
+
+STABLELM = replace(  # layer norms, which a rotation does not pass, and a rotary embedding of some channels
+    LLAMA, model_types=("stablelm",), when={"use_parallel_residual": False}, residual=None, scores=None
+)
+
+PARALLEL = Arch(  # attention and MLP side by side on one norm: one tensor, one site
+    model_types=("cohere",),
+    edges=(Edge(site="attn_in", readers=_QKV + _GATE_UP, norm="input_layernorm"), ATTN_OUT, MLP_MID),
+)
+
+STABLELM_PARALLEL = replace(PARALLEL, model_types=("stablelm",), when={"use_parallel_residual": True})
+
+ARCHS = (LLAMA, QWEN3, GEMMA, OLMO2, PHI3, GLM4, STABLELM, PARALLEL, STABLELM_PARALLEL)
 
 
-def arch_of(config) -> Arch:
+def arch_of(config, model: nn.Module | None = None) -> Arch:
     """The description for a transformers config.
+
+    Args:
+        model: of that config; an error about it then says what it is made of.
 
     Raises:
         ModelError: a family without a description.
     """
     for arch in ARCHS:
-        if config.model_type in arch.model_types:
+        if config.model_type in arch.model_types and all(getattr(config, k, v) == v for k, v in arch.when.items()):
             return arch
-    known = ", ".join(sorted(t for arch in ARCHS for t in arch.model_types))
+    known = ", ".join(sorted({t for arch in ARCHS for t in arch.model_types}))
+    found = "" if model is None else f". {_draft(config.model_type, model)}"
     raise ModelError(
         f"unknown architecture {config.model_type!r}; known: {known}. "
-        "To add one, describe its edges in flatquant/wiring/archs.py"
+        f"To add one, describe its edges in flatquant/wiring/archs.py (docs/families.md){found}"
     )
+
+
+# --------------------------------------------------------------------------------- a start for a new family
+
+# What the linears of a site are called, in the families seen so far.
+_NAMES = {
+    "attn_in": ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "query", "key", "value"),
+    "attn_out": ("o_proj", "out_proj", "dense", "wo"),
+    "mlp_in": ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"),
+    "mlp_mid": ("down_proj", "fc2", "w2", "dense_4h_to_h"),
+}
+
+
+def _draft(model_type: str, model: nn.Module) -> str:
+    """What a model's blocks hold, and a literal that fits the names, on one line."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        return f"{type(model).__name__} has no list of blocks"
+    path = max(lists, key=lambda name: len(list(lists[name].parameters())))
+    block = lists[path][0]
+    modules = {name: m for name, m in block.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    norms = [n for n, m in modules.items() if next(m.parameters(recurse=False)).ndim == 1 and "." not in n]
+    held = ", ".join(
+        f"{name} {type(m).__name__} {'x'.join(map(str, next(m.parameters(recurse=False)).shape))}"
+        for name, m in modules.items()
+    )
+    edges = []
+    for site, names in _NAMES.items():
+        readers = tuple(n for n, m in modules.items() if isinstance(m, nn.Linear) and n.split(".")[-1] in names)
+        norm = f", norm={norms[site == 'mlp_in' and len(norms) > 1]!r}" if site.endswith("_in") and norms else ""
+        written = {"attn_out": ", writer='...', passes='per_head'", "mlp_mid": ", writer='...', passes='diagonal'"}
+        edges.append(f"Edge(site={site!r}, readers={readers!r}{norm}{written.get(site, '')})")
+    literal = f"Arch(model_types=({model_type!r},), blocks={path!r}, edges=({', '.join(edges)}))"
+    return f"A block of {type(model).__name__} ({path}) holds {held}; a draft: {literal}"

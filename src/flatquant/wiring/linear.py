@@ -40,6 +40,19 @@ class HeadOutput(nn.Module):
         return kron_matmul(y, None, self.factor.matrix().to(y.dtype))
 
 
+class LastRows(nn.Module):
+    """What a fused writer absorbs on its last rows: those before `first` belong to others (q and k before v)."""
+
+    def __init__(self, output: nn.Module, first: int) -> None:
+        super().__init__()
+        self.output = output
+        self.first = first
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Outputs (or a bias), the last of them mapped.  # (.., rows)"""
+        return torch.cat([y[..., : self.first], self.output(y[..., self.first :])], dim=-1)
+
+
 class HeadsOutput(nn.Module):
     """What the writer of heads absorbs of a transform that differs from head to head."""
 

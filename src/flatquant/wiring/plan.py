@@ -21,14 +21,17 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
             or a transform that cannot sit where the recipe puts it.
         ModelError: an edge that names a module the model lacks.
     """
+    known = [edge.site for edge in arch.edges]
     for key in recipe.scheme.overrides:
-        block = key.rpartition(".")[0]
+        block, _, site = key.rpartition(".")
+        if site not in known:
+            raise SpecError(f"override {key!r}: in this family's blocks, {site} is part of {known[0]}")
         if block and int(block) >= len(blocks):
             raise SpecError(f"override {key!r}: the model has blocks 0 to {len(blocks) - 1}")
     if recipe.transforms.get("residual") and arch.residual is None:
-        raise SpecError(f"{arch.model_types[0]}: its residual stream is not one that a rotation can pass through")
+        raise SpecError(f"{', '.join(arch.model_types)}: no rotation can pass through its residual stream")
     if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and arch.scores is None:
-        raise SpecError(f"{arch.model_types[0]}: no scale passes from its keys to its queries")
+        raise SpecError(f"{', '.join(arch.model_types)}: no scale passes from its keys to its queries")
     return Plan(
         blocks_path=arch.blocks,
         attention=arch.attention,
@@ -60,7 +63,7 @@ def _site(
     force: bool,
 ) -> SitePlan:
     weights, activations = recipe.scheme.at(index, edge.site)
-    parts = recipe.transforms.get(edge.site, ())
+    parts = edge.bearable(recipe.transforms.get(edge.site, ()))
     n = _input_size(block, edge)
     if weights and weights.group_size and n % weights.group_size:
         raise SpecError(f"group size {weights.group_size} does not divide the {n} inputs of {edge.readers[0]}")

@@ -1,0 +1,353 @@
+"""To and from other tools: the original project's matrices in, compressed-tensors and plain checkpoints out.
+
+- `import_matrices`: `flat_matrices.pth` of github.com/ruikangliu/FlatQuant, by torch's weights-only reader. Their
+  transforms, scales and clips mean what ours do; only that they clip the input of q, k and v (gate and up) three times
+  (twice), and we once: the means of their logits are taken, and the largest difference is reported.
+- `export_compressed`: weight-only results without online transforms, as `pack-quantized` of compressed-tensors, which
+  vLLM and transformers load. (W4A16 of RTN and GPTQ; FlatQuant's transforms have no place in that format.)
+- `export_dense`: an ordinary checkpoint with the rounded weights as numbers, in the original basis: x P Q(W P^-T)^T =
+  x (Q(W P^-T) P^T)^T. For any tool. It knows nothing of grids for activations, keys and values.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from flatquant import seams
+from flatquant.calibrate.capture import BlockCall
+from flatquant.calibrate.solve import make_solver, solve_block
+from flatquant.errors import ArtifactError, ModelError
+from flatquant.ops.kron.reference import kron_matmul
+from flatquant.quantizers import Dynamic
+from flatquant.quantizers.clip import LearnedClip
+from flatquant.recipes import flatquant
+from flatquant.runtime.artifact import check_output
+from flatquant.runtime.hf import adopt
+from flatquant.runtime.linear import DenseLinear, FrozenSite, IntegerLinear
+from flatquant.spec import Plan, Recipe, to_dict
+from flatquant.transforms import Compose, Diagonal, Kronecker, Written
+from flatquant.transforms.factor import DirectFactor, Factor
+from flatquant.wiring.apply import FitBlock, fold_block, wrap_block
+from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.archs import arch_of
+from flatquant.wiring.plan import make_plan
+
+# --------------------------------------------------------------------------------------------- in
+
+
+@torch.no_grad()
+def import_matrices(model: PreTrainedModel, path: Path, scheme: str = "w4a4kv4") -> tuple[Plan, Recipe, dict[str, Any]]:
+    """Quantise a model in place with the matrices that the original project found for it; weights by RTN.
+
+    Args:
+        model: the unquantised model the matrices were made for: Llama, Mistral or Qwen2.
+        path: `flat_matrices.pth`, or the folder it lies in.
+        scheme: as the matrices were made for; the file does not say.
+
+    Returns:
+        The plan and recipe for `artifact.save`, and a report.
+
+    Raises:
+        ArtifactError: the file cannot be read, or does not fit the model.
+    """
+    matrices = read_matrices(path)
+    recipe = _imported(flatquant(scheme))
+    arch = arch_of(model.config, model)
+    blocks = submodule(model, arch.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    if len(matrices) != len(blocks):
+        raise ArtifactError(f"{path} has matrices for {len(matrices)} blocks, the model has {len(blocks)}")
+    plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
+    dtype, widest = next(model.parameters()).dtype, 0.0
+    seams.use_attention(model)
+    for index, (block, block_plan) in enumerate(zip(blocks, plan.blocks, strict=True)):
+        reader = _Reader(matrices[index], f"{path}, block {index}")
+        fit = wrap_block(block.float(), arch, block_plan, recipe, {}, torch.Generator())
+        widest = max(widest, _fill(fit, reader))
+        fold_block(fit, dense=dtype)
+        block.to(dtype)
+        solve_block(block, block_plan, make_solver(recipe.solver), BlockCall(args=(), kwargs={}), None, 1)
+    report: dict[str, Any] = {
+        "recipe": to_dict(recipe),
+        "data": {"source": "imported matrices", "samples": 0, "seqlen": 0},
+        "largest_clip_difference_within_a_site": widest,
+    }
+    adopt(model, plan, str(recipe.scheme), to_dict(recipe), report, None)
+    return plan, recipe, report
+
+
+def _imported(recipe: Recipe) -> Recipe:
+    """FlatQuant with nothing left to fit, and starts that need no statistics."""
+    fit = None if recipe.fit is None else dataclasses.replace(recipe.fit, epochs=0)
+    transforms = {
+        site: tuple(dataclasses.replace(part, init="identity") for part in parts)
+        for site, parts in recipe.transforms.items()
+    }
+    return dataclasses.replace(recipe, name="flatquant (imported)", fit=fit, transforms=transforms)
+
+
+def read_matrices(path: Path) -> dict[int, dict[str, Tensor]]:
+    """`flat_matrices.pth`: a tensor by name, of every block. Nothing in the file is run.
+
+    Raises:
+        ArtifactError: missing, no such file, or one that holds more than tensors.
+    """
+    file = path / "flat_matrices.pth" if path.is_dir() else path
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters of them is an error
+            data = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {file}: {error.strerror or error}") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise ArtifactError(f"{file} is damaged, or holds more than tensors and is not opened: {reason}") from error
+    whole = isinstance(data, dict) and all(
+        type(i) is int
+        and isinstance(block, dict)
+        and all(isinstance(k, str) and isinstance(v, Tensor) and v.is_floating_point() for k, v in block.items())
+        for i, block in data.items()
+    )
+    if not whole or sorted(data) != list(range(len(data))):
+        raise ArtifactError(f"{file} is not a flat_matrices.pth: it does not hold named tensors of blocks 0, 1, ..")
+    return {i: {k: v.detach() for k, v in block.items()} for i, block in data.items()}
+
+
+class _Reader:
+    """One block's tensors, by name and expected shape."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        self.tensors, self.where = tensors, where
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor, finite and of `shape`."""
+        if name not in self.tensors:
+            raise ArtifactError(f"{self.where}: no {name}; were the matrices made for this scheme and model?")
+        tensor = self.tensors[name]
+        if tensor.numel() != torch.Size(shape).numel() or not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{self.where}: {name} is {tuple(tensor.shape)}, not {shape}, or not finite")
+        return tensor.reshape(shape)
+
+
+_TRANSFORMS = {"attn_in": "self_attn.ln_trans", "mlp_in": "mlp.up_gate_trans", "mlp_mid": "mlp.down_trans"}
+
+
+def _fill(fit: FitBlock, reader: _Reader) -> float:
+    """Put their numbers in; the largest difference of two clips that became one."""
+    widest = 0.0
+    for name, site in fit.sites.items():
+        for part in site.transform.parts if isinstance(site.transform, Compose) else [site.transform]:
+            match part:
+                case Diagonal():
+                    scale = reader.get(f"{_TRANSFORMS[name]}.diag_scale", tuple(part.scale.shape))
+                    if not bool((scale > 0).all()):
+                        raise ArtifactError(f"{reader.where}: {_TRANSFORMS[name]}.diag_scale is not positive")
+                    part.log_scale.copy_(scale.log())
+                case Written(inner=Kronecker(right=Factor() as factor)):
+                    _set(factor, reader, "self_attn.vcache_trans.matrix")
+                case Kronecker() if name == "attn_out":
+                    if part.left is not None:
+                        _set(part.left, reader, "self_attn.o_trans.matrix")
+                case Kronecker(left=Factor() as left, right=Factor() as right):
+                    _set(left, reader, f"{_TRANSFORMS[name]}.matrix_left")
+                    _set(right, reader, f"{_TRANSFORMS[name]}.matrix_right")
+        readers = fit.plan.sites[name].readers
+        if site.grid is not None and isinstance(site.grid.clip, LearnedClip):
+            for ours, end in ((site.grid.clip.low_logit, "min"), (site.grid.clip.high_logit, "max")):
+                theirs = [
+                    reader.get(f"{path}.clip_factor_w_{end}", (rows, 1))
+                    for path, rows in zip(readers, site.rows, strict=True)
+                ]
+                ours.copy_(torch.cat(theirs))
+        if isinstance(site.activations, Dynamic):
+            widest = max(widest, _clip(site.activations, reader, [f"{path}.act_quantizer" for path in readers]))
+    kv = fit.key_value
+    if kv is not None:
+        if kv.factor is not None:
+            _set(kv.factor, reader, "self_attn.kcache_trans.matrix")
+        for grid, name in ((kv.keys, "k"), (kv.values, "v")):
+            if grid is not None:
+                _clip(grid, reader, [f"self_attn.{name}_cache_quantizer"])
+    return widest
+
+
+def _set(factor: Factor, reader: _Reader, name: str) -> None:
+    assert isinstance(factor, DirectFactor)
+    factor.p.copy_(reader.get(name, tuple(factor.p.shape)))
+
+
+def _clip(grid: Dynamic, reader: _Reader, names: list[str]) -> float:
+    if not isinstance(grid.clip, LearnedClip):
+        return 0.0
+    widest = 0.0
+    for ours, end in ((grid.clip.low_logit, "min"), (grid.clip.high_logit, "max")):
+        theirs = torch.stack([reader.get(f"{name}.clip_factor_a_{end}", (1,)) for name in names])
+        ours.copy_(theirs.mean(0).reshape(ours.shape))
+        shares = torch.sigmoid(theirs)
+        widest = max(widest, float(shares.max() - shares.min()))
+    return widest
+
+
+# --------------------------------------------------------------------------------------------- out
+
+
+@torch.no_grad()
+def export_dense(
+    model: PreTrainedModel,
+    plan: Plan,
+    output: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    weights_only: bool = False,
+) -> None:
+    """Write an ordinary checkpoint: rounded weights as numbers, transforms folded back.
+
+    Args:
+        weights_only: leave out the grids of activations, keys and values, which such a checkpoint cannot hold.
+
+    Raises:
+        ModelError: there are such grids, and `weights_only` was not asked for.
+        ArtifactError: something is in the way of `output`.
+    """
+    check_output(output)
+    grids = [s.activations for b in plan.blocks for s in b.sites.values()]
+    grids += [grid for b in plan.blocks for grid in (b.keys, b.values)]
+    if any(grids) and not weights_only:
+        raise ModelError(
+            "an ordinary checkpoint cannot round activations, keys and values; with --weights-only it is written "
+            "without their grids, and is then a better model than the quantised one"
+        )
+    config = _plain_config(model)
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    state = dict(model.state_dict())
+    blocks = submodule(model, plan.blocks_path)
+    for index, block_plan in enumerate(plan.blocks):
+        prefix = f"{plan.blocks_path}.{index}."
+        block = submodule(blocks, str(index))
+        for name, site in block_plan.sites.items():
+            frozen = submodule(block, f"flatquant.{name}")
+            assert isinstance(frozen, FrozenSite)
+            for path in site.readers:
+                linear = submodule(block, path)
+                assert isinstance(linear, DenseLinear | IntegerLinear)
+                weight = linear.qweight().dequantize() if isinstance(linear, IntegerLinear) else linear.weight
+                left, right = (None if f is None else f.mT for f in (frozen.left, frozen.right))
+                if left is not None or right is not None:
+                    weight = kron_matmul(weight.float(), left, right)  # W P^T, with (P1 (x) P2)^T = P1^T (x) P2^T
+                state[f"{prefix}{path}.weight"] = weight.to(model.dtype)
+                if linear.bias is not None:
+                    state[f"{prefix}{path}.bias"] = linear.bias.to(model.dtype)
+    wanted = plain.state_dict()
+    plain.load_state_dict({name: state[name] for name in wanted})
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    plain.save_pretrained(output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output)
+
+
+def _plain_config(model: PreTrainedModel) -> Any:
+    config: Any = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = None
+    return config
+
+
+@torch.no_grad()
+def export_compressed(
+    model: PreTrainedModel, plan: Plan, output: Path, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Write a weight-only model in compressed-tensors' `pack-quantized` format.
+
+    Raises:
+        ModelError: the model has online transforms, other grids than for weights, or grids that differ.
+        ArtifactError: something is in the way of `output`.
+    """
+    check_output(output)
+    spec = _one_weight_grid(plan)
+    state = {n: t for n, t in model.state_dict().items() if not n.endswith((".values", ".packed", ".scale", ".zero"))}
+    names = [name for name, module in model.named_modules() if isinstance(module, IntegerLinear)]
+    for name in names:
+        linear = submodule(model, name)
+        assert isinstance(linear, IntegerLinear)
+        weight = linear.qweight()
+        state[f"{name}.weight_packed"] = _packed_words(weight.values, spec.bits)
+        state[f"{name}.weight_scale"] = weight.scale.to(model.dtype)
+        state[f"{name}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
+    ignored = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = _plain_config(model).to_diff_dict()
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config["architectures"] = [type(model).__name__]
+    group = spec.group_size
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ignored,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "input_activations": None,
+                "output_activations": None,
+                "weights": {
+                    "num_bits": spec.bits,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group" if group else "channel",
+                    "group_size": group,
+                    "dynamic": False,
+                },
+            }
+        },
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in state.items() if n not in tied}
+    try:
+        save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+        (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(output)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {output}: {error.strerror or error}") from error
+
+
+def _one_weight_grid(plan: Plan) -> Any:
+    specs = set()
+    for block in plan.blocks:
+        if block.keys or block.values or any(site.activations for site in block.sites.values()):
+            raise ModelError("compressed-tensors takes weight-only models here; activations, keys or values have grids")
+        if any(site.left or site.right for site in block.sites.values()):
+            raise ModelError(
+                "compressed-tensors has no place for online transforms; quantise with --method rtn or gptq, or export "
+                "the dense checkpoint"
+            )
+        specs |= {site.weights for site in block.sites.values()}
+    (spec, *others) = specs
+    if others or spec is None or not spec.symmetric or spec.bits not in (4, 8):
+        raise ModelError("compressed-tensors takes one symmetric grid of 4 or 8 bits for all weights")
+    return spec
+
+
+def _packed_words(values: Tensor, bits: int) -> Tensor:
+    """Integers, shifted to be positive, in 32-bit words, lowest first.  # int8 (o, n) -> int32, (o, words)"""
+    per = 32 // bits
+    shifted = values.to(torch.int64) + (1 << (bits - 1))
+    shifted = nn.functional.pad(shifted, (0, -values.shape[1] % per)).unflatten(-1, (-1, per))  # (o, words, per)
+    words = (shifted << (bits * torch.arange(per, device=values.device))).sum(-1)
+    return (words - ((words >> 31) << 32)).to(torch.int32)  # as signed words

@@ -1,0 +1,98 @@
+"""The model card of a quantised folder: what was done to the model, how good it is, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_USE = """```python
+import flatquant  # registers the format; without it transformers refuses to load this model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
+
+
+def model_card(config: Mapping[str, Any], report: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+    """Markdown with the hub's header.
+
+    Args:
+        config: `config.json`.
+        report: `flatquant_report.json`; what it lacks is left out.
+        evaluation: `flatquant_evaluation.json`, if there is one.
+    """
+    quantisation = config["quantization_config"]
+    recipe, scheme = quantisation["recipe"], quantisation["scheme"]
+    base = _dict(report, "model").get("name")
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    header += [f"base_model: {base}"] if isinstance(base, str) and base.count("/") == 1 else []
+    header += ["tags:", "- flatquant", "- 4-bit", f"- {scheme.split(',')[0]}", "---", ""]
+    title = f"{base or config.get('architectures', ['A language model'])[0]}, {scheme}"
+    rows = {
+        "scheme": f"`{scheme}`: bits of weights (w), activations (a), keys and values (kv)",
+        "recipe": f"{recipe.get('name')}, weights rounded by {_dict(recipe, 'solver').get('kind')}",
+        **_transforms(recipe),
+        **_data(report),
+        **_versions(report),
+        "content hash": f"`{quantisation['content_hash']}`",
+    }
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    body = [
+        *header,
+        f"# {title}",
+        "",
+        "Quantised with flatquant. Load it with transformers:",
+        "",
+        _USE.format(place="this-repository-or-folder"),
+        "",
+        *table,
+        "",
+        *_quality(evaluation),
+    ]
+    return "\n".join(body)
+
+
+def _dict(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = data.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _transforms(recipe: Mapping[str, Any]) -> dict[str, str]:
+    sites = [
+        f"{site}: {' then '.join(str(part.get('kind')) for part in parts)}"
+        for site, parts in _dict(recipe, "transforms").items()
+        if isinstance(parts, list | tuple) and parts and all(isinstance(part, Mapping) for part in parts)
+    ]
+    return {"transforms": "; ".join(sites)} if sites else {}
+
+
+def _data(report: Mapping[str, Any]) -> dict[str, str]:
+    data = _dict(report, "data")
+    if not data:
+        return {}
+    return {"calibration": f"{data.get('source')}, {data.get('samples')} windows of {data.get('seqlen')} tokens"}
+
+
+def _versions(report: Mapping[str, Any]) -> dict[str, str]:
+    versions = _dict(report, "versions")
+    return {"made with": ", ".join(f"{name} {version}" for name, version in versions.items())} if versions else {}
+
+
+def _quality(evaluation: Mapping[str, Any] | None) -> list[str]:
+    """A table of what `flatquant evaluate --save` measured."""
+    if not evaluation:
+        return []
+    rows = [
+        f"| perplexity, {text} | {found['value']:.3f} ({found['windows']} windows) |"
+        for text, found in _dict(evaluation, "perplexity").items()
+    ]
+    divergence = _dict(evaluation, "divergence")
+    if divergence:
+        rows.append(f"| KL divergence from the original | {divergence['kl']:.4f} nats per token |")
+        rows.append(f"| top-1 agreement with the original | {divergence['top1']:.2%} |")
+    rows += [
+        f"| {task}, {found['metric']} | {found['value']:.2%} ± {found['stderr']:.2%} |"
+        for task, found in _dict(evaluation, "tasks").items()
+    ]
+    return ["## Quality", "", "| | |", "|---|---|", *rows, ""] if rows else []

@@ -1,0 +1,253 @@
+"""Hugging Face: `AutoModelForCausalLM.from_pretrained(DIR)`, `save_pretrained` and `push_to_hub` of quantised models.
+
+`import flatquant` registers the two classes below (`flatquant/registration.py`). transformers then builds the model on
+the meta device, asks the quantiser to put serving modules in place, and reads tensors into them itself: sharded,
+straight to the devices of a `device_map`. A folder of the hub's cache will do.
+
+Without that import nothing can be loaded wrongly: the tensors lie in `flatquant*.safetensors`, where a transformers
+that does not know us never looks. It warns of an unknown quant_method, and then fails for want of `model.safetensors`.
+
+This module is imported while transformers itself is being imported, so it may import none of its models at the top.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from flatquant.errors import ArtifactError, ModelError
+from flatquant.runtime.folder import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    METHOD,
+    SINGLE_FILE,
+    Folder,
+    plan_from_json,
+    plan_to_json,
+)
+from flatquant.spec import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+class FlatQuantConfig(QuantizationConfigMixin):
+    """What stands under `quantization_config` in a quantised folder's `config.json` (see `runtime/folder.py`).
+
+    It says how a model *was* quantised. FlatQuant fits transforms to calibration text, so that there is nothing that
+    `from_pretrained(model_id, quantization_config=FlatQuantConfig(...))` could do on the way: it raises a ModelError
+    which says what to call instead.
+    """
+
+    def __init__(
+        self,
+        scheme: str | None = None,
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        plan: Mapping[str, Any] | None = None,
+        files: Mapping[str, str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        content_hash: str | None = None,
+        quant_method: str = METHOD,
+    ) -> None:
+        self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue] - ours is in no enumeration
+        self.format_version = format_version
+        self.scheme, self.recipe, self.plan = scheme, recipe, plan
+        self.files, self.content_hash = files, content_hash
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From JSON; an entry that we do not know is an error."""
+        try:
+            config = cls(**config_dict)
+        except TypeError as error:
+            raise ArtifactError(f"quantization_config is damaged: {error}") from error
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+class FlatQuantizer(HfQuantizer):
+    """Puts serving modules into a model that transformers has just built on the meta device."""
+
+    requires_calibration = True
+    quantization_config: FlatQuantConfig
+
+    def __init__(self, quantization_config: FlatQuantConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            scheme = quantization_config.scheme or "w4a4kv4"
+            raise ModelError(
+                "FlatQuant needs calibration text, so a model cannot be quantised while it is loaded; call "
+                f"flatquant.quantize(model_id, flatquant.recipes.flatquant({scheme!r}), 'wikitext2', output=DIR), "
+                "then from_pretrained(DIR) without a quantization_config"
+            )
+        super().__init__(quantization_config, **kwargs)
+        self.folder: Folder | None = None
+
+    def _prepare(self, config: Any) -> Any:
+        """The one look at the model's config before it is built and before any file is looked for."""
+        files, plan = self.quantization_config.files, self.quantization_config.plan
+        if not isinstance(files, Mapping) or not isinstance(plan, Mapping):
+            raise ArtifactError("config.json is damaged: quantization_config lacks its plan or files")
+        blocks = plan_from_json(plan).blocks
+        if config.num_hidden_layers != len(blocks):  # a number from a file: no model is built after it yet
+            raise ArtifactError(f"config.json is damaged: {len(blocks)} blocks planned of {config.num_hidden_layers}")
+        asked = getattr(config, "_attn_implementation_internal", None)
+        if asked not in (None, "sdpa", METHOD):
+            raise ModelError(f"quantised models bring their own attention; leave out attn_implementation={asked!r}")
+        config.transformers_weights = INDEX_FILE if INDEX_FILE in files else SINGLE_FILE
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:  # what transformers 5.17 calls
+        return self._prepare(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:  # what later versions call
+        return self._prepare(config)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
+        """None: tensors are stored under the names of the modules that hold them."""
+        return []
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        from flatquant.runtime import artifact
+
+        if not checkpoint_files:
+            raise ArtifactError("a quantised model is read from its folder; state_dict= cannot be given")
+        self.folder = Folder.open(Path(checkpoint_files[0]).parent)
+        self.folder.check_files(companions=False)  # of a hub's repository, nothing else may be there
+        tied = set(model.all_tied_weights_keys)  # will be tied, once tensors are loaded
+        artifact.furnish(self.folder, model, tied, self.folder.tensors())
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from flatquant import seams
+
+        assert self.folder is not None
+        places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ModelError(
+                "a quantised model cannot be offloaded: some of it would lie on the cpu or the disk; give device_map "
+                "the memory that it needs, or load it on the cpu"
+            )
+        seams.use_attention(model)
+        model.requires_grad_(False)
+        del model.config.transformers_weights  # pyright: ignore[reportAttributeAccessIssue] - set by `_prepare`
+        folder = self.folder
+        adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+# Called, not put on top of the classes: their decorator hides what it decorates from type checkers.
+register_quantization_config(METHOD)(FlatQuantConfig)
+register_quantizer(METHOD)(FlatQuantizer)
+
+
+def adopt(
+    model: PreTrainedModel,
+    plan: Plan,
+    scheme: str,
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any],
+    source: Folder | None,
+) -> None:
+    """Make a quantised model's `save_pretrained` and `push_to_hub` write our format.
+
+    Args:
+        source: the folder it was loaded from; its tokenizer goes along.
+    """
+    config = FlatQuantConfig(scheme, recipe=dict(recipe), plan=plan_to_json(plan))
+    ours: Any = model  # these attributes are transformers' own, and it declares none of them
+    ours.config.quantization_config = config
+    ours.hf_quantizer = FlatQuantizer(config)
+    ours.is_quantized, ours.quantization_method = True, METHOD
+    ours.flatquant_origin = (plan, scheme, recipe, report, source)
+    # On the instance, since transformers offers no hook that could write packed tensors under other file names.
+    ours.save_pretrained = MethodType(_save_pretrained, model)
+    ours.push_to_hub = MethodType(_push_to_hub, model)
+
+
+def _save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Any = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """`PreTrainedModel.save_pretrained` of a quantised model; files of the same names are replaced."""
+    from flatquant.runtime import artifact
+
+    if state_dict is not None or variant is not None:
+        raise ModelError("a quantised model is saved as it is: leave out state_dict and variant")
+    plan, scheme, recipe, report, source = model.flatquant_origin
+    if is_main_process:
+        artifact.save(
+            model,
+            plan,
+            Path(save_directory),
+            scheme=scheme,
+            recipe=recipe,
+            report=report,
+            companions=source,
+            max_shard_bytes=_bytes(max_shard_size),
+            replace=True,
+        )
+    if push_to_hub:
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        model.push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
+
+
+def _push_to_hub(
+    model: Any,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Any:
+    """`PreTrainedModel.push_to_hub`, with the model card that `save_pretrained` writes instead of an empty one."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload a flatquant model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _bytes(size: int | str) -> int:
+    """`5GB` as a number, in transformers' spelling."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", size.strip().upper())
+    if match is None:
+        raise ModelError(f"max_shard_size {size!r}: give bytes, or something like '5GB'")
+    return int(float(match[1]) * _SIZES[match[2]])

@@ -1,0 +1,216 @@
+"""The report: what is collected is right, and what is drawn is whole, safe and readable without a network."""
+
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import flatquant
+from flatquant import report
+from flatquant.cli import app
+from flatquant.errors import ModelError
+from flatquant.evaluate.collect import collect
+from flatquant.recipes import rtn
+from flatquant.runtime.artifact import load
+from flatquant.runtime.folder import Folder
+from tests.laws import calibrated, quick
+from tests.tiny_models import tiny_llama, tiny_tokenizer
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
+SHAPE = {"hidden": 36, "heads": 4, "kv_heads": 2, "head_dim": 10, "intermediate": 42}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """`original` and `quantised`, with everything that a report can show."""
+    path = tmp_path_factory.mktemp("report")
+    model, tokenizer = tiny_llama(**SHAPE), tiny_tokenizer()
+    model.save_pretrained(path / "original")
+    tokenizer.save_pretrained(path / "original")
+    (path / "text.txt").write_text("the cat sat on the mat. " * 60)
+    tokens = torch.randint(0, 120, (4, 16), generator=torch.Generator().manual_seed(0))
+    flatquant.quantize(model, quick("w4a4kv4"), tokens, tokenizer=tokenizer, output=path / "quantised", device="cpu")
+    return path
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [*map(str, arguments), "--quiet"])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    folder, text = place / "quantised", place / "text.txt"
+    run("evaluate", folder, "--perplexity", text, "--seqlen", 64, "--windows", 2, "--save",
+        "--divergence-from", place / "original", "--device", "cpu")  # fmt: skip
+    run("report", folder, "--collect", place / "original", "--text", text, "--tokens", 64, "--figures", place / "svg",
+        "--device", "cpu")  # fmt: skip
+    return folder
+
+
+class _Page(HTMLParser):
+    """Whether tags are balanced, and what the page would fetch or run."""
+
+    VOID = ("meta", "link", "br", "hr", "img", "input")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "iframe", "object", "img")
+        assert not any(name.startswith("on") for name, _ in attrs)
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith("data:")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parsed(html: str) -> _Page:
+    page = _Page()
+    page.feed(html)
+    assert page.open == []
+    assert page.fetched == []
+    return page
+
+
+# --------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_is_one_safe_file(whole: Path) -> None:
+    html = (whole / report.FILE).read_text()
+    text = " ".join(parsed(html).text)
+    assert html.count("<figure>") == 11
+    for part in ("How flat it is", "Where errors arise", "How the fit went", "smaller than 16 bit", "w4a4kv4"):
+        assert part in text
+    assert "url(" not in html
+    assert not re.search(r"https?://(?!www\.w3\.org)", html)
+    assert "prefers-color-scheme:dark" in html
+    assert "NaN" not in html
+    assert "nan," not in html
+
+
+def test_figures_are_files_too(whole: Path) -> None:
+    names = {file.stem for file in (whole.parent / "svg").iterdir()}
+    assert {"flatness-activations", "flatness-weights", "peaks-weights", "surface", "alone", "conditions"} <= names
+    for file in (whole.parent / "svg").iterdir():
+        assert ET.parse(file).getroot().tag.endswith("svg")
+
+
+def test_without_collection_and_evaluation_it_says_how_to_get_them(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "quantised"))
+    for name in ("flatquant_collection.json", "flatquant_evaluation.json", "flatquant_report.json"):
+        (folder / name).unlink()
+    run("report", folder)
+    text = " ".join(parsed((folder / report.FILE).read_text()).text)
+    assert "--collect ORIGINAL" in text
+    assert "Not measured yet" in text
+
+
+def test_names_from_files_are_text_and_not_markup(whole: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    html = report.page(
+        evil,
+        {"scheme": evil, "recipe": evil, "architecture": evil, "bytes_by_kind": {evil: 3}},
+        {"recipe": {evil: evil}, "versions": {evil: evil}, "timing": {"seconds": {evil: 1.0}}},
+        {"perplexity": {evil: {"value": 3.0}}, "tasks": {evil: {"value": 0.5, "stderr": 0.1, "metric": evil}}},
+        {"transforms": [{"block": 0, "where": evil, "condition": 2.0}]},
+    )
+    assert evil not in html
+    parsed(html)
+
+
+def test_damaged_json_is_an_error_in_one_line(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "quantised"))
+    (folder / "flatquant_collection.json").write_text('{"flatness": [3]}')
+    done = CliRunner().invoke(app, ["report", str(folder)])
+    assert done.exit_code == 1
+    assert "damaged" in done.output
+
+
+def test_the_card_has_the_evaluation(whole: Path) -> None:
+    assert "KL divergence from the original" in (whole / "README.md").read_text()
+    load(whole)  # what was added is not hashed
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (390, False), (390, True)])
+def test_a_browser_shows_it_without_complaint(whole: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    page = tmp_path / "page.html"
+    # The page itself has no script: a copy reports whether anything is wider than the window.
+    probe = "<script>document.title=document.documentElement.scrollWidth+' of '+innerWidth</script>"
+    page.write_text((whole / report.FILE).read_text().replace("</body>", probe + "</body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},900"]
+    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    done = subprocess.run(
+        [browser, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    found = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
+    assert found, done.stderr
+    assert int(found[1]) <= int(found[2])
+
+
+# --------------------------------------------------------------------------------------------- what is collected
+
+
+def test_collection_measures_what_it_says(whole: Path) -> None:
+    found = json.loads((whole / "flatquant_collection.json").read_text())
+    blocks = len(Folder.open(whole).plan.blocks)
+    assert len(found["flatness"]) == 4 * blocks
+    assert len(found["surface"]) == len(found["alone"]) == blocks
+    assert found["kl"] > 0
+    assert all(v > 0 for v in found["alone"])
+    assert all(v >= 1 for v in (t["condition"] for t in found["transforms"]))
+    assert len(found["transforms"]) == blocks * (2 + 1 + 2 + 2 + 1)  # attn_out's right factor is with its writer
+    for entry in found["flatness"]:
+        for kind in ("activations", "weights"):
+            for base in entry[kind].values():
+                assert base["curve"] == sorted(base["curve"], reverse=True)
+                assert base["curve"][0] == base["peak"] >= 1
+
+
+def test_nothing_quantised_is_nothing_different() -> None:
+    original = tiny_llama(**SHAPE)
+    model, plan, _ = calibrated(original, rtn("w16"))
+    before = {k: v.clone() for k, v in original.state_dict().items()}
+    tokens = torch.randint(0, 120, (2, 12), generator=torch.Generator().manual_seed(1))
+    found = collect(model, original, plan, tokens)
+    assert abs(found["kl"]) < 1e-6
+    assert all(abs(v) < 1e-6 for v in found["alone"])
+    assert all(v < 1e-4 for row in found["surface"] for v in row)
+    for entry in found["flatness"]:
+        assert entry["weights"]["none"] == entry["weights"]["quantised"]
+    # The original is as it was.
+    assert original.config._attn_implementation == "sdpa"
+    assert before.keys() == original.state_dict().keys()
+    assert all(torch.equal(before[k], v) for k, v in original.state_dict().items())
+
+
+def test_another_model_is_an_error() -> None:
+    model, plan, _ = calibrated(tiny_llama(**SHAPE), rtn("w4"))
+    with pytest.raises(ModelError, match="other blocks"):
+        collect(model, tiny_llama(layers=3), plan, torch.ones(1, 8, dtype=torch.long))
