@@ -77,8 +77,8 @@ def test_without_grids_the_function_is_unchanged(name: str, kv_heads: int, trans
 
 
 # What other methods ask for beyond edges: a residual stream that can be rotated, keys and queries that can be scaled.
-NO_ROTATION = {"gemma2", "gemma3_text", "phi3", "olmo2", "stablelm", "stablelm parallel", "cohere", "glm4"}
-NO_SCALED_SCORES = NO_ROTATION | {"qwen3"}
+NO_ROTATION = {"gemma2", "gemma3_text", "olmo2", "stablelm", "stablelm parallel", "cohere", "glm4"}
+NO_SCALED_SCORES = NO_ROTATION | {"qwen3", "phi3"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

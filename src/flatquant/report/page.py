@@ -271,7 +271,7 @@ def _quality(name: str, evaluation: Mapping[str, Any] | None) -> str:
     ]
     if not lines:
         return ""
-    head = "<tr><th></th><th>original</th><th>quantised</th><th>difference</th></tr>"
+    head = "<tr><th></th><th>original</th><th>quantised</th><th>change</th></tr>"
     return f"<h2>Quality</h2><div class=scroll><table>{head}{''.join(lines)}</table></div>"
 
 

@@ -16,6 +16,7 @@ STYLE = (
     "text{font:12px system-ui,sans-serif;fill:currentColor}"
     ".grid{stroke:currentColor;stroke-opacity:.15}.axis{stroke:currentColor;stroke-opacity:.5}"
     ".line{fill:none;stroke-width:2.2}svg{color:#1b1f24;max-width:100%;height:auto}"
+    "@media(max-width:520px){text{font-size:14px}}"
     "@media(prefers-color-scheme:dark){svg{color:#e6e8eb}}"
 )
 WIDTH, HEIGHT = 560, 300
@@ -139,7 +140,7 @@ def _legend(names: Iterable[str]) -> tuple[str, float]:
     """Keys in rows above the plot, and where the plot may begin."""
     out, x, y = [], float(LEFT), TOP + 4.0
     for index, name in enumerate(names):
-        width = 34 + 6.6 * len(name)
+        width = 36 + 8.2 * len(name)
         if x + width > WIDTH - RIGHT and x > LEFT:
             x, y = float(LEFT), y + 17
         colour = COLOURS[index % len(COLOURS)]
@@ -190,7 +191,7 @@ def heat(rows: Sequence[Sequence[float]], title: str, x_label: str, y_label: str
         return ""
     low, high = math.log10(max(min(values), max(values) * 1e-4)), math.log10(max(values))
     columns = max(len(row) for row in rows)
-    width, height = (WIDTH - LEFT - RIGHT - 46) / columns, (HEIGHT - TOP - BOTTOM) / len(rows)
+    width, height = (WIDTH - LEFT - RIGHT - 66) / columns, (HEIGHT - TOP - BOTTOM) / len(rows)
     body = []
     for i, row in enumerate(rows):
         y = HEIGHT - BOTTOM - (i + 1) * height
@@ -200,7 +201,7 @@ def heat(rows: Sequence[Sequence[float]], title: str, x_label: str, y_label: str
                 f'<rect x="{LEFT + j * width:.2f}" y="{y:.2f}" width="{width + 0.3:.2f}" height="{height + 0.3:.2f}" '
                 f'fill="{_heat_colour(share)}"/>'
             )
-    edge, step = WIDTH - RIGHT - 34, (HEIGHT - TOP - BOTTOM) / 24
+    edge, step = WIDTH - RIGHT - 54, (HEIGHT - TOP - BOTTOM) / 24
     for k in range(24):
         y = HEIGHT - BOTTOM - (k + 1) * step
         colour = _heat_colour(k / 23)

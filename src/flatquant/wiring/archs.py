@@ -60,9 +60,12 @@ PHI3 = Arch(  # fused projections; glm4 has its gate and up fused only
         Edge(site="mlp_in", readers=("mlp.gate_up_proj",), norm="post_attention_layernorm"),
         replace(MLP_MID, writer="mlp.gate_up_proj[up]"),
     ),
+    residual=LLAMA.residual,
 )
 
-GLM4 = replace(PHI3, model_types=("glm4",), edges=(*LLAMA.edges[:2], *PHI3.edges[2:]))
+GLM4 = replace(  # norms behind attention and MLP too
+    PHI3, model_types=("glm4",), edges=(*LLAMA.edges[:2], *PHI3.edges[2:]), residual=None
+)
 
 STABLELM = replace(  # layer norms, which a rotation does not pass, and a rotary embedding of some channels
     LLAMA, model_types=("stablelm",), when={"use_parallel_residual": False}, residual=None, scores=None
