@@ -16,7 +16,7 @@ from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.modules import Trainable
 from flatquant.qtensor import QTensor
-from flatquant.recipes import flatquant, gptq, rtn
+from flatquant.recipes import flatquant, gptq, oac, rtn, svdquant, vptq
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite
 from flatquant.spec import FitSpec, Recipe, Scheme, SolverSpec
@@ -410,8 +410,11 @@ def test_every_scheme_runs_and_gives_finite_logits(float_model, scheme: str) -> 
     torch.testing.assert_close(decoded(model, tokens), hidden(model, tokens), rtol=1e-3, atol=1e-3)
 
 
+UNFITTED = [make("w16a16") for make in (rtn, gptq, oac, vptq, svdquant)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recipe", [quick("w16a16kv16"), rtn("w16"), gptq("w16a16")], ids=lambda r: r.name)
+@pytest.mark.parametrize("recipe", [quick("w16a16kv16"), *UNFITTED], ids=lambda r: r.name)
 def test_sixteen_bits_everywhere_changes_no_bit(recipe: Recipe, dtype: torch.dtype) -> None:
     if recipe.fit is None:
         recipe = dataclasses.replace(recipe, data=quick("w4").data)

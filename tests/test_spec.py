@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatquant.errors import FlatQuantError, SpecError
-from flatquant.recipes import flatquant, gptq, recipe, rtn
+from flatquant.recipes import flatquant, gptq, oac, recipe, rtn, vptq
 from flatquant.spec import (
     SITES,
     BlockPlan,
@@ -164,7 +164,9 @@ PLAN = Plan(
 
 
 @pytest.mark.parametrize(
-    "spec", [FULL, flatquant(), flatquant("k4v2"), gptq("w3a16"), rtn("w8a8"), PLAN, FULL.scheme, FULL.solver],
+    "spec",
+    [FULL, flatquant(), flatquant("k4v2"), gptq("w3a16"), oac("w2"), vptq("w3"), rtn("w8a8"), PLAN, FULL.scheme]
+    + [FULL.solver],
     ids=lambda s: getattr(s, "name", type(s).__name__),
 )  # fmt: skip
 def test_dictionaries_are_faithful_through_json(spec: Any) -> None:

@@ -35,7 +35,7 @@ from flatquant.models import ALIASES, load_model, resolve
 from flatquant.runtime import artifact
 from flatquant.runtime.folder import REPORT_FILE, Folder, read_json
 from flatquant.runtime.hf import adopt
-from flatquant.runtime.linear import FrozenLinear
+from flatquant.runtime.linear import Unpacked
 from flatquant.spec import DataSpec, Plan, Recipe, to_dict
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
@@ -102,7 +102,7 @@ def quantize(
         tokenizer = tokenizer or own
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_device(device)
-    dtype = dtype or _fit_dtype(model, device)
+    dtype = dtype or _fit_dtype(model, recipe, device)
     _check_model(model, recipe)
     if isinstance(calibration, Tensor):
         recipe = _with_shape_of(calibration, recipe, model)
@@ -363,10 +363,16 @@ def _with_shape_of(tokens: Tensor, recipe: Recipe, model: PreTrainedModel) -> Re
     return replace(recipe, data=DataSpec(samples=tokens.shape[0], seqlen=tokens.shape[1]))
 
 
-def _fit_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
-    """Half precision only on a GPU, and only for models that are stored in it."""
+def _fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Half precision only on a GPU, and only for models that are stored in it.
+
+    Gradients that are squared into Hessians are not left to float16: small ones would vanish there.
+    """
     half = model.dtype in (torch.float16, torch.bfloat16)
-    return model.dtype if device.type == "cuda" and half else torch.float32
+    if device.type != "cuda" or not half:
+        return torch.float32
+    squared = recipe.solver.hessian == "output_adaptive" and recipe.scheme.weights is not None
+    return torch.float32 if squared and model.dtype == torch.float16 else model.dtype
 
 
 # ------------------------------------------------------------------------------------------------- small things
@@ -380,12 +386,10 @@ def state_folder(output: Path) -> Path:
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors as they are stored: integers packed, shared tensors once."""
-    packed = {f"{name}.values": m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    unpacked = {f"{name}.{m.loose}": m for name, m in model.named_modules() if isinstance(m, Unpacked)}
     sizes: dict[int, int] = {}
     for name, tensor in model.state_dict().items():
-        linear = packed.get(name)
-        size = tensor.nbytes if linear is None else tensor.shape[0] * -(-tensor.shape[1] * linear.spec.bits // 8)
-        sizes[tensor.data_ptr()] = size
+        sizes[tensor.data_ptr()] = unpacked[name].packed_bytes if name in unpacked else tensor.nbytes
     return sum(sizes.values())
 
 

@@ -1,5 +1,5 @@
-"""The command line: `flatquant quantize`, `evaluate`, `generate`, `inspect`, `report`, `import`, `export`,
-`demo`.
+"""The command line: `flatquant quantize`, `methods`, `compare`, `evaluate`, `generate`, `inspect`, `report`, `import`,
+`export`, `demo`.
 
 Results go to stdout, progress and errors to stderr, so that `--json` can be piped. An error that the user can act on
 is one line and exit code 1; anything else is a defect and keeps its traceback. What takes time to import is imported
@@ -217,7 +217,7 @@ def _open(
 def quantize(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; absent or empty.")],
-    method: Annotated[str, typer.Option(help="flatquant, gptq or rtn.")] = "flatquant",
+    method: Annotated[str, typer.Option(help="One of those that `flatquant methods` lists.")] = "flatquant",
     scheme: Annotated[
         str, typer.Option(help="w4a4kv4, w3a16, w4g128a8kv4, k4v2, w4a4kv4,mlp_mid=w8a8, ...")
     ] = "w4a4kv4",
@@ -232,7 +232,10 @@ def quantize(
     epochs: Annotated[int | None, typer.Option(help="Epochs of each block's fit; the quick preset has none.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a step of a fit.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of fits; clips get ten times that.")] = None,
-    solver: Annotated[str | None, typer.Option(help="How weights are rounded: rtn or gptq.")] = None,
+    solver: Annotated[str | None, typer.Option(help="How weights are rounded: rtn, gptq or codebook.")] = None,
+    hessian: Annotated[
+        str | None, typer.Option(help="What the solver preserves: input_gram (layers) or output_adaptive (the loss).")
+    ] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
     seed: Annotated[int, typer.Option(help="Of the calibration text and of random transforms.")] = 0,
@@ -245,7 +248,7 @@ def quantize(
     """Quantise a model and save it as a folder."""
     hint = f"interrupted; go on by repeating the command with --resume (the state is in {output}.partial)"
     with _errors(hint):
-        recipe = _recipe(method, scheme, preset, calibration, samples, seqlen, epochs, batch_size, lr, solver)
+        recipe = _recipe(method, scheme, preset, calibration, samples, seqlen, epochs, batch_size, lr, solver, hessian)
         from flatquant import api
 
         with Display(silent=quiet or as_json, epochs=recipe.fit.epochs if recipe.fit else 0) as display:
@@ -282,10 +285,11 @@ def _recipe(
     batch_size: int | None,
     lr: float | None,
     solver: str | None,
+    hessian: str | None = None,
 ) -> Recipe:
     """The method's recipe with what the options change; an option that would change nothing is an error."""
     from flatquant.recipes import recipe
-    from flatquant.spec import SolverSpec, from_dict
+    from flatquant.spec import SolverSpec, from_dict, to_dict
 
     base = recipe(method, scheme, preset)
     steps = {"batch_size": batch_size, "lr": lr}
@@ -304,10 +308,18 @@ def _recipe(
             changes[name] = replace(part, **rates, **({} if batch_size is None else {"batch_size": batch_size}))
     if base.fit is not None and epochs is not None:
         changes["fit"] = replace(changes["fit"], epochs=epochs)
-    if solver is not None:
-        if not base.transforms and solver != base.solver.kind:
-            raise SpecError(f"method {method} rounds with {base.solver.kind}: leave out --solver, or change --method")
-        changes["solver"] = from_dict(SolverSpec, {"kind": solver}, "solver")
+    pairs = (("kind", solver), ("hessian", hessian))
+    rounding: dict[str, Any] = {name: value for name, value in pairs if value is not None}
+    if rounding:
+        own = to_dict(base.solver)
+        if not base.transforms and any(own[name] != value for name, value in rounding.items()):
+            given = _options({name: 0 for name, value in (("solver", solver), ("hessian", hessian)) if value})
+            raise SpecError(f"method {method} rounds with {base.solver.kind}: leave out {given}, or change --method")
+        if solver == "codebook":
+            rounding["codebook"] = {}  # its defaults, and no clip
+            if base.scheme.weights is not None:
+                changes["scheme"] = replace(base.scheme, weights=replace(base.scheme.weights, clip="none"))
+        changes["solver"] = from_dict(SolverSpec, rounding if solver is not None else own | rounding, "solver")
     if data:
         changes["data"] = replace(base.data, **data)
     changed = replace(base, **changes)
@@ -319,6 +331,109 @@ def _recipe(
 
 def _options(names: dict[str, Any]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names if name != "clip_lr")
+
+
+# --------------------------------------------------------------------------------------------- methods, compare
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """What every method is made of, and what it costs while serving."""
+    with _errors():
+        from flatquant.methods import table
+
+        rows = table()
+    if as_json:
+        _print_json(rows)
+        return
+    shown = Table(title="methods", title_justify="left", show_lines=True)
+    columns = [column for column in rows[0] if column not in ("scheme", "data")]
+    for column in columns:
+        shown.add_column(column, overflow="fold", no_wrap=column == "method")
+    for row in rows:
+        shown.add_row(*(row[column] for column in columns[:-1]), f"{row['online']:.2%}")
+    Console(highlight=False).print(shown)
+    _print("online: operations added to those of the linears of a Llama-2-7B block; --json shows more")
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the comparison, new or to go on with.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated; those that `flatquant methods` lists.")],
+    schemes: Annotated[str, typer.Option(help="Comma-separated: w4a4kv4,w4a16,w3a16.")] = "w4a4kv4",
+    calibration: Annotated[
+        str, typer.Option(help="wikitext2, c4, self (the model writes it), or a text file or folder.")
+    ] = "wikitext2",
+    preset: Annotated[str, typer.Option(help="reference: the papers' recipes; quick: for a laptop CPU.")] = "reference",
+    perplexity: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="wikitext2 (default), c4, or a text; repeatable.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    divergence_windows: Annotated[int, typer.Option(min=1, help="Windows that divergence is measured on.")] = 8,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of block-wise fits.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a step of a fit.")] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="Of fits' products: float16, bfloat16 or float32.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the calibration text and of random transforms.")] = 0,
+    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw compare.png, with matplotlib.")] = True,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Quantise a model by several methods and schemes, one row for each: quality, time, memory, size, cost."""
+    with _errors("interrupted; go on by repeating the command"):
+        from flatquant import compare as comparison
+
+        where, kind = _device(device), _dtype(dtype)
+        settings = comparison.Settings(
+            model=model,
+            calibration=calibration,
+            preset=preset,
+            perplexity=tuple(perplexity or ("wikitext2",)),
+            windows=windows,
+            window=window,
+            divergence_windows=divergence_windows,
+            samples=samples,
+            seqlen=seqlen,
+            epochs=epochs,
+            batch_size=batch_size,
+            device=None if where is None else str(where),
+            dtype=kind,
+            seed=seed,
+        )
+        with Display(silent=quiet or as_json) as display:
+            result = comparison.run(
+                settings, _listed(methods), _listed_schemes(schemes), output, plot=plot, progress=display
+            )
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        header, *rows = comparison.cells(result)
+        table = Table(title=model, title_justify="left")
+        for title in header:
+            table.add_column(title, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False).print(table)
+        _print(f"{output}: compare.json, compare.md" + (", compare.png" if plot else ""))
+
+
+def _listed(text: str) -> list[str]:
+    return [part for part in (p.strip() for p in text.split(",")) if part]
+
+
+def _listed_schemes(text: str) -> list[str]:
+    """Schemes between commas; an override (`mlp_mid=w8`) belongs to the scheme before it."""
+    found: list[str] = []
+    for part in _listed(text):
+        if "=" in part and found:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
 
 
 # --------------------------------------------------------------------------------------------- evaluate

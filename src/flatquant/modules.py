@@ -45,11 +45,12 @@ class Scheduled(nn.Module, ABC):
 class ExactBuffers(nn.Module):
     """Keeps its tensors' dtype when a model is cast: scales and factors in half precision would lose accuracy.
 
-    Buffers are contiguous, as those read from a file are: matrix products sum in an order that depends on strides.
+    Buffers are data, never parts of an autograd graph. They are contiguous, as those read from a file are: matrix
+    products sum in an order that depends on strides.
     """
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        super().register_buffer(name, None if tensor is None else tensor.contiguous(), persistent)
+        super().register_buffer(name, None if tensor is None else tensor.detach().contiguous(), persistent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         def keep(t: Tensor) -> Tensor:

@@ -388,17 +388,110 @@ class EndToEndSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverSpec:
-    """How the folded weights are rounded. `damping` (relative to the mean diagonal) and `block_size` are GPTQ's."""
+class CodebookSpec:
+    """Weights as entries of codebooks: every `length` neighbours of an input column are one vector.
 
-    kind: Literal["rtn", "gptq"] = "rtn"
+    At b bits a weight, a vector has b * length bits of index: up to `main_bits` for the first codebook, the rest for a
+    second one, whose entries are added. Entries come on top.
+
+    Attributes:
+        length: of a vector; it divides the number of outputs.
+        main_bits: of an index of the first codebook, at most.
+        outliers: share of columns, those with the largest curvature, that get a codebook of their own.
+        outlier_length, outlier_bits: of that codebook's vectors and indices.
+    """
+
+    length: int = 4
+    main_bits: int = 8
+    outliers: float = 0.0
+    outlier_length: int = 2
+    outlier_bits: int = 8
+
+    def __post_init__(self) -> None:
+        lengths, bits = (self.length, self.outlier_length), (self.main_bits, self.outlier_bits)
+        _check(all(1 <= v <= 64 for v in lengths), f"vector lengths {lengths}: 1 to 64")
+        _check(all(1 <= b <= 16 for b in bits), f"index bits {bits}: 1 to 16")
+        _check(0 <= self.outliers < 1, f"outlier columns {self.outliers}: a share, below 1")
+
+    def index_bits(self, bits: int) -> tuple[int, int]:
+        """Bits of the first and of the second index of a vector; 0 where there is no second.
+
+        Raises:
+            SpecError: more bits than two codebooks have.
+        """
+        total = bits * self.length
+        _check(
+            total <= 2 * self.main_bits,
+            f"{bits} bits a weight, {total} for a vector of {self.length}: two codebooks of {self.main_bits} have less",
+        )
+        main = min(total, self.main_bits)
+        return main, total - main
+
+    def entries(self, bits: int, vectors: int) -> int:
+        """Entries of a codebook: 2^bits, or fewer where each would stand for less than 16 vectors."""
+        return max(1, min(1 << bits, vectors // 16))
+
+    def outlier_columns(self, n: int) -> int:
+        """How many of n columns have a codebook of their own."""
+        return round(self.outliers * n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSpec:
+    """How the folded weights are rounded.
+
+    Attributes:
+        kind: to nearest (`rtn`), or with every column's error pushed onto those still free, on the scheme's grid
+            (`gptq`) or in codebooks of as many bits (`codebook`).
+        hessian: what that error costs: `input_gram`, the layer's output error; `output_adaptive`, the model's loss.
+        gradients: of `output_adaptive`: one outer product for every sequence, or for every token.
+        damping: of the Hessian, relative to its mean diagonal.
+        block_size: columns after which the error reaches those outside; a matter of speed alone.
+        act_order: columns of large diagonal first; codebooks always do.
+        codebook: of the kind `codebook`, and of no other.
+    """
+
+    kind: Literal["rtn", "gptq", "codebook"] = "rtn"
+    hessian: Literal["input_gram", "output_adaptive"] = "input_gram"
+    gradients: Literal["sequence", "token"] = "sequence"
     damping: float = 0.01
     block_size: int = 128
     act_order: bool = False
+    codebook: CodebookSpec | None = None
 
     def __post_init__(self) -> None:
+        _check(
+            (self.kind == "codebook") == (self.codebook is not None),
+            f"the solver {self.kind} " + ("needs a codebook" if self.codebook is None else "uses no codebook"),
+        )
+        _check(
+            self.needs_hessian or self.hessian == "input_gram",
+            f"the solver {self.kind} uses no Hessian: leave out {self.hessian}, or choose the solver gptq",
+        )
         _check(self.damping > 0, f"damping {self.damping}: must be positive")
         _check(self.block_size >= 1, f"block size {self.block_size}: at least 1")
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether rounding reads data."""
+        return self.kind != "rtn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchSpec:
+    """A low-rank branch in 16 bit beside every rounded weight: only what it leaves is rounded.
+
+    Attributes:
+        rank: of the branch, shared by the readers of a site; no more than the weights have.
+        rounds: how often the branch is decomposed anew from what rounding has left; 1 takes it from the weights.
+    """
+
+    rank: int = 32
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.rank >= 1, f"branch rank {self.rank}: at least 1")
+        _check(self.rounds >= 1, f"branch rounds {self.rounds}: at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,9 +519,14 @@ class Recipe:
     fit: FitSpec | None = None
     end_to_end: EndToEndSpec | None = None
     solver: SolverSpec = field(default_factory=SolverSpec)
+    branch: BranchSpec | None = None
     data: DataSpec = field(default_factory=DataSpec)
 
     def __post_init__(self) -> None:
+        _check(
+            self.branch is None or self.branch.rounds == 1 or self.solver.codebook is None,
+            f"recipe {self.name}: a branch is refined by rounding to a grid, which codebooks are not; use one round",
+        )
         unknown = sorted(set(self.transforms) - {*SITES, "qk", "residual"})
         known = ", ".join((*SITES, "qk", "residual"))
         _check(not unknown, f"recipe {self.name}: no site {', '.join(unknown)}; sites are {known}")
@@ -454,6 +552,14 @@ class Recipe:
             trained or not clipped or bool(self.transforms),
             f"recipe {self.name}: learned clipping needs a fit; use clip='none' or give the recipe a fit",
         )
+        if self.solver.codebook is not None and self.scheme.weights is not None:
+            _check(not trained, f"recipe {self.name}: fits round weights to a uniform grid, which codebooks are not")
+            _check(
+                self.scheme.weights.clip == "none"
+                and self.scheme.weights.group_size is None
+                and self.scheme.weights.scope == "row",
+                f"recipe {self.name}: codebooks have neither clip nor groups; use clip='none' and w{{bits}}",
+            )
         if self.fit and self.fit.epochs:
             _check(
                 self.fit.batch_size <= self.data.samples,
@@ -505,7 +611,7 @@ class Recipe:
         fits = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         starts = any(t.init in ("absmax", "second_moment") for parts in self.transforms.values() for t in parts)
         static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
-        return fits or starts or static or (self.solver.kind == "gptq" and self.scheme.weights is not None)
+        return fits or starts or static or (self.solver.needs_hessian and self.scheme.weights is not None)
 
 
 # --------------------------------------------------------------------------------------------- a concrete model
@@ -517,6 +623,7 @@ class SitePlan:
 
     The online transform maps x, reshaped to [.., left, right] sizes `shape`, to P1^T X P2; `left` and `right` say
     whether P1 and P2 exist online (a factor that a writer absorbed, or that was never there, does not).
+    Weights are integers on a grid, or `weights.bits` bits each in codebooks; with a `rank`, beside a branch in 16 bit.
     Module paths are relative to the block.
     """
 
@@ -526,10 +633,17 @@ class SitePlan:
     right: bool = False
     weights: QuantSpec | None = None
     activations: QuantSpec | None = None
+    codebook: CodebookSpec | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
+        _check(self.rank >= 0 and (not self.rank or self.weights is not None), "a branch is beside rounded weights")
         _check(bool(self.readers), "a site needs at least one reader")
         _check(min(self.shape) >= 1, f"site shape {self.shape}: sizes must be positive")
+        if self.codebook is not None:
+            _check(self.weights is not None, "a codebook needs the bits of its weights")
+            assert self.weights is not None
+            self.codebook.index_bits(self.weights.bits)
 
 
 @dataclass(frozen=True, kw_only=True)

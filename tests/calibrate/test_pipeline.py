@@ -103,6 +103,7 @@ def killed_at(stage: str, done: int):
         (quick("w4a4kv4", epochs=2), "solve", 1),
         (quick("w3a8", solver=SolverSpec(kind="gptq")), "fit", 2),
         (quick("w4a4,mlp_mid=w16a16"), "solve", 1),
+        (quick("w3a8", solver=SolverSpec(kind="gptq", hessian="output_adaptive")), "solve", 1),
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=10, batch_size=2)), "end to end", 9),
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)), "end to end", 2),  # before a step is kept
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)), "solve", 1),

@@ -10,7 +10,7 @@ from torch import Tensor
 from flatquant.errors import CalibrationError
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import WeightGrid
-from flatquant.solvers import GPTQ, RTN, InputGram
+from flatquant.solvers import GPTQ, RTN, InputGram, OutputAdaptive
 from flatquant.spec import QuantSpec
 
 W4 = WeightGrid(QuantSpec(bits=4))
@@ -251,3 +251,66 @@ def test_gram_of_transformed_inputs_is_the_transformed_gram() -> None:
     plain.add(x)
     moved.add(x @ p)
     torch.testing.assert_close(moved.hessian().double(), p.mT @ plain.hessian().double() @ p, rtol=1e-4, atol=1e-5)
+
+
+def test_output_adaptive_is_the_fisher_matrix_summed_over_rows() -> None:
+    """A linear and a cross entropy: blocks of the full Fisher matrix by autograd, one sequence at a time."""
+    n, o, t = 4, 3, 5
+    x, w, v = random(6, t, n), random(o, n, seed=1), random(7, o, seed=2)
+    ids = torch.randint(0, 7, (6, t), generator=torch.Generator().manual_seed(3))
+    ours = OutputAdaptive(n, "cpu")
+    fisher = torch.zeros(o * n, o * n, dtype=torch.float64)
+    for xi, target in zip(x, ids, strict=True):
+        w.requires_grad_()
+        y = xi @ w.mT
+        loss = torch.nn.functional.cross_entropy(y @ v.mT, target, reduction="sum")
+        gradient, delta = torch.autograd.grad(loss, (w, y))
+        fisher += torch.outer(gradient.flatten(), gradient.flatten()) / 6
+        ours.add(xi[None], delta[None])
+    want = sum(fisher[r * n : (r + 1) * n, r * n : (r + 1) * n] for r in range(o))
+    torch.testing.assert_close(ours.hessian().double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_output_adaptive_is_symmetric_positive_and_blind_to_how_sequences_are_batched(per) -> None:
+    x, delta = random(4, 7, 12), random(4, 7, 3, seed=1)
+    whole, parts = OutputAdaptive(12, "cpu", per), OutputAdaptive(12, "cpu", per)
+    whole.add(x, delta)
+    for i in range(4):
+        parts.add(x[i : i + 1], delta[i : i + 1])
+    h = whole.hessian()
+    assert torch.equal(h, parts.hessian())
+    assert torch.equal(h, h.mT)
+    assert torch.linalg.eigvalsh(h).min() > -1e-6 * h.trace() / 12
+    assert OutputAdaptive(2, "cpu", per).hessian().tolist() == [[0.0] * 2] * 2
+
+
+def test_a_sequence_of_one_token_has_no_cross_terms() -> None:
+    x, delta = random(9, 1, 5), random(9, 1, 4, seed=1)
+    sequence, token = OutputAdaptive(5, "cpu"), OutputAdaptive(5, "cpu", "token")
+    sequence.add(x, delta)
+    token.add(x, delta)
+    torch.testing.assert_close(sequence.hessian(), token.hessian(), rtol=1e-5, atol=1e-6)
+    longer = OutputAdaptive(5, "cpu")
+    longer.add(x.mT.reshape(1, 9, 5), delta.mT.reshape(1, 9, 4))
+    assert not torch.allclose(longer.hessian() / 9, token.hessian(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_the_scale_of_the_loss_does_not_matter(per) -> None:
+    w, x, delta = random(6, 12).float(), random(8, 7, 12), random(8, 7, 6, seed=1)
+    plain, scaled = OutputAdaptive(12, "cpu", per), OutputAdaptive(12, "cpu", per)
+    plain.add(x, delta)
+    scaled.add(x, 4 * delta)
+    assert torch.equal(scaled.hessian(), 16 * plain.hessian())
+    a, b = (GPTQ().solve(w, W4, h.hessian()) for h in (plain, scaled))
+    assert torch.equal(a.values, b.values)
+
+
+def test_tokens_that_matter_alike_give_the_gram_of_the_inputs() -> None:
+    w, x = random(6, 12).float(), random(8, 7, 12)
+    gram, token = InputGram(12, "cpu"), OutputAdaptive(12, "cpu", "token")
+    gram.add(x)
+    token.add(x, torch.full((8, 7, 4), 0.5))  # norm 1
+    torch.testing.assert_close(token.hessian() * 2 / 7, gram.hessian(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(GPTQ().solve(w, W4, token.hessian()).values, GPTQ().solve(w, W4, gram.hessian()).values)

@@ -1,7 +1,8 @@
 """A model through all stages: capture, fit block by block, fit end to end, fold, solve; resumable after each block.
 
 Two streams of hidden states run through the model: full precision (inputs and targets of the fit) and quantised (the
-inputs of solvers that use a Hessian). One block is on the device at a time unless an end-to-end fit needs them all.
+inputs of solvers that use a Hessian). One block is on the device at a time unless an end-to-end fit or a Hessian of the
+model's loss needs them all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from flatquant import seams
 from flatquant.calibrate.blockwise import BlockFit, autocast, fit_blocks
 from flatquant.calibrate.capture import BlockCall, Observer, capture, run_block
 from flatquant.calibrate.end2end import fit_end_to_end
+from flatquant.calibrate.gradients import output_hessians
+from flatquant.calibrate.optimise import deterministic
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
@@ -158,14 +162,17 @@ class _Run:
         self.report = Report()
         self.notes: dict[int, dict[str, Any]] = {}  # by block
         self.clock = Clock(seconds=self.report.seconds, device=device)
+        self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
+        self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
+        self.quantised_stream = self.feeds_fit or (self.solver.needs_hessian and recipe.scheme.weights is not None)
+        self.output_adaptive = self.solver.needs_hessian and recipe.solver.hessian == "output_adaptive"
+        self.output_adaptive &= recipe.scheme.weights is not None
         self.side_by_side = side_by_side or 1
         if side_by_side is None and graph and device.type == "cuda":
             self.side_by_side = max(1, min(MOST_TOGETHER, self._full // self._fit_batch))
-        self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
-        self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
-        if self.feeds_fit:  # a block waits for the one before it
+        # A block waits for the one before it, or its gradients come through the ones after it as they were.
+        if self.feeds_fit or self.output_adaptive:
             self.side_by_side = 1
-        self.quantised_stream = self.feeds_fit or (self.solver.needs_hessian and recipe.scheme.weights is not None)
 
     def __call__(self) -> Report:
         if self.device.type == "cuda":
@@ -174,6 +181,9 @@ class _Run:
                 check_room(resident_bytes(self.blocks, self.end_to_end), torch.cuda.mem_get_info(self.device)[0])
         seams.use_attention(self.model)
         first, calls = self._capture()
+        if self.output_adaptive:
+            for block in self.blocks:
+                self._move(block)
         quantised = first if self.quantised_stream else None
         hidden = first
         fits: list[FitBlock | None] = []
@@ -185,16 +195,21 @@ class _Run:
             if self.end_to_end is None:
                 for w in wrapped:
                     with _named(w.index):
-                        quantised = self._solve(w.index, w.call, w.fit, quantised)
+                        if w.fit is not None:
+                            self._fold(w.index, w.fit)
+                        quantised = self._solve(w.index, calls, quantised, solved=w.fit is None)
         if self.end_to_end is not None:
             assert first is not None
             assert hidden is not None
             # Solved blocks are only kept on their own where no end-to-end fit follows: all are wrapped here.
+            wrapped = [fit for fit in fits if fit is not None]
             rotated = [self._rotated(call) for call in calls]
-            self._fit_end_to_end(self.end_to_end, [f for f in fits if f is not None], rotated, first, hidden)
-            for index, (fit, call) in enumerate(zip(fits, calls, strict=True)):
+            self._fit_end_to_end(self.end_to_end, wrapped, rotated, first, hidden)
+            for index, fit in enumerate(wrapped):
+                self._fold(index, fit)
+            for index in range(len(calls)):
                 with _named(index):
-                    quantised = self._solve(index, call, fit, quantised)
+                    quantised = self._solve(index, calls, quantised, solved=False)
         self.report.blocks = [note for _, note in sorted(self.notes.items())]
         if self.residual is not None:
             rotate_ends(self.model, self.arch, self.residual)
@@ -222,11 +237,15 @@ class _Run:
             wrapped.append(_Wrapped(index=index, call=calls[index], fit=fit, inputs=inputs, targets=hidden))
         return wrapped, hidden
 
-    def _wrap_one(self, index: int, call: BlockCall, hidden: Tensor | None) -> tuple[FitBlock | None, Tensor | None]:
-        block, plan = self.blocks[index], self.plan.blocks[index]
+    def _move(self, block: nn.Module) -> None:
+        """Onto the device, in a dtype that the fit's products take."""
         block.to(self.device)
         if self.model_dtype != self.dtype:
             block.float()
+
+    def _wrap_one(self, index: int, call: BlockCall, hidden: Tensor | None) -> tuple[FitBlock | None, Tensor | None]:
+        block, plan = self.blocks[index], self.plan.blocks[index]
+        self._move(block)
         targets, statistics = None, {}
         if hidden is not None:
             with self.clock("full precision"), autocast(self.device, self.dtype):
@@ -296,11 +315,6 @@ class _Run:
             if self.state is not None:
                 self.state.save(END_TO_END, tensors, {"step": step, "losses": losses})
 
-        norm = copy.deepcopy(submodule(self.model, self.arch.final_norm)).to(self.device).float()
-        output = self.model.get_output_embeddings()
-        assert isinstance(output, nn.Linear)
-        weight = output.weight.to(self.device, self.dtype)  # (V, h)
-        bias = None if output.bias is None else output.bias.to(self.device, self.dtype)
         if spec.objective == "cross_entropy":
             assert self.tokens is not None
             targets = self.tokens.to(self.device)
@@ -308,7 +322,7 @@ class _Run:
             self.report.end_to_end = fit_end_to_end(
                 fits,
                 calls,
-                lambda x: logits(self.model.config, F.linear(norm(x).to(self.dtype), weight, bias)),
+                self._head,
                 inputs,
                 targets,
                 spec,
@@ -319,20 +333,38 @@ class _Run:
                 progress=lambda done, total: self.progress("end to end", done, total),
             )
 
-    def _solve(self, index: int, call: BlockCall, fit: FitBlock | None, quantised: Tensor | None) -> Tensor | None:
-        """Fold and round a fitted block; its outputs on the quantised stream, where one is needed."""
-        block, plan, call = self.blocks[index], self.plan.blocks[index], self._rotated(call)
-        if fit is None:
+    @cached_property
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        """Final norm and output embedding, (B, T, h) -> (B, T, V)."""
+        norm = copy.deepcopy(submodule(self.model, self.arch.final_norm)).to(self.device).float()
+        output = self.model.get_output_embeddings()
+        assert isinstance(output, nn.Linear)
+        weight = output.weight.to(self.device, self.dtype)  # (V, h)
+        bias = None if output.bias is None else output.bias.to(self.device, self.dtype)
+        return lambda x: logits(self.model.config, F.linear(norm(x).to(self.dtype), weight, bias))
+
+    def _fold(self, index: int, fit: FitBlock) -> None:
+        with self.clock("fold"):
+            fold_block(fit, dense=self.model_dtype)
+            self.blocks[index].to(self.model_dtype)
+
+    def _solve(self, index: int, calls: list[BlockCall], quantised: Tensor | None, *, solved: bool) -> Tensor | None:
+        """Round a folded block, or take what an earlier run solved; its outputs on the quantised stream, if needed."""
+        block, plan, call = self.blocks[index], self.plan.blocks[index], self._rotated(calls[index])
+        if solved:
             assert self.state is not None
             tensors, self.notes[index] = self.state.load(solved_name(index))
             install(block, self.arch.attention, plan, packed=False)
             block.load_state_dict(tensors, assign=True)
             block.to(self.device)
         else:
+            hessians = None
+            if self.output_adaptive:
+                with self.clock("gradients"):
+                    hessians = self._output_hessians(index, calls, quantised)
             with self.clock("solve"):
-                fold_block(fit, dense=self.model_dtype)
-                block.to(self.model_dtype)
-                solve_block(block, plan, self.solver, call, quantised, self.batch)
+                rounds = self.recipe.branch.rounds if self.recipe.branch else 1
+                solve_block(block, plan, self.solver, call, quantised, self.batch, hessians, rounds)
             if self.state is not None and self.end_to_end is None:
                 self.state.save(solved_name(index), block.state_dict(), self.notes[index])
         if quantised is not None:
@@ -352,6 +384,38 @@ class _Run:
     @property
     def _fit_batch(self) -> int:
         return self.recipe.fit.batch_size if self.recipe.fit else 4
+
+    def _output_hessians(self, index: int, calls: list[BlockCall], quantised: Tensor | None) -> dict[str, Tensor]:
+        assert quantised is not None
+        assert self.tokens is not None
+        # After an end-to-end fit all blocks are folded, otherwise those that come later are as they were.
+        after = calls[index + 1 :] if self.end_to_end is None else [self._rotated(c) for c in calls[index + 1 :]]
+
+        def loss(hidden: Tensor, ids: Tensor) -> Tensor:
+            """Cross entropy of a sequence, summed: a mean would underflow half precision on its way back."""
+            with autocast(self.device, self.dtype):
+                for block, call in zip(self.blocks[index + 1 :], after, strict=True):
+                    hidden = call(block, hidden)
+                scores = self._head(hidden)
+            return F.cross_entropy(scores[0, :-1].float(), ids[0, 1:], reduction="sum")
+
+        collect = partial(
+            output_hessians,
+            self.blocks[index],
+            self.plan.blocks[index],
+            self._rotated(calls[index]),
+            loss,
+            quantised,
+            self.tokens.to(self.device),
+            self.recipe.solver.gradients,
+        )
+        try:
+            with deterministic():
+                return collect()
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            return collect()  # a family may use an operation without such a kernel
 
     @property
     def batch(self) -> int:

@@ -3,50 +3,102 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatquant.calibrate.capture import BlockCall
+from flatquant.codebook import CodebookTensor
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import WeightGrid
-from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite
-from flatquant.solvers import GPTQ, RTN, InputGram, Solver
+from flatquant.quantizers import VectorGrid, WeightGrid
+from flatquant.runtime.branch import BranchedLinear
+from flatquant.runtime.codebook import CodebookLinear
+from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, SiteLinear
+from flatquant.solvers import GPTQ, RTN, InputGram, Solver, VectorSolver
+from flatquant.solvers.lowrank import split
 from flatquant.spec import BlockPlan, SitePlan, SolverSpec
 from flatquant.wiring.arch import replace_submodule, submodule
 
 
-def make_solver(spec: SolverSpec) -> Solver:
+def make_solver(spec: SolverSpec) -> Solver[Any, QTensor | CodebookTensor]:
     """The solver a spec names."""
-    if spec.kind == "rtn":
-        return RTN()
-    return GPTQ(damping=spec.damping, block_size=spec.block_size, act_order=spec.act_order)
+    match spec.kind:
+        case "rtn":
+            return RTN()
+        case "gptq":
+            return GPTQ(damping=spec.damping, block_size=spec.block_size, act_order=spec.act_order)
+        case "codebook":
+            return VectorSolver(damping=spec.damping, block_size=spec.block_size)
 
 
 @torch.no_grad()
 def solve_block(
-    block: nn.Module, plan: BlockPlan, solver: Solver, call: BlockCall, inputs: Tensor | None, batch_size: int
+    block: nn.Module,
+    plan: BlockPlan,
+    solver: Solver[Any, QTensor | CodebookTensor],
+    call: BlockCall,
+    inputs: Tensor | None,
+    batch_size: int,
+    hessians: Mapping[str, Tensor] | None = None,
+    rounds: int = 1,
 ) -> None:
-    """Replace the dense linears of a folded block by `FrozenLinear`s where the plan has a weight grid.
+    """Replace the dense linears of a folded block by `FrozenLinear`s, or `CodebookLinear`s, where the plan has bits.
 
-    Sites are solved in the order data meets them, so that the Hessian of a later site sees the rounding of an earlier
-    one, and the activations' grid, as serving will (GPTQ's sequential groups: qkv, o, gate/up, down).
+    Sites are solved in the order data meets them, so that the Gram matrix of a later site sees the rounding of an
+    earlier one, and the activations' grid, as serving will (GPTQ's sequential groups: qkv, o, gate/up, down).
 
     Args:
         inputs: the block's inputs in the quantised model, (N, T, h); needed by solvers that use a Hessian.
+        hessians: by reader, where they are not the Gram matrices of those inputs.
+        rounds: of low-rank branches; see `BranchSpec`.
     """
     for site in plan.sites.values():
         if site.weights is None:
             continue
-        hessian = None
-        if solver.needs_hessian and inputs is not None:
-            hessian = _gram(block, site, call, inputs, batch_size)
-        linears = [_folded(block, path) for path in site.readers]
-        # Readers share inputs, hence the Hessian; rows are independent: one solve for all of them.
-        joined = solver.solve(torch.cat([linear.weight for linear in linears]), WeightGrid(site.weights), hessian)
-        rows = joined.split([linear.weight.shape[0] for linear in linears])
-        for path, linear, weight in zip(site.readers, linears, rows, strict=True):
-            replace_submodule(block, path, FrozenLinear(linear.site, weight, linear.bias))
+        gram = None
+        if hessians is None and solver.needs_hessian and inputs is not None:
+            gram = _gram(block, site, call, inputs, batch_size)  # readers share inputs, hence the Hessian
+        if hessians is None and site.codebook is None:
+            jobs = [site.readers]  # rows are independent: one solve for all of them
+        else:
+            jobs = [(path,) for path in site.readers]
+        grid = WeightGrid(site.weights) if site.codebook is None else VectorGrid(site.codebook, site.weights.bits)
+        ups = _branch_off(block, site, rounds, gram) if site.rank else {}
+        for paths in jobs:
+            linears = [_folded(block, path) for path in paths]
+            hessian = gram if hessians is None else hessians[paths[0]]
+            joined = solver.solve(torch.cat([linear.weight for linear in linears]), grid, hessian)
+            for path, served in zip(paths, _served(linears, joined), strict=True):
+                replace_submodule(block, path, BranchedLinear(served, ups[path]) if ups else served)
+
+
+def _served(linears: list[DenseLinear], joined: QTensor | CodebookTensor) -> list[SiteLinear]:
+    """The serving stages of linears that were solved together."""
+    if isinstance(joined, CodebookTensor):
+        (linear,) = linears
+        return [CodebookLinear.of(linear.site, joined, linear.bias)]
+    rows = joined.split([linear.weight.shape[0] for linear in linears])
+    return [FrozenLinear(linear.site, weight, linear.bias) for linear, weight in zip(linears, rows, strict=True)]
+
+
+def _branch_off(block: nn.Module, plan: SitePlan, rounds: int, hessian: Tensor | None) -> dict[str, Tensor]:
+    """Move a low-rank part of a site's weights into a branch; the readers' halves of it, (o, r) by path."""
+    assert plan.weights is not None
+    linears = [_folded(block, path) for path in plan.readers]
+    w = torch.cat([linear.weight for linear in linears])
+    grid = WeightGrid(plan.weights)
+
+    def rounded(rest: Tensor) -> Tensor:
+        return RTN().solve(rest, grid, None).dequantize(rest.dtype)
+
+    branch = split(w, plan.rank, rounds=rounds, rounded=rounded, hessian=hessian)
+    linears[0].site.register_buffer("down", branch.down)
+    sizes = [linear.weight.shape[0] for linear in linears]
+    for linear, rest in zip(linears, (w - branch.weight(w)).split(sizes), strict=True):
+        linear.weight = rest.contiguous()
+    return {path: up.contiguous() for path, up in zip(plan.readers, branch.up.split(sizes), strict=True)}
 
 
 def _folded(block: nn.Module, path: str) -> DenseLinear:

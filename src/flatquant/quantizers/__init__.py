@@ -1,7 +1,8 @@
 """Grids with (learned) clipping, for weights, activations, keys and values."""
 
 from flatquant.quantizers.clip import FixedClip, LearnedClip, NoClip, Range
+from flatquant.quantizers.codebook import VectorGrid
 from flatquant.quantizers.split import SplitGrid
 from flatquant.quantizers.uniform import Dynamic, WeightGrid
 
-__all__ = ["Dynamic", "FixedClip", "LearnedClip", "NoClip", "Range", "SplitGrid", "WeightGrid"]
+__all__ = ["Dynamic", "FixedClip", "LearnedClip", "NoClip", "Range", "SplitGrid", "VectorGrid", "WeightGrid"]

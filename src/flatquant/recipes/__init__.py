@@ -7,11 +7,14 @@ from flatquant.recipes.affinequant import affinequant
 from flatquant.recipes.flatquant import flatquant
 from flatquant.recipes.flattenquant import flattenquant
 from flatquant.recipes.gptq import gptq
+from flatquant.recipes.oac import oac
 from flatquant.recipes.omniquant import omniquant
 from flatquant.recipes.quarot import quarot
 from flatquant.recipes.rtn import rtn
 from flatquant.recipes.smoothquant import smoothquant
 from flatquant.recipes.spinquant import spinquant
+from flatquant.recipes.svdquant import svdquant
+from flatquant.recipes.vptq import vptq
 from flatquant.spec import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -19,11 +22,14 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "flatquant": flatquant,
     "flattenquant": flattenquant,
     "gptq": gptq,
+    "oac": oac,
     "omniquant": omniquant,
     "quarot": quarot,
     "rtn": rtn,
     "smoothquant": smoothquant,
     "spinquant": spinquant,
+    "svdquant": svdquant,
+    "vptq": vptq,
 }
 
 
@@ -45,10 +51,13 @@ __all__ = [
     "flatquant",
     "flattenquant",
     "gptq",
+    "oac",
     "omniquant",
     "quarot",
     "recipe",
     "rtn",
     "smoothquant",
     "spinquant",
+    "svdquant",
+    "vptq",
 ]

@@ -47,7 +47,7 @@ from flatquant.runtime.folder import (
 )
 from flatquant.runtime.hf import adopt
 from flatquant.runtime.kvcache import token_bytes
-from flatquant.runtime.linear import DenseLinear, FrozenLinear
+from flatquant.runtime.linear import DenseLinear, Unpacked
 from flatquant.spec import Plan, Recipe, from_dict
 
 # Keys of a config that name code, kernels or places of the machine that wrote it.
@@ -232,14 +232,12 @@ class _Pending:
 def _pending(model: nn.Module) -> dict[str, _Pending]:
     """What is stored of a model: its state with integers packed and tied weights once."""
     tied = _tied(model)
-    frozen = {f"{name}.values": m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    unpacked = {f"{name}.{m.loose}": m for name, m in model.named_modules() if isinstance(m, Unpacked)}
     pending: dict[str, _Pending] = {}
     for name, tensor in model.state_dict().items():
-        if name in frozen:
-            linear = frozen[name]
-            o, n = linear.qweight().shape
-            nbytes = o * -(-n * linear.spec.bits // 8)
-            pending[name.removesuffix("values") + "packed"] = _Pending(nbytes, lambda m=linear: m.qweight().packed())
+        if name in unpacked:
+            module = unpacked[name]
+            pending[name.removesuffix(module.loose) + "packed"] = _Pending(module.packed_bytes, module.pack)
         elif tensor.is_meta:
             raise ArtifactError(f"{name} is offloaded; load the model without offloading, then save it")
         elif name not in tied:
@@ -394,7 +392,7 @@ def _compare(folder: Folder, model: nn.Module, tied: set[str], stored: Mapping[s
         if not tensor.is_floating_point():
             fits = found.dtype == tensor.dtype
         elif name in exact:
-            fits = found.dtype in (torch.float32, torch.float64)
+            fits = found.dtype in (tensor.dtype, torch.float64)
         else:
             fits = found.dtype.is_floating_point
         if not fits:
@@ -512,9 +510,11 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
     quantised = 0
     for index, block in enumerate(folder.plan.blocks):
         for site in block.sites.values():
+            book = ("inner." if site.rank else "") + ("" if site.codebook is None else "books.main.")
             for reader in site.readers if site.weights else ():
-                packed = stored[f"{folder.plan.blocks_path}.{index}.{reader}.packed"]
-                quantised += packed.shape[0] * site.shape[0] * site.shape[1]
+                rows = stored[f"{folder.plan.blocks_path}.{index}.{reader}.{book}packed"].shape[0]
+                rows *= 1 if site.codebook is None else site.codebook.length
+                quantised += rows * site.shape[0] * site.shape[1]
     total, parameters = sum(sizes.values()), max(dense + quantised, 1)
     ours = sizes["packed"] + sizes["grids"] + sizes["transforms"]
     kv, kv16 = _kv_bytes(folder)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from flatquant import seams
+from flatquant.codebook import Book, index_dtype
 from flatquant.errors import ArtifactError
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
+from flatquant.runtime.branch import BranchedLinear
+from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
-from flatquant.spec import BlockPlan, QuantSpec, SitePlan
+from flatquant.spec import BlockPlan, CodebookSpec, QuantSpec, SitePlan
 
 SITES_SLOT = "flatquant"  # a block's attribute that holds its `FrozenSite`s by name
 
@@ -42,7 +45,9 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
                     f"the plan does not fit the model: {path!r} is no linear layer of {n1} x {n2} inputs"
                 )
             parent, _, leaf = path.rpartition(".")
-            setattr(_get(block, parent), leaf, _linear(linear, site, site_plan.weights, packed))
+            inner = _linear(linear, site, site_plan, packed)
+            up = _empty(linear.out_features, site_plan.rank, dtype=torch.float16) if site_plan.rank else None
+            setattr(_get(block, parent), leaf, inner if up is None else BranchedLinear(inner, up))
     setattr(block, SITES_SLOT, sites)
     if plan.qk or plan.keys or plan.values:
         key, query = (_empty(plan.head_dim, plan.head_dim) if plan.qk else None for _ in range(2))
@@ -73,17 +78,44 @@ def _site(plan: SitePlan) -> FrozenSite:
         grid = SplitGrid(spec, _empty(1), _empty(n1 * n2, dtype=torch.uint8))
     else:
         grid = _dynamic(spec)
-    return FrozenSite(_empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None, grid)
+    left, right = _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None
+    return FrozenSite(left, right, grid, _empty(plan.rank, n1 * n2, dtype=torch.float16) if plan.rank else None)
 
 
-def _linear(linear: nn.Linear, site: FrozenSite, spec: QuantSpec | None, packed: bool) -> SiteLinear:
-    o, n = linear.out_features, linear.in_features
+def _linear(linear: nn.Linear, site: FrozenSite, plan: SitePlan, packed: bool) -> SiteLinear:
+    o, n, spec = linear.out_features, linear.in_features, plan.weights
     bias = _empty(o) if linear.bias is not None else None
     if spec is None:
         return DenseLinear(site, _empty(o, n, dtype=linear.weight.dtype), bias)
+    if plan.codebook is not None:
+        return _codebook_linear(site, o, n, spec.bits, plan.codebook, bias, packed)
     groups = n // (spec.group_size or n)
     scale, zero = _empty(o, groups), None if spec.symmetric else _empty(o, groups)
     if packed:
         return PackedLinear(site, _empty(o, -(-n * spec.bits // 8), dtype=torch.uint8), scale, zero, bias, spec, n)
     values = _empty(o, n, dtype=torch.int8 if spec.symmetric else torch.uint8)
     return FrozenLinear(site, QTensor(values=values, scale=scale, zero=zero, spec=spec), bias)
+
+
+def _codebook_linear(
+    site: FrozenSite, o: int, n: int, bits: int, spec: CodebookSpec, bias: Tensor | None, packed: bool
+) -> CodebookLinear:
+    few = spec.outlier_columns(n)
+    main_bits, residual_bits = spec.index_bits(bits)
+
+    def book(length: int, bits: int, columns: int) -> SiteBook:
+        entries = _empty(spec.entries(bits, o // length * columns), length, dtype=torch.float16)
+        if packed:
+            stream = _empty(o // length, -(-columns * bits // 8), dtype=torch.uint8)
+            return PackedBook(stream, entries, bits, columns)
+        indices = _empty(o // length, columns, dtype=index_dtype(bits))
+        return FrozenBook(Book(indices=indices, entries=entries, bits=bits))
+
+    return CodebookLinear(
+        site,
+        book(spec.length, main_bits, n - few),
+        book(spec.length, residual_bits, n - few) if residual_bits else None,
+        book(spec.outlier_length, spec.outlier_bits, few) if few else None,
+        _empty(few, dtype=torch.int32) if few else None,
+        bias,
+    )

@@ -37,7 +37,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flatquant.errors import ArtifactError, SpecError
-from flatquant.spec import BlockPlan, Plan, from_dict, to_dict
+from flatquant.spec import BlockPlan, Plan, QuantSpec, SitePlan, from_dict, to_dict
 
 METHOD = "flatquant"
 FORMAT_VERSION = 1
@@ -56,6 +56,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
+    "I32": torch.int32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -297,11 +298,10 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
     for index, block in enumerate(plan.blocks):
         root = f"{plan.blocks_path}.{index}."
         for name, site in block.sites.items():
-            for path in site.readers if site.weights else ():
-                kinds[f"{root}{path}.packed"] = "packed"
-                kinds[f"{root}{path}.scale"] = "grids"
-                if not site.weights.symmetric:  # type: ignore[union-attr]
-                    kinds[f"{root}{path}.zero"] = "grids"
+            for path in site.readers:
+                kinds |= {f"{root}{path}.{part}": kind for part, kind in _reader_kinds(site).items()}
+            if site.rank:
+                kinds[f"{root}flatquant.{name}.down"] = "transforms"
             for side in ("left", "right"):
                 if getattr(site, side):
                     kinds[f"{root}flatquant.{name}.{side}"] = "transforms"
@@ -315,4 +315,31 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
         for name, spec in (("keys", block.keys), ("values", block.values)):
             if spec and spec.clip != "none":
                 kinds[f"{attention}{name}.clip.ratio"] = "transforms"
+    return kinds
+
+
+def _reader_kinds(site: SitePlan) -> dict[str, str]:
+    """Of one reader's tensors, biases and dense weights left out."""
+    if site.weights is None:
+        return {}
+    kinds = _integer_kinds(site.weights) if site.codebook is None else _codebook_kinds(site)
+    return {f"inner.{n}": kind for n, kind in kinds.items()} | {"up": "transforms"} if site.rank else kinds
+
+
+def _integer_kinds(weights: QuantSpec) -> dict[str, str]:
+    return {"packed": "packed", "scale": "grids"} | ({} if weights.symmetric else {"zero": "grids"})
+
+
+def _codebook_kinds(site: SitePlan) -> dict[str, str]:
+    assert site.codebook is not None
+    assert site.weights is not None
+    books = ["main"]
+    if site.codebook.index_bits(site.weights.bits)[1]:
+        books.append("residual")
+    kinds = {}
+    if site.codebook.outlier_columns(site.shape[0] * site.shape[1]):
+        books.append("outliers")
+        kinds["columns"] = "grids"
+    for book in books:
+        kinds |= {f"books.{book}.packed": "packed", f"books.{book}.entries": "grids"}
     return kinds

@@ -64,10 +64,16 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
         return self.values.quantize(v)
 
     def key(self, k: Tensor) -> Tensor:
-        return self.rotate_key(k).to(k.dtype) if self.keys is None else self.quantize_key(k).dequantize(k.dtype)
+        if self.keys is None:
+            return self.rotate_key(k).to(k.dtype)
+        if k.requires_grad:  # integers carry no gradient
+            return self.keys(self.rotate_key(k)).to(k.dtype)
+        return self.quantize_key(k).dequantize(k.dtype)
 
     def value(self, v: Tensor) -> Tensor:
-        return v if self.values is None else self.quantize_value(v).dequantize(v.dtype)
+        if self.values is None:
+            return v
+        return self.values(v) if v.requires_grad else self.quantize_value(v).dequantize(v.dtype)
 
     def store(self, cache: Any, k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(cache, IntegerStore):

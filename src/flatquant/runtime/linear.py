@@ -8,6 +8,7 @@ same integers, so a model in memory and its saved copy agree to the last bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,35 +24,78 @@ from flatquant.spec import QuantSpec
 class FrozenSite(ExactBuffers):
     """Transforms one tensor and puts it on its grid, once for all its readers.
 
-    Buffers: `left` P1 (n1, n1) and `right` P2 (n2, n2), float32, each present only if it runs online.
+    Buffers: `left` P1 (n1, n1) and `right` P2 (n2, n2), float32, each present only if it runs online; `down` L2 (r, n),
+    float16, where the readers have a low-rank branch.
     """
 
     left: Tensor | None
     right: Tensor | None
+    down: Tensor | None
 
-    def __init__(self, left: Tensor | None, right: Tensor | None, activations: Dynamic | SplitGrid | None) -> None:
+    def __init__(
+        self,
+        left: Tensor | None,
+        right: Tensor | None,
+        activations: Dynamic | SplitGrid | None,
+        down: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("left", left)
         self.register_buffer("right", right)
+        self.register_buffer("down", down)
         self.activations = activations
-        self._last: tuple[Tensor, Tensor | QTensor] | None = None
+        self._last: tuple[Tensor, Tensor | QTensor, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor | QTensor:
-        """x (P1 (x) P2), as integers if activations are quantised here, else in x's dtype.  # (.., n)"""
+        """x (P1 (x) P2), as integers if activations are quantised here, else in x's dtype.  # (.., n)
+
+        Integers carry no gradient: where x has one, the result is the numbers that the integers stand for, and the
+        gradient passes the rounding straight through.
+        """
+        return self._computed(x)[0]
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x (P1 (x) P2) L2^T, not on any grid.  # (.., r)"""
+        low = self._computed(x)[1]
+        assert low is not None, "this site has no branch"
+        return low
+
+    def _computed(self, x: Tensor) -> tuple[Tensor | QTensor, Tensor | None]:
         last = self._last  # read once: another thread may replace it
         if last is not None and last[0] is x:
-            return last[1]
+            return last[1], last[2]
         y = x
         factor = self.left if self.left is not None else self.right
         if factor is not None:
             y = kron_matmul(x.to(factor.dtype), self.left, self.right)
-        out = y.to(x.dtype) if self.activations is None else self.activations.quantize(y)
-        self._last = (x, out)
-        return out
+        if self.activations is None:
+            out = y.to(x.dtype)
+        elif y.requires_grad:
+            out = self.activations(y).to(x.dtype)
+        else:
+            out = self.activations.quantize(y)
+        low = None if self.down is None else F.linear(y, self.down.to(y.dtype))
+        self._last = (x, out, low)
+        return out, low
 
     def forget(self) -> None:
         """Drop the remembered tensors."""
         self._last = None
+
+
+class Unpacked(ABC):
+    """A module that keeps integers one per element in the buffer `loose`; stored, they are packed into bytes."""
+
+    loose: ClassVar[str]
+
+    @abstractmethod
+    def pack(self) -> Tensor:
+        """What is stored instead, as the tensor `packed`.  # uint8"""
+
+    @property
+    @abstractmethod
+    def packed_bytes(self) -> int:
+        """Size of what `pack` gives."""
 
 
 class SiteLinear(ExactBuffers, ABC):
@@ -115,10 +159,11 @@ class IntegerLinear(SiteLinear, ABC):
         return F.linear(y, w.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class FrozenLinear(IntegerLinear):
+class FrozenLinear(IntegerLinear, Unpacked):
     """Integers one per byte: the solver's output."""
 
     values: Tensor
+    loose = "values"
 
     def __init__(self, site: FrozenSite, weight: QTensor, bias: Tensor | None) -> None:
         super().__init__(site, weight.scale, weight.zero, bias, weight.spec)
@@ -126,6 +171,14 @@ class FrozenLinear(IntegerLinear):
 
     def qweight(self) -> QTensor:
         return QTensor(values=self.values, scale=self.scale, zero=self.zero, spec=self.spec)
+
+    def pack(self) -> Tensor:
+        return self.qweight().packed()
+
+    @property
+    def packed_bytes(self) -> int:
+        o, n = self.values.shape
+        return o * -(-n * self.spec.bits // 8)
 
 
 class PackedLinear(IntegerLinear):

@@ -1,8 +1,9 @@
-"""Rounding of weights to a grid: nearest, or with error compensation."""
+"""Rounding of weights to a grid or to codebooks: nearest, or with error compensation."""
 
 from flatquant.solvers.base import Grid, Solver
 from flatquant.solvers.gptq import GPTQ
-from flatquant.solvers.hessian import InputGram
+from flatquant.solvers.hessian import InputGram, OutputAdaptive
 from flatquant.solvers.rtn import RTN
+from flatquant.solvers.vectors import VectorSolver
 
-__all__ = ["GPTQ", "RTN", "Grid", "InputGram", "Solver"]
+__all__ = ["GPTQ", "RTN", "Grid", "InputGram", "OutputAdaptive", "Solver", "VectorSolver"]

@@ -5,7 +5,7 @@ and, where it uses one, a Hessian in the same coordinates.
 """
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,22 +25,23 @@ class Grid(Protocol):
         ...
 
 
-class Solver(ABC):
-    """Chooses integers for a weight matrix."""
+GridT = TypeVar("GridT", contravariant=True)
+Result = TypeVar("Result", covariant=True)
+
+
+class Solver(ABC, Generic[GridT, Result]):
+    """Chooses, for a weight matrix, integers on a grid (a `QTensor`) or entries of codebooks (a `CodebookTensor`)."""
 
     needs_hessian: bool
 
     @abstractmethod
-    def solve(self, w: Tensor, grid: Grid, hessian: Tensor | None) -> QTensor:
+    def solve(self, w: Tensor, grid: GridT, hessian: Tensor | None) -> Result:
         """Quantise w.
 
         Args:
             w: float32 or float64, (o, n).
-            grid: where the integers live.
+            grid: where the integers live, or what the entries are.
             hessian: (n, n), or None for solvers that do without.
-
-        Returns:
-            The quantised matrix, scales in float32.
         """
 
 

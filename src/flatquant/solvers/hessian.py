@@ -1,4 +1,10 @@
-"""Second-order information for solvers: the Gram matrix of a layer's inputs."""
+"""Second-order information for solvers: what an error of a weight matrix costs, as one matrix shared by its rows.
+
+Two sources, one entry point: solvers see a matrix H in the coordinates in which they round, and minimise
+tr(dW H dW^T) whatever H came from.
+"""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,3 +26,38 @@ class InputGram:
     def hessian(self) -> Tensor:
         """float32, (n, n)."""
         return self.sum * (2.0 / max(self.tokens, 1))
+
+
+class OutputAdaptive:
+    """H = 1/N sum_i G_i^T G_i, with G_i = dL_i/dW the gradient of sequence i's loss (arXiv 2405.15025).
+
+    The loss' curvature by Fisher's identity, blocks of different rows taken as independent and then summed into one
+    matrix. A reconstruction from the abstract and from first principles: no code of the authors was found.
+
+    - `sequence`: as above. G_i = sum_t delta_t^T x_t is formed for each sequence alone: the outer product of a sum over
+      sequences is not the sum of outer products.
+    - `token`: the terms between different tokens dropped, H = 1/N sum_t |delta_t|^2 x_t^T x_t; the input Gram matrix
+      with each token weighted by how much the loss depends on it.
+    """
+
+    def __init__(self, n: int, device: torch.device | str, per: Literal["sequence", "token"] = "sequence") -> None:
+        self.sum = torch.zeros(n, n, device=device)
+        self.per = per
+        self.sequences = 0
+
+    def add(self, x: Tensor, delta: Tensor) -> None:
+        """Add whole sequences.
+
+        Args:
+            x: inputs, (B, T, n), in the coordinates in which the weight will be rounded.
+            delta: gradients of each sequence's loss by the layer's outputs, (B, T, o).
+        """
+        for xi, di in zip(x.detach().float(), delta.detach().float(), strict=True):  # (T, n), (T, o)
+            g = di.mT @ xi if self.per == "sequence" else xi * di.norm(dim=-1, keepdim=True)
+            self.sum.addmm_(g.mT, g)
+        self.sequences += x.shape[0]
+
+    def hessian(self) -> Tensor:
+        """float32, (n, n)."""
+        h = self.sum / max(self.sequences, 1)
+        return (h + h.mT) / 2

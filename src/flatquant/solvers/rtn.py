@@ -6,7 +6,7 @@ from flatquant.qtensor import QTensor
 from flatquant.solvers.base import Grid, Solver, as_qtensor, round_to
 
 
-class RTN(Solver):
+class RTN(Solver[Grid, QTensor]):
     """Each weight to its nearest grid point; no data."""
 
     needs_hessian = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flatquant.errors import SpecError
-from flatquant.spec import BlockPlan, Plan, Recipe, SitePlan, Transforms
+from flatquant.spec import BlockPlan, CodebookSpec, Plan, Recipe, SitePlan, Transforms
 from flatquant.transforms import hadamard_split, kronecker_split
 from flatquant.wiring.arch import Arch, Edge, Geometry, linear_at
 
@@ -67,6 +67,9 @@ def _site(
     n = _input_size(block, edge)
     if weights and weights.group_size and n % weights.group_size:
         raise SpecError(f"group size {weights.group_size} does not divide the {n} inputs of {edge.readers[0]}")
+    codebook = recipe.solver.codebook if weights else None
+    if codebook is not None:
+        _check_lengths(block, edge, codebook)
     quantised = weights is not None or activations is not None or force
     if activations is not None and activations.scope == "tensor":
         rotated = edge.norm is not None and bool(recipe.transforms.get("residual"))
@@ -80,7 +83,23 @@ def _site(
         right=right,
         weights=weights,
         activations=activations,
+        codebook=codebook,
+        rank=_rank(block, edge, recipe, n) if weights else 0,
     )
+
+
+def _rank(block: nn.Module, edge: Edge, recipe: Recipe, n: int) -> int:
+    outputs = sum(linear_at(block, path).out_features for path in edge.readers)
+    return min(recipe.branch.rank, n, outputs) if recipe.branch else 0
+
+
+def _check_lengths(block: nn.Module, edge: Edge, codebook: CodebookSpec) -> None:
+    lengths = {codebook.length, *([codebook.outlier_length] if codebook.outliers else [])}
+    for path in edge.readers:
+        o = linear_at(block, path).out_features
+        for length in sorted(lengths):
+            if o % length:
+                raise SpecError(f"codebook vectors of {length} do not divide the {o} outputs of {path}")
 
 
 def _shape(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> tuple[int, int]:

@@ -11,8 +11,8 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Pack unsigned `bits`-bit integers along the last dimension.
 
     Args:
-        values: uint8, (.., n), each below 2^bits.
-        bits: 1 to 8.
+        values: (.., n), each below 2^bits; uint8, or int32 for more than 8 bits.
+        bits: 1 to 16.
 
     Returns:
         uint8, (.., ceil(n * bits / 8)); unused high bits of the last byte are zero.
@@ -25,14 +25,14 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         for i in range(1, per):
             packed |= fields[..., i] << (i * bits)
         return packed
-    stream = (values[..., None] >> torch.arange(bits, dtype=torch.uint8, device=values.device)) & 1  # (.., n, bits)
-    stream = stream.flatten(-2)
+    shifts = torch.arange(bits, dtype=values.dtype, device=values.device)
+    stream = ((values[..., None] >> shifts) & 1).to(torch.uint8).flatten(-2)  # (.., n * bits)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))  # (.., bytes, 8)
     return (stream << torch.arange(8, dtype=torch.uint8, device=values.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Undo `pack_bits`.  # uint8, (.., n)"""
+    """Undo `pack_bits`.  # uint8, or int32 for more than 8 bits, (.., n)"""
     if bits == 4:  # the bytes of (x | x << 4) & 0x0F0F are the two nibbles: runs on every forward pass, so no detours
         wide = packed.to(torch.int16, memory_format=torch.contiguous_format)
         wide = wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F)
@@ -42,4 +42,5 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
         return torch.stack(fields, -1).flatten(-2)[..., :n].contiguous()  # (.., bytes, per) -> (.., n)
     stream = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1  # (.., bytes, 8)
     stream = stream.flatten(-2)[..., : n * bits].unflatten(-1, (n, bits))
-    return (stream << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)
+    wide = torch.uint8 if bits <= 8 else torch.int32
+    return (stream.to(wide) << torch.arange(bits, dtype=wide, device=packed.device)).sum(-1, dtype=wide)

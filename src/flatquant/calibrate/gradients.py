@@ -1,0 +1,72 @@
+"""Output-adaptive Hessians: what the model's loss says about each weight matrix of a folded block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flatquant.calibrate.capture import BlockCall
+from flatquant.qtensor import QTensor
+from flatquant.runtime.linear import DenseLinear
+from flatquant.solvers import OutputAdaptive
+from flatquant.spec import BlockPlan
+from flatquant.wiring.arch import submodule
+
+
+@torch.enable_grad()
+def output_hessians(
+    block: nn.Module,
+    plan: BlockPlan,
+    call: BlockCall,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    tokens: Tensor,
+    per: Literal["sequence", "token"],
+) -> dict[str, Tensor]:
+    """The Hessian of every linear that will be rounded, (n, n) by path, from one pass over all sequences.
+
+    All linears of the block are seen at once, before any of them is rounded, at the weights that will be: the blocks
+    before are quantised, those after are not. Activations on a grid pass gradients straight through. Readers of one
+    site have the same inputs, but not the same Hessian.
+
+    Args:
+        block: folded, its linears dense.
+        loss: (the block's outputs (1, T, h), ids (1, T)) -> what is to be preserved: the sequence's cross entropy.
+        inputs: the block's inputs in the quantised model, (N, T, h).
+        tokens: the ids of these sequences, (N, T).
+    """
+    paths = [path for site in plan.sites.values() if site.weights for path in site.readers]
+    if not paths:
+        return {}
+    found: dict[str, OutputAdaptive] = {}
+    handles = []
+
+    def watch(path: str, linear: DenseLinear) -> None:
+        found[path] = OutputAdaptive(linear.weight.shape[1], linear.weight.device, per)
+
+        def see(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+            x = linear.site(args[0])
+            assert not isinstance(x, QTensor), "integers carry no gradient"
+            out.register_hook(lambda delta: found[path].add(x, delta))
+
+        handles.append(linear.register_forward_hook(see))
+
+    for path in paths:
+        linear = submodule(block, path)
+        assert isinstance(linear, DenseLinear), f"{path} is not folded"
+        watch(path, linear)
+    try:
+        for x, ids in zip(inputs.split(1), tokens.split(1), strict=True):
+            x = x.detach().clone().requires_grad_()
+            torch.autograd.grad(loss(call(block, x), ids), x)  # the hooks see what is needed on its way
+    finally:
+        for handle in handles:
+            handle.remove()
+        for site in plan.sites.values():
+            linear = submodule(block, site.readers[0])
+            assert isinstance(linear, DenseLinear)
+            linear.site.forget()  # it holds the last graph
+    return {path: h.hessian() for path, h in found.items()}

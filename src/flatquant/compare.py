@@ -1,0 +1,394 @@
+"""Methods side by side: the same model, text and schemes, one row for every method and scheme.
+
+A comparison is a folder. Finished rows lie in `rows/`, one file each, and are not computed again; a row that was
+interrupted goes on from its own state. `compare.json`, `compare.md` and `compare.png` are written anew after every
+row, so that an interrupted comparison shows what it has. A combination that a method refuses is a row that says why.
+
+Every row is measured on the folder that was written and read back, not on what was in memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatquant import __version__, api, evaluate
+from flatquant.data import evaluation_windows
+from flatquant.errors import FlatQuantError, SpecError
+from flatquant.models import load_model
+from flatquant.recipes import RECIPES, recipe
+from flatquant.runtime import artifact
+from flatquant.spec import Recipe, Scheme
+from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.cost import online_flops
+
+Progress = Callable[[str, int, int], None]
+
+_COLUMNS = (
+    ("KL", "kl", "{:.4f}"),
+    ("top-1", "top1", "{:.1%}"),
+    ("seconds", "seconds", "{:,.0f}"),
+    ("peak memory, MB", "peak_bytes", "{:,.0f}"),
+    ("bits per weight", "bits_per_weight", "{:.2f}"),
+    ("online FLOPs per token", "online_flops_per_token", "{:,.0f}"),
+    ("bytes per token, MB", "bytes_per_token", "{:,.2f}"),
+    ("KV bytes per token", "kv_bytes_per_token", "{:,.0f}"),
+)
+_MEGA = ("peak_bytes", "bytes_per_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all rows share.
+
+    Attributes:
+        model: a name that `models.load_model` takes.
+        calibration: of the methods that read text; see `api.quantize`.
+        perplexity: texts to measure on; windows of `window` tokens, at most `windows` of each (None: all).
+        divergence_windows: KL divergence from the original is measured on so many windows of the first text, whose
+            logits are kept in memory.
+        samples, seqlen, epochs, batch_size: instead of the recipes', where they have such a setting.
+    """
+
+    model: str
+    calibration: str = "wikitext2"
+    preset: str = "reference"
+    perplexity: tuple[str, ...] = ("wikitext2",)
+    windows: int | None = None
+    window: int = 2048
+    divergence_windows: int = 8
+    samples: int | None = None
+    seqlen: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    dtype: torch.dtype | None = None
+    seed: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, JSON-ready."""
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        fields = {**vars(self), "device": device.type, "perplexity": list(self.perplexity), "dtype": str(self.dtype)}
+        return fields | {"flatquant": __version__, "torch": torch.__version__}
+
+    def recipe(self, method: str, scheme: str) -> Recipe:
+        """The method's recipe with these settings.
+
+        Raises:
+            SpecError: the method does not take the scheme.
+        """
+        found = recipe(method, scheme, self.preset)
+        steps = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        data = {n: v for n, v in (("samples", self.samples), ("seqlen", self.seqlen)) if v is not None}
+        changes: dict[str, Any] = {"data": replace(found.data, **data)}
+        if found.fit is not None:
+            epochs = {} if self.epochs is None else {"epochs": self.epochs}
+            changes["fit"] = replace(found.fit, **steps, **epochs)
+        if found.end_to_end is not None:
+            changes["end_to_end"] = replace(found.end_to_end, **steps)
+        return replace(found, **changes)
+
+
+def run(
+    settings: Settings,
+    methods: Sequence[str],
+    schemes: Sequence[str],
+    output: Path,
+    *,
+    plot: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare.
+
+    Args:
+        methods, schemes: every pair becomes a row.
+        output: folder of the comparison; made if absent, gone on with if it has the same settings.
+        plot: also draw `compare.png`.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The content of `compare.json`.
+
+    Raises:
+        FlatQuantError: an unknown method or a scheme that is none, another comparison in the folder, no matplotlib;
+            anything wrong with the model or the texts. What concerns one row alone is said in that row.
+    """
+    say = progress or (lambda *_: None)
+    unknown = [method for method in methods if method not in RECIPES]
+    if unknown:
+        raise SpecError(f"unknown method {', '.join(unknown)}; known: {', '.join(sorted(RECIPES))}")
+    names = {scheme: str(Scheme.parse(scheme)) for scheme in schemes}
+    if plot:
+        _matplotlib()
+    _claim(output, settings.identity())
+    bench = _Bench(settings, output, say)
+    jobs = [(method, scheme) for scheme in names for method in dict.fromkeys(methods)]
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    result: dict[str, Any] = {}
+    for done, (method, scheme) in enumerate(jobs):
+        say("compare", done, len(jobs))
+        rows[method, scheme] = bench.row(method, scheme, names[scheme])
+        result = {"settings": settings.identity(), "original": bench.original(), "rows": list(rows.values())}
+        write_outputs(result, output, plot=plot)
+    say("compare", len(jobs), len(jobs))
+    return result
+
+
+def _claim(output: Path, identity: dict[str, Any]) -> None:
+    """Make the folder of a comparison, or find that it is of this one."""
+    file = output / "settings.json"
+    try:
+        if file.is_file():
+            found = json.loads(file.read_text())
+            differing = sorted(k for k in identity if found.get(k) != json.loads(json.dumps(identity[k])))
+            if differing:
+                raise FlatQuantError(
+                    f"the comparison in {output} differs in {', '.join(differing)}; "
+                    "repeat it with its own settings, or choose another output folder"
+                )
+            return
+        artifact.check_output(output)
+        (output / "rows").mkdir(parents=True)
+        file.write_text(json.dumps(identity, indent=1) + "\n")
+    except (OSError, ValueError) as error:
+        raise FlatQuantError(f"cannot use {output}: {error}") from error
+
+
+class _Bench:
+    """The original and the texts, read when the first row needs them; measures rows."""
+
+    def __init__(self, settings: Settings, output: Path, say: Progress) -> None:
+        self.settings, self.output, self.say = settings, output, say
+        self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = torch.float32 if self.device.type == "cpu" else None
+
+    @cached_property
+    def texts(self) -> dict[str, Tensor]:
+        """Windows to measure on, by source."""
+        _, tokenizer = self._load_original()
+        return {
+            source: evaluation_windows(source, tokenizer, seqlen=self.settings.window, windows=self.settings.windows)
+            for source in self.settings.perplexity
+        }
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """Windows that divergence is measured on."""
+        return next(iter(self.texts.values()))[: self.settings.divergence_windows]
+
+    @cached_property
+    def logits(self) -> list[Tensor]:
+        """What the original says about `held_out`."""
+        return evaluate.reference_logits(self._load_original()[0], self.held_out)
+
+    def _load_original(self) -> tuple[Any, Any]:
+        return load_model(self.settings.model, device=self.device, dtype=self.dtype)
+
+    def original(self) -> dict[str, Any]:
+        """The row of the unquantised model."""
+        return self._kept(self.output / "rows" / "original.json", self._measure_original)
+
+    def row(self, method: str, scheme: str, name: str) -> dict[str, Any]:
+        """One row, from its file if it is finished."""
+        key = {"method": method, "scheme": name}
+        file = self.output / "rows" / f"{method}-{name.replace(',', '+')}.json"
+        try:
+            return self._kept(file, lambda: key | self._measure(method, scheme))
+        except FlatQuantError as error:
+            return key | {"error": " ".join(str(error).split())}
+        except torch.OutOfMemoryError:
+            return key | {"error": "the device is out of memory"}
+
+    def _kept(self, file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if file.is_file():
+            return json.loads(file.read_text())
+        row = make()
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(row, indent=1) + "\n")
+        temporary.replace(file)
+        return row
+
+    def _measure_original(self) -> dict[str, Any]:
+        model, _ = self._load_original()
+        geometry = Geometry.of(model.config)
+        return {
+            "perplexity": self._perplexity(model, "original"),
+            "bits_per_weight": 16.0,
+            "bytes_per_token": 2 * (sum(p.numel() for p in model.parameters()) - _looked_up(model).numel()),
+            "kv_bytes_per_token": 4 * model.config.num_hidden_layers * geometry.kv_heads * geometry.head_dim,
+        }
+
+    def _measure(self, method: str, scheme: str) -> dict[str, Any]:
+        settings, label = self.settings, f"{method} {scheme}"
+        parts = settings.recipe(method, scheme)  # refuses before anything is read
+        folder = self.output / "models" / f"{method}-{str(parts.scheme).replace(',', '+')}"
+        _reset_peak(self.device)
+        made = api.quantize(
+            settings.model,
+            parts,
+            settings.calibration if parts.needs_data else None,
+            output=folder,
+            device=self.device,
+            dtype=settings.dtype,
+            seed=settings.seed,
+            resume=True,
+            progress=lambda stage, done, total: self.say(f"{label}: {stage}", done, total),
+        )
+        peak = _peak(self.device)
+        found = artifact.inspect(folder)
+        timing = made.report["timing"]
+        row = {
+            "seconds": timing["total"],
+            "stages": timing["seconds"],
+            "peak_bytes": peak,
+            "bits_per_weight": found.bits_per_quantised_weight,
+            "online_flops_per_token": _flops(made),
+            "bytes_per_token": sum(found.bytes_by_kind.values()) - _looked_up(made.model).nbytes,
+            "kv_bytes_per_token": found.kv_bytes_per_token,
+            "content_hash": found.content_hash,
+        }
+        del made
+        _free()
+        model = artifact.load(folder, device=self.device, dtype=self.dtype)
+        row = {"perplexity": self._perplexity(model, label), **self._divergence(model, label), **row}
+        del model
+        _free()
+        shutil.rmtree(folder, ignore_errors=True)
+        return row
+
+    def _perplexity(self, model: Any, label: str) -> dict[str, float]:
+        return {
+            Path(source).name: evaluate.perplexity(
+                model, ids, progress=lambda done, total, s=source: self.say(f"{label}: perplexity of {s}", done, total)
+            ).value
+            for source, ids in self.texts.items()
+        }
+
+    def _divergence(self, model: Any, label: str) -> dict[str, float]:
+        far = evaluate.divergence_from_logits(
+            model,
+            self.logits,
+            self.held_out,
+            progress=lambda done, total: self.say(f"{label}: divergence", done, total),
+        )
+        return {"kl": far.kl, "top1": far.top1}
+
+
+def _flops(made: api.Quantized) -> int:
+    blocks = submodule(made.model, made.plan.blocks_path)
+    assert isinstance(blocks, nn.ModuleList)
+    return online_flops(made.plan, Geometry.of(made.model.config), blocks)
+
+
+def _looked_up(model: Any) -> Tensor:
+    """The input embedding, of which a token reads one row; empty if it is the output embedding too."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return embedding[:0] if head is embedding else embedding
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _reset_peak(device: torch.device) -> None:
+    """Forget how much memory was in use before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+
+
+def _peak(device: torch.device) -> int | None:
+    """Peak bytes since `_reset_peak`: of the GPU, or resident on the CPU where Linux says so."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
+# --------------------------------------------------------------------------------------------- outputs
+
+
+def write_outputs(result: dict[str, Any], output: Path, *, plot: bool) -> None:
+    """`compare.json`, `compare.md` and, if asked for, `compare.png`."""
+    (output / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / "compare.md").write_text(markdown(result))
+    if plot:
+        draw(result, output / "compare.png")
+
+
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    """The rows as text under a header; a row that was refused shows why, and is shorter."""
+    texts = list(result["original"].get("perplexity", {}))
+    header = ["scheme", "method", *(f"perplexity, {t}" for t in texts), *(title for title, _, _ in _COLUMNS)]
+    lines = [header]
+    for row in [{"scheme": "-", "method": "original", **result["original"]}, *result["rows"]]:
+        if "error" in row:
+            lines.append([row["scheme"], row["method"], row["error"]])
+            continue
+        line = [row["scheme"], row["method"]]
+        line += [f"{row['perplexity'][t]:.2f}" for t in texts]
+        for _, key, form in _COLUMNS:
+            value = row.get(key)
+            line.append("-" if value is None else form.format(value / 1e6 if key in _MEGA else value))
+        lines.append(line)
+    return lines
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """`cells` as a Markdown table."""
+    header, *rows = cells(result)
+    lines = [header, ["---"] * len(header), *(row + [""] * (len(header) - len(row)) for row in rows)]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise FlatQuantError(
+            "the plot needs matplotlib: pip install 'flatquant[plot]', or leave it out with --no-plot"
+        ) from error
+    return matplotlib.figure
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Quality against cost: KL divergence over the bytes that one token reads, a colour a method, a marker a scheme.
+
+    Raises:
+        FlatQuantError: matplotlib is not there.
+    """
+    figure = _matplotlib().Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="MB read per token", ylabel="KL divergence from the original, nats per token")
+    rows = [row for row in result["rows"] if "error" not in row]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    for row in rows:
+        axes.scatter(
+            (row["bytes_per_token"] + row["kv_bytes_per_token"]) / 1e6,
+            row["kl"],
+            color=f"C{methods.index(row['method'])}",
+            marker="os^Dv*XP"[schemes.index(row["scheme"]) % 8],
+            label=f"{row['method']} {row['scheme']}",
+        )
+    if rows:
+        axes.set_yscale("log")
+        axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)

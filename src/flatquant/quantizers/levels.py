@@ -1,0 +1,168 @@
+"""Few levels that are learned: weights that are codes times levels, activations that mind every channel.
+
+After arXiv 2012.13762 (IJCAI 2020), of which only the abstract could be read. Stated there: quantised weights and their
+levels are updated directly by gradients, rather than full-precision weights that are rounded on the way; activation
+levels minimise each channel's error, rather than a total that a few channels of high variance decide. All formulas
+here are a reconstruction from that, in the manner of LQ-Nets (arXiv 1807.10029).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+_RIDGE = 1e-4  # keeps least squares solvable where a code is unused
+_FLOOR = 1e-8  # of levels and of channels' power
+
+
+class _Sign(torch.autograd.Function):
+    """sign(a) with sign(0) = 1; gradients pass where |a| <= 1."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a)
+        return torch.where(a >= 0, 1.0, -1.0).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (a,) = ctx.saved_tensors
+        return torch.where(a.abs() <= 1, grad, 0.0)
+
+
+class LearnedLevels(nn.Module):
+    """A weight as W = B v: K codes of +1 or -1 for every weight, K basis values for every output.
+
+    There is no full-precision weight. `levels` v (o, K) and `latent` A (o, n, K) are trained, B = sign(A); a code flips
+    when its latent crosses 0, which moves the quantised weight to another of the 2^K sums of +-v_k. Call `settle` after
+    every step. Weight decay belongs on the value of `forward`, not on the latents: it would drive them to 0, where
+    codes flip at random.
+    """
+
+    floor: Tensor  # (o, K)
+
+    def __init__(self, levels: Tensor, latent: Tensor) -> None:
+        super().__init__()
+        self.levels = nn.Parameter(levels)
+        self.latent = nn.Parameter(latent)
+        # Where a norm follows, nothing holds the scale of a row: left alone, its levels wander to 0 and stay there.
+        self.register_buffer("floor", (levels.detach() / 10).clamp(min=_FLOOR))
+
+    @classmethod
+    @torch.no_grad()
+    def from_weight(cls, w: Tensor, bits: int) -> LearnedLevels:
+        """Start at a full-precision weight, (o, n), by greedy residual binarisation.
+
+        v_k is the mean of |r|, b_k the sign of what is left, r; the latent is r / (2 v_k), so that it is as far from
+        flipping as the weight is from the threshold.
+        """
+        rest, levels, latents = w.clone(), [], []
+        for _ in range(bits):
+            v = rest.abs().mean(-1, keepdim=True).clamp(min=_FLOOR)  # (o, 1)
+            levels.append(v)
+            latents.append((rest / (2 * v)).clamp(-1, 1))
+            rest = rest - v * torch.where(rest >= 0, 1.0, -1.0)
+        return cls(torch.cat(levels, 1), torch.stack(latents, -1))
+
+    def forward(self) -> Tensor:
+        """The quantised weight.  # (o, n)"""
+        codes = _Sign.apply(self.latent)  # (o, n, K)
+        # A level's gradient is a sum over all weights: it is scaled, its value is not.
+        share = (self.latent.shape[1] * self.latent.shape[2]) ** -0.5
+        levels = self.levels * share + (self.levels * (1 - share)).detach()
+        return (codes * levels[:, None]).sum(-1)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """After a step: latents back into [-1, 1], where gradients reach them, levels above a tenth of their start."""
+        self.latent.clamp_(-1, 1)
+        self.levels.copy_(torch.maximum(self.levels, self.floor))
+
+
+class ChannelLevels(nn.Module):
+    """Activations after a ReLU on 2^K levels, the sums of K learned values; 0 is one, the largest is a clip.
+
+    One set of levels for all channels, so that a convolution stays one of integers, but fitted to the mean of the
+    *relative* errors of the channels: a weighted least squares problem with the inverse power of each channel as
+    weight. Every training step moves the levels a tenth of the way to its solution for the batch's codes.
+
+    Args:
+        bits: K.
+        by_channel: weigh channels; without, the total error is minimised.
+        momentum: how much of the levels, and of the channels' power, a step keeps; 1 freezes what the first step found.
+    """
+
+    basis: Tensor  # (K,)
+    codes: Tensor  # all of them, (2^K, K)
+    power: Tensor  # mean square of each channel, (C,); empty before the first step
+
+    def __init__(self, bits: int, *, by_channel: bool = True, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.bits, self.by_channel, self.momentum = bits, by_channel, momentum
+        self.register_buffer("basis", torch.zeros(bits))
+        self.register_buffer("power", torch.zeros(0))
+        codes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=bits)))
+        self.register_buffer("codes", codes, persistent=False)  # (2^K, K)
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Levels in ascending order, (2^K,), and their codes, (2^K, K)."""
+        values, order = (self.codes @ self.basis).sort()
+        return values, self.codes[order]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ..) on its levels; the gradient passes where 0 < x < the largest level."""
+        if self.training:
+            self._learn(x.detach())
+        values, _ = self.values()
+        q = values[self._nearest(x.detach(), values)]
+        inside = (x > 0) & (x < values[-1])
+        return torch.where(inside, x, 0.0) + (q - torch.where(inside, x, 0.0)).detach()
+
+    def _nearest(self, x: Tensor, values: Tensor) -> Tensor:
+        return torch.bucketize(x, (values[1:] + values[:-1]) / 2)
+
+    @torch.no_grad()
+    def _learn(self, x: Tensor) -> None:
+        channels = x.transpose(0, 1).flatten(1).double()  # (C, N)
+        power = channels.square().mean(1)
+        if self.power.numel():
+            if self.momentum == 1:
+                return
+            power = self.momentum * self.power.double() + (1 - self.momentum) * power
+        alive = power > _FLOOR
+        if not bool(alive.any()):
+            return
+        weights = torch.where(alive, 1 / power.clamp(min=_FLOOR), 0.0) if self.by_channel else alive.double()
+        weights = weights / weights.sum()
+        if not self.power.numel():
+            self._start(channels, weights)
+        else:
+            target, _ = self._solved(channels, weights)
+            self.basis.copy_(self.momentum * self.basis + (1 - self.momentum) * target)
+        self.power = power.to(self.basis.dtype)
+
+    def _start(self, channels: Tensor, weights: Tensor) -> None:
+        """The best of even levels up to several tops, each after some rounds: they find what is near alone."""
+        even, found = 2.0 ** torch.arange(self.bits) / (2**self.bits - 1), []
+        for halvings in range(8):
+            self.basis.copy_(channels.max() / 2**halvings * even)
+            for _ in range(20):
+                target, error = self._solved(channels, weights)
+                found.append((error, self.basis.clone()))
+                self.basis.copy_(target)
+        self.basis.copy_(min(found, key=lambda pair: pair[0])[1])
+
+    def _solved(self, channels: Tensor, weights: Tensor) -> tuple[Tensor, float]:
+        """argmin over u of sum_c w_c mean |x - B u|^2, the codes B as the levels are now, (K,), and what it is now."""
+        values, codes = self.values()
+        chosen = self._nearest(channels, values.double())  # (C, N)
+        error = float((weights * (channels - values.double()[chosen]).square().mean(1)).sum())
+        counts = torch.zeros(len(values), dtype=torch.float64)
+        sums = torch.zeros(len(values), dtype=torch.float64)
+        each = weights[:, None].expand_as(channels) / channels.shape[1]
+        counts.index_add_(0, chosen.flatten(), each.flatten())
+        sums.index_add_(0, chosen.flatten(), (each * channels).flatten())
+        b = codes.double()
+        gram = b.mT @ (counts[:, None] * b) + _RIDGE * torch.eye(self.bits, dtype=torch.float64)
+        return torch.linalg.solve(gram, b.mT @ sums).clamp(min=_FLOOR), error

@@ -1,0 +1,35 @@
+"""What a plan costs while serving: arithmetic that the original model does not do, for one token."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from flatquant.runtime.branch import BranchedLinear
+from flatquant.spec import Plan
+from flatquant.wiring.arch import Geometry, linear_at, submodule
+
+
+def online_flops(plan: Plan, geometry: Geometry, blocks: nn.ModuleList) -> int:
+    """Floating-point operations for one token that the original does not do, two for a multiplication and its addition.
+
+    A site of n1 x n2 channels takes 2 n (n1 + n2) for P1^T X P2, and 2 r (n + o) for a branch; every head of queries
+    and keys 2 head_dim^2. Rounding to grids, which is one pass over what is there anyway, is not counted.
+
+    Args:
+        blocks: the model's, original or quantised.
+    """
+    total = 0
+    for block, module in zip(plan.blocks, blocks, strict=True):
+        for site in block.sites.values():
+            n1, n2 = site.shape
+            total += 2 * n1 * n2 * (n1 * site.left + n2 * site.right)
+            if site.rank:
+                total += 2 * site.rank * (n1 * n2 + sum(_outputs(module, path) for path in site.readers))
+        if block.qk:
+            total += 2 * block.head_dim**2 * (geometry.heads + geometry.kv_heads)
+    return total
+
+
+def _outputs(block: nn.Module, path: str) -> int:
+    linear = submodule(block, path)
+    return linear.up.shape[0] if isinstance(linear, BranchedLinear) else linear_at(block, path).out_features
