@@ -78,6 +78,14 @@ class Runs:
         return os.WIFSIGNALED(status)
 
 
+def names(folder: Path) -> list[str]:
+    """What a folder holds; a run that ends removes it at any moment."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
 def main() -> None:
     recipe, model, text, folder, trials = sys.argv[1:]
     work, rng = Path(folder), random.Random(recipe)
@@ -95,9 +103,8 @@ def main() -> None:
                 until = time.perf_counter() + rng.uniform(0, seconds)
                 when = lambda: time.perf_counter() > until  # noqa: B023, E731
             elif trial % 3 == 1:  # when so many more pieces are kept
-                have = len(list(partial.glob("*"))) if partial.is_dir() else 0
-                want = have + rng.randint(1, 4)
-                when = lambda: partial.is_dir() and len(list(partial.glob("*"))) >= want  # noqa: B023, E731
+                want = len(names(partial)) + rng.randint(1, 4)
+                when = lambda: len(names(partial)) >= want  # noqa: B023, E731
             else:  # while the folder is written, or has just appeared
                 name = output.name + rng.choice(["", ".tmp-*"])
                 when = lambda: any(work.glob(name))  # noqa: B023, E731
