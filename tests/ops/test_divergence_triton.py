@@ -45,7 +45,8 @@ def test_it_equals_the_reference(rows: int, v: int, spread: float, half: bool, s
         results.append((kl.detach(), s.grad.float()))
     (kl, grad), (want_kl, want_grad) = results
     torch.testing.assert_close(kl, want_kl, rtol=1e-5, atol=1e-5 * spread)
-    torch.testing.assert_close(grad, want_grad, rtol=1e-3 if half else 1e-5, atol=1e-6)
+    # A probability is the exponential of a difference of logits, whose rounding grows with them.
+    torch.testing.assert_close(grad, want_grad, rtol=1e-3 if half else 1e-5, atol=1e-6 * max(1, spread))
 
 
 def test_equal_rows_have_no_divergence_and_no_gradient() -> None:
