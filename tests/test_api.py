@@ -324,7 +324,10 @@ def test_the_fit_runs_in_half_precision_only_on_a_gpu() -> None:
 
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     half, brain = tiny_llama(dtype=torch.float16), tiny_llama(dtype=torch.bfloat16)
-    assert _fit_dtype(half, gpu) == torch.float16
-    assert _fit_dtype(brain, gpu) == torch.bfloat16
-    assert _fit_dtype(tiny_llama(dtype=torch.float32), gpu) == torch.float32
-    assert _fit_dtype(half, cpu) == torch.float32
+    recipe, squares = recipes.flatquant("w4a4kv4", preset="best"), recipes.oac("w3a16")
+    assert _fit_dtype(half, recipe, gpu) == torch.float16
+    assert _fit_dtype(brain, recipe, gpu) == torch.bfloat16
+    assert _fit_dtype(tiny_llama(dtype=torch.float32), recipe, gpu) == torch.float32
+    assert _fit_dtype(half, recipe, cpu) == torch.float32
+    assert _fit_dtype(half, squares, gpu) == torch.float32  # small gradients, squared, vanish in float16
+    assert _fit_dtype(brain, squares, gpu) == torch.bfloat16

@@ -367,6 +367,8 @@ class EndToEndSpec:
         weight_lr: of the weights before transform and grid, which then train through their rounding as well
             (straight-through); 0 leaves them as they are.
         final_lr: where every cosine ends, as a share of `lr` (of `weight_lr` for weights).
+        eps: AdamW's, against gradients of the sum over tokens. A larger one holds back parameters whose gradients are
+            small, mostly noise when tokens are few.
         checkpoint: recompute each block in the backward pass: a third more time, a block's activations less memory.
     """
 
@@ -379,6 +381,7 @@ class EndToEndSpec:
     objective: Literal["kl", "cross_entropy"] = "kl"
     round_weights: bool = True
     final_lr: float = 0.0
+    eps: float = 1e-8
     checkpoint: bool = True
 
     def __post_init__(self) -> None:

@@ -71,6 +71,7 @@ class Optimiser:
         steps: int,
         warmup: int = 0,
         weight_decay: float = 0.0,
+        eps: float = 1e-8,
         loss_fn: Callable[..., tuple[Tensor, Tensor]],
         graph: bool,
     ) -> None:
@@ -86,7 +87,9 @@ class Optimiser:
                 (turned if name == "rotation" else moved).append(group)
         self.optimisers: list[torch.optim.Optimizer] = []
         if moved:
-            self.optimisers.append(torch.optim.AdamW(moved, weight_decay=weight_decay, capturable=on_gpu, fused=on_gpu))
+            self.optimisers.append(
+                torch.optim.AdamW(moved, weight_decay=weight_decay, eps=eps, capturable=on_gpu, fused=on_gpu)
+            )
         if turned:
             self.optimisers.append(CayleySGD(turned))
         self.steps, self.warmup = steps, warmup

@@ -73,7 +73,9 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
             name="flatquant",
             scheme=Scheme.parse(scheme, clip_start=SHORT_FIT_CLIP) if isinstance(scheme, str) else scheme,
             transforms=transforms(BALANCED_SCALE),
-            end_to_end=EndToEndSpec(steps=20, batch_size=2, lr=3e-3, clip_lr=3e-2, final_lr=0.1, checkpoint=False),
+            end_to_end=EndToEndSpec(
+                steps=20, batch_size=2, lr=3e-3, clip_lr=3e-2, final_lr=0.1, eps=5e-6, checkpoint=False
+            ),
             solver=SolverSpec(kind="rtn"),
             data=DataSpec(samples=40, seqlen=256),
         )

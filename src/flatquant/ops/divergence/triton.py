@@ -51,8 +51,8 @@ def _backward(t_ptr, s_ptr, lse_ptr, g_ptr, gs_ptr, rows, v, N: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * N + tl.arange(0, N)
     mask = c < v
-    t = tl.load(t_ptr + row * v + c, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(s_ptr + row * v + c, mask=mask, other=0.0).to(tl.float32)
+    t = tl.where(mask, tl.load(t_ptr + row * v + c, mask=mask, other=0.0).to(tl.float32), _LEAST)
+    s = tl.where(mask, tl.load(s_ptr + row * v + c, mask=mask, other=0.0).to(tl.float32), _LEAST)
     g = tl.load(g_ptr + row)
     gs = g * (tl.exp(s - tl.load(lse_ptr + rows + row)) - tl.exp(t - tl.load(lse_ptr + row)))
     tl.store(gs_ptr + row * v + c, gs.to(gs_ptr.dtype.element_ty), mask=mask)
