@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import commit, read_samples, write_result
+from benchmarks.common import commit, read_samples, started, write_result
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate.divergence import divergence_from_logits, reference_logits
@@ -65,14 +65,10 @@ def variant(
     if preset is not None:
         return flatquant("w4a4kv4", preset=preset), dtype, source
     base = flatquant("w4a4kv4", preset="reference")
-    transforms = {
-        site: tuple(dataclasses.replace(t, init=start if t.kind == "diagonal" else kron) for t in parts)
-        for site, parts in base.transforms.items()
-    }
     recipe = dataclasses.replace(
         base,
         scheme=Scheme.parse("w4a4kv4", clip_start=clip_start),
-        transforms=transforms,
+        transforms=started(base.transforms, start, kron),
         fit=FitSpec(epochs=epochs, batch_size=4),
         end_to_end=EndToEndSpec(
             steps=steps,

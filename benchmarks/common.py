@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from flatquant.spec import Transforms
 
 RESULTS = Path(__file__).parent / "results"
 MARK = "RESULT "
@@ -75,6 +78,14 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     if any(result[key] != here[key] for key in ("device", "versions")):
         raise ValueError(f"{path} was measured on another device or with other versions")
     return result["samples"]
+
+
+def started(transforms: Mapping[str, Transforms], diagonal: str, others: str) -> dict[str, Transforms]:
+    """A recipe's transforms with other starting points (`init`) of the diagonals, and of what is none."""
+    return {
+        site: tuple(dataclasses.replace(t, init=diagonal if t.kind == "diagonal" else others) for t in parts)
+        for site, parts in transforms.items()
+    }
 
 
 def run_jobs(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import print_result, run_jobs, write_result
+from benchmarks.common import print_result, run_jobs, started, write_result
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate.perplexity import perplexity
@@ -43,14 +43,10 @@ def variant(
 ) -> tuple[Recipe, str]:
     """A recipe within the quick budget, and where its text comes from."""
     base = flatquant("w4a4kv4", preset="reference")
-    transforms = {
-        site: tuple(dataclasses.replace(t, init=start if t.kind == "diagonal" else kron) for t in parts)
-        for site, parts in base.transforms.items()
-    }
     return (
         dataclasses.replace(
             base,
-            transforms=transforms,
+            transforms=started(base.transforms, start, kron),
             fit=FitSpec(epochs=epochs, batch_size=fit_batch, lr=fit_lr, clip_lr=10 * fit_lr),
             end_to_end=EndToEndSpec(
                 steps=steps, batch_size=batch, lr=lr, clip_lr=clip_lr, checkpoint=False, final_lr=0.1

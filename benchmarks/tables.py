@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,23 +112,13 @@ def demo() -> list[str]:
     return lines
 
 
-def branch_dit() -> list[str]:
-    """The low-rank branch on a diffusion transformer's block."""
-    result = read("branch-dit")
-    lines = ["| W4A4 of one block | relative squared error, mean | least and largest over seeds |", "|---|---|---|"]
-    for name, mean in result["metrics"].items():
-        values = [s[name] for s in result["samples"]]
-        lines.append(f"| {name} | {mean:.4f} | {min(values):.4f}, {max(values):.4f} |")
-    return lines
-
-
-def levels_digits() -> list[str]:
-    """Learned levels on scikit-learn's digits."""
-    result = read("levels-digits")
-    lines = ["| weights and activations | accuracy, mean | least and largest over seeds |", "|---|---|---|"]
-    for name, mean in result["metrics"].items():
-        values = [s[name] for s in result["samples"]]
-        lines.append(f"| {name} | {mean:.2%} | {min(values):.2%}, {max(values):.2%} |")
+def over_seeds(name: str, what: str, value: str, form: str) -> list[str]:
+    """One row for every variant of a results file whose samples are numbers by variant."""
+    result = read(name)
+    lines = [f"| {what} | {value}, mean | least and largest over seeds |", "|---|---|---|"]
+    for variant, mean in result["metrics"].items():
+        values = [s[variant] for s in result["samples"]]
+        lines.append(f"| {variant} | {mean:{form}} | {min(values):{form}}, {max(values):{form}} |")
     return lines
 
 
@@ -137,8 +128,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "best": best,
     "clip_start": clip_start,
     "demo": demo,
-    "branch_dit": branch_dit,
-    "levels_digits": levels_digits,
+    "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
+    "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
 }
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -295,19 +295,12 @@ def _recipe(
     steps = {"batch_size": batch_size, "lr": lr}
     steps = {name: value for name, value in steps.items() if value is not None}
     data = {name: value for name, value in (("samples", samples), ("seqlen", seqlen)) if value is not None}
-    changes: dict[str, Any] = {}
     if steps and base.fit is None and base.end_to_end is None:
         raise SpecError(f"method {method} fits nothing: leave out {_options(steps)}")
     if epochs is not None and base.fit is None:
         raise SpecError(f"method {method} with preset {preset} has no block-wise fit: leave out --epochs")
-    first = base.fit or base.end_to_end
-    ratio = 1.0 if lr is None or first is None else lr / first.lr  # all rates keep their proportions
-    for name in ("fit", "end_to_end"):
-        if (part := getattr(base, name)) is not None:
-            rates = {f: getattr(part, f) * ratio for f in ("lr", "clip_lr", "weight_lr") if hasattr(part, f)}
-            changes[name] = replace(part, **rates, **({} if batch_size is None else {"batch_size": batch_size}))
-    if base.fit is not None and epochs is not None:
-        changes["fit"] = replace(changes["fit"], epochs=epochs)
+    base = base.tuned(samples=samples, seqlen=seqlen, epochs=epochs, batch_size=batch_size, lr=lr)
+    changes: dict[str, Any] = {}
     pairs = (("kind", solver), ("hessian", hessian))
     rounding: dict[str, Any] = {name: value for name, value in pairs if value is not None}
     if rounding:
@@ -320,8 +313,6 @@ def _recipe(
             if base.scheme.weights is not None:
                 changes["scheme"] = replace(base.scheme, weights=replace(base.scheme.weights, clip="none"))
         changes["solver"] = from_dict(SolverSpec, rounding if solver is not None else own | rounding, "solver")
-    if data:
-        changes["data"] = replace(base.data, **data)
     changed = replace(base, **changes)
     if not changed.needs_data and (data or calibration is not None):
         given = data if calibration is None else {**data, "calibration": calibration}
@@ -330,7 +321,7 @@ def _recipe(
 
 
 def _options(names: dict[str, Any]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names if name != "clip_lr")
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 # --------------------------------------------------------------------------------------------- methods, compare

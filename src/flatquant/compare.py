@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,16 +87,9 @@ class Settings:
         Raises:
             SpecError: the method does not take the scheme.
         """
-        found = recipe(method, scheme, self.preset)
-        steps = {} if self.batch_size is None else {"batch_size": self.batch_size}
-        data = {n: v for n, v in (("samples", self.samples), ("seqlen", self.seqlen)) if v is not None}
-        changes: dict[str, Any] = {"data": replace(found.data, **data)}
-        if found.fit is not None:
-            epochs = {} if self.epochs is None else {"epochs": self.epochs}
-            changes["fit"] = replace(found.fit, **steps, **epochs)
-        if found.end_to_end is not None:
-            changes["end_to_end"] = replace(found.end_to_end, **steps)
-        return replace(found, **changes)
+        return recipe(method, scheme, self.preset).tuned(
+            samples=self.samples, seqlen=self.seqlen, epochs=self.epochs, batch_size=self.batch_size
+        )
 
 
 def run(

@@ -23,6 +23,7 @@ from flatquant.errors import SpecError
 
 # The quantised inputs of a transformer block, in the order data meets them.
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
+_RATES = ("lr", "clip_lr", "rotation_lr", "weight_lr")
 
 Clip = Literal["none", "learned", "fixed", "search"]
 
@@ -190,6 +191,11 @@ class Scheme:
             block, dot, site = key.rpartition(".")
             number = block.isdecimal() and block == str(int(block))
             _check(site in SITES and (number or not dot), f"override {key!r}: not [block.]site")
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether activations, keys and values stay in 16 bit (overrides aside)."""
+        return self.activations is self.keys is self.values is None
 
     @classmethod
     def parse(cls, text: str, *, clip: Literal["none", "learned"] = "learned", clip_start: float = 4.0) -> Self:
@@ -584,6 +590,32 @@ class Recipe:
                 f"recipe {self.name}: end-to-end batch size {self.end_to_end.batch_size} exceeds "
                 f"{self.data.samples} samples",
             )
+
+    def tuned(
+        self,
+        *,
+        samples: int | None = None,
+        seqlen: int | None = None,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+    ) -> Self:
+        """The same method with other settings, where it has them; all learning rates keep their proportions to `lr`."""
+        given = {"samples": samples, "seqlen": seqlen}
+        data = dataclasses.replace(self.data, **{k: v for k, v in given.items() if v is not None})
+        first = self.fit or self.end_to_end
+        ratio = 1.0 if lr is None or first is None else lr / first.lr
+
+        def steps(part: Any) -> dict[str, Any]:
+            rates = {k: getattr(part, k) * ratio for k in _RATES if hasattr(part, k)}
+            return rates if batch_size is None else rates | {"batch_size": batch_size}
+
+        fit, end_to_end = self.fit, self.end_to_end
+        if fit is not None:
+            fit = dataclasses.replace(fit, **steps(fit), epochs=fit.epochs if epochs is None else epochs)
+        if end_to_end is not None:
+            end_to_end = dataclasses.replace(end_to_end, **steps(end_to_end))
+        return dataclasses.replace(self, data=data, fit=fit, end_to_end=end_to_end)
 
     def _check_residual(self) -> None:
         residual = self.transforms.get("residual", ())

@@ -206,7 +206,8 @@ class _Run:
             rotated = [self._rotated(call) for call in calls]
             self._fit_end_to_end(self.end_to_end, wrapped, rotated, first, hidden)
             for index, fit in enumerate(wrapped):
-                self._fold(index, fit)
+                with _named(index):
+                    self._fold(index, fit)
             for index in range(len(calls)):
                 with _named(index):
                     quantised = self._solve(index, calls, quantised, solved=False)

@@ -11,11 +11,10 @@ function; value heads have their matrices under GQA too; matrices start from a s
 trains as a logarithm and alone is kept from 0; grids are the scheme's; no shift.
 """
 
-from flatquant.errors import SpecError
-from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, TransformSpec
+from dataclasses import replace
 
-SCALE = TransformSpec(kind="diagonal", init="absmax", alpha=0.5)
-LEARNED_FROM_ONE = TransformSpec(kind="diagonal")
+from flatquant.recipes.omniquant import LEARNED_FROM_ONE, SCALE, omniquant
+from flatquant.spec import Recipe, Scheme, TransformSpec
 
 
 def affinequant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Recipe:
@@ -24,24 +23,11 @@ def affinequant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> 
     Raises:
         SpecError: an unknown preset or a scheme that is none.
     """
-    if isinstance(scheme, str):
-        scheme = Scheme.parse(scheme, clip="none").with_clips(weights="learned")
-    epochs = 40 if scheme.weights and scheme.weights.bits == 2 else 20
-    fit = FitSpec(
-        epochs=epochs, batch_size=1, lr=5e-3, clip_lr=1e-2, weight_decay=0.0, inputs="quantised", schedule="constant"
-    )
-    data = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=256)}
-    if preset not in data:
-        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(data)}")
-    weights_only = scheme.activations is scheme.keys is scheme.values is None
+    base = omniquant(scheme, preset)  # clips, loop and text are the same
+    weights_only = base.scheme.weights_only
     stability = 0.01 if weights_only else 0.1
     heads = TransformSpec(kind="heads", parameters="masked", stability=stability)
     whole = TransformSpec(kind="matrix", parameters="masked", stability=stability)
     wide = (SCALE, whole) if weights_only else (SCALE,)
-    return Recipe(
-        name="affinequant",
-        scheme=scheme,
-        transforms={"attn_in": wide, "attn_out": (SCALE, heads), "mlp_in": wide, "qk": (LEARNED_FROM_ONE,)},
-        fit=fit,
-        data=data[preset],
-    )
+    transforms = {"attn_in": wide, "attn_out": (SCALE, heads), "mlp_in": wide, "qk": (LEARNED_FROM_ONE,)}
+    return replace(base, name="affinequant", transforms=transforms)

@@ -11,10 +11,9 @@ does (`w4a4,mlp_mid=w8a8`).
 
 import dataclasses
 
-from flatquant.errors import SpecError
-from flatquant.spec import DataSpec, Recipe, Scheme, SolverSpec, TransformSpec
+from flatquant.recipes.common import of_preset
+from flatquant.spec import Recipe, Scheme, SolverSpec, TransformSpec
 
-DATA = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
 SMOOTH = TransformSpec(kind="diagonal", init="absmax", alpha=0.5)
 
 
@@ -24,8 +23,6 @@ def flattenquant(scheme: str | Scheme = "w4a4", preset: str = "reference", width
     Raises:
         SpecError: an unknown preset or a scheme that is none.
     """
-    if preset not in DATA:
-        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(DATA)}")
     if isinstance(scheme, str):
         scheme = Scheme.parse(scheme, clip="none")
         weights, activations = scheme.weights, scheme.activations
@@ -39,5 +36,5 @@ def flattenquant(scheme: str | Scheme = "w4a4", preset: str = "reference", width
         scheme=scheme,
         transforms={"attn_in": (SMOOTH,), "mlp_in": (SMOOTH,)},
         solver=SolverSpec(kind="gptq"),
-        data=DATA[preset],
+        data=of_preset(preset),
     )

@@ -5,16 +5,12 @@ rows of the weight; what uses it is the recursion of GPTQ, unchanged. The source
 abstract and summaries by others, not its body: the form of the Hessian and all settings are a reconstruction.
 """
 
-from flatquant.errors import SpecError
-from flatquant.spec import DataSpec, Recipe, Scheme, SolverSpec
-
-DATA = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
+from flatquant.recipes.common import of_preset, unclipped
+from flatquant.spec import Recipe, Scheme, SolverSpec
 
 
 def oac(scheme: str | Scheme, preset: str = "reference") -> Recipe:
     """Output-adaptive calibration with full ranges; `quick` reads less text."""
-    if preset not in DATA:
-        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(DATA)}")
-    scheme = Scheme.parse(scheme, clip="none") if isinstance(scheme, str) else scheme
+    scheme = unclipped(scheme)
     solver = SolverSpec(kind="gptq", hessian="output_adaptive", gradients="sequence", damping=0.1)
-    return Recipe(name="oac", scheme=scheme, solver=solver, data=DATA[preset])
+    return Recipe(name="oac", scheme=scheme, solver=solver, data=of_preset(preset))

@@ -11,9 +11,10 @@ largest weight of all its readers, not of the first; scales train as logarithms;
 are asymmetric); no shift, which the authors keep at 0 for norms without a bias; no second loss term for 2 bits.
 """
 
-from flatquant.errors import SpecError
+from flatquant.recipes.common import of_preset
 from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, TransformSpec
 
+TEXTS = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=256)}
 SCALE = TransformSpec(kind="diagonal", init="absmax", alpha=0.5)
 LEARNED_FROM_ONE = TransformSpec(kind="diagonal")
 
@@ -30,11 +31,11 @@ def omniquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
     fit = FitSpec(
         epochs=epochs, batch_size=1, lr=5e-3, clip_lr=1e-2, weight_decay=0.0, inputs="quantised", schedule="constant"
     )
-    data = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=256)}
-    if preset not in data:
-        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(data)}")
     scales = {"attn_in": (SCALE,), "attn_out": (SCALE,), "mlp_in": (SCALE,), "qk": (LEARNED_FROM_ONE,)}
-    weights_only = scheme.activations is scheme.keys is scheme.values is None
     return Recipe(
-        name="omniquant", scheme=scheme, transforms={} if weights_only else scales, fit=fit, data=data[preset]
+        name="omniquant",
+        scheme=scheme,
+        transforms={} if scheme.weights_only else scales,
+        fit=fit,
+        data=of_preset(preset, TEXTS),
     )

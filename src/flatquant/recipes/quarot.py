@@ -9,10 +9,9 @@ are rotated; GPTQ sees activations as serving quantises them; a size without a H
 factor; every weight is rotated once, in float64.
 """
 
-from flatquant.errors import SpecError
-from flatquant.spec import DataSpec, Recipe, Scheme, SolverSpec, TransformSpec
+from flatquant.recipes.common import of_preset
+from flatquant.spec import Recipe, Scheme, SolverSpec, TransformSpec
 
-DATA = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
 WHOLE = TransformSpec(kind="matrix", parameters="fixed", init="hadamard")
 KRON = TransformSpec(kind="kronecker", parameters="fixed", init="hadamard")
 
@@ -23,8 +22,6 @@ def quarot(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Recip
     Raises:
         SpecError: an unknown preset or a scheme that is none.
     """
-    if preset not in DATA:
-        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(DATA)}")
     if isinstance(scheme, str):
         scheme = Scheme.parse(scheme, clip="none").with_clips(weights="search", activations=0.9, cache=0.95, up_to=4)
     return Recipe(
@@ -32,5 +29,5 @@ def quarot(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Recip
         scheme=scheme,
         transforms={"residual": (WHOLE,), "attn_out": (KRON,), "mlp_mid": (KRON,), "qk": (WHOLE,)},
         solver=SolverSpec(kind="gptq"),
-        data=DATA[preset],
+        data=of_preset(preset),
     )

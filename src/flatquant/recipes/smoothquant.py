@@ -8,10 +8,10 @@ Other than the official code: statistics are float32, and o_proj's and down_proj
 where the scheme says so (they are not smoothed).
 """
 
-from flatquant.errors import SpecError
+from flatquant.recipes.common import of_preset, unclipped
 from flatquant.spec import DataSpec, Recipe, Scheme, TransformSpec
 
-DATA = {"reference": DataSpec(samples=512, seqlen=512), "quick": DataSpec(samples=32, seqlen=512)}
+TEXTS = {"reference": DataSpec(samples=512, seqlen=512), "quick": DataSpec(samples=32, seqlen=512)}
 
 
 def smoothquant(scheme: str | Scheme = "w8a8", preset: str = "reference", alpha: float = 0.5) -> Recipe:
@@ -20,12 +20,10 @@ def smoothquant(scheme: str | Scheme = "w8a8", preset: str = "reference", alpha:
     Raises:
         SpecError: an unknown preset or a scheme that is none.
     """
-    if preset not in DATA:
-        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(DATA)}")
     scale = TransformSpec(kind="diagonal", init="absmax", alpha=alpha)
     return Recipe(
         name="smoothquant",
-        scheme=Scheme.parse(scheme, clip="none") if isinstance(scheme, str) else scheme,
+        scheme=unclipped(scheme),
         transforms={"attn_in": (scale,), "mlp_in": (scale,)},
-        data=DATA[preset],
+        data=of_preset(preset, TEXTS),
     )

@@ -34,8 +34,7 @@ def spinquant(
     """
     if isinstance(scheme, str):
         scheme = Scheme.parse(scheme, clip="none").with_clips(weights="search")
-    weights_only = scheme.activations is scheme.keys is scheme.values is None
-    both = solver == "rtn" or weights_only
+    both = solver == "rtn" or scheme.weights_only
     fit = EndToEndSpec(objective="cross_entropy", round_weights=both, rotation_lr=1.5)
     match preset:
         case "reference":

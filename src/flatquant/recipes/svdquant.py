@@ -8,10 +8,8 @@ Scales are the closed form with a fixed exponent rather than the best of 40 cand
 paper's groups of 64 are `w4g64`, its groups of activations do not exist here.
 """
 
-from flatquant.errors import SpecError
-from flatquant.spec import BranchSpec, DataSpec, Recipe, Scheme, SolverSpec, TransformSpec
-
-DATA = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
+from flatquant.recipes.common import of_preset, unclipped
+from flatquant.spec import BranchSpec, Recipe, Scheme, SolverSpec, TransformSpec
 
 
 def svdquant(scheme: str | Scheme = "w4a4", preset: str = "reference", rank: int = 32, alpha: float = 0.5) -> Recipe:
@@ -20,14 +18,12 @@ def svdquant(scheme: str | Scheme = "w4a4", preset: str = "reference", rank: int
     Raises:
         SpecError: an unknown preset or a scheme that is none.
     """
-    if preset not in DATA:
-        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(DATA)}")
     scale = TransformSpec(kind="diagonal", init="absmax", alpha=alpha)
     return Recipe(
         name="svdquant",
-        scheme=Scheme.parse(scheme, clip="none") if isinstance(scheme, str) else scheme,
+        scheme=unclipped(scheme),
         transforms=dict.fromkeys(("attn_in", "mlp_in", "mlp_mid"), (scale,)),
         solver=SolverSpec(kind="gptq"),
         branch=BranchSpec(rank=rank),
-        data=DATA[preset],
+        data=of_preset(preset),
     )

@@ -7,9 +7,8 @@ the original's. No training of the entries afterwards, which the paper's best fi
 """
 
 from flatquant.errors import SpecError
-from flatquant.spec import CodebookSpec, DataSpec, Recipe, Scheme, SolverSpec
-
-DATA = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
+from flatquant.recipes.common import of_preset, unclipped
+from flatquant.spec import CodebookSpec, Recipe, Scheme, SolverSpec
 
 
 def vptq(scheme: str | Scheme, preset: str = "reference") -> Recipe:
@@ -18,10 +17,8 @@ def vptq(scheme: str | Scheme, preset: str = "reference") -> Recipe:
     Raises:
         SpecError: an unknown preset, or a scheme with quantised activations, keys or values.
     """
-    if preset not in DATA:
-        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(DATA)}")
-    scheme = Scheme.parse(scheme, clip="none") if isinstance(scheme, str) else scheme
+    scheme = unclipped(scheme)
     if scheme.activations or scheme.keys or scheme.values:
         raise SpecError(f"vptq quantises weights only, not {scheme}; give a scheme like w2a16")
     solver = SolverSpec(kind="codebook", codebook=CodebookSpec(length=4, main_bits=8))
-    return Recipe(name="vptq", scheme=scheme, solver=solver, data=DATA[preset])
+    return Recipe(name="vptq", scheme=scheme, solver=solver, data=of_preset(preset))

@@ -10,7 +10,6 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from flatquant.ops.quantize.reference import quantize
 from flatquant.qtensor import QTensor
 from flatquant.spec import QuantSpec
 
@@ -43,11 +42,6 @@ class Solver(ABC, Generic[GridT, Result]):
             grid: where the integers live, or what the entries are.
             hessian: (n, n), or None for solvers that do without.
         """
-
-
-def round_to(w: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Nearest integers for columns that share the scale's shape, as w's dtype.  # w's shape"""
-    return quantize(w, scale, zero, spec.low, spec.high)
 
 
 def as_qtensor(values: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> QTensor:

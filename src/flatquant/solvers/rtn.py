@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from flatquant.ops.quantize.reference import quantize
 from flatquant.qtensor import QTensor
-from flatquant.solvers.base import Grid, Solver, as_qtensor, round_to
+from flatquant.solvers.base import Grid, Solver, as_qtensor
 
 
 class RTN(Solver[Grid, QTensor]):
@@ -15,7 +16,7 @@ class RTN(Solver[Grid, QTensor]):
         scale, zero = grid.grid(w)
         scale = scale.float().to(w.dtype)  # round with the scale that will be stored
         group = w.shape[-1] // scale.shape[-1]
-        q = round_to(w, scale.repeat_interleave(group, -1), _expand(zero, group), grid.spec)
+        q = quantize(w, scale.repeat_interleave(group, -1), _expand(zero, group), grid.spec.low, grid.spec.high)
         return as_qtensor(q, scale, zero, grid.spec)
 
 

@@ -84,7 +84,7 @@ def shared_inverses(modules: Sequence[nn.Module]) -> Iterator[None]:
         inverses = torch.linalg.inv_ex(torch.stack(padded)).inverse  # (batch, size, size)
         for factor, inverse in zip(members, inverses.unbind(), strict=True):
             factor.shared = inverse[: factor.size, : factor.size]
-    orthogonal = {id(m): m for root in modules for m in root.modules() if isinstance(m, FixedFactor | OrthogonalFactor)}
+    orthogonal = {id(m): m for root in modules for m in root.modules() if isinstance(m, Orthogonal)}
     for factor in orthogonal.values():
         factor.shared = polish(factor.q)
     try:
@@ -129,15 +129,13 @@ class SVDFactor(Factor, Trainable):
         return (u * (-self.log_d).exp()) @ v.mT
 
 
-class FixedFactor(Factor):
-    """An orthogonal P that is not trained."""
+class Orthogonal(Factor, ABC):
+    """P = Q, which is its own inverse transpose; `polish` takes out what rounding or steps leave of a deviation."""
 
-    q: Tensor
+    q: Tensor  # a buffer or a parameter, (n, n)
 
-    def __init__(self, start: Tensor) -> None:
-        """Stay at `start`, (n, n), orthogonal."""
+    def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("q", start.clone())
         self.shared: Tensor | None = None  # set while `shared_inverses` lasts
 
     @property
@@ -151,11 +149,19 @@ class FixedFactor(Factor):
         return self.matrix()
 
 
-class OrthogonalFactor(Factor, Trainable):
+class FixedFactor(Orthogonal):
+    """An orthogonal P that is not trained."""
+
+    def __init__(self, start: Tensor) -> None:
+        """Stay at `start`, (n, n), orthogonal."""
+        super().__init__()
+        self.register_buffer("q", start.clone())
+
+
+class OrthogonalFactor(Orthogonal, Trainable):
     """An orthogonal P that an optimiser on the manifold trains.
 
-    `polish` takes out what its steps leave of a deviation, and its derivative projects gradients onto the manifold's
-    tangent space: only turning counts, not stretching.
+    `polish`'s derivative projects gradients onto the manifold's tangent space: only turning counts, not stretching.
     """
 
     group = "rotation"
@@ -164,17 +170,6 @@ class OrthogonalFactor(Factor, Trainable):
         """Start from `start`, (n, n), orthogonal."""
         super().__init__()
         self.q = nn.Parameter(start.clone())
-        self.shared: Tensor | None = None  # set while `shared_inverses` lasts
-
-    @property
-    def size(self) -> int:
-        return self.q.shape[0]
-
-    def matrix(self) -> Tensor:
-        return polish(self.q) if self.shared is None else self.shared
-
-    def inverse_t(self) -> Tensor:
-        return self.matrix()
 
 
 def polish(u: Tensor) -> Tensor:

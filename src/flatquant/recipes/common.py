@@ -1,0 +1,25 @@
+"""What recipes share: how a scheme's text is read where no clip is learned, and which preset reads how much text."""
+
+from collections.abc import Mapping
+
+from flatquant.errors import SpecError
+from flatquant.spec import DataSpec, Scheme
+
+# Text of methods that need second moments or gradients of it, but fit nothing on it.
+TEXT = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
+
+
+def of_preset(preset: str, texts: Mapping[str, DataSpec] = TEXT) -> DataSpec:
+    """How much text a preset reads.
+
+    Raises:
+        SpecError: an unknown preset.
+    """
+    if preset not in texts:
+        raise SpecError(f"unknown preset {preset!r}; known: {', '.join(texts)}")
+    return texts[preset]
+
+
+def unclipped(scheme: str | Scheme) -> Scheme:
+    """A scheme as it is; read from a text, one with full ranges."""
+    return Scheme.parse(scheme, clip="none") if isinstance(scheme, str) else scheme
