@@ -1,0 +1,77 @@
+"""Products of 4-bit integers; on CUDA in kernels that read packed weights, or expand them for the float8 units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flatquant.ops import HAS_TRITON
+from flatquant.ops.int4_linear import reference
+from flatquant.ops.kron_quantize.reference import Form
+
+_scratch: dict[torch.device, Tensor] = {}  # one buffer a device for the weights of whatever layer is running
+
+
+def form(tokens: int, device: torch.device) -> Form:
+    """The form in which a product of this many tokens wants its integers."""
+    return "float8" if device.type == "cuda" and tokens > _few() else "planes"
+
+
+def unsupported(o: int, n: int, device: torch.device) -> str | None:
+    """Why there is no kernel for a weight of (o, n), or None if there is one."""
+    if device.type != "cuda":
+        return None
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return "the GPU has no float8 units"
+    from flatquant.ops.int4_linear import triton
+
+    return triton.supports(o, n)
+
+
+def int4_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.int4_linear`, or its kernels; x in the form that `form` names."""
+    if not x.is_cuda:
+        return reference.int4_linear(x, x_scale, packed, scale, bias, residual, dtype)
+    from flatquant.ops.int4_linear import triton
+
+    tokens = x.shape[0]
+    if tokens == 1:
+        return triton.vector(x, x_scale, packed, scale, bias, residual, dtype)
+    if tokens <= triton.FEW:
+        return triton.few(x, x_scale, packed, scale, bias, residual, dtype)
+    weight = triton.expand(packed, _buffer(packed))
+    y = torch._scaled_mm(  # whose result is bfloat16 wherever rows have scales
+        x,
+        weight.mT,
+        scale_a=x_scale,
+        scale_b=scale[None, :],
+        bias=None if bias is None else bias.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=False,
+    )
+    return (y if residual is None else y + residual).to(dtype)
+
+
+def _few() -> int:
+    from flatquant.ops.int4_linear import triton
+
+    return triton.FEW
+
+
+def _buffer(packed: Tensor) -> Tensor:
+    """Room for a weight as float8.  # (o, n)"""
+    size = 2 * packed.numel()
+    held = _scratch.get(packed.device)
+    if held is None or held.numel() < size:
+        held = _scratch[packed.device] = torch.empty(size, dtype=torch.float8_e4m3fn, device=packed.device)
+    return held[:size].view(packed.shape[0], -1)

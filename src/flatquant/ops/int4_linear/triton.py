@@ -1,0 +1,149 @@
+"""Products with packed 4-bit weights: one token, a few, or many.
+
+One token (`_vector`): a program holds R rows of W and walks along them; eight weights are one 32-bit word, two masks
+and a shift make of it two words of four bytes, and `dp4a` multiplies and adds four bytes at once. What it moves is the
+packed weights, once: it is bound by memory.
+
+A few tokens (`_few`): the same walk with the matrix units, which need 16 columns: W (R rows, from registers) times X^T,
+even and odd channels apart, as the nibbles lie and as the site wrote them. Integers are int8, sums int32: exact.
+
+Many tokens: `_expand` writes the weights as float8 into a buffer that all layers share - one that the next layer
+overwrites while it is still in the cache costs little traffic to memory - and the float8 matrix units, which hold
+-8..7 exactly, do the rest at twice the rate of bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FEW = 64  # tokens up to which weights are read packed
+
+
+@triton.jit
+def _dot4(w, x, acc, EMULATE: tl.constexpr):
+    """acc + the product of four unsigned bytes of w and four signed ones of x."""
+    if EMULATE:  # Triton's interpreter runs no assembly
+        for i in tl.static_range(4):
+            acc += ((w >> (8 * i)) & 0xFF) * ((x << (24 - 8 * i)) >> 24)
+        return acc
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, x, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _vector(
+    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, residual_ptr, y_ptr, O, words,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EMULATE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    inside = r < O
+    acc = tl.zeros((R, K), tl.int32)
+    total = tl.zeros((1, K), tl.int32)  # of x, since weights are stored 8 too large
+    for start in range(0, words, K):
+        k = start + tl.arange(0, K)[None, :]
+        some = k < words
+        w = tl.load(w_ptr + r[:, None].to(tl.int64) * words + k, mask=inside[:, None] & some, other=0)  # (R, K)
+        even = tl.load(x_ptr + k, mask=some, other=0)  # channels 8k, 8k+2, 8k+4, 8k+6, (1, K)
+        odd = tl.load(x_ptr + words + k, mask=some, other=0)
+        acc = _dot4(w & 0x0F0F0F0F, tl.broadcast_to(even, (R, K)), acc, EMULATE)
+        acc = _dot4((w >> 4) & 0x0F0F0F0F, tl.broadcast_to(odd, (R, K)), acc, EMULATE)
+        ones = tl.full((1, K), 0x01010101, tl.int32)
+        total = _dot4(ones, even, _dot4(ones, odd, total, EMULATE), EMULATE)
+    whole = tl.sum(acc, axis=1) - 8 * tl.sum(total)
+    y = whole.to(tl.float32) * tl.load(xs_ptr) * tl.load(ws_ptr + r, mask=inside, other=0.0)
+    if BIAS:
+        y += tl.load(bias_ptr + r, mask=inside, other=0.0)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + r, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + r, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _few(
+    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, residual_ptr, y_ptr, T, O, N,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, R: tl.constexpr, TP: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    t = tl.arange(0, TP)
+    rows, tokens = r < O, t < T
+    half = N // 2
+    acc = tl.zeros((R, TP), tl.int32)
+    for start in range(0, half, K):
+        k = start + tl.arange(0, K)
+        some = k < half
+        w = tl.load(w_ptr + r[:, None].to(tl.int64) * half + k[None, :], mask=rows[:, None] & some[None, :], other=0)
+        at = x_ptr + t[None, :] * N + k[:, None]  # X^T: (K, TP)
+        mask = some[:, None] & tokens[None, :]
+        even = tl.load(at, mask=mask, other=0)
+        odd = tl.load(at + half, mask=mask, other=0)
+        acc = tl.dot((w & 0xF).to(tl.int8) - 8, even, acc)
+        acc = tl.dot((w >> 4).to(tl.int8) - 8, odd, acc)
+    y = acc.to(tl.float32) * tl.load(ws_ptr + r, mask=rows, other=0.0)[:, None]
+    y *= tl.load(xs_ptr + t, mask=tokens, other=0.0)[None, :]
+    if BIAS:
+        y += tl.load(bias_ptr + r, mask=rows, other=0.0)[:, None]
+    at = t[None, :].to(tl.int64) * O + r[:, None]
+    mask = rows[:, None] & tokens[None, :]
+    if RESIDUAL:
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _expand(w_ptr, y_ptr, bytes, B: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    w = tl.load(w_ptr + i, mask=i < bytes, other=0)
+    pair = tl.join((w & 0xF).to(tl.float32) - 8.0, (w >> 4).to(tl.float32) - 8.0)  # (B, 2)
+    j = 2 * i[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(y_ptr + j, pair.to(tl.float8e4nv), mask=j < 2 * bytes)
+
+
+def supports(o: int, n: int) -> str | None:
+    """Why the kernels cannot do a weight matrix of (o, n), or None if they can."""
+    if n % 32 or o % 16:
+        return f"a weight of {o} x {n} (multiples of 16 x 32 are needed)"
+    return None
+
+
+def vector(
+    x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    dtype: torch.dtype, *, rows: int = 8, words: int = 256, warps: int = 4,
+) -> Tensor:  # fmt: skip
+    """`reference.int4_linear` of one token.  # x: int8, (1, n)"""
+    o, size = packed.shape[0], packed.shape[1] // 4
+    y = torch.empty((1, o), dtype=dtype, device=x.device)
+    _vector[(triton.cdiv(o, rows),)](
+        x.view(torch.int32), x_scale, packed.view(torch.int32), scale, bias, residual, y, o, size,
+        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, R=rows,
+        K=min(words, triton.next_power_of_2(size)), num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def few(
+    x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    dtype: torch.dtype, *, rows: int = 32, warps: int = 4,
+) -> Tensor:  # fmt: skip
+    """`reference.int4_linear` of at most `FEW` tokens.  # x: int8, (T, n)"""
+    (o, half), tokens = packed.shape, x.shape[0]
+    y = torch.empty((tokens, o), dtype=dtype, device=x.device)
+    columns = 128 if tokens <= 32 else 64
+    _few[(triton.cdiv(o, rows),)](
+        x, x_scale, packed, scale, bias, residual, y, tokens, o, 2 * half,
+        BIAS=bias is not None, RESIDUAL=residual is not None, R=rows,
+        TP=max(16, triton.next_power_of_2(tokens)), K=min(columns, triton.next_power_of_2(half)), num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def expand(packed: Tensor, out: Tensor) -> Tensor:
+    """`reference.expand` into `out`, float8.  # (o, n)"""
+    size = packed.numel()
+    block = 4096
+    _expand[(triton.cdiv(size, block),)](packed, out, size, B=block, num_warps=8)
+    return out

@@ -1,0 +1,67 @@
+"""What a site does to its input: (norm | gate | merge) -> Kronecker transform -> clip -> scale -> integers."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatquant.ops.kron.reference import kron_matmul
+from flatquant.ops.pack.reference import pack_bits
+from flatquant.ops.quantize.reference import quantize, row_grid
+
+# How integers leave: one a byte, even channels before odd ones, as nibbles lie in packed weights; one a byte as a
+# float8 (e4m3, exact up to 16), in order; or packed fields of `bits` bits.
+Form = Literal["planes", "float8", "packed"]
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * gain, in float32.  # (.., n)"""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """silu(gate) x, in float32 (SwiGLU, arXiv 2002.05202).  # (.., n)"""
+    return F.silu(gate.float()) * x.float()
+
+
+def merged(parts: Tensor, lse: Tensor) -> Tensor:
+    """Attention over all tokens from attention over parts of them (Flash-Decoding).
+
+    Args:
+        parts: attention over each part, (T, heads, parts, head_dim).
+        lse: log-sum-exps of its scores, (T, heads, parts); minus infinity for an empty part.
+
+    Returns:
+        float32, (T, heads * head_dim).
+    """
+    weight = lse.float().softmax(-1)  # (T, heads, parts)
+    return (parts.float() * weight[..., None]).sum(-2).flatten(-2)
+
+
+def kron_quantize(
+    x: Tensor, left: Tensor | None, right: Tensor | None, ratios: Tensor, bits: int, form: Form
+) -> tuple[Tensor, Tensor]:
+    """Transform rows, and put each on its own symmetric grid (FlatQuant, section 3.1 and figure 4).
+
+    Args:
+        x: (T, n).
+        left, right: P1 (n1, n1) and P2 (n2, n2), each None for the identity.
+        ratios: shares of a row's lower and upper end that the grid covers, (2,).
+        bits: of the grid.
+
+    Returns:
+        Integers in `form`, (T, n) or (T, n * bits / 8), and scales, float32, (T, 1).
+    """
+    y = kron_matmul(x.to(torch.promote_types(x.dtype, torch.float32)), left, right)
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    scale, _ = row_grid(y, ratios[0], ratios[1], low, high)
+    q = quantize(y, scale, None, low, high)
+    match form:
+        case "planes":
+            return torch.cat((q[..., ::2], q[..., 1::2]), -1).to(torch.int8), scale
+        case "float8":
+            return q.to(torch.float8_e4m3fn), scale
+        case "packed":
+            return pack_bits((q - low).to(torch.uint8), bits), scale

@@ -1,0 +1,31 @@
+"""A cache of packed 4-bit keys and values: written in one kernel, read by attention without being unpacked."""
+
+from torch import Tensor
+
+from flatquant.ops import HAS_TRITON
+from flatquant.ops.kv_cache import reference
+from flatquant.ops.kv_cache.reference import Heads, Store
+
+__all__ = ["Heads", "Store", "append", "attend"]
+
+
+def append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor, *, dense: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.append`, or its kernel; without `dense`, keys and values need not be returned."""
+    if qkv.is_cuda and HAS_TRITON:
+        from flatquant.ops.kv_cache import triton
+
+        return triton.append(qkv, cos, sin, heads, keys, values, at, dense=dense)
+    return reference.append(qkv, cos, sin, heads, keys, values, at)
+
+
+def attend(
+    q: Tensor, keys: Store, values: Store, length: Tensor, start: Tensor, window: int | None, scaling: float, parts: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.attend`, or its kernel, which cuts the cache into `parts` parts."""
+    if q.is_cuda and HAS_TRITON:
+        from flatquant.ops.kv_cache import triton
+
+        return triton.attend(q, keys, values, length, start, window, scaling, parts=parts)
+    return reference.attend(q, keys, values, length, start, window, scaling)

@@ -1,0 +1,107 @@
+"""Keys and values as packed 4-bit integers: writing new tokens, and attention that reads them.
+
+A cache holds S places for each of B sequences and H heads; a place is a row of packed integers with a scale and a
+zero point of its own (asymmetric, per token and head). Which places count: those from `start` of a sequence (what lies
+before is padding on the left) up to `length`, and of these the last `window`, where there is one.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flatquant.ops.pack.reference import pack_bits, unpack_bits
+from flatquant.ops.quantize.reference import quantize, row_grid
+
+
+class Store(NamedTuple):
+    """Keys, or values, of one layer."""
+
+    packed: Tensor  # uint8, (B, H, S, head_dim / 2)
+    scale: Tensor  # float32, (B, H, S)
+    zero: Tensor  # uint8, (B, H, S)
+
+    def read(self, length: int) -> Tensor:
+        """The first `length` places.  # float32, (B, H, length, head_dim)"""
+        integers = unpack_bits(self.packed[:, :, :length], 4, 2 * self.packed.shape[-1]).float()
+        return (integers - self.zero[:, :, :length, None]) * self.scale[:, :, :length, None]
+
+
+class Heads(NamedTuple):
+    """What happens to queries, keys and values between projection and attention."""
+
+    queries: int
+    keys: int
+    head_dim: int
+    matrices: Tensor | None  # P_h^-T of queries and P_h of keys, float32, (2, head_dim, head_dim)
+    ratios: Tensor  # of keys, of values: shares of a row's lower and upper end that the grid covers, float32, (2, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) in the pairing of Llama: channel i with i + head_dim / 2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def _put(store: Store, x: Tensor, ratios: Tensor, at: int) -> Tensor:
+    """Quantise x into the places from `at` on; what it then stands for.  # (B, H, T, head_dim)"""
+    scale, zero = row_grid(x, ratios[0], ratios[1], 0, 15)
+    assert zero is not None
+    q = quantize(x.float(), scale, zero, 0, 15)
+    place = slice(at, at + x.shape[2])
+    store.packed[:, :, place] = pack_bits(q.to(torch.uint8), 4)
+    store.scale[:, :, place] = scale[..., 0]
+    store.zero[:, :, place] = zero[..., 0].to(torch.uint8)
+    return (q - zero) * scale
+
+
+def append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn queries and keys by their positions, transform them (FlatQuant, section 3.2), and store keys and values.
+
+    Args:
+        qkv: queries, keys and values of all heads, (B, T, (queries + 2 keys) head_dim).
+        cos, sin: of the tokens' positions, (B or 1, T, head_dim).
+        at: the first free place, an integer, (1,).
+
+    Returns:
+        Queries (B, queries, T, head_dim); keys and values that the new places stand for, (B, keys, T, head_dim).
+    """
+    h, d = heads, heads.head_dim
+    rows = qkv.float().unflatten(-1, (-1, d)).transpose(1, 2)  # (B, heads, T, head_dim)
+    q, k, v = rows.split((h.queries, h.keys, h.keys), dim=1)
+    cos, sin = cos.float()[:, None], sin.float()[:, None]
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if h.matrices is not None:
+        q, k = q @ h.matrices[0], k @ h.matrices[1]
+    first = int(at)
+    k, v = _put(keys, k, h.ratios[0], first), _put(values, v, h.ratios[1], first)
+    return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
+
+
+def attend(
+    q: Tensor, keys: Store, values: Store, length: Tensor, start: Tensor, window: int | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of one new token per sequence over its cache.
+
+    Args:
+        q: (B, queries, head_dim).
+        length: places in use, the new token's included, an integer, (1,).
+        start: the first place of each sequence that is no padding, integers, (B,).
+        window: how many places count at most, or None.
+
+    Returns:
+        float32 (B, queries, 1, head_dim), and the scores' log-sum-exps (B, queries, 1): all in one part.
+    """
+    n = int(length)
+    groups = q.shape[1] // keys.packed.shape[1]
+    k, v = (s.read(n).repeat_interleave(groups, dim=1) for s in (keys, values))
+    scores = (q.float()[:, :, None] @ k.mT)[:, :, 0] * scaling  # (B, queries, n)
+    place = torch.arange(n, device=q.device)
+    counts = place >= start[:, None]
+    if window is not None:
+        counts &= place >= n - window
+    scores = scores.masked_fill(~counts[:, None], -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    return (scores - lse).exp()[:, :, None] @ v, lse

@@ -1,0 +1,195 @@
+"""Writing to a packed cache, and attention of one token over it (Flash-Decoding: the cache is cut into parts).
+
+Even and odd channels lie in one byte's low and high nibble, and are never woven together: a score is the sum of two
+products, and an output is written with a stride of two. Scales and zero points stay out of the products: with
+k = (u - z) s, q k = s (q u - z sum q); and with p' = p s, sum p v = sum p' u - sum p' z.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flatquant.ops.kv_cache.reference import Heads, Store
+
+# Rounding half to even: adding and subtracting 1.5 * 2^23 leaves an integer in float32.
+_MAGIC = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _grid(x, low_ratio, high_ratio):
+    """Scale, zero point and integers of rows, 0 to 15.  # x: (R, C)"""
+    low = tl.minimum(tl.min(x, axis=1), 0.0) * low_ratio
+    high = tl.maximum(tl.max(x, axis=1), 0.0) * high_ratio
+    empty = low == high
+    low = tl.where(empty, -1.0, low)
+    high = tl.where(empty, 1.0, high)
+    scale = tl.div_rn(high - low, tl.full(high.shape, 15.0, tl.float32))
+    zero = (tl.div_rn(-low, scale) + _MAGIC) - _MAGIC
+    q = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + _MAGIC) - _MAGIC + zero[:, None]
+    return scale, zero, tl.minimum(tl.maximum(q, 0.0), 15.0)
+
+
+@triton.jit
+def _put(
+    x, ratio_ptr, packed_ptr, scale_ptr, zero_ptr, dense_ptr, place, row, t, T,
+    D: tl.constexpr, DP: tl.constexpr, DENSE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Quantise rows x (R, DP) into their places; where `DENSE`, what they then stand for goes to `row` of a tensor."""
+    scale, zero, q = _grid(x, tl.load(ratio_ptr), tl.load(ratio_ptr + 1))
+    tl.store(scale_ptr + place, scale, mask=t < T)
+    tl.store(zero_ptr + place, zero.to(tl.uint8), mask=t < T)
+    even, odd = tl.split(tl.reshape(q, (R, DP // 2, 2)))
+    j = tl.arange(0, DP // 2)[None, :]
+    mask = (t < T)[:, None] & (j < D // 2)
+    tl.store(packed_ptr + place[:, None] * (D // 2) + j, even.to(tl.uint8) | (odd.to(tl.uint8) << 4), mask=mask)
+    if DENSE:
+        c = tl.arange(0, DP)[None, :]
+        value = (q - zero[:, None]) * scale[:, None]
+        tl.store(
+            dense_ptr + row[:, None] * D + c, value.to(dense_ptr.dtype.element_ty), mask=(t < T)[:, None] & (c < D)
+        )
+
+
+@triton.jit
+def _append(
+    qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr,
+    q_ptr, k_ptr, v_ptr, T, S, shared,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr, DENSE: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * R + tl.arange(0, R)
+    b = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(2)
+    c = tl.arange(0, DP)
+    mask = (t < T)[:, None] & (c < D)[None, :]
+    row = qkv_ptr + (b * T + t)[:, None] * ((HQ + 2 * HK) * D) + head * D
+    x = tl.load(row + c[None, :], mask=mask, other=0.0).to(tl.float32)  # (R, DP)
+    first = tl.load(at_ptr)
+    if head >= HQ + HK:
+        h = head - HQ - HK
+        place = (b * HK + h) * S + first + t
+        _put(x, ratio_ptr + 2, vp_ptr, vs_ptr, vz_ptr, v_ptr, place, (b * HK + h) * T + t, t, T, D, DP, DENSE, R)
+    else:
+        at = b * (1 - shared) * T * D + t[:, None] * D + c[None, :]
+        partner = tl.where(c < D // 2, c + D // 2, c - D // 2)
+        y = tl.load(row + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.where((c < D // 2)[None, :], -y, y)
+        x = x * tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x += y * tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if MATRIX:
+            i = tl.arange(0, DP)[:, None]
+            m_ptr = matrix_ptr + (head >= HQ).to(tl.int32) * (D * D)
+            m = tl.load(m_ptr + i * D + c[None, :], mask=(i < D) & (c < D)[None, :], other=0.0)
+            x = tl.dot(x, m, input_precision="tf32")
+        if head < HQ:
+            out = q_ptr + ((b * HQ + head) * T + t)[:, None] * D + c[None, :]
+            tl.store(out, x.to(q_ptr.dtype.element_ty), mask=mask)
+        else:
+            h = head - HQ
+            place = (b * HK + h) * S + first + t
+            _put(x, ratio_ptr, kp_ptr, ks_ptr, kz_ptr, k_ptr, place, (b * HK + h) * T + t, t, T, D, DP, DENSE, R)
+
+
+@triton.jit
+def _attend(
+    q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, out_ptr, lse_ptr, length_ptr, start_ptr, window, scaling, S,
+    PARTS, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(0)
+    part = tl.program_id(1)
+    length = tl.load(length_ptr).to(tl.int32)
+    first = tl.maximum(tl.load(start_ptr + bh // HK).to(tl.int32), length - window)
+    size = tl.cdiv(tl.cdiv(length - first, PARTS), B) * B
+    begin = first + part * size
+    end = tl.minimum(begin + size, length)
+    g, j = tl.arange(0, GP), tl.arange(0, HALF)
+    rows = (g < G)[:, None] & (j < D // 2)[None, :]
+    at = (bh * G + g)[:, None] * D + 2 * j[None, :]
+    q_even = tl.load(q_ptr + at, mask=rows, other=0.0)  # (GP, HALF)
+    q_odd = tl.load(q_ptr + at + 1, mask=rows, other=0.0)
+    q_sum = tl.sum(q_even.to(tl.float32) + q_odd.to(tl.float32), axis=1)  # (GP,)
+    dtype = q_even.dtype
+    top = tl.full((GP,), -1e30, tl.float32)
+    total = tl.zeros((GP,), tl.float32)
+    even = tl.zeros((GP, HALF), tl.float32)
+    odd = tl.zeros((GP, HALF), tl.float32)
+    zeros = tl.zeros((GP,), tl.float32)
+    base = bh.to(tl.int64) * S
+    for s0 in range(begin, end, B):
+        s = s0 + tl.arange(0, B)
+        some = s < end
+        cell = (base + s)[:, None] * (D // 2) + j[None, :]
+        mask = some[:, None] & (j < D // 2)[None, :]
+        k = tl.load(kp_ptr + cell, mask=mask, other=0)  # (B, HALF)
+        v = tl.load(vp_ptr + cell, mask=mask, other=0)
+        k_scale = tl.load(ks_ptr + base + s, mask=some, other=0.0)
+        k_zero = tl.load(kz_ptr + base + s, mask=some, other=0).to(tl.float32)
+        v_scale = tl.load(vs_ptr + base + s, mask=some, other=0.0)
+        v_zero = tl.load(vz_ptr + base + s, mask=some, other=0).to(tl.float32)
+        score = tl.dot(q_even, tl.trans((k & 0xF).to(dtype)))
+        score = tl.dot(q_odd, tl.trans((k >> 4).to(dtype)), score)  # (GP, B)
+        score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * scaling)
+        score = tl.where(some[None, :], score, float("-inf"))
+        new = tl.maximum(top, tl.max(score, axis=1))
+        shrink = tl.exp(top - new)
+        p = tl.exp(score - new[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        p = (p * v_scale[None, :]).to(dtype)  # rounded before both sums, of which the difference counts
+        zeros = zeros * shrink + tl.sum(p.to(tl.float32) * v_zero[None, :], axis=1)
+        even = tl.dot(p, (v & 0xF).to(dtype), even * shrink[:, None])
+        odd = tl.dot(p, (v >> 4).to(dtype), odd * shrink[:, None])
+        top = new
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    cell = ((bh * G + g) * PARTS + part).to(tl.int64)
+    at = cell[:, None] * D + 2 * j[None, :]
+    tl.store(out_ptr + at, (even - zeros[:, None]) / total[:, None], mask=rows)
+    tl.store(out_ptr + at + 1, (odd - zeros[:, None]) / total[:, None], mask=rows)
+    tl.store(lse_ptr + cell, tl.where(some, top + tl.log(total), float("-inf")), mask=g < G)
+
+
+def append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor, *, dense: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.append`; without `dense`, the keys and values returned are empty."""
+    b, t, _ = qkv.shape
+    h, d = heads, heads.head_dim
+    q = torch.empty((b, h.queries, t, d), dtype=qkv.dtype, device=qkv.device)
+    k, v = (torch.empty((b, h.keys, t if dense else 0, d), dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+    rows = 16 if t <= 16 else 64
+    grid = (triton.cdiv(t, rows), b, h.queries + 2 * h.keys)
+    _append[grid](
+        qkv, cos, sin, h.matrices, h.ratios, at, *keys, *values, q, k, v,
+        t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
+        DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense, R=rows, num_warps=4,
+    )  # fmt: skip
+    return q, k, v
+
+
+def attend(
+    q: Tensor,
+    keys: Store,
+    values: Store,
+    length: Tensor,
+    start: Tensor,
+    window: int | None,
+    scaling: float,
+    *,
+    parts: int,
+    block: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.attend`; in `parts` parts."""
+    b, hq, d = q.shape
+    hk, s = keys.scale.shape[1:]
+    out = torch.empty((b, hq, parts, d), dtype=torch.float32, device=q.device)
+    lse = torch.empty((b, hq, parts), dtype=torch.float32, device=q.device)
+    group = hq // hk
+    _attend[(b * hk, parts)](
+        q, *keys, *values, out, lse, length, start, s if window is None else window, scaling, s, parts,
+        HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, HALF=max(16, triton.next_power_of_2(d // 2)),
+        B=block, num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,148 @@
+"""The fused kernel of a site gives the reference's integers, but where a value lies on the edge between two."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+CUDA = torch.cuda.is_available()
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from flatquant.ops.kron.reference import kron_matmul  # noqa: E402
+from flatquant.ops.kron_quantize import Form, Site, reference  # noqa: E402
+from flatquant.ops.kron_quantize import triton as fused  # noqa: E402
+from flatquant.ops.pack.reference import unpack_bits  # noqa: E402
+
+pytestmark = [pytest.mark.gpu] if CUDA else []
+DEVICE = "cuda" if CUDA else "cpu"
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and cuts instead of rounding.
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if CUDA else []))
+EPS = 1e-5
+
+SHAPES = ((24, 24), (9, 32), (1, 64), (8, 20), (11, 6), (4, 144))
+SOURCES = ("plain", "norm", "gate", "merge")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh tensors hold the worst there is, so that an element that is not written shows."""
+
+    def full(size, dtype, device):
+        bad = float("nan") if dtype.is_floating_point and dtype.itemsize > 1 else 0x77
+        return torch.full(size, bad, dtype=torch.uint8 if dtype.itemsize == 1 else dtype, device=device).view(dtype)
+
+    monkeypatch.setattr(fused.torch, "empty", full)
+
+
+def make(shape: tuple[int, int], transform: str, g: torch.Generator) -> Site:
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=g)).Q.to(DEVICE) for n in shape)
+    ratios = (torch.rand(2, generator=g) * 0.4 + 0.6).to(DEVICE)
+    return Site(shape, left if transform != "none" else None, right if transform == "both" else None, ratios, 4)
+
+
+def inputs(source: str, tokens: int, shape: tuple[int, int], dtype: torch.dtype, g: torch.Generator):
+    n1, n2 = shape
+    n = n1 * n2
+    spread = torch.randn(n, generator=g).mul(1.5).exp()  # outlier channels, as activations have
+    x = torch.randn(tokens, n, generator=g) * spread
+    match source:
+        case "norm":
+            return x.to(DEVICE, dtype), (torch.rand(n, generator=g) + 0.5).to(DEVICE, dtype)
+        case "gate":
+            return x.to(DEVICE, dtype), torch.randn(tokens, n, generator=g).mul(3).to(DEVICE, dtype)
+        case "merge":
+            parts = torch.randn(tokens, n1, 3, n2, generator=g).to(DEVICE)
+            lse = torch.randn(tokens, n1, 3, generator=g).mul(4)
+            lse[..., 2] = -torch.inf  # a part without tokens
+            return parts, lse.to(DEVICE)
+        case _:
+            return x.to(DEVICE, dtype), None
+
+
+def wanted(source: str, x: Tensor, other: Tensor | None) -> Tensor:
+    match source:
+        case "norm":
+            assert other is not None
+            return reference.rms_norm(x, other, EPS)
+        case "gate":
+            assert other is not None
+            return reference.gated(x, other)
+        case "merge":
+            assert other is not None
+            return reference.merged(x, other)
+        case _:
+            return x.float()
+
+
+def integers(values: Tensor, form: Form, n: int) -> Tensor:
+    """As float32, in order.  # (T, n)"""
+    match form:
+        case "packed":
+            return unpack_bits(values, 4, n).float() - 8
+        case "planes":
+            return values.float().unflatten(-1, (2, -1)).mT.flatten(-2)
+        case _:
+            return values.float()
+
+
+@settings(deadline=None, max_examples=2500 if CUDA else 20)
+@given(
+    shape=st.sampled_from(SHAPES),
+    source=st.sampled_from(SOURCES),
+    transform=st.sampled_from(("both", "left", "none")),
+    form=st.sampled_from(("planes", "float8", "packed")),
+    tokens=st.integers(1, 6),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_it_equals_the_reference(
+    shape: tuple[int, int], source: str, transform: str, form: Form, tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    site = make(shape, transform, g)
+    x, other = inputs(source, tokens, shape, dtype, g)
+    assert site.unsupported() is None
+    values, scale = fused.launch(
+        x, other, source, shape, *site.halves, site.ratios, 4, form, EPS if source == "norm" else 0.0
+    )
+    y = wanted(source, x, other).double()
+    factors = (None if p is None else p.double() for p in (site.left, site.right))
+    want, want_scale = reference.kron_quantize(y, *factors, site.ratios.double(), 4, "planes")
+    torch.testing.assert_close(scale.double(), want_scale, rtol=5e-3, atol=0)
+    # On the edge between two integers, a product's rounding decides; a twentieth of a step away from it, it may not.
+    exact = kron_matmul(y, *(None if p is None else p.double() for p in (site.left, site.right))) / want_scale
+    got = integers(values, form, y.shape[-1]).double()
+    assert ((got - exact.clamp(-8, 7)).abs() <= 0.55).all()
+    assert ((got - integers(want, "planes", y.shape[-1]).double()).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("source", ["plain", "gate"])
+@pytest.mark.parametrize("form", ["planes", "float8", "packed"])
+def test_a_row_of_zeros_is_zero(source: str, form: Form) -> None:
+    g = torch.Generator().manual_seed(0)
+    site = make((8, 16), "both", g)
+    x = torch.zeros(3, 128, device=DEVICE)
+    values, scale = fused.launch(x, x, source, (8, 16), *site.halves, site.ratios, 4, form)
+    assert not integers(values, form, 128).any()
+    assert (scale == 1).all()
+
+
+def test_huge_and_tiny_rows_keep_their_integers() -> None:
+    """Rows are scaled before they become float16."""
+    g = torch.Generator().manual_seed(1)
+    site = make((16, 24), "both", g)
+    x = torch.randn(1, 384, generator=g).repeat(3, 1).to(DEVICE) * torch.tensor([[1e-12], [1.0], [1e12]], device=DEVICE)
+    values, scale = fused.launch(x, None, "plain", (16, 24), *site.halves, site.ratios, 4, "planes")
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[2], values[1])
+    torch.testing.assert_close(scale[2] / scale[1], torch.full((1,), 1e12, device=DEVICE), rtol=1e-5, atol=0)
+
+
+def test_what_it_cannot_do_has_a_reason() -> None:
+    square = torch.eye(512)
+    ratios = torch.ones(2)
+    assert "factors" in str(Site((512, 512), square, square, ratios, 4).unsupported())
+    assert "full matrix" in str(Site((1, 64), None, torch.eye(64), ratios, 4).unsupported())
+    assert "8-bit" in str(Site((4, 4), None, None, ratios, 8).unsupported())
+    assert "bytes" in str(Site((4, 5), None, None, ratios, 4).unsupported())

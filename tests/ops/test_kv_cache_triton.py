@@ -1,0 +1,149 @@
+"""The packed cache's kernels write what the reference writes, and read what was written."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CUDA = torch.cuda.is_available()
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from flatquant.ops.kron_quantize.reference import merged  # noqa: E402
+from flatquant.ops.kv_cache import Heads, Store, reference  # noqa: E402
+from flatquant.ops.kv_cache import triton as fused  # noqa: E402
+
+pytestmark = [pytest.mark.gpu] if CUDA else []
+DEVICE = "cuda" if CUDA else "cpu"
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and cuts instead of rounding.
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if CUDA else []))
+PLACES = 40
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh tensors hold NaN, so that an element that is not written shows."""
+    monkeypatch.setattr(fused.torch, "empty", lambda size, **kwargs: torch.full(size, float("nan"), **kwargs))
+
+
+def store(b: int, h: int, d: int, g: torch.Generator) -> Store:
+    """A cache full of rubbish: what counts must have been written."""
+    return Store(
+        torch.randint(0, 256, (b, h, PLACES, d // 2), generator=g).to(DEVICE, torch.uint8),
+        torch.full((b, h, PLACES), float("nan"), device=DEVICE),
+        torch.randint(0, 16, (b, h, PLACES), generator=g).to(DEVICE, torch.uint8),
+    )
+
+
+def make_heads(queries: int, keys: int, d: int, matrix: bool, g: torch.Generator) -> Heads:
+    m = torch.randn(d, d, generator=g) / d**0.5 + torch.eye(d)
+    pair = torch.stack((torch.linalg.inv(m).mT, m)).to(DEVICE) if matrix else None
+    ratios = (torch.rand(2, 2, generator=g) * 0.3 + 0.7).to(DEVICE)
+    return Heads(queries, keys, d, pair, ratios)
+
+
+def angles(b: int, t: int, d: int, g: torch.Generator):
+    angle = torch.rand(b, t, d // 2, generator=g).mul(6).repeat(1, 1, 2)
+    return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+
+
+shapes = st.sampled_from(((1, 1, 16), (4, 2, 20), (3, 3, 32), (6, 2, 64)))
+
+
+@settings(deadline=None, max_examples=2500 if CUDA else 10)
+@given(
+    shape=shapes,
+    batch=st.integers(1, 2),
+    tokens=st.sampled_from((1, 5, 20)),
+    at=st.integers(0, 20),
+    matrix=st.booleans(),
+    shared=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_appending_equals_the_reference(
+    shape: tuple[int, int, int],
+    batch: int,
+    tokens: int,
+    at: int,
+    matrix: bool,
+    shared: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    queries, keys, d = shape
+    heads = make_heads(queries, keys, d, matrix, g)
+    qkv = torch.randn(batch, tokens, (queries + 2 * keys) * d, generator=g).mul(3).to(DEVICE, dtype)
+    cos, sin = angles(1 if shared else batch, tokens, d, g)
+    stores = [store(batch, keys, d, g) for _ in range(2)]
+    copies = [Store(*(t.clone() for t in s)) for s in stores]
+    place = torch.tensor([at], device=DEVICE)
+    got = fused.append(qkv, cos, sin, heads, *stores, place)
+    want = reference.append(qkv, cos, sin, heads, *copies, place)
+    # The matrix units round factors to 11 bits; a value on the edge between two integers may go either way.
+    step = copies[0].scale[:, :, at : at + tokens].max().item() * 1.01
+    near = 2e-2 if matrix else torch.finfo(dtype).eps * 2
+    torch.testing.assert_close(got[0], want[0], rtol=near, atol=near * 8)
+    torch.testing.assert_close(got[1].float(), want[1].float(), rtol=near, atol=step)
+    torch.testing.assert_close(got[2], want[2], rtol=0, atol=0)  # values: the same arithmetic, the same bits
+    for name in ("packed", "zero"):
+        assert torch.equal(getattr(stores[1], name), getattr(copies[1], name))
+    torch.testing.assert_close(stores[1].scale, copies[1].scale, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(stores[0].scale, copies[0].scale, rtol=1e-2, atol=0, equal_nan=True)
+    # Nothing but the new places was touched, and what was returned is what is stored.
+    before, after = slice(0, at), slice(at + tokens, PLACES)
+    for s, c in zip(stores, copies, strict=True):
+        assert torch.equal(s.packed[:, :, before], c.packed[:, :, before])
+        assert torch.equal(s.packed[:, :, after], c.packed[:, :, after])
+    for s, dense in zip(stores, got[1:], strict=True):
+        kept = s.read(at + tokens)[:, :, at:].to(dtype)
+        torch.testing.assert_close(kept, dense, rtol=0, atol=0)
+
+
+@settings(deadline=None, max_examples=2500 if CUDA else 10)
+@given(
+    shape=shapes,
+    batch=st.integers(1, 3),
+    length=st.integers(1, PLACES),
+    parts=st.integers(1, 4),
+    window=st.none() | st.integers(1, 30),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_attention_equals_the_reference(
+    shape: tuple[int, int, int],
+    batch: int,
+    length: int,
+    parts: int,
+    window: int | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    queries, keys, d = shape
+    stores = [store(batch, keys, d, g) for _ in range(2)]
+    for s in stores:
+        s.scale[:, :, :length] = torch.rand(batch, keys, length, generator=g).add(0.05).to(DEVICE)
+    q = torch.randn(batch, queries, d, generator=g).to(DEVICE, dtype)
+    start = torch.randint(0, length, (batch,), generator=g).to(DEVICE)
+    arguments = (q, *stores, torch.tensor([length], device=DEVICE), start, window, d**-0.5)
+    out, lse = fused.attend(*arguments, parts=parts, block=16)
+    assert out.shape == (batch, queries, parts, d)
+    assert not out.isnan().any()
+    got = merged(out, lse)
+    want = merged(*reference.attend(*arguments))
+    near = max(1e-3, 4 * torch.finfo(dtype).eps)  # weights of attention are rounded to q's type before the product
+    torch.testing.assert_close(got, want, rtol=near, atol=near * want.abs().max().item())
+
+
+def test_padding_and_places_not_yet_used_do_not_count() -> None:
+    g = torch.Generator().manual_seed(3)
+    keys, values = store(1, 1, 16, g), store(1, 1, 16, g)
+    for s in (keys, values):
+        s.scale[:, :, 4:9] = 0.5
+    q = torch.randn(1, 1, 16, generator=g).to(DEVICE)
+    length, start = torch.tensor([9], device=DEVICE), torch.tensor([4], device=DEVICE)
+    out, lse = fused.attend(q, keys, values, length, start, None, 0.25, parts=2, block=16)
+    rows = values.read(9)[0, 0, 4:]
+    scores = (keys.read(9)[0, 0, 4:] @ q[0, 0]) * 0.25
+    torch.testing.assert_close(merged(out, lse)[0], scores.softmax(0) @ rows, rtol=1e-4, atol=1e-4)
