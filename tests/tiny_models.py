@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -149,6 +150,24 @@ def _rms_norm(self: Any, x: Tensor) -> Tensor:
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
+def randomised(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model whose every tensor matters, norms and biases too, with outlier channels, in eval mode."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        n = config.hidden_size
+        for key, weight in model.named_parameters():
+            if key.endswith("bias"):
+                weight.copy_(0.1 * torch.randn(weight.shape))
+            elif "norm" in key:
+                weight.add_(0.2 * torch.randn(weight.shape))
+                if weight.ndim == 1 and len(weight) == n:
+                    weight[torch.randperm(n)[:2]] *= 4
+            else:
+                weight.copy_(torch.randn(weight.shape) * weight.shape[-1] ** -0.5)
+    return model.eval()
+
+
 def tiny_family(
     name: str, *, kv_heads: int = 2, tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
@@ -172,18 +191,7 @@ def tiny_family(
         pad_token_id=VOCAB - 1,
         **FAMILIES[name],
     )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-        for key, weight in model.named_parameters():
-            if key.endswith("bias"):
-                weight.copy_(0.1 * torch.randn(weight.shape))
-            elif "norm" in key:
-                weight.add_(0.2 * torch.randn(weight.shape))
-                if weight.ndim == 1 and len(weight) == 24:
-                    weight[torch.randperm(24)[:2]] *= 4
-            else:
-                weight.copy_(torch.randn(weight.shape) * weight.shape[-1] ** -0.5)
+    model = randomised(config, seed)
     if dtype == torch.float64:
         for module in model.modules():
             module.__class__ = _exact(type(module))

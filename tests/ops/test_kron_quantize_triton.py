@@ -146,3 +146,14 @@ def test_what_it_cannot_do_has_a_reason() -> None:
     assert "full matrix" in str(Site((1, 64), None, torch.eye(64), ratios, 4).unsupported())
     assert "8-bit" in str(Site((4, 4), None, None, ratios, 8).unsupported())
     assert "bytes" in str(Site((4, 5), None, None, ratios, 4).unsupported())
+
+
+def test_halves_of_a_fused_projection_need_no_copy() -> None:
+    g = torch.Generator().manual_seed(2)
+    site = make((8, 16), "both", g)
+    both = torch.randn(5, 256, generator=g).to(DEVICE)
+    gate, up = both.chunk(2, dim=-1)
+    got = fused.launch(up, gate, "gate", (8, 16), *site.halves, site.ratios, 4, "packed")
+    want = fused.launch(up.contiguous(), gate.contiguous(), "gate", (8, 16), *site.halves, site.ratios, 4, "packed")
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])

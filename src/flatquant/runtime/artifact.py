@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 
 from flatquant import seams
 from flatquant.errors import ArtifactError
+from flatquant.runtime import fused
 from flatquant.runtime.build import install
 from flatquant.runtime.card import model_card
 from flatquant.runtime.folder import (
@@ -328,6 +329,7 @@ def load(
             raise ArtifactError(f"{folder.path / GENERATION_FILE} is damaged ({one_line(error)})") from error
     seams.use_attention(model)
     adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
+    fused.attach(model)
     return model.eval().requires_grad_(False)
 
 

@@ -11,8 +11,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from flatquant.errors import DataError, FlatQuantError, ModelError
+from flatquant.runtime import fused
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.kvcache import QuantizedCache
+from flatquant.runtime.packedcache import PackedCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,7 @@ def generate_text(
         FlatQuantError: probabilities that are not finite.
     """
     ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)  # (1, T)
-    quantised = any(isinstance(m, FrozenKeyValue) and (m.keys or m.values) for m in model.modules())
-    cache = QuantizedCache(model) if quantised else DynamicCache(config=model.config)
+    cache = _cache(model, ids.shape[1] + max_new_tokens)
     # The model's own defaults for sampling would only mix with what was asked for; its ends of text stay.
     config = copy.deepcopy(model.generation_config)
     assert config is not None
@@ -83,8 +84,17 @@ def generate_text(
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
         tokens=len(new),
         seconds=time.perf_counter() - start,
-        cache_bytes=cache.nbytes() if isinstance(cache, QuantizedCache) else None,
+        cache_bytes=None if isinstance(cache, DynamicCache) else cache.nbytes(),
     )
+
+
+def _cache(model: PreTrainedModel, places: int) -> DynamicCache | QuantizedCache | PackedCache:
+    """The smallest cache that serves the model on its device."""
+    runtime = fused.runtime(model) if fused.serves(model) else None
+    if runtime is not None:
+        return runtime.cache_for(1, places, kept=False)
+    quantised = any(isinstance(m, FrozenKeyValue) and (m.keys or m.values) for m in model.modules())
+    return QuantizedCache(model) if quantised else DynamicCache(config=model.config)
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:

@@ -130,6 +130,7 @@ class FlatQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from flatquant import seams
+        from flatquant.runtime import fused
 
         assert self.folder is not None
         places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
@@ -143,6 +144,7 @@ class FlatQuantizer(HfQuantizer):
         del model.config.transformers_weights  # pyright: ignore[reportAttributeAccessIssue] - set by `_prepare`
         folder = self.folder
         adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
+        fused.attach(model)
 
     def is_serializable(self) -> bool:
         return True

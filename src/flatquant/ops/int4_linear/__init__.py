@@ -50,7 +50,8 @@ def int4_linear(
     if tokens <= triton.FEW:
         return triton.few(x, x_scale, packed, scale, bias, residual, dtype)
     weight = triton.expand(packed, _buffer(packed))
-    y = torch._scaled_mm(  # whose result is bfloat16 wherever rows have scales
+    # Its result is bfloat16 wherever rows have scales.
+    y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x,
         weight.mT,
         scale_a=x_scale,

@@ -1,7 +1,7 @@
 """(norm | gate | merge) -> P1^T X P2 -> clip -> scale -> integers, in one pass over memory.
 
 A program holds whole tokens: X as (TB * N1P, N2P), rows of several tokens stacked, N1P and N2P the factors' sizes
-rounded up to powers of two, padded with 0. X P2 is one product of the matrix units; for P1^T the tokens move side by side.
+rounded up to powers of two, padded with 0. X P2 is one product of the matrix units; for P1^T tokens move side by side.
 
 Everything that scales a whole token only moves its scale: of a norm, the gain is applied to the tile, the rms to the
 scale; and a token is divided by its largest magnitude before it becomes float16, so that nothing overflows whatever
@@ -32,9 +32,9 @@ _STRIP = 32
 
 
 @triton.jit
-def _load(x_ptr, other_ptr, token, r, c, mask, N: tl.constexpr, N2: tl.constexpr, SOURCE: tl.constexpr):
+def _load(x_ptr, other_ptr, stride, token, r, c, mask, N2: tl.constexpr, SOURCE: tl.constexpr):
     """Values of a tile, and what a norm takes the mean square of."""
-    at = token.to(tl.int64) * N + r * N2 + c
+    at = token.to(tl.int64) * stride + r * N2 + c
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     y = x
     if SOURCE == _NORM:
@@ -64,7 +64,7 @@ def _merge(parts_ptr, lse_ptr, token, r, c, mask, PARTS, N1: tl.constexpr, N2: t
 
 @triton.jit
 def _kernel(
-    x_ptr, other_ptr, left_ptr, right_ptr, ratio_ptr, out_ptr, scale_ptr, tokens, eps, PARTS,
+    x_ptr, other_ptr, left_ptr, right_ptr, ratio_ptr, out_ptr, scale_ptr, tokens, stride, eps, PARTS,
     SOURCE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HOLD: tl.constexpr, FORM: tl.constexpr,
     QMAX: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N1P: tl.constexpr, N2P: tl.constexpr,
     TB: tl.constexpr, K: tl.constexpr,
@@ -90,7 +90,7 @@ def _kernel(
             x = tl.where(mask, x, 0.0)
             raw = x
         else:
-            x, raw = _load(x_ptr, other_ptr, token, r, c, mask, N, N2, SOURCE)
+            x, raw = _load(x_ptr, other_ptr, stride, token, r, c, mask, N2, SOURCE)
         top = tl.max(tl.reshape(tl.abs(x), (TB, N1P * N2P)), axis=1)  # (TB,)
         top = tl.where(top > 0, top, 1.0)
         unit = top
@@ -105,7 +105,8 @@ def _kernel(
                 y = tl.zeros((TB * N1P, N2P), tl.float32)
                 for start in range(0, N2, K):
                     k = start + tl.arange(0, K)
-                    strip, _ = _load(x_ptr, other_ptr, token, r, k[None, :], rows & (k < N2)[None, :], N, N2, SOURCE)
+                    within = rows & (k < N2)[None, :]
+                    strip, _ = _load(x_ptr, other_ptr, stride, token, r, k[None, :], within, N2, SOURCE)
                     p = tl.load(right_ptr + k[:, None] * N2 + c, mask=(k < N2)[:, None] & (c < N2), other=0.0)
                     y = tl.dot((strip * shrink).to(tl.float16), p, y)
         y = tl.reshape(y, (TB, N1P, N2P))
@@ -166,7 +167,15 @@ def launch(
     form: Form,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel; see `reference`. Factors are float16; `other` is a gain, a gate or log-sum-exps."""
+    """Run the kernel; see `reference`.
+
+    Args:
+        x: rows may lie apart (as the halves of a fused projection do), channels not.
+        other: a gain, a gate as far apart as x, or log-sum-exps.
+        left, right: float16.
+    """
+    if source == "gate" and (other is None or other.stride() != x.stride()):
+        x, other = x.contiguous(), None if other is None else other.contiguous()
     n1, n2 = shape
     n = n1 * n2
     tokens = x.shape[0]
@@ -190,7 +199,7 @@ def launch(
     hold = n2p <= _HELD
     per_sm = max(1, 16384 // tile)
     _kernel[(min(blocks, most * per_sm),)](
-        x, x if other is None else other, left, right, ratios, out, scale, tokens, eps,
+        x, x if other is None else other, left, right, ratios, out, scale, tokens, x.stride(0), eps,
         x.shape[2] if source == "merge" else 1,
         SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, HOLD=hold, FORM=_FORMS[form],
         QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, N1P=n1p, N2P=n2p, TB=tb, K=_STRIP,
