@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from flatquant.bench import Row
     from flatquant.spec import Recipe
 
 app = typer.Typer(
@@ -345,6 +346,49 @@ def methods(as_json: Json = False) -> None:
         shown.add_row(*(row[column] for column in columns[:-1]), f"{row['online']:.2%}")
     Console(highlight=False).print(shown)
     _print("online: operations added to those of the linears of a Llama-2-7B block; --json shows more")
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="Comma-separated: sites, products, models.")] = "sites,products,models",
+    shapes: Annotated[
+        str, typer.Option(help="Comma-separated: llama-2-7b, llama-3-8b, tiny.")
+    ] = "llama-2-7b,llama-3-8b",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time the runtime against bfloat16, with random weights of true shapes; a row that fails its check has no time."""
+    with _errors("interrupted"):
+        from flatquant import bench as benchmark
+
+        where = _device(device)
+        parts, names = (tuple(filter(None, text.split(","))) for text in (what, shapes))
+        unknown = set(parts) - {"sites", "products", "models"}
+        if unknown:
+            raise SpecError(f"nothing called {', '.join(sorted(unknown))} to time; known: sites, products, models")
+        tiny = names == ("tiny",)
+        if where.type != "cuda" and not tiny:
+            raise SpecError("the runtime's kernels are for CUDA devices; --shapes tiny goes the same way on others")
+        rows, memory = benchmark.run(where, parts, names, tiny=tiny)
+        wrong = [row for row in rows if not row.correct]
+        if as_json:
+            _print_json({"rows": [row.json() for row in rows], "memory": memory})
+        else:
+            _bench_table(rows, memory)
+        if wrong:
+            raise FlatQuantError(f"{len(wrong)} of {len(rows)} rows failed their check; their times were not taken")
+
+
+def _bench_table(rows: list[Row], memory: dict[str, dict[str, int]]) -> None:
+    table = Table("what", "tokens", "ms", "10 % - 90 %", "against", "ms", "times faster")
+    for row in rows:
+        times = (f"{row.ms:.4f}", f"{row.low:.4f} - {row.high:.4f}") if row.correct else ("wrong", f"{row.error:.3g}")
+        ratio = ("", "") if row.ratio is None else (f"{row.baseline_ms:.4f}", f"{row.ratio:.2f}")
+        table.add_row(row.what, str(row.tokens), *times, row.baseline, *ratio)
+    Console(highlight=False).print(table)
+    for shape, sizes in memory.items():
+        parts = (f"{part} {sizes[part] / sizes[f'bf16_{part}']:.2f} of bfloat16's" for part in ("weights", "cache"))
+        _print(f"{shape}: {', '.join(parts)}")
 
 
 @app.command()

@@ -1,0 +1,89 @@
+"""The fused runtime on a GPU: parity with the model it serves, then kernels, products and whole models against bf16.
+
+    python -m benchmarks.runtime --model smollm2-135m --data DATA --out benchmarks/results
+
+Parity comes first, on the real SmolLM2: perplexity of WikiText-2's test text from the packed folder, served by kernels,
+against the same integers in memory, computed by the references. Then what `flatquant bench` measures, of the shapes of
+Llama-2-7B and Llama-3-8B. Results are written after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flatquant
+from benchmarks.common import write_result
+from flatquant import bench
+from flatquant.data import calibration_tokens, evaluation_windows
+from flatquant.evaluate.perplexity import perplexity
+from flatquant.models import load_model
+from flatquant.recipes import flatquant as recipe_of
+from flatquant.runtime import fused
+
+NAME = "runtime-h100"
+
+
+def parity(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Perplexity of one quantised model, by references and by kernels, and how fast it writes."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = load_model(args.model, dtype=dtype)
+    texts = Path(args.data) / "wikitext-2-raw"
+    samples, seqlen, windows = (4, 64, 2) if args.tiny else (128, 2048, None)
+    recipe = recipe_of("w4a4kv4").tuned(samples=samples, seqlen=seqlen, epochs=1)
+    tokens = calibration_tokens(texts / "wiki.valid.raw", tokenizer, samples=samples, seqlen=seqlen, seed=0)
+    test = evaluation_windows(texts / "wiki.test.raw", tokenizer, seqlen=seqlen, windows=windows)
+    with tempfile.TemporaryDirectory() as folder:
+        made = flatquant.quantize(model, recipe, tokens, output=f"{folder}/out", device=device, tokenizer=tokenizer)
+        reference = perplexity(made.model.to(device), test, batch_size=8)
+        served = flatquant.load(f"{folder}/out", device=device)
+    if device.type != "cuda":
+        fused.attach(served, ("cpu",))
+    kernels = perplexity(served, test, batch_size=8)
+    assert fused.runtime(served) is not None
+    rates = {}
+    ids = test[:1, :32].to(device)
+    for _ in range(2):  # the first call compiles and records
+        start = time.perf_counter()
+        out = served.generate(ids, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=False)
+        rates["generate_tokens_per_second"] = (out.shape[1] - ids.shape[1]) / (time.perf_counter() - start)
+    return {"reference": reference.value, "kernels": kernels.value, "epochs": 1, **rates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--parts", nargs="*", default=["parity", "sites", "products", "models"])
+    parser.add_argument("--shapes", nargs="*", default=["llama-2-7b", "llama-3-8b"])
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, Any] = {"memory": {}}
+    for part in args.parts:
+        start = time.perf_counter()
+        if part == "parity":
+            metrics["parity"] = parity(args, device)
+            print(metrics["parity"], flush=True)
+        else:
+            shapes = ["tiny"] if args.tiny else args.shapes
+            made, memory = bench.run(device, (part,), shapes, tiny=args.tiny)
+            for row in made:
+                print(row, row.ratio, flush=True)
+            rows += [row.json() for row in made]
+            metrics["memory"] |= memory
+        print(part, round(time.perf_counter() - start, 1), "s", flush=True)
+        write_result(Path(args.out) / f"{NAME}.json", NAME, seeds=[0], metrics=metrics, samples=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,479 @@
+"""How fast the runtime is: kernels against the bytes they move, products and whole models against bfloat16.
+
+Every row is checked first - the same inputs through the kernel and through its reference - and a row that fails its
+check has no time and no ratio. On CUDA all sides run as replayed graphs, on inputs that rotate past the cache; times
+are medians with the tenth and ninetieth percentile. Weights are random, of the true shapes; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+from flatquant import seams
+from flatquant.errors import SpecError
+from flatquant.ops import int4_linear, kron_quantize
+from flatquant.ops.int4_linear import reference as product_reference
+from flatquant.ops.kron.reference import kron_matmul
+from flatquant.ops.kron_quantize import Site
+from flatquant.ops.kron_quantize import reference as site_reference
+from flatquant.recipes import flatquant
+from flatquant.runtime import fused
+from flatquant.runtime.build import install
+from flatquant.transforms import kronecker_split
+from flatquant.transforms.hadamard import hadamard, has_hadamard
+from flatquant.wiring.arch import Geometry
+from flatquant.wiring.archs import arch_of
+from flatquant.wiring.plan import make_plan
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+    },
+}
+SIZES = (4096, 5120, 8192, 11008, 14336, 18944, 28672)
+TOKENS = (1, 16, 2048, 8192)
+TRANSFORMS = ("kronecker", "hadamard", "none")
+_PAST_CACHE = 200 << 20  # bytes that inputs rotate over
+# Of a block in bfloat16 on 4-bit grids: a share of activations is rounded the other way; a wrong block is off by 1.
+_BLOCK_ERROR = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement, in milliseconds; `ratio` is of `baseline_ms` to `ms`, None where the check failed."""
+
+    what: str
+    tokens: int
+    error: float  # of the check: distance from the reference, in the check's own unit
+    correct: bool
+    ms: float | None = None
+    low: float | None = None  # tenth percentile
+    high: float | None = None  # ninetieth
+    baseline: str = ""
+    baseline_ms: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster than the baseline."""
+        return None if self.ms is None or self.baseline_ms is None else self.baseline_ms / self.ms
+
+    def json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {"ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call."""
+
+    median: float
+    low: float
+    high: float
+
+
+def measure(calls: Sequence[Callable[[], Any]], device: torch.device, *, seconds: float = 0.3) -> Times:
+    """Time one call, from runs of all of them in turn; on CUDA as a graph.
+
+    Args:
+        calls: the same work on different data.
+        seconds: to spend on it.
+    """
+    if device.type != "cuda":
+        for call in calls:
+            call()
+        return _repeat(lambda: _wall(calls), len(calls), seconds)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for call in (*calls, calls[0]):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    for _ in range(3):
+        replay()
+    return _repeat(replay, len(calls), seconds)
+
+
+def _wall(calls: Sequence[Callable[[], Any]]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _repeat(run: Callable[[], float], calls: int, seconds: float) -> Times:
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < 10 or (time.perf_counter() < until and len(times) < 1000):
+        times.append(run() / calls)
+    deciles = statistics.quantiles(times, n=10)
+    return Times(statistics.median(times), deciles[0], deciles[-1])
+
+
+def _copies(bytes_each: int) -> int:
+    return max(1, min(64, -(-_PAST_CACHE // max(1, bytes_each))))
+
+
+# --------------------------------------------------------------------------------------------- kernels
+
+
+def make_site(n: int, transform: str, device: torch.device) -> Site:
+    """A site of n channels with a random transform of a kind."""
+    n1, n2 = kronecker_split(n)
+    left = right = None
+    if transform != "none":
+        left, right = (_orthogonal(k, transform, device) for k in (n1, n2))
+    return Site((n1, n2), left, right, torch.full((2,), 0.95, device=device), 4)
+
+
+def _orthogonal(n: int, transform: str, device: torch.device) -> Tensor:
+    """A Hadamard matrix, if that is the transform and there is one; a random one otherwise.  # float32, (n, n)"""
+    if transform == "hadamard" and has_hadamard(n):
+        return (hadamard(n) / n**0.5).to(device)
+    return torch.linalg.qr(torch.randn(n, n, device=device)).Q
+
+
+def sites(device: torch.device, sizes: Sequence[int], tokens: Sequence[int]) -> list[Row]:
+    """SwiGLU, transform and quantisation, packed, against the time of moving the same bytes."""
+    rows = []
+    for n in sizes:
+        site = make_site(n, "kronecker", device)
+        for t in tokens:
+            moved = t * n * 5 // 2  # x in 16 bit, integers in 4
+            inputs = [torch.randn(t, n, device=device, dtype=torch.bfloat16) for _ in range(_copies(moved))]
+            error = _site_error(inputs[0][: min(t, 64)], site)
+            half = [torch.empty(moved // 2, dtype=torch.uint8, device=device) for _ in range(2 * len(inputs))]
+            bytes_ = measure([partial(a.copy_, b) for a, b in zip(half[::2], half[1::2], strict=True)], device)
+            rows.append(
+                _row(
+                    f"transform and quantise {n} ({site.shape[0]} x {site.shape[1]})",
+                    t,
+                    error,
+                    error <= 0.55,
+                    [partial(kron_quantize.plain, x, site, "packed") for x in inputs],
+                    device,
+                    "moving the bytes",
+                    bytes_.median,
+                )
+            )
+            del inputs, half
+    return rows
+
+
+def _site_error(x: Tensor, site: Site) -> float:
+    """How far integers lie from the exact values, in steps: one half by rounding, and a little by arithmetic."""
+    values, _ = kron_quantize.plain(x, site, "float8")
+    left, right = (None if p is None else p.double() for p in (site.left, site.right))
+    _, scale = site_reference.kron_quantize(x.double(), left, right, site.ratios.double(), site.bits, "float8")
+    exact = (kron_matmul(x.double(), left, right) / scale).clamp(-8, 7)
+    return (values.double() - exact).abs().max().item()
+
+
+def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> list[Row]:
+    """Products with packed weights, against bfloat16."""
+    rows = []
+    for o, n in shapes:
+        count = _copies(o * n // 2)
+        packed = [torch.randint(0, 256, (o, n // 2), device=device, dtype=torch.uint8) for _ in range(count)]
+        scale = torch.rand(o, device=device) * 0.01 + 0.01
+        dense = [torch.randn(o, n, device=device, dtype=torch.bfloat16) for _ in range(_copies(2 * o * n))]
+        for t in tokens:
+            x = torch.randint(-8, 8, (t, n), device=device, dtype=torch.int8)
+            if int4_linear.form(t, device) == "float8":
+                x = x.float().to(torch.float8_e4m3fn)
+            s = torch.rand(t, 1, device=device) + 0.5
+            want = product_reference.int4_linear(x, s, packed[0], scale, None, None, torch.float32)
+            got = int4_linear.int4_linear(x, s, packed[0], scale, None, None, torch.bfloat16).float()
+            error = ((got - want).abs().max() / want.abs().max()).item()
+            y = torch.randn(t, n, device=device, dtype=torch.bfloat16)
+            base = measure([partial(F.linear, y, w) for w in dense], device)
+            calls = [partial(int4_linear.int4_linear, x, s, w, scale, None, None, torch.bfloat16) for w in packed]
+            rows.append(_row(f"product {o} x {n}", t, error, error <= 2**-7, calls, device, "bfloat16", base.median))
+        del packed, dense
+    return rows
+
+
+def _row(
+    what: str,
+    tokens: int,
+    error: float,
+    correct: bool,
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    baseline: str,
+    baseline_ms: float,
+) -> Row:
+    if not correct:
+        return Row(what=what, tokens=tokens, error=error, correct=False, baseline=baseline)
+    times = measure(calls, device)
+    return Row(
+        what=what,
+        tokens=tokens,
+        error=error,
+        correct=True,
+        ms=times.median,
+        low=times.low,
+        high=times.high,
+        baseline=baseline,
+        baseline_ms=baseline_ms,
+    )
+
+
+# --------------------------------------------------------------------------------------------- models
+
+
+def config_of(shape: str, layers: int | None = None) -> Any:
+    """The configuration of a Llama of the shape.
+
+    Raises:
+        SpecError: an unknown shape.
+    """
+    if shape not in SHAPES:
+        raise SpecError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    sizes: dict[str, Any] = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    return LlamaConfig(**sizes, max_position_embeddings=8192)
+
+
+@torch.no_grad()
+def packed_model(config: Any, device: torch.device, transform: str = "kronecker") -> PreTrainedModel:
+    """A W4A4KV4 model of random integers, with the fused runtime attached.
+
+    Args:
+        transform: "kronecker" everywhere; "hadamard" where QuaRot has it online, in front of o_proj and down_proj and
+            on queries and keys; or "none".
+    """
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
+    seams.use_attention(model)
+    arch = arch_of(config)
+    plan = make_plan(flatquant("w4a4kv4"), arch, Geometry.of(config), model.model.layers)
+    for block, block_plan in zip(model.model.layers, plan.blocks, strict=True):
+        install(block, plan.attention, block_plan, packed=True)
+    model.to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        leaf = name.rpartition(".")[2]
+        if tensor.dtype == torch.uint8:
+            tensor.random_(0, 256)
+        elif leaf == "scale":
+            tensor.fill_(0.2 / config.hidden_size**0.5)
+        elif leaf == "ratio":
+            tensor.fill_(0.95)
+        elif "norm" in name:
+            tensor.fill_(1)
+        elif leaf in ("left", "right", "key_matrix", "query_matrix"):
+            tensor.copy_(torch.linalg.qr(torch.randn_like(tensor)).Q)
+        elif "inv_freq" not in leaf:
+            tensor.normal_(0, 0.02)
+    if transform != "kronecker":
+        _replace_transforms(model, transform)
+    fused.attach(model, ("cuda", "cpu"))
+    return model.eval().requires_grad_(False)
+
+
+def _replace_transforms(model: PreTrainedModel, transform: str) -> None:
+    for name, module in model.named_modules():
+        if not hasattr(module, "left") and not hasattr(module, "key_matrix"):
+            continue
+        for leaf in ("left", "right", "key_matrix", "query_matrix"):
+            factor = getattr(module, leaf, None)
+            if factor is None:
+                continue
+            online = transform == "hadamard" and not name.endswith(("attn_in", "mlp_in"))
+            size = factor.shape[0]
+            setattr(module, leaf, _orthogonal(size, transform, factor.device) if online else None)
+
+
+@torch.no_grad()
+def models(
+    shape: str,
+    device: torch.device,
+    *,
+    layers: int | None = None,
+    prompt: int = 2048,
+    batches: Sequence[int] = (1, 4, 16, 64),
+) -> tuple[list[Row], dict[str, int]]:
+    """Prefill and decoding of a whole model against bfloat16, with transforms, with Hadamard ones, and without.
+
+    Returns:
+        The rows, and bytes of weights and cache.
+    """
+    config = config_of(shape, layers)
+    baseline: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    baseline = baseline.to(device).eval().requires_grad_(False)
+    ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
+    base_prefill = measure([partial(baseline, ids, use_cache=False, logits_to_keep=1)], device, seconds=1)
+    base_decode = {b: _base_decode(baseline, b, prompt, device) for b in batches}
+    sizes = {"bf16_weights": sum(p.nbytes for p in baseline.parameters())}
+    sizes["bf16_cache"] = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * prompt
+    baseline = None  # its memory is for the next one
+    _release(device)
+    rows: list[Row] = []
+    for transform in TRANSFORMS:
+        model = packed_model(config, device, transform)
+        runtime = fused.runtime(model)
+        assert runtime is not None
+        error = _block_error(model, runtime)
+        cache = runtime.new_cache(1, prompt)
+
+        what = f"{shape} prefill, {transform}"
+        calls = [partial(_prefill, runtime, ids, cache)]
+        rows.append(_row(what, prompt, error, error <= _BLOCK_ERROR, calls, device, "bfloat16", base_prefill.median))
+        for b in batches:
+            cache = runtime.new_cache(b, prompt + 1)
+            rows.append(_decode_row(shape, transform, runtime, cache, prompt, error, base_decode[b], device))
+        if transform == "kronecker":
+            sizes["weights"] = sum(t.nbytes for t in {**model.state_dict()}.values())
+            cache = runtime.new_cache(1, prompt)
+            cache.rewind(prompt)
+            sizes["cache"] = cache.nbytes() * prompt // cache.length
+        del model, runtime, cache, calls
+        _release(device)
+    return rows, sizes
+
+
+def _prefill(runtime: fused.Fused, ids: Tensor, cache: Any) -> Tensor:
+    cache.rewind(0)
+    return runtime.prefill(ids, torch.arange(ids.shape[1], device=ids.device)[None], cache, None, 1)
+
+
+def _decode_row(
+    shape: str,
+    transform: str,
+    runtime: fused.Fused,
+    cache: Any,
+    prompt: int,
+    error: float,
+    base: Times,
+    device: torch.device,
+) -> Row:
+    for layer in cache.packed:
+        for store in layer.stores:
+            store.packed.random_(0, 256)
+    ids = torch.zeros((cache.batch, 1), dtype=torch.int64, device=device)
+    cache.rewind(prompt)
+
+    def decode() -> Tensor:
+        return runtime.head(runtime.hidden(ids, ids + prompt, cache))
+
+    what = f"{shape} decode, {transform}"
+    return _row(what, cache.batch, error, error <= _BLOCK_ERROR, [decode], device, "bfloat16", base.median)
+
+
+def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.device) -> Times:
+    cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
+    ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+    places = torch.full((batch, 1), prompt, dtype=torch.int64, device=device)
+    model(ids, past_key_values=cache, use_cache=True)  # makes room
+    used: Any = [layer.cumulative_length for layer in cache.layers]  # pyright: ignore[reportAttributeAccessIssue]
+    full = [torch.full_like(length, prompt) for length in used]
+
+    def decode() -> Any:
+        torch._foreach_copy_(used, full)  # pyright: ignore[reportPrivateImportUsage] - every step writes to the same place
+        return model(ids, past_key_values=cache, position_ids=places, use_cache=True).logits
+
+    times = measure([decode], device, seconds=1)
+    _release(device)
+    return times
+
+
+def _block_error(model: PreTrainedModel, runtime: fused.Fused) -> float:
+    """How far the first block's output lies from that of the modules it stands for, relative to what it adds.
+
+    Measured where the rounding of activations makes the most of a difference: between two ways to compute in bfloat16.
+    """
+    inner: Any = model.base_model
+    errors = []
+    for tokens in (48, 80):  # either side of where products change their kernel
+        x = torch.randn(1, tokens, model.config.hidden_size, device=model.device, dtype=model.dtype)
+        places = torch.arange(tokens, device=model.device)[None]
+        cos, sin = inner.rotary_emb(x, places)
+        cache = runtime.new_cache(1, tokens)
+        got = runtime.blocks[0](x, cos, sin, cache, cache.packed[0], None)
+        want = inner.layers[0](x, position_embeddings=(cos, sin), attention_mask=None, position_ids=places)
+        errors.append(((got - want).float().norm() / (want - x).float().norm()).item())
+    return max(errors)
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------------- the command
+
+
+def run(
+    device: torch.device, what: Sequence[str], shapes: Sequence[str], *, tiny: bool = False
+) -> tuple[list[Row], dict[str, dict[str, int]]]:
+    """All measurements that were asked for.
+
+    Args:
+        what: of "sites", "products", "models".
+        shapes: of models and of their products.
+        tiny: sizes for a machine without a GPU: the way is the same, the figures mean nothing.
+
+    Returns:
+        Rows, and for every model the bytes of its weights and of its cache.
+    """
+    rows: list[Row] = []
+    memory: dict[str, dict[str, int]] = {}
+    if "sites" in what:
+        rows += sites(device, (64, 96) if tiny else SIZES, (1, 5) if tiny else TOKENS)
+    for shape in shapes:
+        config = config_of(shape)
+        if "products" in what:
+            n, i, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+            matrices = ((n + 2 * kv, n), (n, n), (2 * i, n), (n, i))
+            rows += products(device, matrices, (1, 5) if tiny else (1, 4, 16, 64, 2048))
+        if "models" in what:
+            options: dict[str, Any] = {"prompt": 16, "batches": (1, 2)} if tiny else {}
+            made, memory[shape] = models(shape, device, **options)
+            rows += made
+    return rows, memory

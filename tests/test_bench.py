@@ -1,0 +1,92 @@
+"""The benchmark measures what it says, and gives no time to what is wrong. Times themselves are a GPU's business."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flatquant import bench
+from flatquant.cli import app
+from flatquant.errors import SpecError
+from flatquant.ops import int4_linear, kron_quantize
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few runs, of one set of inputs."""
+    monkeypatch.setattr(bench, "_PAST_CACHE", 1)
+    monkeypatch.setattr(bench, "_repeat", lambda run, calls, seconds: bench.Times(run() / calls, 0.0, 1.0))
+
+
+def test_everything_tiny() -> None:
+    rows, memory = bench.run(CPU, ("sites", "products", "models"), ("tiny",), tiny=True)
+    assert all(row.correct and row.ms is not None and row.ms > 0 and row.ratio is not None for row in rows)
+    assert [row.what for row in rows if "prefill" in row.what] == [f"tiny prefill, {t}" for t in bench.TRANSFORMS]
+    assert [row.tokens for row in rows if "decode" in row.what] == 3 * [1, 2]
+    assert {row.what for row in rows if row.what.startswith("product")} == {
+        "product 128 x 64",
+        "product 64 x 64",
+        "product 192 x 64",
+        "product 64 x 96",
+    }
+    # Two heads of 16 channels in two blocks: 8 bytes, a scale and a zero point, against 32 bytes.
+    assert memory["tiny"]["cache"] == 2 * 2 * 2 * 16 * (8 + 4 + 1)
+    assert memory["tiny"]["bf16_cache"] == 2 * 2 * 2 * 16 * 32
+
+
+def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, product = kron_quantize.plain, int4_linear.int4_linear
+
+    def wrong(x, site, form):
+        values, scale = right(x, site, form)
+        return (values.float().neg().to(values.dtype) if form == "float8" else values), scale
+
+    monkeypatch.setattr(kron_quantize, "plain", wrong)
+    monkeypatch.setattr(int4_linear, "int4_linear", lambda *args: product(*args) * 1.1)
+    rows, _ = bench.run(CPU, ("sites", "products"), ("tiny",), tiny=True)
+    assert not any(row.correct for row in rows)
+    assert all(row.ms is None and row.ratio is None for row in rows)
+    done = CliRunner().invoke(app, ["bench", "sites", "--shapes", "tiny", "--device", "cpu"])
+    assert done.exit_code == 1
+    assert "failed their check" in done.stderr
+    assert "wrong" in done.stdout
+
+
+def test_a_wrong_block_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = kron_quantize.norm
+    monkeypatch.setattr(kron_quantize, "norm", lambda x, gain, eps, *rest: norm(x.flip(-1), gain, eps, *rest))
+    rows, _ = bench.models("tiny", CPU, prompt=16, batches=(1,))
+    assert not any(row.correct for row in rows)
+
+
+def test_transforms_are_what_the_row_says() -> None:
+    config = bench.config_of("tiny")
+    factors = {}
+    for transform in bench.TRANSFORMS:
+        block = bench.packed_model(config, CPU, transform).model.layers[0].flatquant
+        factors[transform] = {name: site.left for name, site in block.items()}
+    assert all(left is None for left in factors["none"].values())
+    assert all(left is not None for left in factors["kronecker"].values())
+    assert {name for name, left in factors["hadamard"].items() if left is not None} == {"attn_out", "mlp_mid"}
+    assert (factors["hadamard"]["attn_out"].abs() == 0.5).all()  # of four heads
+
+
+def test_the_command() -> None:
+    done = CliRunner().invoke(app, ["bench", "sites", "--shapes", "tiny", "--device", "cpu", "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)["rows"]
+    assert {row["baseline"] for row in rows} == {"moving the bytes"}
+    for arguments, message in (
+        (["kernels"], "known: sites, products, models"),
+        (["models", "--shapes", "gpt-5"], "CUDA|unknown shape"),
+        (["sites", "--device", "cpu"], "CUDA devices"),
+    ):
+        done = CliRunner().invoke(app, ["bench", *arguments])
+        assert done.exit_code == 1
+        assert done.stderr.startswith("error: ")
+        assert any(part in done.stderr for part in message.split("|"))
+    with pytest.raises(SpecError, match="known: llama-2-7b"):
+        bench.config_of("gpt-5")
