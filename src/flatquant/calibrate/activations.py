@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import IO, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -116,6 +117,7 @@ class OnDisk(Spilled):
             raise CalibrationError(f"cannot write in {folder}: {error.strerror or error}") from error
         self._reader = ThreadPoolExecutor(1)
         self._ahead: tuple[tuple[int, int], Future[Tensor]] | None = None
+        weakref.finalize(self, _end, self._file, self._reader)
 
     def __getitem__(self, rows: slice) -> Tensor:
         wanted, ahead = self._range(rows), self._settled()
@@ -156,6 +158,11 @@ class OnDisk(Spilled):
 
     def like(self) -> OnDisk:
         return OnDisk(self.shape, self.dtype, self.device, self._folder)
+
+
+def _end(file: IO[bytes], reader: ThreadPoolExecutor) -> None:
+    reader.shutdown(wait=False)
+    file.close()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

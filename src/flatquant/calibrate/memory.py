@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from flatquant.calibrate.activations import Place
 from flatquant.errors import CalibrationError, SpecError
 from flatquant.spec import BlockPlan, Plan, Recipe
-from flatquant.wiring.arch import Arch, submodule
+from flatquant.wiring.arch import submodule
 
 FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
 MOST_TOGETHER = 6  # blocks, for their memory
@@ -70,6 +70,7 @@ class Estimate:
         windows: of a batch that a fit works on at a time.
         side_by_side: blocks that are fitted at a time.
         streamed: whether one block's tensors are in memory at a time.
+        shared: whether the device is the host.
     """
 
     device: int
@@ -79,21 +80,25 @@ class Estimate:
     windows: int
     side_by_side: int
     streamed: bool
+    shared: bool
 
     def __str__(self) -> str:
         """One line for people."""
         batch = f"{self.windows} window{'s' if self.windows > 1 else ''} at a time"
         blocks = f"{self.side_by_side} blocks side by side" if self.side_by_side > 1 else "one block at a time"
         where = {"device": "on the device", "host": "in host memory", "disk": "in a file"}[self.place]
+        memory = f"{_size(self.host)} in memory"
+        if not self.shared:
+            memory = f"{_size(self.device)} on the device, {_size(self.host)} in host memory"
         return (
-            f"estimate, counted from shapes: {_gib(self.device)} on the device, {_gib(self.host)} in host memory, "
-            f"{_gib(self.disk)} on disk; {blocks}{', streamed' if self.streamed else ''}, {batch}, activations {where}; "
-            "the time left is known after the first block"
+            f"estimate, counted from shapes: {memory}, {_size(self.disk)} on disk; {blocks}"
+            f"{', streamed' if self.streamed else ''}, {batch}, activations {where}; "
+            "seconds are known after the first block"
         )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
 
 
 def splits(batch: int, windows: int) -> int:
@@ -104,6 +109,12 @@ def splits(batch: int, windows: int) -> int:
 def full_step(seqlen: int, hidden: int) -> int:
     """Windows whose hidden states are enough work at a time for a GPU."""
     return max(1, FULL_STEP // (seqlen * hidden))
+
+
+def check_streamable(recipe: Recipe) -> None:
+    """Raise CalibrationError if a recipe cannot have one block in memory at a time."""
+    if why := needs_all_blocks(recipe):
+        raise CalibrationError(f"{why}, so that the model cannot be streamed; load it whole (--no-stream)")
 
 
 def needs_all_blocks(recipe: Recipe) -> str:
@@ -148,7 +159,6 @@ class _Sizes:
         ]
         rest = stored - item * sum(weights)
         bits = [site.weights.bits if site.weights else 8 * item for site in plan.sites.values()]
-        whole = [min(8, b) if site.weights else b for b, site in zip(bits, plan.sites.values(), strict=True)]
         whole = [8 if site.weights else b for b, site in zip(bits, plan.sites.values(), strict=True)]
         factors = sum(4 * (s.shape[0] ** 2 * s.left + s.shape[1] ** 2 * s.right) for s in plan.sites.values())
         return cls(
@@ -181,7 +191,6 @@ _FUSED = _Copies(kept=2.5, made=3.5, inputs=4, outputs=3, hidden=10)
 
 def estimate(
     model: PreTrainedModel,
-    arch: Arch,
     plan: Plan,
     recipe: Recipe,
     *,
@@ -204,32 +213,39 @@ def estimate(
     Raises:
         CalibrationError: a given limit is less than the least that the run needs.
     """
-    count = _Count(model, arch, plan, recipe, shape, device, dtype, streamed)
+    count = _Count(model, plan, recipe, shape, device, dtype, streamed)
     most = count.batch if windows is None else windows
     parts = [most] if windows is not None else [w for w in range(most, 0, -1) if count.batch % w == 0]
     together = [side_by_side or count.together]
     if side_by_side is None:
         together = list(range(count.together, 0, -1))
-    free_device, free_host = _free_device(device), free_host_bytes()
-    device_limit, host_limit = limits.device or free_device, limits.host or free_host
     on_gpu = device.type == "cuda"
-    if not on_gpu:
-        host_limit = min(limit for limit in (limits.device, limits.host, free_host) if limit is not None)
-        device_limit = host_limit
+    if not on_gpu:  # all is the host's
+        given = [limit for limit in (limits.device, limits.host) if limit is not None]
+        limits = Limits(host=min(given, default=None))
+    device_limit = _free_device(device) if limits.device is None else limits.device
+    host_limit = free_host_bytes() if limits.host is None else limits.host
     least: Estimate | None = None
     # What is given up first varies fastest.
     for w, place, k in product(parts, ("device", "host", "disk") if on_gpu else ("device", "disk"), together):
+        if place != "device" and k != together[-1]:
+            continue  # blocks side by side read one another's rows: they would be brought twice
         least = count.layout(place, w, k)
-        if least.device <= device_limit and least.host <= host_limit:
+        if _within(least.device, device_limit) and _within(least.host, host_limit):
             return least
     assert least is not None
-    if (limits.device and least.device > limits.device) or (limits.host and least.host > limits.host):
+    # What is free is taken as a wish: an estimate must not stop a run that might go well.
+    if not (_within(least.device, limits.device) and _within(least.host, limits.host)):
         raise CalibrationError(
-            f"by an estimate from shapes the run needs at least {_gib(least.device)} on the device and "
-            f"{_gib(least.host)} in host memory, more than was allowed; raise the limit, or use a smaller --seqlen"
+            f"by an estimate from shapes the run needs at least {_size(least.device)} on the device and "
+            f"{_size(least.host)} in host memory, more than was allowed; raise the limit, or use a smaller --seqlen"
             + ("" if streamed or needs_all_blocks(recipe) else ", or --stream")
         )
     return least
+
+
+def _within(size: int, limit: int | None) -> bool:
+    return limit is None or size <= limit
 
 
 class _Count:
@@ -238,7 +254,6 @@ class _Count:
     def __init__(
         self,
         model: PreTrainedModel,
-        arch: Arch,
         plan: Plan,
         recipe: Recipe,
         shape: tuple[int, int] | None,
@@ -246,7 +261,7 @@ class _Count:
         dtype: torch.dtype,
         streamed: bool,
     ) -> None:
-        blocks = list(submodule(model, arch.blocks).children())
+        blocks = list(submodule(model, plan.blocks_path).children())
         self.recipe, self.shape, self.device, self.streamed = recipe, shape, device, streamed
         self.sizes = [_Sizes.of(block, p) for block, p in zip(blocks, plan.blocks, strict=True)]
         self.hidden, self.vocab = model.config.hidden_size, model.config.vocab_size
@@ -283,6 +298,7 @@ class _Count:
             windows=windows,
             side_by_side=side_by_side,
             streamed=self.streamed,
+            shared=not self.fused,
         )
 
     @property
@@ -301,7 +317,7 @@ class _Count:
         tokens = windows * (self.shape[1] if self.shape else 0)
         s = max(self.sizes, key=lambda s: s.weights)
         resident = 4 * sum(b.weights for b in self.sizes) if self.all_blocks else 0
-        fold = 20 * s.weights + 24 * s.largest
+        fold = 12 * s.weights + 22 * s.largest  # float64, a site at a time
         solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.hessian else 0)
         passes = tokens * self.item * (2 * s.inputs + s.outputs)
         fit = side_by_side * self._fit(s, tokens) if self.fits else 0
@@ -346,7 +362,10 @@ def free_host_bytes() -> int | None:
 
 
 def _free_device(device: torch.device) -> int | None:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    ours = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, and free again
+    return torch.cuda.mem_get_info(device)[0] + ours
 
 
 @contextmanager

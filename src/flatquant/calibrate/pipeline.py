@@ -27,7 +27,7 @@ from flatquant.calibrate.blockwise import BlockFit, autocast, fit_blocks
 from flatquant.calibrate.capture import BlockCall, Observer, capture, run_block
 from flatquant.calibrate.end2end import fit_end_to_end
 from flatquant.calibrate.gradients import output_hessians
-from flatquant.calibrate.memory import Estimate, Limits, capped, estimate, full_step, needs_all_blocks, splits
+from flatquant.calibrate.memory import Estimate, Limits, capped, check_streamable, estimate, full_step, splits
 from flatquant.calibrate.optimise import deterministic
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
@@ -95,9 +95,8 @@ def calibrate(
     graph: bool = True,
     side_by_side: int | None = None,
     limits: Limits | None = None,
-    windows: int | None = None,
+    layout: Estimate | None = None,
     checkpoint: Checkpoint | None = None,
-    notice: Callable[[Estimate], None] | None = None,
 ) -> tuple[Plan, Report]:
     """Quantise `model` in place: its blocks end up with frozen linears, its attention with the quantised cache seam.
 
@@ -110,10 +109,9 @@ def calibrate(
         graph: on CUDA, replay steps from CUDA graphs.
         side_by_side: blocks fitted at a time; by default as many as it takes to fill a GPU, and one on a CPU.
         limits: memory to stay within; by default what is free.
-        windows: of a fit's batch that are worked on at a time; by default as many as there is memory for.
+        layout: in memory, as `estimate` gave it; by default one within `limits`.
         checkpoint: where a block's tensors come from when its turn comes; the model's blocks are on the meta device,
             and are there again afterwards: `state` has them.
-        notice: called once, before any work, with what the run will need.
 
     Raises:
         CalibrationError: NaN in a block (named); data missing; a memory limit that the estimate does not keep.
@@ -128,27 +126,23 @@ def calibrate(
         raise CalibrationError(f"the recipe {recipe.name} needs calibration text")
     if checkpoint is not None:
         assert state is not None, "a streamed run keeps its blocks in a state"
-        if why := needs_all_blocks(recipe):
-            raise CalibrationError(f"{why}, so that the model cannot be streamed; load it whole (--no-stream)")
-    needed = estimate(
-        model,
-        arch,
-        plan,
-        recipe,
-        shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
-        device=device,
-        dtype=dtype,
-        limits=limits or Limits(),
-        streamed=checkpoint is not None,
-        side_by_side=side_by_side if side_by_side or graph else 1,
-        windows=windows,
-    )
-    if notice is not None:
-        notice(needed)
-    run = _Run(
-        model, recipe, plan, tokens, device, dtype, seed, state, progress or (lambda *_: None), graph, needed, checkpoint
-    )
-    with capped(device, limits or Limits()):
+        check_streamable(recipe)
+    limits = limits or Limits()
+    if layout is None:
+        layout = estimate(
+            model,
+            plan,
+            recipe,
+            shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
+            device=device,
+            dtype=dtype,
+            limits=limits,
+            streamed=checkpoint is not None,
+            side_by_side=side_by_side if side_by_side or graph else 1,
+        )
+    progress = progress or (lambda *_: None)
+    run = _Run(model, recipe, plan, tokens, device, dtype, seed, state, progress, graph, layout, checkpoint)
+    with capped(device, limits):
         return plan, run()
 
 
@@ -178,7 +172,7 @@ class _Run:
         state: RunState | None,
         progress: Progress,
         graph: bool,
-        needed: Estimate,
+        layout: Estimate,
         checkpoint: Checkpoint | None,
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
@@ -193,7 +187,7 @@ class _Run:
         if self.residual is not None:
             self.residual.to(device)
         self.solver = make_solver(recipe.solver)
-        self.needed, self.checkpoint, self.side_by_side = needed, checkpoint, needed.side_by_side
+        self.layout, self.checkpoint, self.side_by_side = layout, checkpoint, layout.side_by_side
         self.report = Report()
         self.notes: dict[int, dict[str, Any]] = {}  # by block
         self.clock = Clock(seconds=self.report.seconds, device=device)
@@ -250,7 +244,7 @@ class _Run:
     def _room(self, shape: tuple[int, ...], _: torch.dtype) -> Kept:
         """For activations, in the dtype of the products: so they are kept between blocks."""
         folder = None if self.state is None else self.state.folder
-        return room(shape, self.dtype, self.device, self.needed.place, folder)
+        return room(shape, self.dtype, self.device, self.layout.place, folder)
 
     def _capture(self) -> tuple[Kept | None, list[BlockCall]]:
         if not self.recipe.needs_data:
@@ -336,7 +330,7 @@ class _Run:
                 spec,
                 dtype=self.dtype,
                 graph=self.graph,
-                splits=splits(spec.batch_size, self.needed.windows),
+                splits=splits(spec.batch_size, self.layout.windows),
                 progress=lambda done, _: self.progress("fit", before + done, total),
             )
 
@@ -365,7 +359,7 @@ class _Run:
                 spec,
                 dtype=self.dtype,
                 graph=self.graph,
-                splits=splits(spec.batch_size, self.needed.windows),
+                splits=splits(spec.batch_size, self.layout.windows),
                 start=start,
                 save=save,
                 progress=lambda done, total: self.progress("end to end", done, total),
@@ -456,8 +450,8 @@ class _Run:
     def batch(self) -> int:
         """Windows per forward pass outside the fit."""
         if self.device.type != "cuda" or self.tokens is None:
-            return self.needed.windows
-        return max(full_step(self.tokens.shape[1], self.model.config.hidden_size), self.needed.windows)
+            return self.layout.windows
+        return max(full_step(self.tokens.shape[1], self.model.config.hidden_size), self.layout.windows)
 
 
 def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec) -> int:
