@@ -14,6 +14,7 @@ from torch import nn
 import flatquant
 from flatquant import api, recipes
 from flatquant.calibrate.pipeline import calibrate
+from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError, ModelError
 from flatquant.models import load_model, open_model
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, SolverSpec
@@ -163,9 +164,9 @@ def test_what_needs_the_whole_model_is_not_streamed(folder: Path, tmp_path: Path
     refused("only a local folder can be streamed", "some/model", SMALL, tokens, error=ModelError, **output)
     assert not (tmp_path / "out.partial").exists()
     with pytest.raises(CalibrationError, match="cannot be streamed"):
-        checkpoint = open_model(folder)[2]
+        options = {"checkpoint": open_model(folder)[2], "state": RunState(tmp_path / "state", {}, resume=False)}
         recipe = quick("w4", end_to_end=EndToEndSpec(steps=1))
-        calibrate(tiny_llama(), recipe, tokens, device=CPU, dtype=torch.float32, checkpoint=checkpoint)
+        calibrate(tiny_llama(), recipe, tokens, device=CPU, dtype=torch.float32, **options)
 
 
 def altered(folder: Path, work: Path, change) -> Path:

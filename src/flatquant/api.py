@@ -28,7 +28,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import __version__
-from flatquant.calibrate.memory import Estimate, Limits, estimate, free_host_bytes, needs_all_blocks, parse_bytes
+from flatquant.calibrate.memory import (
+    Estimate,
+    Limits,
+    estimate,
+    free_host_bytes,
+    needs_all_blocks,
+    parse_bytes,
+    return_freed_memory,
+)
 from flatquant.calibrate.pipeline import Report, calibrate, solved_name
 from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded, tensor_bytes
 from flatquant.data import calibration_tokens
@@ -180,6 +188,7 @@ def _open(
 
 @torch.no_grad()
 def _streamed(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Checkpoint]:
+    return_freed_memory()
     model, tokenizer, checkpoint = open_model(name)
     checkpoint.fill(model, "", besides=arch_of(model.config, model).blocks + ".")
     model.tie_weights()

@@ -11,10 +11,12 @@ parts. All but the last leave every bit as it is.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,6 +33,7 @@ from flatquant.wiring.arch import submodule
 FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
 MOST_TOGETHER = 6  # blocks, for their memory
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -359,6 +362,17 @@ def free_host_bytes() -> int | None:
     if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found, default=None)
+
+
+def return_freed_memory() -> None:
+    """From now on, let the C library return the memory of large tensors to the kernel as soon as they are freed.
+
+    Left to itself, it keeps more and more of it, between what lives: a process that streams a model grows by half of
+    every block.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library has no such function
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 18)
 
 
 def _free_device(device: torch.device) -> int | None:
