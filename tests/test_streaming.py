@@ -104,7 +104,16 @@ def test_a_streamed_run_writes_the_bytes_of_a_plain_one(folder: Path, recipe: Re
 def test_shards_are_those_of_save_file(tmp_path: Path) -> None:
     from flatquant.runtime.artifact import _Pending, _write_shard
 
-    kinds = (torch.float32, torch.bfloat16, torch.uint8, torch.int8, torch.float16, torch.int32, torch.int64, torch.float64)
+    kinds = (
+        torch.float32,
+        torch.bfloat16,
+        torch.uint8,
+        torch.int8,
+        torch.float16,
+        torch.int32,
+        torch.int64,
+        torch.float64,
+    )
     kinds = (*kinds, torch.bool, torch.int16)
     tensors = {f"{i}.{'xyz'[i % 3]}": torch.arange(3 + i).to(kind)[:, None] for i, kind in enumerate(kinds)}
     tensors |= {f"b{i}": torch.ones(i, 2, dtype=kinds[i % 3]) for i in range(8)} | {"scalar": torch.tensor(3.0)}
@@ -184,7 +193,9 @@ def altered(folder: Path, work: Path, change) -> Path:
 def test_names_that_transformers_would_change_are_loaded_whole(folder: Path, tmp_path: Path) -> None:
     # Without its prefix, a model is found all the same by transformers.
     bare = altered(folder, tmp_path / "bare", lambda t: {k.removeprefix("model."): v for k, v in t.items()})
-    with pytest.raises(ModelError, match=r"tensor by tensor: .* is not both in its files and in the model.*--no-stream"):
+    with pytest.raises(
+        ModelError, match=r"tensor by tensor: .* is not both in its files and in the model.*--no-stream"
+    ):
         open_model(bare)
     more = altered(folder, tmp_path / "more", lambda t: t | {"model.layers.0.rotary.inv_freq": torch.ones(2)})
     with pytest.raises(ModelError, match="inv_freq is not both"):
@@ -198,7 +209,10 @@ def test_names_that_transformers_would_change_are_loaded_whole(folder: Path, tmp
     assert result[2] is None
     assert api._open(folder, recipes.rtn("w4"), None, api._Place.of(tmp_path / "o"), api.Limits(host=1), None)[2]
     assert api._open(folder, recipes.rtn("w4"), None, None, api.Limits(host=1), None)[2] is None
-    assert api._open(folder, recipes.rtn("w4"), None, api._Place.of(tmp_path / "o"), api.Limits(host=limit), None)[2] is None
+    assert (
+        api._open(folder, recipes.rtn("w4"), None, api._Place.of(tmp_path / "o"), api.Limits(host=limit), None)[2]
+        is None
+    )
 
 
 def test_broken_weights_are_found_before_any_work(folder: Path, tmp_path: Path) -> None:

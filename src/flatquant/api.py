@@ -151,7 +151,20 @@ def quantize(
     if notice is not None:
         notice(layout)
     run = _Run(
-        model, name, recipe, calibration, tokenizer, place, device, dtype, seed, resume, progress, checkpoint, limits, layout
+        model,
+        name,
+        recipe,
+        calibration,
+        tokenizer,
+        place,
+        device,
+        dtype,
+        seed,
+        resume,
+        progress,
+        checkpoint,
+        limits,
+        layout,
     )
     return run()
 
@@ -501,7 +514,9 @@ def stored_bytes(model: nn.Module) -> int:
     unpacked = {f"{name}.{m.loose}": m for name, m in model.named_modules() if isinstance(m, Unpacked)}
     sizes: dict[int | str, int] = {}
     for name, tensor in model.state_dict().items():
-        sizes[name if tensor.is_meta else tensor.data_ptr()] = unpacked[name].packed_bytes if name in unpacked else tensor.nbytes
+        sizes[name if tensor.is_meta else tensor.data_ptr()] = (
+            unpacked[name].packed_bytes if name in unpacked else tensor.nbytes
+        )
     return sum(sizes.values())
 
 

@@ -128,7 +128,9 @@ def _errors(interrupted: str = "interrupted") -> Iterator[None]:
     except Exception as error:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
-            message = "the device is out of memory; try --max-memory with less than it has, a smaller --seqlen, or another"
+            message = (
+                "the device is out of memory; try --max-memory with less than it has, a smaller --seqlen, or another"
+            )
             raise _failure(message, 1) from error
         raise
 
@@ -247,9 +249,7 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run of the same settings.")
     ] = False,
-    max_memory: Annotated[
-        str | None, typer.Option(help="On the device, like 20GiB; by default what is free.")
-    ] = None,
+    max_memory: Annotated[str | None, typer.Option(help="On the device, like 20GiB; by default what is free.")] = None,
     max_host_memory: Annotated[
         str | None, typer.Option(help="Of the host, like 20GiB; by default what is free.")
     ] = None,

@@ -144,7 +144,9 @@ class Checkpoint:
         except Exception as error:  # SafetensorError, for one, is no subclass of OSError
             raise ModelError(f"cannot read {name} from {path}: {_first_line(error)}; fetch the model again") from error
 
-    def fill(self, module: nn.Module, prefix: str, device: str | torch.device = "cpu", besides: str | None = None) -> None:
+    def fill(
+        self, module: nn.Module, prefix: str, device: str | torch.device = "cpu", besides: str | None = None
+    ) -> None:
         """Give a module that is on the meta device its tensors.
 
         Args:

@@ -67,7 +67,9 @@ def fit_blocks(
         CalibrationError: a block's loss is not finite.
     """
     running = [
-        (block, _optimiser(block, spec, dtype, graph, splits)) for block in blocks if any(block.fit.parameters().values())
+        (block, _optimiser(block, spec, dtype, graph, splits))
+        for block in blocks
+        if any(block.fit.parameters().values())
     ]
     history: dict[int, list[float]] = {block.index: [] for block in blocks}
     per_epoch = _steps_per_epoch(blocks[0], spec)

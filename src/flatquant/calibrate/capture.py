@@ -73,7 +73,10 @@ def _recorded(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, tuple, dict]
 
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel, arch: Arch, tokens: Tensor, room: Callable[[tuple[int, ...], torch.dtype], Kept] | None = None
+    model: PreTrainedModel,
+    arch: Arch,
+    tokens: Tensor,
+    room: Callable[[tuple[int, ...], torch.dtype], Kept] | None = None,
 ) -> tuple[Kept, list[BlockCall]]:
     """Embed all windows and note how each block is called. No block is computed, or need have its tensors.
 
@@ -96,7 +99,9 @@ def capture(
             first = recorded[0][0]
             if hidden is None:
                 shape = (tokens.shape[0], *first.shape[1:])
-                hidden = torch.empty(shape, dtype=first.dtype, device=device) if room is None else room(shape, first.dtype)
+                hidden = (
+                    torch.empty(shape, dtype=first.dtype, device=device) if room is None else room(shape, first.dtype)
+                )
                 calls = [BlockCall(args=args, kwargs=_without_cache(kwargs)) for _, args, kwargs in recorded]
             hidden[i : i + 1] = first
     assert hidden is not None

@@ -290,7 +290,9 @@ class _Count:
         """What the run needs, laid out so."""
         kept = self._streams(side_by_side) * self._stream
         peak = self._peak(windows, side_by_side) + (kept if place == "device" else 0)
-        model = self.ends + (2 * max(s.stored for s in self.sizes) if self.streamed else sum(s.stored for s in self.sizes))
+        model = self.ends + (
+            2 * max(s.stored for s in self.sizes) if self.streamed else sum(s.stored for s in self.sizes)
+        )
         host = model + (kept if place == "host" else 0)
         packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
         return Estimate(
@@ -329,7 +331,9 @@ class _Count:
             trained = 12 * sum(b.weights for b in self.sizes) if self.end_to_end.weight_lr else 0
             logits = 14 * tokens * self.vocab
             chain = len(self.sizes) * tokens * self.hidden * self.item
-            end = trained + logits + chain + self._fit(s, tokens) * (1 if self.end_to_end.checkpoint else len(self.sizes))
+            end = (
+                trained + logits + chain + self._fit(s, tokens) * (1 if self.end_to_end.checkpoint else len(self.sizes))
+            )
         return resident + max(fold, solve + passes, fit, end)
 
     def _fit(self, s: _Sizes, tokens: int) -> float:
@@ -388,9 +392,10 @@ def capped(device: torch.device, limits: Limits) -> Iterator[None]:
     if device.type != "cuda" or limits.device is None:
         yield
         return
-    total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limits.device / total), device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.mem_get_info(index)[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limits.device / total), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)

@@ -254,9 +254,7 @@ class _Run:
             hidden, calls = capture(self.model, self.arch, self.tokens, self._room)
             return hidden, [c.to(self.device) for c in calls]
 
-    def _wrap(
-        self, group: range, calls: list[BlockCall], hidden: Kept | None
-    ) -> tuple[list[_Wrapped], Kept | None]:
+    def _wrap(self, group: range, calls: list[BlockCall], hidden: Kept | None) -> tuple[list[_Wrapped], Kept | None]:
         """Wrap the blocks of a group that no earlier run has solved; and the full-precision outputs of its last one."""
         wrapped = []
         for index in group:
