@@ -127,7 +127,7 @@ def product_rate(device: torch.device, n: int, seconds: float = 0.5) -> float:
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for _ in range(5):
-            a @ a
+            torch.mm(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize()
         done += 5
@@ -174,7 +174,7 @@ def random_llama(shape: tuple[int, ...], blocks: int, dtype: torch.dtype, device
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to(dtype)
+    model = model.to(dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
@@ -569,7 +569,7 @@ def main() -> int:
         try:
             for sample in PARTS[part](bench):
                 _keep(path, {"part": part, "commit": commit(), **sample})
-        except Exception as error:  # the other parts are worth their time
+        except Exception as error:  # noqa: BLE001 - the other parts are worth their time
             traceback.print_exc()
             failed.append(part)
             first = (str(error).splitlines() or [""])[0][:200]

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-
 from benchmarks.calibration import REFERENCE, TINY, Epochs, fit_operations, metrics, random_llama, slope
+
 from flatquant.spec import DataSpec
 
 

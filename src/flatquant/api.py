@@ -148,8 +148,6 @@ def quantize(
         streamed=checkpoint is not None,
         windows=recorded(place.state).get("windows") if place is not None and resume else None,
     )
-    if notice is not None:
-        notice(layout)
     run = _Run(
         model,
         name,
@@ -165,6 +163,7 @@ def quantize(
         checkpoint,
         limits,
         layout,
+        notice,
     )
     return run()
 
@@ -228,16 +227,19 @@ class _Run:
         checkpoint: Checkpoint | None,
         limits: Limits,
         layout: Estimate,
+        notice: Callable[[Estimate], None] | None,
     ) -> None:
         self.model, self.recipe, self.calibration, self.tokenizer = model, recipe, calibration, tokenizer
         self.name = name  # a hub id or an alias; never a path, since the report travels
         self.place, self.device, self.dtype, self.seed = place, device, dtype, seed
         self.resume, self.progress = resume, progress
-        self.checkpoint, self.limits, self.layout = checkpoint, limits, layout
+        self.checkpoint, self.limits, self.layout, self.notice = checkpoint, limits, layout, notice
         self.start = time.perf_counter()
 
     def __call__(self) -> Quantized:
         data, tokens = self._text()
+        if self.notice is not None:
+            self.notice(self.layout)
         text_seconds = time.perf_counter() - self.start
         original = {"sha256": fingerprint(self.model, self._read), "bytes": stored_bytes(self.model)}
         identity = self._identity(data, original["sha256"])

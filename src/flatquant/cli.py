@@ -96,9 +96,9 @@ class Display:
             self.bars.update(self.tasks[stage], description=text, completed=done)
 
     def note(self, what: object) -> None:
-        """A line that is no progress."""
+        """A line of its own."""
         if not self.silent:
-            self.console.print(str(what), markup=False)
+            self.console.print(f"[{time.perf_counter() - self.start:7.1f} s] {what}", markup=False)
 
     def _describe(self, stage: str, done: int, total: int) -> str:
         kind = stage.rpartition(": ")[2]

@@ -161,8 +161,7 @@ class Checkpoint:
 def open_model(
     name: str | Path, *, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Checkpoint]:
-    """A folder's model as `load_model` gives it, but with all tensors on the meta device; where they can be read; and the
-    tokenizer.
+    """A folder's model as `load_model` gives it, but with all tensors on the meta device; its tokenizer; its tensors.
 
     Buffers that no file holds are on the meta device too.
 

@@ -143,13 +143,14 @@ def test_less_memory_gives_up_what_costs_least_first(model) -> None:
     first = counted(model, recipe, **device)
     assert (first.place, first.windows, first.side_by_side, first.shared) == ("device", 4, 6, False)
     seen = [first]
-    while True:
-        try:
+
+    def shrink() -> None:
+        while True:
             limits = Limits(device=seen[-1].device - 1, host=1 << 60)
             seen.append(counted(model, recipe, limits=limits, **device))
-        except CalibrationError as error:
-            assert "more than was allowed" in str(error)
-            break
+
+    with pytest.raises(CalibrationError, match="more than was allowed"):
+        shrink()
     order = [(e.windows, e.place, e.side_by_side) for e in seen]
     assert order == [
         *((4, "device", k) for k in (6, 5, 4, 3, 2, 1)),

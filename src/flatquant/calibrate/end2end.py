@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flatquant.calibrate.blockwise import autocast
 from flatquant.calibrate.activations import Kept
+from flatquant.calibrate.blockwise import autocast
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError

@@ -66,8 +66,8 @@ class Estimate:
 
     Attributes:
         device: peak on the device: tensors, without what libraries take for themselves.
-        host: tensors in host memory: the model (or its two ends and a block), and activations that lie there. Of a run on
-            a CPU everything, `device` included.
+        host: tensors in host memory: the model (or its two ends and a block), and activations that lie there. Of a run
+            on a CPU everything, `device` included.
         disk: the state and the output folder together, and activations that lie there.
         place: where activations lie between blocks.
         windows: of a batch that a fit works on at a time.

@@ -129,7 +129,9 @@ class Optimiser:
         return total if self.splits == 1 else total / self.splits
 
     def _scale_gradients(self, factor: Tensor) -> None:
-        torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.mul_(factor)
 
     def _body(self, *batch: Tensor) -> Tensor:
         if self.reproducible:
