@@ -209,6 +209,23 @@ def test_the_estimate_is_within_a_quarter_of_what_a_run_takes(
     assert want.device == pytest.approx(tensors.peak, rel=0.25)
 
 
+@pytest.mark.parametrize(
+    "checkpoint, weight_lr, vocab", [(False, 0.0, 128), (True, 0.0, 128), (True, 1e-4, 128), (False, 0.0, 4096)]
+)
+def test_so_is_that_of_an_end_to_end_fit(checkpoint: bool, weight_lr: float, vocab: int) -> None:
+    small = vocab > 128
+    model = tiny_llama(hidden=128 if small else 256, intermediate=256 if small else 704, vocab=vocab, layers=4)
+    spec = EndToEndSpec(steps=2, batch_size=2, weight_lr=weight_lr, checkpoint=checkpoint)
+    recipe = dataclasses.replace(
+        flatquant("w4a4kv4"), fit=None, end_to_end=spec, data=DataSpec(samples=4, seqlen=128 if small else 64)
+    )
+    want = counted(model, recipe)
+    tokens = tokens_for(model, 4, recipe.data.seqlen)
+    with TensorBytes() as tensors:
+        calibrate(model, recipe, tokens, device=CPU, dtype=torch.float32)
+    assert want.device == pytest.approx(tensors.peak, rel=0.25)
+
+
 def test_what_is_written_is_as_estimated(tmp_path: Path) -> None:
     from flatquant import quantize
 

@@ -272,6 +272,7 @@ class _Count:
         whole = sum(t.nbytes for t in {id(p): p for p in model.parameters()}.values())
         self.ends = whole - sum(s.stored for s in self.sizes)
         self.fused = device.type == "cuda"
+        self.copies = _FUSED if self.fused else _EAGER
         fit = recipe.fit if recipe.fit is not None and recipe.fit.epochs else None
         self.end_to_end = recipe.end_to_end if recipe.end_to_end is not None and recipe.end_to_end.steps else None
         batches = [spec.batch_size for spec in (fit, self.end_to_end) if spec is not None]
@@ -325,22 +326,25 @@ class _Count:
         fold = 12 * s.weights + 22 * s.largest  # float64, a site at a time
         solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.hessian else 0)
         passes = tokens * self.item * (2 * s.inputs + s.outputs)
-        fit = side_by_side * self._fit(s, tokens) if self.fits else 0
+        fit = side_by_side * (4 * s.weights + self._kept(s, tokens) + self._made(s)) if self.fits else 0
         end = 0
         if self.end_to_end is not None:
             trained = 12 * sum(b.weights for b in self.sizes) if self.end_to_end.weight_lr else 0
             logits = 14 * tokens * self.vocab
             chain = len(self.sizes) * tokens * self.hidden * self.item
-            end = (
-                trained + logits + chain + self._fit(s, tokens) * (1 if self.end_to_end.checkpoint else len(self.sizes))
-            )
+            together = [s] if self.end_to_end.checkpoint else self.sizes
+            end = trained + logits + chain + sum(self._kept(b, tokens) for b in together) + self._made(s)
         return resident + max(fold, solve + passes, fit, end)
 
-    def _fit(self, s: _Sizes, tokens: int) -> float:
-        c = _FUSED if self.fused else _EAGER
-        weights = 4 * (s.weights * (1 + c.kept) + s.largest * c.made) + (4 * s.dense * 3 if self.fused else 0)
+    def _kept(self, s: _Sizes, tokens: int) -> float:
+        """What a block's forward pass leaves for its backward pass."""
+        c = self.copies
         activations = self.item * (c.inputs * s.inputs + c.outputs * s.outputs) + 4 * c.hidden * self.hidden
-        return weights + tokens * activations
+        return 4 * (s.weights * c.kept + (3 * s.dense if self.fused else 0)) + tokens * activations
+
+    def _made(self, s: _Sizes) -> float:
+        """What the largest step of a backward pass makes."""
+        return 4 * s.largest * self.copies.made
 
 
 # ------------------------------------------------------------------------------------------------- what there is
