@@ -173,7 +173,7 @@ def random_llama(shape: tuple[int, ...], blocks: int, dtype: torch.dtype, device
         dtype=dtype,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
     model = model.to(dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for path, module in model.named_modules():

@@ -137,7 +137,8 @@ def test_a_killed_run_in_parts_on_disk_ends_with_the_same_bytes(model, windows: 
     assert same_bytes(whole, resumed)
 
 
-def test_less_memory_gives_up_what_costs_least_first(model) -> None:
+def test_less_memory_gives_up_what_costs_least_first() -> None:
+    model = family("llama", dtype=torch.float32, layers=8)
     recipe = flatquant("w4a4kv4")
     device = {"device": "cuda", "dtype": torch.float16}
     first = counted(model, recipe, **device)

@@ -285,7 +285,8 @@ class _Count:
         self.together = 1
         waits = feeds or recipe.solver.hessian == "output_adaptive"
         if self.fused and shape is not None and not waits and not streamed:
-            self.together = max(1, min(MOST_TOGETHER, full_step(shape[1], self.hidden) // self.batch))
+            fill = full_step(shape[1], self.hidden) // self.batch
+            self.together = max(1, min(MOST_TOGETHER, len(blocks), fill))
 
     def layout(self, place: Place, windows: int, side_by_side: int) -> Estimate:
         """What the run needs, laid out so."""
