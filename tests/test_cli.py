@@ -344,6 +344,27 @@ def test_a_defect_keeps_its_traceback(place: Path, tmp_path: Path, monkeypatch: 
     assert isinstance(done.exception, ZeroDivisionError)
 
 
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def test_a_streamed_run_within_limits_writes_the_same_folder(place: Path, tmp_path: Path) -> None:
+    options = ("--calibration", place / "text.txt", "--stream", "--max-memory", "2GiB", "--max-host-memory", "2GiB")
+    done = run("quantize", place / "model", "--output", tmp_path / "out", *options, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"s\] estimate, counted from shapes: .* MiB in memory.*, streamed, ", done.stderr)
+    same, other = (json.loads((folder / "config.json").read_text()) for folder in (place / "out", tmp_path / "out"))
+    assert same["quantization_config"]["content_hash"] == other["quantization_config"]["content_hash"]
+
+
+def test_memory_that_cannot_be_had_or_read(place: Path, tmp_path: Path) -> None:
+    quantize = ("quantize", place / "model", "--output", tmp_path / "out", "--method", "rtn")
+    refused(run(*quantize, "--max-memory", "plenty"), "memory 'plenty': give something like 20GiB")
+    refused(
+        run(*quantize, "--max-memory", "10KB", "--device", "cpu"), "needs at least .* raise the limit.* or --stream"
+    )
+    refused(run(*quantize, "--preset", "quick", "--method", "flatquant", "--stream"), "end-to-end fit .*--no-stream")
+
+
 # ------------------------------------------------------------------------------------------------- other processes
 
 

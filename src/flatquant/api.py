@@ -17,7 +17,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import __version__
-from flatquant.calibrate.pipeline import Report, calibrate
-from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, tensor_bytes
+from flatquant.calibrate.memory import (
+    Estimate,
+    Limits,
+    estimate,
+    free_host_bytes,
+    needs_all_blocks,
+    parse_bytes,
+    return_freed_memory,
+)
+from flatquant.calibrate.pipeline import Report, calibrate, solved_name
+from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded, tensor_bytes
 from flatquant.data import calibration_tokens
 from flatquant.errors import CalibrationError, DataError, ModelError
-from flatquant.models import ALIASES, load_model, resolve
+from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve
 from flatquant.runtime import artifact
 from flatquant.runtime.folder import REPORT_FILE, Folder, read_json
 from flatquant.runtime.hf import adopt
@@ -52,11 +62,19 @@ _TEXT = "calibration"  # the state's file of tokens the model wrote
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised model, what sits where in it, and how it came about (the content of `flatquant_report.json`)."""
+    """A quantised model, what sits where in it, and how it came about (the content of `flatquant_report.json`).
 
-    model: PreTrainedModel
+    A streamed run leaves the model on the disk: there `model` is read when it is first asked for.
+    """
+
     plan: Plan
     report: dict[str, Any]
+    make: Callable[[], PreTrainedModel]
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, ready to generate."""
+        return self.make()
 
 
 def quantize(
@@ -71,6 +89,10 @@ def quantize(
     seed: int = 0,
     resume: bool = False,
     progress: Progress | None = None,
+    stream: bool | None = None,
+    max_memory: int | str | None = None,
+    max_host_memory: int | str | None = None,
+    notice: Callable[[Estimate], None] | None = None,
 ) -> Quantized:
     """Quantise a causal language model.
 
@@ -86,6 +108,11 @@ def quantize(
         seed: of the calibration text and of random transforms.
         resume: go on with an unfinished run of the same settings, if there is one.
         progress: called with (stage, done, total).
+        stream: have one block of a local folder's model in memory at a time; the same result. By default where the
+            weights are more than the host memory that is free (or allowed).
+        max_memory: on the device, in bytes or as `20GiB`; by default what is free.
+        max_host_memory: likewise, of the host.
+        notice: called once, before any work, with what the run will need by an estimate from shapes.
 
     Raises:
         FlatQuantError: anything that is wrong with the model, text, recipe, folder or disk. Nothing half-written stays
@@ -95,11 +122,14 @@ def quantize(
     if place is not None and not resume:
         artifact.check_output(place.output)
         place.refuse_unfinished()
-    name = None
+    name, checkpoint = None, None
+    limits = Limits(device=_bytes(max_memory), host=_bytes(max_host_memory))
     if not isinstance(model, PreTrainedModel):
         name = str(model) if model in ALIASES or isinstance(resolve(model), str) else None
-        model, own = load_model(model)
+        model, own, checkpoint = _open(model, recipe, calibration, place, limits, stream)
         tokenizer = tokenizer or own
+    elif stream:
+        raise ModelError("a model that is in memory cannot be streamed; give its folder")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_device(device)
     dtype = dtype or _fit_dtype(model, recipe, device)
@@ -107,8 +137,75 @@ def quantize(
     if isinstance(calibration, Tensor):
         recipe = _with_shape_of(calibration, recipe, model)
     model.eval().requires_grad_(False)
-    run = _Run(model, name, recipe, calibration, tokenizer, place, device, dtype, seed, resume, progress)
+    layout = estimate(
+        model,
+        make_plan(recipe, arch_of(model.config, model), Geometry.of(model.config), _blocks(model)),
+        recipe,
+        shape=(recipe.data.samples, recipe.data.seqlen) if recipe.needs_data else None,
+        device=device,
+        dtype=dtype,
+        limits=limits,
+        streamed=checkpoint is not None,
+        windows=recorded(place.state).get("windows") if place is not None and resume else None,
+    )
+    run = _Run(
+        model,
+        name,
+        recipe,
+        calibration,
+        tokenizer,
+        place,
+        device,
+        dtype,
+        seed,
+        resume,
+        progress,
+        checkpoint,
+        limits,
+        layout,
+        notice,
+    )
     return run()
+
+
+def _open(
+    name: str | Path,
+    recipe: Recipe,
+    calibration: object,
+    place: _Place | None,
+    limits: Limits,
+    stream: bool | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Checkpoint | None]:
+    """A model with all its tensors, or with those outside its blocks and the place where the others are read."""
+    why = needs_all_blocks(recipe)
+    if not why and recipe.needs_data and calibration == "self":
+        why = "the model writes its own calibration text"
+    if not why and place is None:
+        why = "no output folder is given, where solved blocks could go"
+    if stream is None and not why:
+        limit, folder = limits.host or free_host_bytes(), resolve(name)
+        if isinstance(folder, Path) and limit is not None:
+            stream = sum(file.stat().st_size for file in folder.glob("*.safetensors")) > limit
+            if stream:
+                try:
+                    return _streamed(name)
+                except ModelError:
+                    stream = False
+    if not stream:
+        return *load_model(name), None
+    if why:
+        raise CalibrationError(f"{why}, so that the model cannot be streamed; load it whole (--no-stream)")
+    return _streamed(name)
+
+
+@torch.no_grad()
+def _streamed(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Checkpoint]:
+    return_freed_memory()
+    model, tokenizer, checkpoint = open_model(name)
+    checkpoint.fill(model, "", besides=arch_of(model.config, model).blocks + ".")
+    model.tie_weights()
+    artifact.rebuild_buffers(model, torch.device("cpu"))
+    return model, tokenizer, checkpoint
 
 
 class _Run:
@@ -127,17 +224,24 @@ class _Run:
         seed: int,
         resume: bool,
         progress: Progress | None,
+        checkpoint: Checkpoint | None,
+        limits: Limits,
+        layout: Estimate,
+        notice: Callable[[Estimate], None] | None,
     ) -> None:
         self.model, self.recipe, self.calibration, self.tokenizer = model, recipe, calibration, tokenizer
         self.name = name  # a hub id or an alias; never a path, since the report travels
         self.place, self.device, self.dtype, self.seed = place, device, dtype, seed
         self.resume, self.progress = resume, progress
+        self.checkpoint, self.limits, self.layout, self.notice = checkpoint, limits, layout, notice
         self.start = time.perf_counter()
 
     def __call__(self) -> Quantized:
         data, tokens = self._text()
+        if self.notice is not None:
+            self.notice(self.layout)
         text_seconds = time.perf_counter() - self.start
-        original = {"sha256": fingerprint(self.model), "bytes": stored_bytes(self.model)}
+        original = {"sha256": fingerprint(self.model, self._read), "bytes": stored_bytes(self.model)}
         identity = self._identity(data, original["sha256"])
         state = None
         if self.place is not None:
@@ -160,6 +264,9 @@ class _Run:
             seed=self.seed,
             state=state,
             progress=self.progress,
+            limits=self.limits,
+            layout=self.layout,
+            checkpoint=self.checkpoint,
         )
         report = self._report(identity, data, original, calibration, text_seconds)
         adopt(self.model, plan, str(self.recipe.scheme), to_dict(self.recipe), report, None)
@@ -171,9 +278,19 @@ class _Run:
                 recipe=to_dict(self.recipe),
                 report=report,
                 tokenizer=self.tokenizer,
+                elsewhere=None if state is None else partial(_solved_tensor, state, plan),
             )
             self.place.tidy()
-        return Quantized(self.model, plan, report)
+        if self.checkpoint is not None and self.place is not None:
+            return Quantized(plan, report, partial(artifact.load, self.place.output))
+        return Quantized(plan, report, lambda: self.model)
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor of the model that is not in memory."""
+        assert self.checkpoint is not None
+        tensor = self.checkpoint.read(name)
+        _check_finite(name, tensor, arch_of(self.model.config, self.model).blocks)
+        return tensor
 
     def _text(self) -> tuple[dict[str, Any] | None, Tensor | None]:
         """What the text is, and its tokens; those of `self` are not written yet."""
@@ -236,6 +353,7 @@ class _Run:
             "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
             "seed": self.seed,
             "dtype": _name(self.dtype),
+            "windows": self.layout.windows,
             "device": self.device.type,
             "versions": versions,
         }
@@ -277,6 +395,7 @@ class _Run:
                 "total": round(time.perf_counter() - self.start, 3),
                 "peak_device_bytes": calibration.peak_memory,
                 "peak_host_bytes": _peak_host_bytes(),
+                "estimate": asdict(self.layout),
             },
         }
 
@@ -306,7 +425,7 @@ class _Place:
         report = read_json(self.output / REPORT_FILE)
         if not isinstance(report, dict) or report.get("run") != _run_hash(identity):
             return None
-        return Quantized(artifact.load(self.output), Folder.open(self.output).plan, report)
+        return Quantized(Folder.open(self.output).plan, report, partial(artifact.load, self.output))
 
     def tidy(self) -> None:
         """Remove the state, and what killed runs of this output folder were writing."""
@@ -336,17 +455,25 @@ def _alive(process: int) -> bool:
 def _check_model(model: PreTrainedModel, recipe: Recipe) -> None:
     """What can be said before any text is read: the family, the recipe's fit to the model, NaN in the weights."""
     arch = arch_of(model.config, model)
-    blocks = submodule(model, arch.blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    make_plan(recipe, arch, Geometry.of(model.config), blocks)
-    inside = re.compile(re.escape(arch.blocks) + r"\.(\d+)\.(.+)")
+    make_plan(recipe, arch, Geometry.of(model.config), _blocks(model))
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            match = inside.fullmatch(name)
-            where = f"block {match[1]}: {match[2]}" if match else name
-            raise CalibrationError(
-                f"{where} holds NaN or infinity; check the model file, fetch it again, or load it in float32"
-            )
+        if not parameter.is_meta:
+            _check_finite(name, parameter, arch.blocks)
+
+
+def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+    blocks = submodule(model, arch_of(model.config, model).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def _check_finite(name: str, tensor: Tensor, blocks: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        match = re.fullmatch(re.escape(blocks) + r"\.(\d+)\.(.+)", name)
+        where = f"block {match[1]}: {match[2]}" if match else name
+        raise CalibrationError(
+            f"{where} holds NaN or infinity; check the model file, fetch it again, or load it in float32"
+        )
 
 
 def _check_device(device: torch.device) -> None:
@@ -387,10 +514,22 @@ def state_folder(output: Path) -> Path:
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors as they are stored: integers packed, shared tensors once."""
     unpacked = {f"{name}.{m.loose}": m for name, m in model.named_modules() if isinstance(m, Unpacked)}
-    sizes: dict[int, int] = {}
+    sizes: dict[int | str, int] = {}
     for name, tensor in model.state_dict().items():
-        sizes[tensor.data_ptr()] = unpacked[name].packed_bytes if name in unpacked else tensor.nbytes
+        sizes[name if tensor.is_meta else tensor.data_ptr()] = (
+            unpacked[name].packed_bytes if name in unpacked else tensor.nbytes
+        )
     return sum(sizes.values())
+
+
+def _solved_tensor(state: RunState, plan: Plan, name: str) -> Tensor:
+    """A tensor of a block that is kept solved, by its name in the model."""
+    index, _, key = name.removeprefix(plan.blocks_path + ".").partition(".")
+    return state.tensor(solved_name(int(index)), key)
+
+
+def _bytes(size: int | str | None) -> int | None:
+    return parse_bytes(size) if isinstance(size, str) else size
 
 
 def _sha256(tensor: Tensor) -> str:

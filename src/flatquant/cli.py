@@ -96,6 +96,11 @@ class Display:
         else:
             self.bars.update(self.tasks[stage], description=text, completed=done)
 
+    def note(self, what: object) -> None:
+        """A line of its own."""
+        if not self.silent:
+            self.console.print(f"[{time.perf_counter() - self.start:7.1f} s] {what}", markup=False)
+
     def _describe(self, stage: str, done: int, total: int) -> str:
         kind = stage.rpartition(": ")[2]
         if kind == "fit" and self.epochs:
@@ -124,7 +129,9 @@ def _errors(interrupted: str = "interrupted") -> Iterator[None]:
     except Exception as error:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
-            message = "the device is out of memory; try a smaller --batch-size or --seqlen, or another --device"
+            message = (
+                "the device is out of memory; try --max-memory with less than it has, a smaller --seqlen, or another"
+            )
             raise _failure(message, 1) from error
         raise
 
@@ -243,6 +250,17 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run of the same settings.")
     ] = False,
+    max_memory: Annotated[str | None, typer.Option(help="On the device, like 20GiB; by default what is free.")] = None,
+    max_host_memory: Annotated[
+        str | None, typer.Option(help="Of the host, like 20GiB; by default what is free.")
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="One block of a local folder's model in memory at a time; by default if it is larger than the memory.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -263,6 +281,10 @@ def quantize(
                 seed=seed,
                 resume=resume,
                 progress=display,
+                stream=stream,
+                max_memory=max_memory,
+                max_host_memory=max_host_memory,
+                notice=display.note,
             )
     sizes, timing = result.report["sizes"], result.report["timing"]
     if as_json:

@@ -16,14 +16,22 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -107,6 +115,118 @@ def resolve(name: str | Path) -> Path | str:
     if isinstance(name, Path) or path.is_absolute() or text.startswith((".", "~")) or len(path.parts) > 2:
         raise ModelError(f"no such model folder: {text}; give a folder, a .gguf file or a hub id")
     return text
+
+
+# ------------------------------------------------------------------------------------------ tensor by tensor
+
+
+class Checkpoint:
+    """The safetensors of a folder, read tensor by tensor under the names of a model's tensors.
+
+    A tensor is read when it is asked for, into memory of its own, in the model's dtype; no file stays open.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> None:
+        """`files` says where a name's tensor is, `dtypes` as what it is read."""
+        self.folder, self._files, self._dtypes = folder, files, dtypes
+
+    def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """One tensor.
+
+        Raises:
+            ModelError: the file has gone, or is damaged.
+        """
+        path = self.folder / self._files[name]
+        try:
+            with safe_open(path, "pt") as stored:
+                # A copy: what the file gives is a view of its pages.
+                return stored.get_tensor(name).to(device, self._dtypes[name], copy=True)
+        except Exception as error:  # SafetensorError, for one, is no subclass of OSError
+            raise ModelError(f"cannot read {name} from {path}: {_first_line(error)}; fetch the model again") from error
+
+    def fill(
+        self, module: nn.Module, prefix: str, device: str | torch.device = "cpu", besides: str | None = None
+    ) -> None:
+        """Give a module that is on the meta device its tensors.
+
+        Args:
+            prefix: of the module's names in the model.
+            besides: names with this prefix stay on the meta device.
+        """
+        wanted = [name for name in module.state_dict() if besides is None or not name.startswith(besides)]
+        state = {name: self.read(prefix + name, device) for name in wanted if prefix + name in self._files}
+        module.load_state_dict(state, assign=True, strict=False)
+
+
+def open_model(
+    name: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Checkpoint]:
+    """A folder's model as `load_model` gives it, but with all tensors on the meta device; its tokenizer; its tensors.
+
+    Buffers that no file holds are on the meta device too.
+
+    Raises:
+        ModelError: as `load_model` does; or the folder can only be loaded whole, because transformers would rename,
+            convert or make up tensors on the way.
+    """
+    folder = resolve(name)
+    if not isinstance(folder, Path):
+        raise ModelError(f"{name} is on a hub, and only a local folder can be streamed; fetch it, and give its folder")
+    _check_folder(folder)
+    with _quiet():
+        config = _load_config(folder, name, False)
+        _check_config(config, name)
+        dtype = dtype or getattr(config, "dtype", None)
+        if dtype is None or getattr(config, "quantization_config", None) or getattr(config, "auto_map", None):
+            raise _only_whole(name, "its config names no dtype, a quantisation, or code of its own")
+        _check_size(folder, config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        checkpoint = _matched(folder, name, model)
+        if model.can_generate():
+            model.generation_config = _generation_config(folder)
+        tokenizer = _load_tokenizer(folder, name, False)
+    return model.eval().requires_grad_(False), tokenizer, checkpoint
+
+
+def _only_whole(name: object, why: str) -> ModelError:
+    return ModelError(f"{name} cannot be read tensor by tensor: {why}; load it whole (--no-stream)")
+
+
+def _matched(folder: Path, name: object, model: PreTrainedModel) -> Checkpoint:
+    """The folder's tensors, which are exactly those of the model."""
+    wide = {*(model._keep_in_fp32_modules_strict or ())}
+    if model.dtype == torch.float16:
+        wide |= {*(model._keep_in_fp32_modules or ())}
+    if wide and model.dtype != torch.float32:
+        raise _only_whole(name, f"its {min(wide)} stays in float32")
+    files: dict[str, str] = {}
+    shapes: dict[str, list[int]] = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as stored:
+                for key in stored.keys():  # noqa: SIM118 - not a dict
+                    if key in files:
+                        raise _only_whole(name, f"{key} is in two files")
+                    files[key], shapes[key] = file.name, stored.get_slice(key).get_shape()
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot load the weights of {name}: {_first_line(error)}; fetch the model again") from error
+    needed = model.state_dict()
+    first = {id(p): key for key, p in model.named_parameters()}
+    tied = {key for key, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != key}
+    if odd := sorted((needed.keys() - tied) ^ files.keys()):
+        raise _only_whole(name, f"{odd[0]} is not both in its files and in the model ({len(odd)} such)")
+    for key, shape in shapes.items():
+        if tuple(shape) != tuple(needed[key].shape):
+            raise _only_whole(name, f"{key} has another shape in its file")
+    return Checkpoint(folder, files, {key: t.dtype for key, t in needed.items()})
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:  # no such file: what `from_pretrained` of a model does then
+        return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
 # ---------------------------------------------------------------------------------------------- reading a folder

@@ -131,3 +131,26 @@ def test_it_is_adamw_with_a_rate_for_each_group() -> None:
         adamw.step()
     for a, b in zip(final(parameters), final(other), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("splits", [2, 4, 8])
+@pytest.mark.parametrize("relative", [True, False])
+def test_gradients_of_parts_add_up_to_those_of_the_batch(splits: int, relative: bool) -> None:
+    def gradients(splits: int) -> tuple[list[Tensor], float]:
+        _, optimiser = problem()
+        w, c = (p.data.double() for p in optimiser.parameters)
+        w, c = nn.Parameter(w), nn.Parameter(c)
+
+        def loss_fn(x: Tensor) -> tuple[Tensor, Tensor]:
+            loss = ((x @ w).tanh() * c - 1).square().mean()
+            return (loss / loss.detach() if relative else loss * len(x)), loss
+
+        optimiser.parameters, optimiser.loss_fn = [w, c], loss_fn
+        optimiser.splits, optimiser.relative = splits, relative
+        loss = optimiser._gradients(batches()[0].double() * torch.arange(1, 9)[:, None])  # parts of different losses
+        return [p.grad for p in (w, c)], float(loss)  # type: ignore[misc]
+
+    (whole, loss), (parts, mean) = gradients(1), gradients(splits)
+    assert mean == pytest.approx(loss, rel=1e-12)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -170,7 +170,7 @@ def test_output_in_the_way(quantised, tmp_path: Path) -> None:
         load(save_it(quantised("w3a16"), tmp_path / name))
 
 
-@pytest.mark.parametrize("place", ["save_file", "json_bytes", "_sync"])
+@pytest.mark.parametrize("place", ["_write_shard", "json_bytes", "_sync"])
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), safetensors.SafetensorError("I/O error: No space left")],

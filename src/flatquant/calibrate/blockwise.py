@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flatquant.calibrate.activations import Kept
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
@@ -35,8 +36,8 @@ class BlockFit:
     index: int
     fit: FitBlock
     call: BlockCall
-    inputs: Tensor
-    targets: Tensor
+    inputs: Kept
+    targets: Kept
 
 
 def fit_blocks(
@@ -45,6 +46,7 @@ def fit_blocks(
     *,
     dtype: torch.dtype,
     graph: bool = True,
+    splits: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[float]]:
     """Fit wrapped blocks, each on its own, all side by side.
@@ -55,6 +57,7 @@ def fit_blocks(
     Args:
         dtype: of the matrix products (parameters stay float32).
         graph: on CUDA, replay steps from a CUDA graph.
+        splits: parts that a batch is taken in, to need less memory; it divides the batch size.
         progress: called with (epochs done of all blocks, their number).
 
     Returns:
@@ -64,7 +67,9 @@ def fit_blocks(
         CalibrationError: a block's loss is not finite.
     """
     running = [
-        (block, _optimiser(block, spec, dtype, graph)) for block in blocks if any(block.fit.parameters().values())
+        (block, _optimiser(block, spec, dtype, graph, splits))
+        for block in blocks
+        if any(block.fit.parameters().values())
     ]
     history: dict[int, list[float]] = {block.index: [] for block in blocks}
     per_epoch = _steps_per_epoch(blocks[0], spec)
@@ -98,7 +103,7 @@ def _steps_per_epoch(block: BlockFit, spec: FitSpec) -> int:
     return block.inputs.shape[0] // spec.batch_size
 
 
-def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool) -> Optimiser:
+def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, splits: int) -> Optimiser:
     fit, call = block.fit, block.call
 
     def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,4 +125,6 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool) 
         weight_decay=spec.weight_decay,
         loss_fn=loss_fn,
         graph=graph,
+        splits=splits,
+        relative=True,
     )

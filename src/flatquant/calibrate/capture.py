@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flatquant.calibrate.activations import K, Kept, mapped
 from flatquant.transforms import Factor
 from flatquant.wiring.apply import InputStatistics
 from flatquant.wiring.arch import Arch, submodule
@@ -70,27 +72,40 @@ def _recorded(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, tuple, dict]
 
 
 @torch.no_grad()
-def capture(model: PreTrainedModel, arch: Arch, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
-    """Embed all windows and note how each block is called. No block is computed.
+def capture(
+    model: PreTrainedModel,
+    arch: Arch,
+    tokens: Tensor,
+    room: Callable[[tuple[int, ...], torch.dtype], Kept] | None = None,
+) -> tuple[Kept, list[BlockCall]]:
+    """Embed all windows and note how each block is called. No block is computed, or need have its tensors.
 
     Args:
         tokens: int64, (N, T).
+        room: makes room for the hidden states, of a shape and the model's dtype; on the model's device if None.
 
     Returns:
-        Hidden states before block 0, (N, T, h) in the model's dtype on its device, and one call per block.
+        Hidden states before block 0, (N, T, h), and one call per block.
     """
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
     device = next(model.get_input_embeddings().parameters()).device
-    hidden, calls = [], []
+    hidden: Kept | None = None
+    calls: list[BlockCall] = []
     with _recorded(blocks) as recorded:
-        for window in tokens.split(1):
+        for i, window in enumerate(tokens.split(1)):
             recorded.clear()
             model.base_model(input_ids=window.to(device), use_cache=False)
-            hidden.append(recorded[0][0])
-            if not calls:
+            first = recorded[0][0]
+            if hidden is None:
+                shape = (tokens.shape[0], *first.shape[1:])
+                hidden = (
+                    torch.empty(shape, dtype=first.dtype, device=device) if room is None else room(shape, first.dtype)
+                )
                 calls = [BlockCall(args=args, kwargs=_without_cache(kwargs)) for _, args, kwargs in recorded]
-    return torch.cat(hidden), calls
+            hidden[i : i + 1] = first
+    assert hidden is not None
+    return hidden, calls
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -141,10 +156,10 @@ class Observer:
 
 
 @torch.no_grad()
-def run_block(block: nn.Module, call: BlockCall, hidden: Tensor, batch_size: int) -> Tensor:
-    """A block's outputs on all windows, in hidden's dtype.  # (N, T, h)"""
-    out = torch.empty_like(hidden)
-    for start in range(0, hidden.shape[0], batch_size):
-        batch = hidden[start : start + batch_size]
-        out[start : start + batch_size] = call(block, batch)
-    return out
+def run_block(block: nn.Module, call: BlockCall, hidden: K, batch_size: int) -> K:
+    """A block's outputs on all windows, in hidden's dtype, kept where hidden is.  # (N, T, h)
+
+    Raises:
+        CalibrationError: an output is not finite.
+    """
+    return mapped(hidden, batch_size, partial(call, block))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flatquant.calibrate.activations import Kept
 from flatquant.calibrate.blockwise import autocast
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
@@ -38,12 +39,13 @@ def fit_end_to_end(
     fits: Sequence[FitBlock],
     calls: Sequence[BlockCall],
     head: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Kept,
+    targets: Kept,
     spec: EndToEndSpec,
     *,
     dtype: torch.dtype,
     graph: bool = True,
+    splits: int = 1,
     start: tuple[int, list[float], dict[str, Tensor]] | None = None,
     save: Callable[[int, list[float], dict[str, Tensor]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -57,6 +59,7 @@ def fit_end_to_end(
         targets: the original's hidden states after the last block, (N, T, h), or for cross entropy the tokens, (N, T).
         start: (steps done, losses so far, state) to go on from, as `save` received them.
         graph: on CUDA, replay steps from a CUDA graph.
+        splits: parts that a batch is taken in, to need less memory; it divides the batch size.
         save: keeps the state at the end, and every `SAVE_EVERY` steps unless that would slow the fit by more than a
             twentieth.
         progress: called with (steps done, steps).
@@ -75,8 +78,12 @@ def fit_end_to_end(
         return []
 
     def run(fit: FitBlock, call: BlockCall, x: Tensor) -> Tensor:
-        with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same
-            return call(fit.block, x)
+        try:
+            with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same
+                return call(fit.block, x)
+        finally:
+            if spec.checkpoint:
+                fit.forget()  # what a site remembers holds the graph; a recomputation ends by an exception
 
     def student(x: Tensor) -> Tensor:
         for fit, call in zip(fits, calls, strict=True):
@@ -116,6 +123,7 @@ def fit_end_to_end(
         eps=spec.eps,
         loss_fn=loss_fn,
         graph=graph,
+        splits=splits,
     )
     losses: list[float] = []
     done = 0

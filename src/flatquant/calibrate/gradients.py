@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flatquant.calibrate.activations import Kept
 from flatquant.calibrate.capture import BlockCall
 from flatquant.qtensor import QTensor
 from flatquant.runtime.linear import DenseLinear
@@ -22,7 +23,7 @@ def output_hessians(
     plan: BlockPlan,
     call: BlockCall,
     loss: Callable[[Tensor, Tensor], Tensor],
-    inputs: Tensor,
+    inputs: Kept,
     tokens: Tensor,
     per: Literal["sequence", "token"],
 ) -> dict[str, Tensor]:

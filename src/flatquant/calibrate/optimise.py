@@ -60,6 +60,9 @@ class Optimiser:
         loss_fn: maps static batch tensors to (objective to differentiate, loss to report), both scalars. On CUDA it
             must not synchronise.
         graph: capture steps in a CUDA graph.
+        splits: parts that a batch is taken in, one after another, for their memory; it divides the batch. Gradients
+            add up to those of the whole batch, in another order of sums.
+        relative: an objective is its loss divided by the loss's own value, so that parts count as their losses do.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class Optimiser:
         eps: float = 1e-8,
         loss_fn: Callable[..., tuple[Tensor, Tensor]],
         graph: bool,
+        splits: int = 1,
+        relative: bool = False,
     ) -> None:
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
@@ -94,6 +99,7 @@ class Optimiser:
             self.optimisers.append(CayleySGD(turned))
         self.steps, self.warmup = steps, warmup
         self.loss_fn = loss_fn
+        self.splits, self.relative = splits, relative
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: tuple[Tensor, ...] = ()
         self.static_loss: Tensor | None = None
@@ -107,9 +113,25 @@ class Optimiser:
             group["lr"].fill_(cosine(self.done - 1, self.steps, self.warmup, rate, floor))
 
     def _gradients(self, *batch: Tensor) -> Tensor:
-        objective, loss = self.loss_fn(*batch)
-        objective.backward()
-        return loss
+        """Of a batch, left with the parameters; its loss, the mean over its parts."""
+        total = last = None
+        for part in zip(*(b.chunk(self.splits) for b in batch), strict=True):
+            objective, loss = self.loss_fn(*part)
+            loss = loss.detach()
+            if last is not None and self.relative:
+                self._scale_gradients(last / loss)  # from parts of the last loss to parts of this one
+            objective.backward()
+            last, total = loss, loss if total is None else total + loss
+        assert last is not None
+        assert total is not None
+        if self.splits > 1 and self.relative:
+            self._scale_gradients(last / total)
+        return total if self.splits == 1 else total / self.splits
+
+    def _scale_gradients(self, factor: Tensor) -> None:
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.mul_(factor)
 
     def _body(self, *batch: Tensor) -> Tensor:
         if self.reproducible:
@@ -144,6 +166,8 @@ class Optimiser:
             self._set_rates()
             return self._body(*batch)
         self.stream.wait_stream(torch.cuda.current_stream())
+        for b in batch:
+            b.record_stream(self.stream)  # it may be gone for the caller before the copy below has run
         with torch.cuda.stream(self.stream):
             self._set_rates()
             return self._graphed(*batch)

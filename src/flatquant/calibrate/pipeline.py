@@ -2,7 +2,8 @@
 
 Two streams of hidden states run through the model: full precision (inputs and targets of the fit) and quantised (the
 inputs of solvers that use a Hessian). One block is on the device at a time unless an end-to-end fit or a Hessian of the
-model's loss needs them all.
+model's loss needs them all. With a checkpoint, one block is in memory at all: its tensors are read when its turn comes,
+and forgotten when the state has it solved.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flatquant import seams
+from flatquant.calibrate.activations import Kept, room
 from flatquant.calibrate.blockwise import BlockFit, autocast, fit_blocks
 from flatquant.calibrate.capture import BlockCall, Observer, capture, run_block
 from flatquant.calibrate.end2end import fit_end_to_end
 from flatquant.calibrate.gradients import output_hessians
+from flatquant.calibrate.memory import Estimate, Limits, capped, check_streamable, estimate, full_step, splits
 from flatquant.calibrate.optimise import deterministic
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
+from flatquant.models import Checkpoint
 from flatquant.runtime.build import install
 from flatquant.spec import EndToEndSpec, Plan, Recipe
 from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
@@ -90,6 +94,9 @@ def calibrate(
     progress: Progress | None = None,
     graph: bool = True,
     side_by_side: int | None = None,
+    limits: Limits | None = None,
+    layout: Estimate | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Plan, Report]:
     """Quantise `model` in place: its blocks end up with frozen linears, its attention with the quantised cache seam.
 
@@ -101,9 +108,13 @@ def calibrate(
         progress: called with (stage, done, total).
         graph: on CUDA, replay steps from CUDA graphs.
         side_by_side: blocks fitted at a time; by default as many as it takes to fill a GPU, and one on a CPU.
+        limits: memory to stay within; by default what is free.
+        layout: in memory, as `estimate` gave it; by default one within `limits`.
+        checkpoint: where a block's tensors come from when its turn comes; the model's blocks are on the meta device,
+            and are there again afterwards: `state` has them.
 
     Raises:
-        CalibrationError: NaN in a block (named); data missing.
+        CalibrationError: NaN in a block (named); data missing; a memory limit that the estimate does not keep.
         ModelError, SpecError: the recipe does not fit the model.
     """
     arch = arch_of(model.config, model)
@@ -113,10 +124,26 @@ def calibrate(
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
     if recipe.needs_data and tokens is None:
         raise CalibrationError(f"the recipe {recipe.name} needs calibration text")
-    run = _Run(
-        model, recipe, plan, tokens, device, dtype, seed, state, progress or (lambda *_: None), graph, side_by_side
-    )
-    return plan, run()
+    if checkpoint is not None:
+        assert state is not None, "a streamed run keeps its blocks in a state"
+        check_streamable(recipe)
+    limits = limits or Limits()
+    if layout is None:
+        layout = estimate(
+            model,
+            plan,
+            recipe,
+            shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
+            device=device,
+            dtype=dtype,
+            limits=limits,
+            streamed=checkpoint is not None,
+            side_by_side=side_by_side if side_by_side or graph else 1,
+        )
+    progress = progress or (lambda *_: None)
+    run = _Run(model, recipe, plan, tokens, device, dtype, seed, state, progress, graph, layout, checkpoint)
+    with capped(device, limits):
+        return plan, run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +153,8 @@ class _Wrapped:
     index: int
     call: BlockCall
     fit: FitBlock | None
-    inputs: Tensor | None  # (N, T, h), None if the recipe reads no text
-    targets: Tensor | None
+    inputs: Kept | None  # (N, T, h), None if the recipe reads no text
+    targets: Kept | None
 
 
 class _Run:
@@ -145,7 +172,8 @@ class _Run:
         state: RunState | None,
         progress: Progress,
         graph: bool,
-        side_by_side: int | None,
+        layout: Estimate,
+        checkpoint: Checkpoint | None,
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
         self.arch = arch_of(model.config, model)
@@ -159,6 +187,7 @@ class _Run:
         if self.residual is not None:
             self.residual.to(device)
         self.solver = make_solver(recipe.solver)
+        self.layout, self.checkpoint, self.side_by_side = layout, checkpoint, layout.side_by_side
         self.report = Report()
         self.notes: dict[int, dict[str, Any]] = {}  # by block
         self.clock = Clock(seconds=self.report.seconds, device=device)
@@ -167,12 +196,6 @@ class _Run:
         self.quantised_stream = self.feeds_fit or (self.solver.needs_hessian and recipe.scheme.weights is not None)
         self.output_adaptive = self.solver.needs_hessian and recipe.solver.hessian == "output_adaptive"
         self.output_adaptive &= recipe.scheme.weights is not None
-        self.side_by_side = side_by_side or 1
-        if side_by_side is None and graph and device.type == "cuda":
-            self.side_by_side = max(1, min(MOST_TOGETHER, self._full // self._fit_batch))
-        # A block waits for the one before it, or its gradients come through the ones after it as they were.
-        if self.feeds_fit or self.output_adaptive:
-            self.side_by_side = 1
 
     def __call__(self) -> Report:
         if self.device.type == "cuda":
@@ -182,8 +205,8 @@ class _Run:
         seams.use_attention(self.model)
         first, calls = self._capture()
         if self.output_adaptive:
-            for block in self.blocks:
-                self._move(block)
+            for index in range(len(self.blocks)):
+                self._bring(index)
         quantised = first if self.quantised_stream else None
         hidden = first
         fits: list[FitBlock | None] = []
@@ -191,13 +214,13 @@ class _Run:
             group = range(start, min(start + self.side_by_side, len(calls)))
             wrapped, hidden = self._wrap(group, calls, hidden)
             self._fit(wrapped, quantised if self.feeds_fit else None)
-            fits += [w.fit for w in wrapped]
-            if self.end_to_end is None:
-                for w in wrapped:
-                    with _named(w.index):
-                        if w.fit is not None:
-                            self._fold(w.index, w.fit)
-                        quantised = self._solve(w.index, calls, quantised, solved=w.fit is None)
+            wrapped = [replace(w, inputs=None, targets=None) for w in wrapped]
+            if self.end_to_end is not None:
+                fits += [w.fit for w in wrapped]
+            else:
+                first = None
+                while wrapped:
+                    quantised = self._finish(wrapped.pop(0), calls, quantised)
         if self.end_to_end is not None:
             assert first is not None
             assert hidden is not None
@@ -218,18 +241,20 @@ class _Run:
             self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
         return self.report
 
-    def _capture(self) -> tuple[Tensor | None, list[BlockCall]]:
+    def _room(self, shape: tuple[int, ...], _: torch.dtype) -> Kept:
+        """For activations, in the dtype of the products: so they are kept between blocks."""
+        folder = None if self.state is None else self.state.folder
+        return room(shape, self.dtype, self.device, self.layout.place, folder)
+
+    def _capture(self) -> tuple[Kept | None, list[BlockCall]]:
         if not self.recipe.needs_data:
             return None, [BlockCall(args=(), kwargs={})] * len(self.plan.blocks)
         assert self.tokens is not None
         with self.clock("capture"):
-            hidden, calls = capture(self.model, self.arch, self.tokens)
-            # Between blocks, activations are kept in the dtype of the products.
-            return hidden.to(self.device, self.dtype), [c.to(self.device) for c in calls]
+            hidden, calls = capture(self.model, self.arch, self.tokens, self._room)
+            return hidden, [c.to(self.device) for c in calls]
 
-    def _wrap(
-        self, group: range, calls: list[BlockCall], hidden: Tensor | None
-    ) -> tuple[list[_Wrapped], Tensor | None]:
+    def _wrap(self, group: range, calls: list[BlockCall], hidden: Kept | None) -> tuple[list[_Wrapped], Kept | None]:
         """Wrap the blocks of a group that no earlier run has solved; and the full-precision outputs of its last one."""
         wrapped = []
         for index in group:
@@ -238,22 +263,24 @@ class _Run:
             wrapped.append(_Wrapped(index=index, call=calls[index], fit=fit, inputs=inputs, targets=hidden))
         return wrapped, hidden
 
-    def _move(self, block: nn.Module) -> None:
-        """Onto the device, in a dtype that the fit's products take."""
+    def _bring(self, index: int) -> nn.Module:
+        """A block onto the device, in a dtype that the fit's products take."""
+        block = self.blocks[index]
+        if self.checkpoint is not None:
+            self.checkpoint.fill(block, f"{self.arch.blocks}.{index}.", self.device)
         block.to(self.device)
         if self.model_dtype != self.dtype:
             block.float()
+        return block
 
-    def _wrap_one(self, index: int, call: BlockCall, hidden: Tensor | None) -> tuple[FitBlock | None, Tensor | None]:
-        block, plan = self.blocks[index], self.plan.blocks[index]
-        self._move(block)
+    def _wrap_one(self, index: int, call: BlockCall, hidden: Kept | None) -> tuple[FitBlock | None, Kept | None]:
+        block, plan = self._bring(index), self.plan.blocks[index]
         targets, statistics = None, {}
         if hidden is not None:
             with self.clock("full precision"), autocast(self.device, self.dtype):
                 observer = Observer(block, self.arch)
                 targets = run_block(block, call, hidden, self.batch)
                 statistics = observer.close()
-            _check_finite(targets)
         if self.state is not None and self.state.has(solved_name(index)):
             return None, targets
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
@@ -264,7 +291,7 @@ class _Run:
         """How a block is called once it is wrapped."""
         return replace(call, basis=self.residual)
 
-    def _fit(self, wrapped: list[_Wrapped], quantised: Tensor | None) -> None:
+    def _fit(self, wrapped: list[_Wrapped], quantised: Kept | None) -> None:
         """Fit the blocks that no earlier run has fitted; on `quantised` inputs (then one block at a time) if given."""
         if quantised is not None:
             wrapped = [replace(w, inputs=quantised) for w in wrapped]
@@ -301,11 +328,12 @@ class _Run:
                 spec,
                 dtype=self.dtype,
                 graph=self.graph,
+                splits=splits(spec.batch_size, self.layout.windows),
                 progress=lambda done, _: self.progress("fit", before + done, total),
             )
 
     def _fit_end_to_end(
-        self, spec: EndToEndSpec, fits: list[FitBlock], calls: list[BlockCall], inputs: Tensor, targets: Tensor
+        self, spec: EndToEndSpec, fits: list[FitBlock], calls: list[BlockCall], inputs: Kept, targets: Kept
     ) -> None:
         start = None
         if self.state is not None and self.state.has(END_TO_END):
@@ -329,6 +357,7 @@ class _Run:
                 spec,
                 dtype=self.dtype,
                 graph=self.graph,
+                splits=splits(spec.batch_size, self.layout.windows),
                 start=start,
                 save=save,
                 progress=lambda done, total: self.progress("end to end", done, total),
@@ -344,12 +373,20 @@ class _Run:
         bias = None if output.bias is None else output.bias.to(self.device, self.dtype)
         return lambda x: logits(self.model.config, F.linear(norm(x).to(self.dtype), weight, bias))
 
+    def _finish(self, w: _Wrapped, calls: list[BlockCall], quantised: Kept | None) -> Kept | None:
+        index, solved = w.index, w.fit is None
+        with _named(index):
+            if w.fit is not None:
+                self._fold(index, w.fit)
+            del w  # and what was fitted, with its float32 weights
+            return self._solve(index, calls, quantised, solved=solved)
+
     def _fold(self, index: int, fit: FitBlock) -> None:
         with self.clock("fold"):
             fold_block(fit, dense=self.model_dtype)
             self.blocks[index].to(self.model_dtype)
 
-    def _solve(self, index: int, calls: list[BlockCall], quantised: Tensor | None, *, solved: bool) -> Tensor | None:
+    def _solve(self, index: int, calls: list[BlockCall], quantised: Kept | None, *, solved: bool) -> Kept | None:
         """Round a folded block, or take what an earlier run solved; its outputs on the quantised stream, if needed."""
         block, plan, call = self.blocks[index], self.plan.blocks[index], self._rotated(calls[index])
         if solved:
@@ -371,22 +408,11 @@ class _Run:
         if quantised is not None:
             with self.clock("quantised stream"):
                 quantised = run_block(block, call, quantised, self.batch)
-            _check_finite(quantised)
-        block.to(self.home)
+        block.to(self.home if self.checkpoint is None else "meta")
         self.progress("solve", index + 1, len(self.plan.blocks))
         return quantised
 
-    @property
-    def _full(self) -> int:
-        """Windows whose hidden states are enough work at a time for a GPU."""
-        seqlen = 1 if self.tokens is None else self.tokens.shape[1]
-        return max(1, FULL_STEP // (seqlen * self.model.config.hidden_size))
-
-    @property
-    def _fit_batch(self) -> int:
-        return self.recipe.fit.batch_size if self.recipe.fit else 4
-
-    def _output_hessians(self, index: int, calls: list[BlockCall], quantised: Tensor | None) -> dict[str, Tensor]:
+    def _output_hessians(self, index: int, calls: list[BlockCall], quantised: Kept | None) -> dict[str, Tensor]:
         assert quantised is not None
         assert self.tokens is not None
         # After an end-to-end fit all blocks are folded, otherwise those that come later are as they were.
@@ -421,7 +447,9 @@ class _Run:
     @property
     def batch(self) -> int:
         """Windows per forward pass outside the fit."""
-        return max(self._full, self._fit_batch) if self.device.type == "cuda" else self._fit_batch
+        if self.device.type != "cuda" or self.tokens is None:
+            return self.layout.windows
+        return max(full_step(self.tokens.shape[1], self.model.config.hidden_size), self.layout.windows)
 
 
 def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec) -> int:
@@ -444,8 +472,6 @@ def check_room(needed: int, free: int) -> None:
 
 
 END_TO_END = "end-to-end"
-FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
-MOST_TOGETHER = 6  # blocks, for their memory
 
 
 def fitted_name(index: int) -> str:
@@ -465,11 +491,3 @@ def _named(index: int) -> Iterator[None]:
         yield
     except FlatQuantError as error:
         raise type(error)(f"block {index}: {error}") from error
-
-
-def _check_finite(hidden: Tensor) -> None:
-    if not bool(torch.isfinite(hidden).all()):
-        raise CalibrationError(
-            "its outputs are not finite (NaN or infinity in the weights, or an overflow of the 16-bit format); "
-            "check the model file, or try --dtype float32 or bfloat16"
-        )

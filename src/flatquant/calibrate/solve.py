@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatquant.calibrate.activations import Kept
 from flatquant.calibrate.capture import BlockCall
 from flatquant.codebook import CodebookTensor
 from flatquant.qtensor import QTensor
@@ -39,7 +40,7 @@ def solve_block(
     plan: BlockPlan,
     solver: Solver[Any, QTensor | CodebookTensor],
     call: BlockCall,
-    inputs: Tensor | None,
+    inputs: Kept | None,
     batch_size: int,
     hessians: Mapping[str, Tensor] | None = None,
     rounds: int = 1,
@@ -111,7 +112,7 @@ class _Reached(Exception):
     """The site has been seen; the rest of the block need not run."""
 
 
-def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Tensor, batch_size: int) -> Tensor:
+def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Kept, batch_size: int) -> Tensor:
     """The Gram matrix of what a site's readers multiply: transformed, on its grid.  # (n, n)"""
     reader = _folded(block, plan.readers[0])
     gram = InputGram(reader.weight.shape[1], reader.weight.device)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,10 +43,16 @@ def write_atomic(path: Path, data: bytes) -> None:
         ) from error
 
 
-def fingerprint(module: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of a module's parameters and buffers."""
+def fingerprint(module: nn.Module, read: Callable[[str], Tensor] | None = None) -> str:
+    """sha256 over names, dtypes, shapes and bytes of a module's parameters and buffers.
+
+    Args:
+        read: gives tensors that are on the meta device.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if tensor.is_meta and read is not None:
+            tensor = read(name)
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
@@ -55,6 +62,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor."""
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(raw)  # pyright: ignore[reportArgumentType] - numpy's stubs for Python 3.11 lack __buffer__
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the run in a folder says it is; empty if there is none."""
+    return _read_run(folder / RUN_FILE) if (folder / RUN_FILE).exists() else {}
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -130,10 +142,17 @@ class RunState:
                 f"cannot write {path.name}: {reason}; free space and run again with --resume"
             ) from error
 
+    def tensor(self, name: str, key: str) -> Tensor:
+        """One tensor of a finished piece of work, in memory of its own."""
+        path = self._path(name)
+        try:
+            with safe_open(path, "pt") as f:
+                return f.get_tensor(key).clone()
+        except Exception as error:
+            raise CalibrationError(f"{path} is damaged ({error}); delete it and run again with --resume") from error
+
     def load(self, name: str) -> tuple[dict[str, Tensor], Any]:
         """A finished piece of work and its note."""
-        from safetensors import safe_open
-
         path = self._path(name)
         try:
             with safe_open(path, "pt") as f:

@@ -6,18 +6,21 @@ computes the same logits, to the last bit, as the one that was saved.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -54,6 +57,21 @@ from flatquant.spec import Plan, Recipe, from_dict
 # Keys of a config that name code, kernels or places of the machine that wrote it.
 _FOREIGN = ("auto_map", "attn_implementation", "use_kernels", "name_or_path", "transformers_weights")
 
+# safetensors' names of types, in the order in which its writer places them: the last first.
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_CODES = list(_NAMES)
+
 # What says something about the model and is not read for serving.
 _UNHASHED = (CARD_FILE, COLLECTION_FILE, EVALUATION_FILE, REPORT_FILE)
 
@@ -85,8 +103,9 @@ def save(
     companions: Folder | None = None,
     max_shard_bytes: int = 5_000_000_000,
     replace: bool = False,
+    elsewhere: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write a quantised model as a folder. The model in memory stays as it is.
+    """Write a quantised model as a folder, one tensor at a time. The model in memory stays as it is.
 
     Args:
         plan: what `calibrate` returned with the model.
@@ -98,6 +117,7 @@ def save(
         companions: a folder whose files beside the model (tokenizer, evaluation) are copied, those that are whole.
         max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
         replace: `output` may hold files; those of the same names, and older tensors of ours, are replaced.
+        elsewhere: gives the tensors that the model has on the meta device, by their names in its state.
 
     Raises:
         ArtifactError: something is in the way, or the disk is full or read-only. Nothing half-written stays.
@@ -113,7 +133,7 @@ def save(
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
-            _write_tensors(model, temporary, max_shard_bytes)
+            _write_tensors(_pending(model, elsewhere), temporary, max_shard_bytes)
             if model.can_generate() and model.generation_config is not None:
                 text = model.generation_config.to_json_string(use_diff=True)
                 (temporary / GENERATION_FILE).write_text(text, encoding="utf-8")
@@ -224,30 +244,48 @@ def _tied(model: nn.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A tensor to be stored, made when its shard is written."""
+    """A tensor to be stored, made when it is written."""
 
-    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
     make: Callable[[], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
-def _pending(model: nn.Module) -> dict[str, _Pending]:
+
+def _pending(model: nn.Module, elsewhere: Callable[[str], Tensor] | None) -> dict[str, _Pending]:
     """What is stored of a model: its state with integers packed and tied weights once."""
     tied = _tied(model)
     unpacked = {f"{name}.{m.loose}": m for name, m in model.named_modules() if isinstance(m, Unpacked)}
     pending: dict[str, _Pending] = {}
     for name, tensor in model.state_dict().items():
-        if name in unpacked:
-            module = unpacked[name]
-            pending[name.removesuffix(module.loose) + "packed"] = _Pending(module.packed_bytes, module.pack)
-        elif tensor.is_meta:
+        if tensor.is_meta and elsewhere is None:
             raise ArtifactError(f"{name} is offloaded; load the model without offloading, then save it")
+        if name in unpacked:
+            module, prefix = unpacked[name], name.removesuffix(unpacked[name].loose)
+            make = module.pack
+            if tensor.is_meta and elsewhere is not None:
+                make = partial(_pack_filled, module, prefix, elsewhere)
+            rows = tensor.shape[0]
+            pending[prefix + "packed"] = _Pending(torch.uint8, (rows, module.packed_bytes // rows), make)
         elif name not in tied:
-            pending[name] = _Pending(tensor.nbytes, lambda t=tensor: t)
+            make = partial(elsewhere, name) if tensor.is_meta and elsewhere is not None else lambda t=tensor: t
+            pending[name] = _Pending(tensor.dtype, tuple(tensor.shape), make)
     return dict(sorted(pending.items()))
 
 
-def _write_tensors(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:
-    pending = _pending(model)
+def _pack_filled(module: Unpacked, prefix: str, elsewhere: Callable[[str], Tensor]) -> Tensor:
+    """What a module that is on the meta device packs once it has its tensors."""
+    filled = copy.deepcopy(module)
+    assert isinstance(filled, nn.Module)
+    filled.load_state_dict({name: elsewhere(prefix + name) for name in filled.state_dict()}, assign=True)
+    assert isinstance(filled, Unpacked)
+    return filled.pack()
+
+
+def _write_tensors(pending: Mapping[str, _Pending], folder: Path, max_shard_bytes: int) -> None:
     shards: list[list[str]] = []
     room = 0
     for name, tensor in pending.items():
@@ -260,13 +298,30 @@ def _write_tensors(model: nn.Module, folder: Path, max_shard_bytes: int) -> None
     numbered = [f"flatquant-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     files = numbered if count > 1 else [SINGLE_FILE]
     for file, names in zip(files, shards, strict=True):
-        # A copy of its own for each: the file's writer refuses views of a larger storage.
-        tensors = {n: pending[n].make().detach().cpu().clone(memory_format=torch.contiguous_format) for n in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _write_shard({name: pending[name] for name in names}, folder / file)
     if count > 1:
         total = sum(t.nbytes for t in pending.values())
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         (folder / INDEX_FILE).write_bytes(json_bytes({"metadata": {"total_size": total}, "weight_map": where}))
+
+
+def _write_shard(pending: Mapping[str, _Pending], path: Path) -> None:
+    """The bytes that safetensors' `save_file` writes, with one tensor in memory at a time."""
+    order = sorted(pending.items(), key=lambda item: (-_CODES.index(item[1].dtype), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in order:
+        start, end = end, end + tensor.nbytes
+        code = _NAMES[tensor.dtype]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, pended in order:
+            tensor = pended.make().detach().cpu().contiguous()
+            assert (tensor.dtype, tuple(tensor.shape)) == (pended.dtype, pended.shape), name
+            f.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
 
 
 def _files(folder: Path) -> list[str]:
@@ -321,7 +376,7 @@ def load(
         model.config.dtype = dtype
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
-    _rebuild_buffers(model, torch.device(device))
+    rebuild_buffers(model, torch.device(device))
     if GENERATION_FILE in folder.files:
         try:
             model.generation_config = GenerationConfig.from_dict(read_json(folder.path / GENERATION_FILE))
@@ -421,7 +476,7 @@ def _castable(model: nn.Module) -> Iterator[str]:
     yield from (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, DenseLinear))
 
 
-def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Fill the buffers that are not stored but computed from the config: rotary embeddings, scales of embeddings."""
     for path, module in list(model.named_modules()):
         if not any(t.is_meta for t in module.buffers(recurse=False)):

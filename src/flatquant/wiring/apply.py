@@ -314,9 +314,10 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     block, arch, plan = fit.block, fit.arch, fit.plan
     fit.forget()
     folded: dict[str, tuple[Tensor, Tensor | None]] = {}
-    wide = {name: copy.deepcopy(site).double() for name, site in fit.sites.items()}
+    transforms: dict[str, Transform] = {}
     for edge in arch.edges:
-        site = wide[edge.site]
+        site = copy.deepcopy(fit.sites[edge.site]).double()  # one at a time: of a large model, these are gigabytes
+        transforms[edge.site] = site.transform
         weights = site.transformed_weight().split(site.rows)
         bias = site.transformed_bias()
         biases = [None] * len(weights) if bias is None else bias.split(site.rows)
@@ -324,7 +325,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
             folded[path] = (w, b if has else None)
     frozen = nn.ModuleDict()
     for edge in arch.edges:
-        diagonal, left, right = _online_parts(wide[edge.site].transform, plan.sites[edge.site])
+        diagonal, left, right = _online_parts(transforms[edge.site], plan.sites[edge.site])
         if diagonal is not None:
             _absorb(edge, arch, block, diagonal, folded)
         activations = fit.sites[edge.site].activations

@@ -1,0 +1,406 @@
+"""How a run is laid out in memory: what it will need, counted from shapes before it starts, and what it does about it.
+
+The count follows the stages (fit, fold, round) of the largest block and takes the largest. Of a fit it knows how many
+copies of weights and of activations the passes of `FitSite` and of a transformer block leave for the backward pass;
+those factors are counted from the code and held to measured peaks by tests. It is an estimate: a family with wider
+attention, or a library that needs workspace, is off by that.
+
+Where a limit is short, in this order: fewer blocks side by side; activations in host memory, else in a file; a batch in
+parts. All but the last leave every bit as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flatquant.calibrate.activations import Place
+from flatquant.errors import CalibrationError, SpecError
+from flatquant.spec import BlockPlan, Plan, Recipe
+from flatquant.wiring.arch import submodule
+
+FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
+MOST_TOGETHER = 6  # blocks, for their memory
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """`20GiB`, `800MB` or a number of bytes.
+
+    Raises:
+        SpecError: something else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    size = 0
+    if match is not None and (match[2] or not match[3]):
+        size = int(float(match[1]) * (_UNITS if match[3] else _DECIMAL)[match[2]])
+    if size < 1:
+        raise SpecError(f"memory {text!r}: give something like 20GiB, 800MB, or bytes")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bytes to stay within; None is what is free when the run starts. On a CPU, the device is the host."""
+
+    device: int | None = None
+    host: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will need, in bytes counted from shapes, and how it is laid out.
+
+    Attributes:
+        device: peak on the device: tensors, without what libraries take for themselves.
+        host: tensors in host memory: the model (or its two ends and a block), and activations that lie there. Of a run
+            on a CPU everything, `device` included.
+        disk: the state and the output folder together, and activations that lie there.
+        place: where activations lie between blocks.
+        windows: of a batch that a fit works on at a time.
+        side_by_side: blocks that are fitted at a time.
+        streamed: whether one block's tensors are in memory at a time.
+        shared: whether the device is the host.
+    """
+
+    device: int
+    host: int
+    disk: int
+    place: Place
+    windows: int
+    side_by_side: int
+    streamed: bool
+    shared: bool
+
+    def __str__(self) -> str:
+        """One line for people."""
+        batch = f"{self.windows} window{'s' if self.windows > 1 else ''} at a time"
+        blocks = f"{self.side_by_side} blocks side by side" if self.side_by_side > 1 else "one block at a time"
+        where = {"device": "on the device", "host": "in host memory", "disk": "in a file"}[self.place]
+        memory = f"{_size(self.host)} in memory"
+        if not self.shared:
+            memory = f"{_size(self.device)} on the device, {_size(self.host)} in host memory"
+        return (
+            f"estimate, counted from shapes: {memory}, {_size(self.disk)} on disk; {blocks}"
+            f"{', streamed' if self.streamed else ''}, {batch}, activations {where}; "
+            "seconds are known after the first block"
+        )
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
+
+
+def splits(batch: int, windows: int) -> int:
+    """Equal parts that a batch is taken in, so that none has more than `windows`."""
+    return next(k for k in range(1, batch + 1) if batch % k == 0 and batch // k <= max(windows, 1))
+
+
+def full_step(seqlen: int, hidden: int) -> int:
+    """Windows whose hidden states are enough work at a time for a GPU."""
+    return max(1, FULL_STEP // (seqlen * hidden))
+
+
+def check_streamable(recipe: Recipe) -> None:
+    """Raise CalibrationError if a recipe cannot have one block in memory at a time."""
+    if why := needs_all_blocks(recipe):
+        raise CalibrationError(f"{why}, so that the model cannot be streamed; load it whole (--no-stream)")
+
+
+def needs_all_blocks(recipe: Recipe) -> str:
+    """Why a recipe cannot have one block in memory at a time; empty if it can."""
+    if recipe.end_to_end is not None and recipe.end_to_end.steps:
+        return "an end-to-end fit runs through all blocks at once"
+    if recipe.solver.hessian == "output_adaptive" and recipe.scheme.weights is not None:
+        return "output-adaptive Hessians need the gradient through all blocks"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------- counting
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Numbers of a block: elements, but for `stored`, which are bytes."""
+
+    weights: int  # of linears that are fitted
+    largest: int  # of these, at one site
+    widest: int  # inputs of a site
+    inputs: int  # of all sites, a token
+    outputs: int  # of all sites, a token
+    dense: int  # n^2 of the sites whose transform becomes one matrix on a GPU
+    stored: int  # as a model's tensors
+    packed: int  # as it is saved
+    rounded: int  # as the state has it: an integer a byte
+
+    @classmethod
+    def of(cls, block: nn.Module, plan: BlockPlan) -> _Sizes:
+        rows = [
+            sum(int(getattr(submodule(block, path), "out_features")) for path in site.readers)  # noqa: B009
+            for site in plan.sites.values()
+        ]
+        widths = [site.shape[0] * site.shape[1] for site in plan.sites.values()]
+        weights = [o * n for o, n in zip(rows, widths, strict=True)]
+        stored = sum(p.nbytes for p in block.parameters())
+        item = max(p.element_size() for p in block.parameters())
+        grids = [
+            o * (n // (site.weights.group_size or n)) * 4 if site.weights else 0
+            for o, n, site in zip(rows, widths, plan.sites.values(), strict=True)
+        ]
+        rest = stored - item * sum(weights)
+        bits = [site.weights.bits if site.weights else 8 * item for site in plan.sites.values()]
+        whole = [8 if site.weights else b for b, site in zip(bits, plan.sites.values(), strict=True)]
+        factors = sum(4 * (s.shape[0] ** 2 * s.left + s.shape[1] ** 2 * s.right) for s in plan.sites.values())
+        return cls(
+            weights=sum(weights),
+            largest=max(weights),
+            widest=max(widths),
+            inputs=sum(widths),
+            outputs=sum(rows),
+            dense=sum(n * n for n in widths if n <= 2048),
+            stored=stored,
+            packed=rest + factors + sum(grids) + sum(w * b // 8 for w, b in zip(weights, bits, strict=True)),
+            rounded=rest + factors + sum(grids) + sum(w * b // 8 for w, b in zip(weights, whole, strict=True)),
+        )
+
+
+# Copies of a number that the backward pass of a fit keeps, and that its largest step makes besides. Fused: one kernel
+# rounds, products are in half precision.
+@dataclass(frozen=True, kw_only=True)
+class _Copies:
+    kept: float  # of a weight, 4 bytes each
+    made: float  # of a weight of the largest site, 4 bytes each
+    inputs: float  # of a site's input
+    outputs: float  # of a site's output
+    hidden: float  # of the residual stream, 4 bytes each
+
+
+_EAGER = _Copies(kept=4, made=6, inputs=5, outputs=3, hidden=10)
+_FUSED = _Copies(kept=2.5, made=3.5, inputs=4, outputs=3, hidden=10)
+
+
+def estimate(
+    model: PreTrainedModel,
+    plan: Plan,
+    recipe: Recipe,
+    *,
+    shape: tuple[int, int] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    limits: Limits,
+    streamed: bool = False,
+    side_by_side: int | None = None,
+    windows: int | None = None,
+) -> Estimate:
+    """Count what a run will need, and lay it out within limits.
+
+    Args:
+        shape: of the calibration tokens, (N, T); None for a recipe that reads none.
+        dtype: of the fit's products.
+        limits: what is not given is what is free now.
+        side_by_side, windows: fixed, where given.
+
+    Raises:
+        CalibrationError: a given limit is less than the least that the run needs.
+    """
+    count = _Count(model, plan, recipe, shape, device, dtype, streamed)
+    most = count.batch if windows is None else windows
+    parts = [most] if windows is not None else [w for w in range(most, 0, -1) if count.batch % w == 0]
+    together = [side_by_side or count.together]
+    if side_by_side is None:
+        together = list(range(count.together, 0, -1))
+    on_gpu = device.type == "cuda"
+    if not on_gpu:  # all is the host's
+        given = [limit for limit in (limits.device, limits.host) if limit is not None]
+        limits = Limits(host=min(given, default=None))
+    device_limit = _free_device(device) if limits.device is None else limits.device
+    host_limit = free_host_bytes() if limits.host is None else limits.host
+    least: Estimate | None = None
+    # What is given up first varies fastest.
+    for w, place, k in product(parts, ("device", "host", "disk") if on_gpu else ("device", "disk"), together):
+        if place != "device" and k != together[-1]:
+            continue  # blocks side by side read one another's rows: they would be brought twice
+        least = count.layout(place, w, k)
+        if _within(least.device, device_limit) and _within(least.host, host_limit):
+            return least
+    assert least is not None
+    # What is free is taken as a wish: an estimate must not stop a run that might go well.
+    if not (_within(least.device, limits.device) and _within(least.host, limits.host)):
+        raise CalibrationError(
+            f"by an estimate from shapes the run needs at least {_size(least.device)} on the device and "
+            f"{_size(least.host)} in host memory, more than was allowed; raise the limit, or use a smaller --seqlen"
+            + ("" if streamed or needs_all_blocks(recipe) else ", or --stream")
+        )
+    return least
+
+
+def _within(size: int, limit: int | None) -> bool:
+    return limit is None or size <= limit
+
+
+class _Count:
+    """Bytes of one run, under any layout."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        recipe: Recipe,
+        shape: tuple[int, int] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        streamed: bool,
+    ) -> None:
+        blocks = list(submodule(model, plan.blocks_path).children())
+        self.recipe, self.shape, self.device, self.streamed = recipe, shape, device, streamed
+        self.sizes = [_Sizes.of(block, p) for block, p in zip(blocks, plan.blocks, strict=True)]
+        self.hidden, self.vocab = model.config.hidden_size, model.config.vocab_size
+        self.item = dtype.itemsize
+        whole = sum(t.nbytes for t in {id(p): p for p in model.parameters()}.values())
+        self.ends = whole - sum(s.stored for s in self.sizes)
+        self.fused = device.type == "cuda"
+        self.copies = _FUSED if self.fused else _EAGER
+        fit = recipe.fit if recipe.fit is not None and recipe.fit.epochs else None
+        self.end_to_end = recipe.end_to_end if recipe.end_to_end is not None and recipe.end_to_end.steps else None
+        batches = [spec.batch_size for spec in (fit, self.end_to_end) if spec is not None]
+        self.fits = fit is not None and recipe.needs_data
+        self.batch = max(batches, default=4)
+        feeds = fit is not None and fit.inputs == "quantised"
+        hessian = recipe.solver.needs_hessian and recipe.scheme.weights is not None
+        self.quantised, self.all_blocks = feeds or hessian, bool(needs_all_blocks(recipe))
+        self.hessian = hessian
+        self.together = 1
+        waits = feeds or recipe.solver.hessian == "output_adaptive"
+        if self.fused and shape is not None and not waits and not streamed:
+            fill = full_step(shape[1], self.hidden) // self.batch
+            self.together = max(1, min(MOST_TOGETHER, len(blocks), fill))
+
+    def layout(self, place: Place, windows: int, side_by_side: int) -> Estimate:
+        """What the run needs, laid out so."""
+        kept = self._streams(side_by_side) * self._stream
+        peak = self._peak(windows, side_by_side) + (kept if place == "device" else 0)
+        model = self.ends + (
+            2 * max(s.stored for s in self.sizes) if self.streamed else sum(s.stored for s in self.sizes)
+        )
+        host = model + (kept if place == "host" else 0)
+        packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
+        return Estimate(
+            device=int(peak),
+            host=int(host if self.fused else host + peak),
+            disk=int(packed + rounded + self.ends + (kept if place == "disk" else 0)),
+            place=place,
+            windows=windows,
+            side_by_side=side_by_side,
+            streamed=self.streamed,
+            shared=not self.fused,
+        )
+
+    @property
+    def _stream(self) -> int:
+        """Hidden states of all windows."""
+        return 0 if self.shape is None else self.shape[0] * self.shape[1] * self.hidden * self.item
+
+    def _streams(self, side_by_side: int) -> int:
+        """How many of these there are at a time: a chain of inputs and targets, and what the quantised model has."""
+        if self.shape is None:
+            return 0
+        q = int(self.quantised)
+        return max(side_by_side + 1 + q, 1 + 2 * q) + int(self.end_to_end is not None)
+
+    def _peak(self, windows: int, side_by_side: int) -> float:
+        tokens = windows * (self.shape[1] if self.shape else 0)
+        s = max(self.sizes, key=lambda s: s.weights)
+        resident = 4 * sum(b.weights for b in self.sizes) if self.all_blocks else 0
+        fold = 12 * s.weights + 22 * s.largest  # float64, a site at a time
+        solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.hessian else 0)
+        passes = tokens * self.item * (2 * s.inputs + s.outputs)
+        fit = side_by_side * (4 * s.weights + self._kept(s, tokens) + self._made(s)) if self.fits else 0
+        end = 0
+        if self.end_to_end is not None:
+            trained = 12 * sum(b.weights for b in self.sizes) if self.end_to_end.weight_lr else 0
+            logits = 14 * tokens * self.vocab
+            chain = len(self.sizes) * tokens * self.hidden * self.item
+            together = [s] if self.end_to_end.checkpoint else self.sizes
+            end = trained + logits + chain + sum(self._kept(b, tokens) for b in together) + self._made(s)
+        return resident + max(fold, solve + passes, fit, end)
+
+    def _kept(self, s: _Sizes, tokens: int) -> float:
+        """What a block's forward pass leaves for its backward pass."""
+        c = self.copies
+        activations = self.item * (c.inputs * s.inputs + c.outputs * s.outputs) + 4 * c.hidden * self.hidden
+        return 4 * (s.weights * c.kept + (3 * s.dense if self.fused else 0)) + tokens * activations
+
+    def _made(self, s: _Sizes) -> float:
+        """What the largest step of a backward pass makes."""
+        return 4 * s.largest * self.copies.made
+
+
+# ------------------------------------------------------------------------------------------------- what there is
+
+
+def free_host_bytes() -> int | None:
+    """Host memory that can be had: the least of what the kernel and the process's control group say."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit != "max":
+            # Pages of files count as used, and are given up when memory is short.
+            cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get("file", "0")
+            found.append(max(0, int(limit) - int(used) + int(cached)))
+    except (OSError, ValueError):
+        pass
+    if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=None)
+
+
+def return_freed_memory() -> None:
+    """From now on, let the C library return the memory of large tensors to the kernel as soon as they are freed.
+
+    Left to itself, it keeps more and more of it, between what lives: a process that streams a model grows by half of
+    every block.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library has no such function
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 18)
+
+
+def _free_device(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    ours = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, and free again
+    return torch.cuda.mem_get_info(device)[0] + ours
+
+
+@contextmanager
+def capped(device: torch.device, limits: Limits) -> Iterator[None]:
+    """Make torch refuse device memory beyond a limit, so that it is one."""
+    if device.type != "cuda" or limits.device is None:
+        yield
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.mem_get_info(index)[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limits.device / total), index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
