@@ -40,9 +40,9 @@ from tests.tiny_models import FAMILIES, tiny_family
 
 PRESERVED = 1e-9
 # (family, kv heads, basis): grouped queries everywhere; a head per query and one head for all where projections fuse.
-CASES = [(name, 2, "direct orthogonal") for name in FAMILIES]
+CASES = [(name, 2, "inverse orthogonal") for name in FAMILIES]
 CASES += [(name, 4, "svd orthogonal") for name in ("phi3", "glm4", "olmo2", "stablelm parallel")]
-CASES += [("phi3", 1, "direct hadamard"), ("cohere", 4, "full matrices"), ("gemma2", 1, "diagonal only")]
+CASES += [("phi3", 1, "inverse hadamard"), ("cohere", 4, "full matrices"), ("gemma2", 1, "diagonal only")]
 
 
 @pytest.mark.parametrize("name, kv_heads, transforms", CASES)

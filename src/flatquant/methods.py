@@ -60,7 +60,7 @@ def _unique(words: Iterable[str]) -> list[str]:
 
 
 def _part(spec: TransformSpec) -> str:
-    how = [word for word in (spec.parameters, spec.init) if word not in ("direct", "identity")]
+    how = [word for word in (spec.parameters, spec.init) if word not in ("inverse", "identity")]
     return spec.kind + (f" ({', '.join(how)})" if how else "")
 
 

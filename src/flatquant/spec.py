@@ -298,7 +298,7 @@ class TransformSpec:
     Attributes:
         kind: `diagonal` (per-channel scale), `matrix` (full), `kronecker` (P1 (x) P2), `head` (one matrix inside all
             heads, which the heads' writer applies), `heads` (one for every key-value head, likewise).
-        parameters: `direct` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
+        parameters: `inverse` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
             Cayley form, so that the inverse is free of a general solve; `rotation` trains an orthogonal matrix by
             Cayley SGD; `fixed` stays at its start, which is orthogonal; `masked` starts at the identity and opens band
             by band, epoch by epoch, all off its diagonal held back by the factor `stability`.
@@ -308,7 +308,7 @@ class TransformSpec:
     """
 
     kind: Literal["diagonal", "matrix", "kronecker", "head", "heads"]
-    parameters: Literal["direct", "svd", "rotation", "fixed", "masked"] = "direct"
+    parameters: Literal["inverse", "svd", "rotation", "fixed", "masked"] = "inverse"
     init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment"] = "identity"
     alpha: float = 0.3
     stability: float = 0.1
@@ -317,7 +317,7 @@ class TransformSpec:
         data = self.init in ("absmax", "second_moment")
         _check(self.kind == "diagonal" or not data, f"a {self.kind} transform has no {self.init} start")
         _check(self.kind != "diagonal" or data or self.init == "identity", f"a diagonal has no {self.init} start")
-        trains = self.kind != "diagonal" or self.parameters == "direct"
+        trains = self.kind != "diagonal" or self.parameters == "inverse"
         _check(trains, f"a diagonal has no {self.parameters} parameters")
         masked = self.parameters == "masked"
         _check(self.kind != "heads" or masked, "heads takes masked parameters; use head for one matrix that all share")
