@@ -23,7 +23,7 @@ from flatquant.errors import SpecError
 
 # The quantised inputs of a transformer block, in the order data meets them.
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
-_RATES = ("lr", "clip_lr", "rotation_lr", "weight_lr")
+_RATES = ("lr", "clip_lr", "rotation_lr", "weight_lr", "code_lr")
 
 Clip = Literal["none", "learned", "fixed", "search"]
 
@@ -97,7 +97,7 @@ def to_dict(spec: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """One uniform grid.
+    """One grid.
 
     Weights get one scale per output row, or per `group_size` consecutive inputs of a row; activations one per token;
     keys and values one per token and head.
@@ -114,6 +114,9 @@ class QuantSpec:
             from calibration text.
         width: of activations with one static scale: channels are split into pieces, so that the scale may be finer, up
             to this many pieces a channel on average.
+        kind: `uniform`, or `levels`: the sums of `bits` numbers with signs. Weights have numbers of their own in every
+            row or group, trained together with the codes that choose the signs; activations share a site's, found from
+            calibration text, and have a scale per token.
     """
 
     bits: int
@@ -124,8 +127,11 @@ class QuantSpec:
     clip_ratio: float = 1.0
     scope: Literal["row", "tensor"] = "row"
     width: float = 1.0
+    kind: Literal["uniform", "levels"] = "uniform"
 
     def __post_init__(self) -> None:
+        plain = self.symmetric and self.clip == "none" and self.scope == "row"
+        _check(self.kind == "uniform" or plain, "levels have no zero point, no clip, and scales by row or token")
         whole = self.symmetric and self.group_size is None and self.clip == "none"
         _check(self.scope == "row" or whole, "one scale for a tensor is symmetric, without groups and without a clip")
         _check(self.width == 1 or self.scope == "tensor", "only a grid with one scale for a tensor splits channels")
@@ -183,6 +189,8 @@ class Scheme:
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
             _check(spec is None or spec.clip != "search", f"{name}: a searched clip is for weights only")
+            uniform = spec is None or spec.kind == "uniform" or name == "activations"
+            _check(uniform, f"{name}: levels are for weights and activations only")
             static = spec is not None and spec.scope == "tensor"
             _check(not static or name == "activations", f"{name}: one scale per token and head, not for a tensor")
         _check(self.weights is None or self.weights.width == 1, "weights: only channels of activations are split")
@@ -342,6 +350,7 @@ class FitSpec:
             it give (targets stay the full-precision model's on its own inputs).
         schedule: `cosine` per step from `lr` to `lr * final_lr` (the same floor for every group), or `constant`.
         rotation_lr: of rotations, by Cayley SGD.
+        code_lr: of weights on levels: of the levels, relative to where they start, and of what decides the codes.
     """
 
     epochs: int = 15
@@ -352,6 +361,7 @@ class FitSpec:
     final_lr: float = 1e-3
     warmup_steps: int = 0
     rotation_lr: float = 1.5
+    code_lr: float = 1e-3
     inputs: Literal["original", "quantised"] = "original"
     schedule: Literal["cosine", "constant"] = "cosine"
 
@@ -370,6 +380,7 @@ class EndToEndSpec:
         round_weights: put weights on their grids while fitting. A solver that compensates rounding errors is better
             served by parameters that were fitted to activations alone (SpinQuant, section 4.3).
         rotation_lr: of rotations, by Cayley SGD.
+        code_lr: of weights on levels; see `FitSpec`.
         weight_lr: of the weights before transform and grid, which then train through their rounding as well
             (straight-through); 0 leaves them as they are.
         final_lr: where every cosine ends, as a share of `lr` (of `weight_lr` for weights).
@@ -384,6 +395,7 @@ class EndToEndSpec:
     clip_lr: float = 1e-2
     weight_lr: float = 0.0
     rotation_lr: float = 1.5
+    code_lr: float = 1e-3
     objective: Literal["kl", "cross_entropy"] = "kl"
     round_weights: bool = True
     final_lr: float = 0.0
@@ -545,6 +557,7 @@ class Recipe:
         clipped = [s for s in (self.scheme.weights, self.scheme.activations) if s and s.clip == "learned"]
         trained = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         self._check_residual()
+        self._check_levels()
         static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
         tensors = static or (self.scheme.weights is not None and self.scheme.weights.scope == "tensor")
         _check(
@@ -640,12 +653,30 @@ class Recipe:
                 "start it from the identity",
             )
 
+    def _check_levels(self) -> None:
+        weights, activations = self.scheme.weights, self.scheme.activations
+        where = f"recipe {self.name}"
+        if activations is not None and activations.kind == "levels":
+            sited = any(parts for site, parts in self.transforms.items() if site != "qk")
+            _check(not sited, f"{where}: levels of activations are those of untransformed ones; leave out transforms")
+        if weights is None or weights.kind == "uniform":
+            return
+        moved = any(t.parameters != "fixed" for parts in self.transforms.values() for t in parts)
+        _check(not moved, f"{where}: weights on levels train themselves; only fixed transforms may come before them")
+        _check(
+            self.solver.kind == "rtn" and self.branch is None,
+            f"{where}: the fit chooses levels and codes of weights; use the solver rtn, and no branch",
+        )
+        released = self.end_to_end is not None and (self.end_to_end.weight_lr or not self.end_to_end.round_weights)
+        _check(not released, f"{where}: there are no weights besides those on levels; use weight_lr 0 and round them")
+
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all: plain rounding needs none."""
         fits = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         starts = any(t.init in ("absmax", "second_moment") for parts in self.transforms.values() for t in parts)
-        static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
+        inputs = self.scheme.activations
+        static = inputs is not None and (inputs.scope == "tensor" or inputs.kind == "levels")
         return fits or starts or static or (self.solver.needs_hessian and self.scheme.weights is not None)
 
 

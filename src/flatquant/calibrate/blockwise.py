@@ -16,7 +16,7 @@ from torch import Tensor
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
-from flatquant.modules import Group, Scheduled
+from flatquant.modules import Bounded, Group, Scheduled
 from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
@@ -109,6 +109,7 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool) 
 
     rates: dict[Group, float] = {
         "transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "rotation": spec.rotation_lr,
+        "code": spec.code_lr,
     }  # fmt: skip
     floors: dict[Group, float] = {g: spec.final_lr * (spec.lr if g == "clip" else rate) for g, rate in rates.items()}
     return Optimiser(
@@ -120,4 +121,5 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool) 
         weight_decay=spec.weight_decay,
         loss_fn=loss_fn,
         graph=graph,
+        bounded=[m for root in fit.roots() for m in root.modules() if isinstance(m, Bounded)],
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flatquant.calibrate.cayley import CayleySGD
-from flatquant.modules import Group
+from flatquant.modules import Bounded, Group
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW; a rotation has none
 EAGER_STEPS = 3  # before capture: lazily made workspaces and optimiser state must exist
@@ -60,6 +60,7 @@ class Optimiser:
         loss_fn: maps static batch tensors to (objective to differentiate, loss to report), both scalars. On CUDA it
             must not synchronise.
         graph: capture steps in a CUDA graph.
+        bounded: settled after every step.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Optimiser:
         eps: float = 1e-8,
         loss_fn: Callable[..., tuple[Tensor, Tensor]],
         graph: bool,
+        bounded: Sequence[Bounded] = (),
     ) -> None:
+        self.bounded = bounded
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"
@@ -126,6 +129,8 @@ class Optimiser:
             loss = self._gradients(*batch)
         for optimiser in self.optimisers:
             optimiser.step()
+        for module in self.bounded:
+            module.settle()
         self._forget_gradients()
         return loss.detach()
 

@@ -30,7 +30,7 @@ from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.runtime.build import install
-from flatquant.spec import EndToEndSpec, Plan, Recipe
+from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe
 from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
@@ -178,7 +178,10 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             if self.end_to_end is not None:
-                check_room(resident_bytes(self.blocks, self.end_to_end), torch.cuda.mem_get_info(self.device)[0])
+                check_room(
+                    resident_bytes(self.blocks, self.end_to_end, self.recipe.scheme.weights),
+                    torch.cuda.mem_get_info(self.device)[0],
+                )
         seams.use_attention(self.model)
         first, calls = self._capture()
         if self.output_adaptive:
@@ -424,10 +427,14 @@ class _Run:
         return max(self._full, self._fit_batch) if self.device.type == "cuda" else self._fit_batch
 
 
-def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec) -> int:
-    """What an end-to-end fit keeps on the device besides activations: weights; trained, with gradient and moments."""
+def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec, grid: QuantSpec | None = None) -> int:
+    """What an end-to-end fit keeps on the device besides activations: weights; trained, with gradient and moments.
+
+    A weight on levels has a position that trains.
+    """
     weights = sum(p.numel() for block in blocks for p in block.parameters())
-    return weights * (16 if spec.weight_lr else 4)
+    codes = grid is not None and grid.kind == "levels"
+    return weights * ((16 if spec.weight_lr else 4) + 16 * codes)
 
 
 def check_room(needed: int, free: int) -> None:

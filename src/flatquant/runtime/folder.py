@@ -307,6 +307,8 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
                     kinds[f"{root}flatquant.{name}.{side}"] = "transforms"
             if site.activations and site.activations.scope == "tensor":
                 kinds |= {f"{root}flatquant.{name}.activations.{n}": "transforms" for n in ("step", "copies")}
+            if site.activations and site.activations.kind == "levels":
+                kinds[f"{root}flatquant.{name}.activations.basis"] = "transforms"
             if site.activations and site.activations.clip != "none":
                 kinds[f"{root}flatquant.{name}.activations.clip.ratio"] = "transforms"
         attention = f"{root}{plan.attention}.flatquant_kv."
@@ -327,6 +329,8 @@ def _reader_kinds(site: SitePlan) -> dict[str, str]:
 
 
 def _integer_kinds(weights: QuantSpec) -> dict[str, str]:
+    if weights.kind == "levels":
+        return {"packed": "packed", "levels": "grids"}
     return {"packed": "packed", "scale": "grids"} | ({} if weights.symmetric else {"zero": "grids"})
 
 

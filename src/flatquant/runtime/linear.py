@@ -17,7 +17,7 @@ from flatquant.modules import ExactBuffers
 from flatquant.ops.int_linear.reference import int_linear
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import Dynamic, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid
 from flatquant.spec import QuantSpec
 
 
@@ -36,7 +36,7 @@ class FrozenSite(ExactBuffers):
         self,
         left: Tensor | None,
         right: Tensor | None,
-        activations: Dynamic | SplitGrid | None,
+        activations: Dynamic | SplitGrid | ActivationLevels | None,
         down: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -47,9 +47,10 @@ class FrozenSite(ExactBuffers):
         self._last: tuple[Tensor, Tensor | QTensor, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor | QTensor:
-        """x (P1 (x) P2), as integers if activations are quantised here, else in x's dtype.  # (.., n)
+        """x (P1 (x) P2), as integers if activations are on a uniform grid here, else in x's dtype.  # (.., n)
 
-        Integers carry no gradient: where x has one, the result is the numbers that the integers stand for, and the
+        Levels have no product of integers: they are the numbers they stand for. Integers carry no gradient: where x
+        has one, the result is the numbers that the integers stand for, and the
         gradient passes the rounding straight through.
         """
         return self._computed(x)[0]
@@ -70,7 +71,7 @@ class FrozenSite(ExactBuffers):
             y = kron_matmul(x.to(factor.dtype), self.left, self.right)
         if self.activations is None:
             out = y.to(x.dtype)
-        elif y.requires_grad:
+        elif y.requires_grad or isinstance(self.activations, ActivationLevels):
             out = self.activations(y).to(x.dtype)
         else:
             out = self.activations.quantize(y)
@@ -113,6 +114,10 @@ class SiteLinear(ExactBuffers, ABC):
         return self._site[0]
 
     @abstractmethod
+    def plain(self) -> Tensor:
+        """The weight as numbers, in the site's coordinates.  # float32, (o, n)"""
+
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """(.., n) -> (.., o)"""
 
@@ -125,6 +130,9 @@ class DenseLinear(SiteLinear):
     def __init__(self, site: FrozenSite, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(site, bias)
         self.register_buffer("weight", weight)  # (o, n)
+
+    def plain(self) -> Tensor:
+        return self.weight.float()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.site(x)
@@ -150,6 +158,9 @@ class IntegerLinear(SiteLinear, ABC):
     @abstractmethod
     def qweight(self) -> QTensor:
         """The weight.  # (o, n)"""
+
+    def plain(self) -> Tensor:
+        return self.qweight().dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.site(x)

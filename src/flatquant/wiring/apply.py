@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from flatquant import seams
+from flatquant.levels import LevelTensor
 from flatquant.modules import Group, trainable_parameters
-from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid, WeightLevels
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.levels import FrozenLevels
 from flatquant.runtime.linear import DenseLinear, FrozenSite
 from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec
 from flatquant.transforms import (
@@ -45,6 +47,7 @@ class InputStatistics:
 
     absmax: Tensor  # (n,)
     square: Tensor  # mean of x^2, (n,)
+    rows: Tensor | None = None  # x of some tokens, (tokens, n)
 
 
 @dataclass(kw_only=True)
@@ -152,13 +155,16 @@ def wrap_block(
     sites: dict[str, FitSite] = {}
     for edge in arch.edges:
         site_plan = plan.sites[edge.site]
-        sites[edge.site] = FitSite(
+        site = sites[edge.site] = FitSite(
             transforms[edge.site],
             _activations(site_plan.activations, transforms[edge.site], statistics.get(edge.site)),
             site_plan.weights,
             [linear_at(block, path) for path in edge.readers],
             [outputs[path] for path in edge.readers],
         ).to(device)
+        if site_plan.weights is not None and site_plan.weights.kind == "levels":
+            with torch.no_grad():
+                site.grid = WeightLevels(site_plan.weights, site.transformed_weight())
     for edge in arch.edges:
         for index, path in enumerate(edge.readers):
             replace_submodule(block, path, FitLinear(sites[edge.site], index))
@@ -179,8 +185,12 @@ def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None,
 
 def _activations(
     spec: QuantSpec | None, transform: Transform, statistics: InputStatistics | None
-) -> Dynamic | SplitGrid | None:
+) -> Dynamic | SplitGrid | ActivationLevels | None:
     """The grid of a site's transformed input."""
+    if spec is not None and spec.kind == "levels":
+        assert statistics is not None, "levels of activations need some of them"
+        assert statistics.rows is not None
+        return ActivationLevels.found(spec, statistics.rows)
     if spec is None or spec.scope == "row":
         return None if spec is None else Dynamic(spec)
     assert statistics is not None, "a static scale needs input statistics"
@@ -314,6 +324,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     block, arch, plan = fit.block, fit.arch, fit.plan
     fit.forget()
     folded: dict[str, tuple[Tensor, Tensor | None]] = {}
+    levels: dict[str, LevelTensor] = {}
     wide = {name: copy.deepcopy(site).double() for name, site in fit.sites.items()}
     for edge in arch.edges:
         site = wide[edge.site]
@@ -322,6 +333,8 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
         biases = [None] * len(weights) if bias is None else bias.split(site.rows)
         for path, w, b, has in zip(edge.readers, weights, biases, site.has_bias, strict=True):
             folded[path] = (w, b if has else None)
+        if isinstance(site.grid, WeightLevels):
+            levels |= zip(edge.readers, site.grid.frozen().split(site.rows), strict=True)
     frozen = nn.ModuleDict()
     for edge in arch.edges:
         diagonal, left, right = _online_parts(wide[edge.site].transform, plan.sites[edge.site])
@@ -340,6 +353,9 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
             frozen_site = frozen[edge.site]
             assert isinstance(frozen_site, FrozenSite)
             bias = None if bias is None else bias.to(dtype)
+            if path in levels:
+                replace_submodule(block, path, FrozenLevels(frozen_site, levels[path], bias))
+                continue
             replace_submodule(block, path, DenseLinear(frozen_site, weight.to(target), bias))
     setattr(block, SITES_SLOT, frozen)
     if fit.key_value is not None:
@@ -386,9 +402,11 @@ def _absorb(
 def freeze_grid(grid: Dynamic) -> Dynamic: ...
 @overload
 def freeze_grid(grid: SplitGrid) -> SplitGrid: ...
-def freeze_grid(grid: Dynamic | SplitGrid) -> Dynamic | SplitGrid:
+@overload
+def freeze_grid(grid: ActivationLevels) -> ActivationLevels: ...
+def freeze_grid(grid: Dynamic | SplitGrid | ActivationLevels) -> Dynamic | SplitGrid | ActivationLevels:
     """The same grid with its clip fixed."""
-    if isinstance(grid, SplitGrid):
+    if not isinstance(grid, Dynamic):
         return grid
     ratios = grid.clip.ratios()
     return Dynamic(grid.spec, NoClip() if ratios is None else FixedClip(torch.stack([r.reshape(()) for r in ratios])))

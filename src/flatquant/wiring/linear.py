@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flatquant.modules import Trainable
 from flatquant.ops.kron.reference import kron_matmul
-from flatquant.quantizers import Dynamic, SplitGrid, WeightGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid, WeightGrid, WeightLevels
 from flatquant.spec import QuantSpec
 from flatquant.transforms import Factor, HeadDiagonal, HeadMatrices, Identity, Transform
 
@@ -96,7 +96,7 @@ class FitSite(nn.Module):
     def __init__(
         self,
         transform: Transform,
-        activations: Dynamic | SplitGrid | None,
+        activations: Dynamic | SplitGrid | ActivationLevels | None,
         weights: QuantSpec | None,
         linears: Sequence[nn.Linear],
         outputs: Sequence[Sequence[nn.Module]],
@@ -117,7 +117,9 @@ class FitSite(nn.Module):
         else:
             self.register_buffer("bias", None)
         self.has_bias = [b is not None for b in biases]
-        self.grid = WeightGrid.for_weight(weights, (sum(self.rows), linears[0].in_features)) if weights else None
+        self.grid: WeightGrid | WeightLevels | None = None  # levels come once all is on one device
+        if weights is not None and weights.kind == "uniform":
+            self.grid = WeightGrid.for_weight(weights, (sum(self.rows), linears[0].in_features))
         self.outputs = nn.ModuleList(nn.Sequential(*maps) for maps in outputs)
         n = linears[0].in_features
         dense = weight.is_cuda and n <= DENSE_LIMIT and not isinstance(transform, Identity)
@@ -148,7 +150,7 @@ class FitSite(nn.Module):
     def transformed_weight(self) -> Tensor:
         """W P^-T, clipped, then mapped by the readers' output transforms: what a solver rounds.  # (sum of rows, n)"""
         w = self._inverse_transformed()
-        if self.grid is not None:
+        if isinstance(self.grid, WeightGrid):
             w = self.grid.clamp(w)
         if self._has_outputs:
             parts = zip(self.outputs, w.split(self.rows), strict=True)
@@ -166,6 +168,8 @@ class FitSite(nn.Module):
         """`transformed_weight` on its grid.  # (sum of rows, n)"""
         if self.grid is None:
             return self.transformed_weight()
+        if isinstance(self.grid, WeightLevels):
+            return self.grid()
         if self._has_outputs:
             return self.grid(self.transformed_weight())
         return self.grid.clamp_and_round(self._inverse_transformed())
