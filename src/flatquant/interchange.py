@@ -231,6 +231,8 @@ def export_dense(
             "an ordinary checkpoint cannot round activations, keys and values; with --weights-only it is written "
             "without their grids, and is then a better model than the quantised one"
         )
+    if any(site.shift != "none" for block in plan.blocks for site in block.sites.values()):
+        raise ModelError("an ordinary checkpoint has no place for a shift of channels")
     config = _plain_config(model)
     plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     state = dict(model.state_dict())
@@ -338,8 +340,12 @@ def _one_weight_grid(plan: Plan) -> Any:
                 "compressed-tensors has no place for online transforms; quantise with --method rtn or gptq, or export "
                 "the dense checkpoint"
             )
-        if any(s.codebook or s.rank or (s.weights and s.weights.kind != "uniform") for s in block.sites.values()):
-            raise ModelError("compressed-tensors holds integers on uniform grids alone; export the dense checkpoint")
+        for s in block.sites.values():
+            uniform = s.codebook is None and (s.weights is None or s.weights.kind == "uniform")
+            if not uniform or s.rank or s.shift != "none":
+                raise ModelError(
+                    "compressed-tensors holds integers on uniform grids alone; export the dense checkpoint"
+                )
         specs |= {site.weights for site in block.sites.values()}
     (spec, *others) = specs
     if others or spec is None or not spec.symmetric or spec.bits not in (4, 8):

@@ -128,6 +128,7 @@ class _Wrapped:
     fit: FitBlock | None
     inputs: Tensor | None  # (N, T, h), None if the recipe reads no text
     targets: Tensor | None
+    second: Tensor | None = None  # outputs on the inputs that the quantised blocks before give
 
 
 class _Run:
@@ -192,7 +193,7 @@ class _Run:
         fits: list[FitBlock | None] = []
         for start in range(0, len(calls), self.side_by_side):
             group = range(start, min(start + self.side_by_side, len(calls)))
-            wrapped, hidden = self._wrap(group, calls, hidden)
+            wrapped, hidden = self._wrap(group, calls, hidden, quantised)
             self._fit(wrapped, quantised if self.feeds_fit else None)
             fits += [w.fit for w in wrapped]
             if self.end_to_end is None:
@@ -231,14 +232,17 @@ class _Run:
             return hidden.to(self.device, self.dtype), [c.to(self.device) for c in calls]
 
     def _wrap(
-        self, group: range, calls: list[BlockCall], hidden: Tensor | None
+        self, group: range, calls: list[BlockCall], hidden: Tensor | None, quantised: Tensor | None
     ) -> tuple[list[_Wrapped], Tensor | None]:
         """Wrap the blocks of a group that no earlier run has solved; and the full-precision outputs of its last one."""
         wrapped = []
         for index in group:
             with _named(index):
+                second = self._second(index, calls[index], quantised)
                 inputs, (fit, hidden) = hidden, self._wrap_one(index, calls[index], hidden)
-            wrapped.append(_Wrapped(index=index, call=calls[index], fit=fit, inputs=inputs, targets=hidden))
+            wrapped.append(
+                _Wrapped(index=index, call=calls[index], fit=fit, inputs=inputs, targets=hidden, second=second)
+            )
         return wrapped, hidden
 
     def _move(self, block: nn.Module) -> None:
@@ -262,6 +266,15 @@ class _Run:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         fit = wrap_block(block, self.arch, plan, self.recipe, statistics, generator, residual=self.residual)
         return fit, targets
+
+    def _second(self, index: int, call: BlockCall, quantised: Tensor | None) -> Tensor | None:
+        """The original block's outputs on the quantised stream, if the fit minds them and is still to come."""
+        done = self.state is not None and (self.state.has(fitted_name(index)) or self.state.has(solved_name(index)))
+        if quantised is None or self.recipe.fit is None or not self.recipe.fit.both_targets or done:
+            return None
+        self._move(self.blocks[index])
+        with self.clock("full precision"), autocast(self.device, self.dtype):
+            return run_block(self.blocks[index], call, quantised, self.batch)
 
     def _rotated(self, call: BlockCall) -> BlockCall:
         """How a block is called once it is wrapped."""
@@ -291,7 +304,14 @@ class _Run:
     def _fit_blocks(self, todo: list[_Wrapped]) -> list[list[float]]:
         spec = self.recipe.fit
         blocks = [
-            BlockFit(index=w.index, fit=w.fit, call=self._rotated(w.call), inputs=w.inputs, targets=w.targets)
+            BlockFit(
+                index=w.index,
+                fit=w.fit,
+                call=self._rotated(w.call),
+                inputs=w.inputs,
+                targets=w.targets,
+                second=w.second,
+            )
             for w in todo
             if w.fit is not None and w.inputs is not None and w.targets is not None
         ]

@@ -188,8 +188,7 @@ def least_squares_levels(w: Tensor, bits: int) -> Tensor:
 class ActivationLevels(ExactBuffers):
     """Activations with signs on a token's largest magnitude times levels that all tokens of a site share.
 
-    One bit is the sign, the others choose among sums of `basis`, found as in `ChannelLevels`: the errors of all
-    channels weigh alike, however small a channel.
+    One bit is the sign, the others choose among sums of `basis`, found as in `ChannelLevels`.
     """
 
     basis: Tensor  # float32, (K - 1,)
@@ -202,7 +201,7 @@ class ActivationLevels(ExactBuffers):
     @classmethod
     def found(cls, spec: QuantSpec, rows: Tensor) -> ActivationLevels:
         """The levels for some tokens' activations, (tokens, n)."""
-        levels = ChannelLevels(spec.bits - 1, momentum=1.0).to(rows.device)
+        levels = ChannelLevels(spec.bits - 1, by_channel=spec.weigh == "channels", momentum=1.0).to(rows.device)
         levels(rows.float().abs() / _reach(rows.float()))
         return cls(spec, levels.basis)
 

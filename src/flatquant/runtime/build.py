@@ -83,12 +83,13 @@ def _site(plan: SitePlan) -> FrozenSite:
     else:
         grid = _dynamic(spec)
     left, right = _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None
-    return FrozenSite(left, right, grid, _empty(plan.rank, n1 * n2, dtype=torch.float16) if plan.rank else None)
+    down = _empty(plan.rank, n1 * n2, dtype=torch.float16) if plan.rank else None
+    return FrozenSite(left, right, grid, down, _empty(n1 * n2) if plan.shift == "online" else None)
 
 
 def _linear(linear: nn.Linear, site: FrozenSite, plan: SitePlan, packed: bool) -> SiteLinear:
     o, n, spec = linear.out_features, linear.in_features, plan.weights
-    bias = _empty(o) if linear.bias is not None else None
+    bias = _empty(o) if linear.bias is not None or plan.shift != "none" else None
     if spec is None:
         return DenseLinear(site, _empty(o, n, dtype=linear.weight.dtype), bias)
     if plan.codebook is not None:

@@ -302,6 +302,8 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
                 kinds |= {f"{root}{path}.{part}": kind for part, kind in _reader_kinds(site).items()}
             if site.rank:
                 kinds[f"{root}flatquant.{name}.down"] = "transforms"
+            if site.shift == "online":
+                kinds[f"{root}flatquant.{name}.shift"] = "transforms"
             for side in ("left", "right"):
                 if getattr(site, side):
                     kinds[f"{root}flatquant.{name}.{side}"] = "transforms"

@@ -30,6 +30,7 @@ from flatquant.transforms import (
     Kronecker,
     Matrix,
     MovedGain,
+    Shift,
     Transform,
     Written,
     make_factor,
@@ -47,6 +48,7 @@ class InputStatistics:
 
     absmax: Tensor  # (n,)
     square: Tensor  # mean of x^2, (n,)
+    center: Tensor | None = None  # between the least and the largest x, (n,)
     rows: Tensor | None = None  # x of some tokens, (tokens, n)
 
 
@@ -126,10 +128,13 @@ def wrap_block(
     """
     device = next(block.parameters()).device
     transforms: dict[str, Transform] = {}
+    shifts: dict[str, Shift] = {}
     outputs: dict[str, list[nn.Module]] = {path: [] for edge in arch.edges for path in edge.readers}
     for edge in arch.edges:
         parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
         linears = [linear_at(block, path) for path in edge.readers]
+        if parts and parts[0].kind == "shift":
+            shifts[edge.site] = _shift(parts[0], linears, statistics.get(edge.site))
         heads, first = 1, 0
         if edge.writer is not None:
             rows = linear_at(block, edge.writes.path).out_features
@@ -161,6 +166,7 @@ def wrap_block(
             site_plan.weights,
             [linear_at(block, path) for path in edge.readers],
             [outputs[path] for path in edge.readers],
+            shifts.get(edge.site),
         ).to(device)
         if site_plan.weights is not None and site_plan.weights.kind == "levels":
             with torch.no_grad():
@@ -181,6 +187,14 @@ def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None,
     """The transforms a site gets: none where nothing is quantised that they could help."""
     helps = plan.weights or plan.activations or force or (edge.passes == "per_head" and values)
     return edge.bearable(recipe.transforms.get(edge.site, ())) if helps else ()
+
+
+def _shift(spec: TransformSpec, linears: list[nn.Linear], statistics: InputStatistics | None) -> Shift:
+    if spec.init == "identity":
+        return Shift(torch.zeros(linears[0].in_features))
+    assert statistics is not None, "a shift from the center needs input statistics"
+    assert statistics.center is not None
+    return Shift(statistics.center.float())
 
 
 def _activations(
@@ -338,13 +352,16 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     frozen = nn.ModuleDict()
     for edge in arch.edges:
         diagonal, left, right = _online_parts(wide[edge.site].transform, plan.sites[edge.site])
+        shift = _remaining_shift(edge, block, wide[edge.site], plan.sites[edge.site])
         if diagonal is not None:
             _absorb(edge, arch, block, diagonal, folded)
+            shift = None if shift is None else shift * diagonal  # it comes after the scale now
         activations = fit.sites[edge.site].activations
         frozen[edge.site] = FrozenSite(
             None if left is None else left.to(dtype),
             None if right is None else right.to(dtype),
             None if activations is None else freeze_grid(activations),
+            shift=None if shift is None else shift.to(dtype),
         )
     for edge in arch.edges:
         for path in edge.readers:
@@ -380,6 +397,19 @@ def _online_parts(transform: Transform, plan: SitePlan) -> tuple[Tensor | None, 
 
 def _parts_of(transform: Transform) -> list[nn.Module]:
     return list(transform.parts) if isinstance(transform, Compose) else [transform]
+
+
+def _remaining_shift(edge: Edge, block: nn.Module, site: FitSite, plan: SitePlan) -> Tensor | None:
+    """What is to be subtracted online: nothing where the norm's bias takes it.  # (n,)"""
+    if site.shift is None or plan.shift == "none":
+        return None
+    if plan.shift == "online":
+        return site.shift.d
+    assert edge.norm is not None
+    bias = submodule(block, edge.norm).bias
+    assert isinstance(bias, Tensor)
+    bias.copy_((bias.double() - site.shift.d).to(bias.dtype))
+    return None
 
 
 def _absorb(
