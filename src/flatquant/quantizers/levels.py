@@ -167,21 +167,30 @@ def least_squares_levels(w: Tensor, bits: int) -> Tensor:
         greedy.append(rest.abs().mean(-1, keepdim=True).clamp(min=_FLOOR))  # (rows, 1)
         rest = rest - greedy[-1] * torch.where(rest >= 0, 1.0, -1.0)
     halves = 2.0 ** -torch.arange(1, bits + 1, device=w.device).to(w.dtype)
-    best = torch.cat(greedy, 1)
-    least = torch.full_like(best[:, 0], torch.inf)
-    signs = _signs(bits, w)  # (2^K, K)
-    ridge = _RIDGE * torch.eye(bits, dtype=w.dtype, device=w.device)
-    for levels in (best, w.abs().amax(-1, keepdim=True).clamp(min=_FLOOR) * halves):
+    starts = (torch.cat(greedy, 1), w.abs().amax(-1, keepdim=True).clamp(min=_FLOOR) * halves)
+    # Of ascending weights, those nearest to one level are neighbours: ends of their runs say all that is needed.
+    ascending = w.sort(-1).values.double()
+    before = torch.nn.functional.pad(ascending.cumsum(-1), (1, 0))  # sums of the first 0 .. n, (rows, n + 1)
+    square = ascending.square().sum(-1)  # (rows,)
+    signs = _signs(bits, ascending)  # (2^K, K)
+    ridge = _RIDGE * torch.eye(bits, dtype=torch.float64, device=w.device)
+    best, least = starts[0], torch.full_like(square, torch.inf)
+    for start in starts:
+        levels = start.double()
         for remaining in range(_ROUNDS, -1, -1):
-            values, order = _sums(levels)
-            nearest = _position(w, values).round().long()
-            error = (w - values.gather(1, nearest)).square().sum(-1)  # (rows,)
-            best = torch.where((error < least)[:, None], levels, best)
+            values, order = _sums(levels)  # (rows, 2^K)
+            ends = torch.searchsorted(ascending, (values[:, 1:] + values[:, :-1]) / 2)
+            ends = torch.nn.functional.pad(ends, (0, 1), value=w.shape[1])  # of each level's run, exclusive
+            counts = torch.diff(ends, dim=-1, prepend=torch.zeros_like(ends[:, :1])).double()
+            total = before.gather(1, ends)
+            sums = torch.diff(total, dim=-1, prepend=torch.zeros_like(total[:, :1]))
+            error = square - 2 * (sums * values).sum(-1) + (counts * values.square()).sum(-1)
+            best = torch.where((error < least)[:, None], levels.to(w.dtype), best)
             least = torch.minimum(error, least)
             if remaining:
-                codes = signs[order.gather(1, nearest)]  # (rows, n, K)
-                solved = torch.linalg.solve(codes.mT @ codes + ridge, codes.mT @ w[..., None])[..., 0]
-                levels = solved.abs().clamp(min=_FLOOR)
+                b = signs[order]  # (rows, 2^K, K)
+                gram = b.mT @ (counts[..., None] * b) + ridge
+                levels = torch.linalg.solve(gram, b.mT @ sums[..., None])[..., 0].abs().clamp(min=_FLOOR)
     return best
 
 
