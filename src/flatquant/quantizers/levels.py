@@ -116,10 +116,12 @@ class WeightLevels(Trainable, Bounded):
 
     def forward(self) -> Tensor:
         """The weight on its levels, differentiable; a position's slope is the mean distance of levels.  # (o, n)"""
-        values, _ = _sums(self.levels)  # (o * g, 2^K)
-        spacing = (values[:, -1:] - values[:, :1]).detach() / (values.shape[1] - 1)
+        values, order = _sums(self.levels.detach())  # (o * g, 2^K)
+        spacing = (values[:, -1:] - values[:, :1]) / (values.shape[1] - 1)
         moved = spacing * (self.position - self.position.detach())  # 0, with a gradient
-        rows = (values.gather(1, self._nearest()) + moved) * self.unit
+        codes = _signs(self.spec.bits, values)[order.gather(1, self._nearest())]  # (o * g, n / g, K)
+        # Not values.gather(..): its gradient adds in any order on a GPU, or takes long.
+        rows = ((codes * self.levels[:, None]).sum(-1) + moved) * self.unit
         return rows.unflatten(0, (-1, self.groups)).flatten(1)
 
     @torch.no_grad()

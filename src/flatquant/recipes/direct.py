@@ -37,7 +37,7 @@ def direct(scheme: str | Scheme = "w2a16", preset: str = "reference", by_channel
             weigh = "channels" if by_channel else "total"
             activations = dataclasses.replace(activations, kind="levels", weigh=weigh)
         scheme = dataclasses.replace(scheme, weights=weights, activations=activations)
-    fit = EndToEndSpec(objective="cross_entropy", code_lr=1e-3)
+    fit = EndToEndSpec(objective="cross_entropy", lr=2e-3, code_lr=2e-3)
     match preset:
         case "reference":
             data, fit = DataSpec(samples=128, seqlen=2048), dataclasses.replace(fit, steps=400, batch_size=4)
