@@ -190,6 +190,25 @@ def test_a_shift_helps_where_channels_lie_to_one_side() -> None:
     assert error(Shift((low + high) / 2)) < 0.2 * error(None)
 
 
+def test_where_a_shift_cannot_be_is_said() -> None:
+    shift, turned = TransformSpec(kind="shift"), spinquant().transforms["residual"]
+    model = family("llama")
+    at_heads = Recipe(name="x", scheme=Scheme.parse("a4", clip="none"), transforms={"attn_out": (shift,)})
+    with pytest.raises(SpecError, match="what heads write cannot be shifted"):
+        make_plan(at_heads, LLAMA, Geometry.of(model.config), model.model.layers)
+    for transforms, why in (
+        ({"residual": turned, "attn_in": (shift,)}, "leave out shifts"),
+        ({"attn_in": (TransformSpec(kind="diagonal"), shift)}, "in this order"),
+        ({"qk": (shift,)}, "qk takes one"),
+    ):
+        with pytest.raises(SpecError, match=why):
+            Recipe(name="x", scheme=Scheme(), transforms=transforms)
+    with pytest.raises(SpecError, match="no absmax start"):
+        TransformSpec(kind="shift", init="absmax")
+    with pytest.raises(SpecError, match="no center start"):
+        TransformSpec(kind="diagonal", init="center")
+
+
 def test_two_bit_weights_also_mind_the_original_on_quantised_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     made = omniquant("w2a16")
     assert made.fit is not None
