@@ -25,7 +25,7 @@ from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate import divergence_from_logits, reference_logits
 from flatquant.models import load_model
 from flatquant.recipes import direct, gptq, oac, rtn, vptq
-from flatquant.spec import SITES, Clip, DataSpec, Recipe, Scheme, SiteBits, SolverSpec, to_dict
+from flatquant.spec import SITES, Clip, DataSpec, Recipe, Scheme, SiteBits, to_dict
 
 NAME = "low-bits"
 BLOCKS = 3
@@ -66,17 +66,23 @@ def unfitted(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, end_to_end=None)
 
 
+def ordered(recipe: Recipe, **changes: float) -> Recipe:
+    """Columns of large curvature first, as codebooks have them always."""
+    return dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, act_order=True, **changes))
+
+
+BEST = grid(2, symmetric=False, clip="search")
 # In the order of their weight.
 VARIANTS: dict[str, Recipe] = {
     "w2 rtn, symmetric": rtn(grid(2)),
     "w2 gptq, symmetric": gptq(grid(2)),
     "w2 gptq, symmetric, searched": gptq(grid(2, clip="search")),
     "w2 gptq, asymmetric": gptq(grid(2, symmetric=False)),
-    "w2 gptq, asymmetric, searched": gptq(grid(2, symmetric=False, clip="search")),
-    "w2 rtn, asymmetric, searched": rtn(grid(2, symmetric=False, clip="search")),
+    "w2 gptq, asymmetric, searched": gptq(BEST),
+    "w2 rtn, asymmetric, searched": rtn(BEST),
     "w2 vptq": vptq("w2a16"),
     "w2 gptq, asymmetric, searched, groups of 64": gptq(grid(2, symmetric=False, clip="search", group=64)),
-    "w2 oac, asymmetric, searched": oac(grid(2, symmetric=False, clip="search")),
+    "w2 oac, asymmetric, searched": oac(BEST),
     "w2 oac, asymmetric, searched, groups of 64": oac(grid(2, symmetric=False, clip="search", group=64)),
     "w2 levels, not trained": unfitted(direct("w2a16")),
     "w3 rtn, symmetric": rtn(grid(3)),
@@ -84,9 +90,9 @@ VARIANTS: dict[str, Recipe] = {
     "w3 gptq, asymmetric, searched": gptq(grid(3, symmetric=False, clip="search")),
     "w3 oac, asymmetric, searched": oac(grid(3, symmetric=False, clip="search")),
     "w3 vptq": vptq("w3a16"),
-    "w2 gptq, asymmetric, searched, ordered": dataclasses.replace(
-        gptq(grid(2, symmetric=False, clip="search")), solver=SolverSpec(kind="gptq", act_order=True)
-    ),
+    "w2 gptq, asymmetric, searched, ordered": ordered(gptq(BEST)),
+    "w2 gptq, asymmetric, searched, ordered, damping 0.1": ordered(gptq(BEST), damping=0.1),
+    "w2 oac, asymmetric, searched, ordered": ordered(oac(BEST)),
     "a4 rtn": rtn("w16a4"),
     "a4 levels by channel": unfitted(direct("w16a4")),
     "a4 levels in total": unfitted(direct("w16a4", by_channel=False)),
