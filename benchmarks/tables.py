@@ -61,7 +61,7 @@ def reference() -> list[str]:
         memory = max(s["peak_memory_bytes"] for s in timed) / 2**30
         lines += [
             "",
-            f"Calibration alone on one {result['device']}: {seconds:.0f} s, {memory:.1f} GiB peak "
+            f"Calibration alone on one {result['device']}: {seconds:.0f} s, {memory:.1f} GiB peak",
             f"(original implementation on the same kind of GPU: {ORIGINAL_SECONDS} s).",
         ]
     return lines
