@@ -27,7 +27,7 @@ from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate.perplexity import perplexity
 from flatquant.models import load_model
 from flatquant.recipes import flatquant, gptq, rtn
-from flatquant.spec import DataSpec, Recipe, SolverSpec, to_dict
+from flatquant.spec import DataSpec, Recipe, Scheme, SolverSpec, to_dict
 
 NAME = "smollm2-reference"
 CONFIGURATIONS: dict[str, Recipe] = {
@@ -37,7 +37,7 @@ CONFIGURATIONS: dict[str, Recipe] = {
     "kv4": flatquant("kv4"),
     "w4a4kv4-plain": rtn("w4a4kv4"),
     "w4a16-plain": gptq("w4a16"),
-    "w3a16-plain": gptq("w3a16"),
+    "w3a16-plain": gptq(Scheme.parse("w3a16", clip="none")),  # symmetric and whole, as the others
 }
 # configuration/solver, or configuration/solver/seed, in the order of their weight
 RUNS = (

@@ -61,7 +61,7 @@ def reference() -> list[str]:
         memory = max(s["peak_memory_bytes"] for s in timed) / 2**30
         lines += [
             "",
-            f"Calibration alone on one {result['device']}: {seconds:.0f} s, {memory:.1f} GiB peak "
+            f"Calibration alone on one {result['device']}: {seconds:.0f} s, {memory:.1f} GiB peak",
             f"(original implementation on the same kind of GPU: {ORIGINAL_SECONDS} s).",
         ]
     return lines
@@ -122,12 +122,46 @@ def over_seeds(name: str, what: str, value: str, form: str) -> list[str]:
     return lines
 
 
+def compared() -> list[str]:
+    """Every method at every scheme, the best first; empty until there are results."""
+    try:
+        metrics = read("compare-smollm2")["metrics"]
+    except FileNotFoundError:
+        return ["Not measured yet."]
+    lines = [
+        "| scheme | method | perplexity | KL | top-1 | bits per weight | seconds | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    (original,) = metrics["original"]["perplexity"].values()
+    lines.append(f"| - | original | {original:.2f} | - | - | 16 | - | |")
+    rows = [(*job.split("/"), row) for job, row in metrics["rows"].items() if "error" not in row]
+    schemes = ("w4a4kv4", "w4a16", "w3a16", "w2a16")
+    for scheme in schemes:
+        at = [(method, row) for method, where, row in rows if where == scheme]
+        for method, row in sorted(at, key=lambda pair: pair[1]["kl"]):
+            quality = f"{row['perplexity']:.2f} | {row['kl']:.3f} | {row['top1']:.1%}"
+            cost = f"{row['bits_per_weight']:.2f} | {row['seconds']:.0f}"
+            lines.append(f"| {scheme} | {method} | {quality} | {cost} | {row['note']} |")
+    return lines
+
+
+def low_bits() -> list[str]:
+    """Weights at few bits, and activations at four, without a fit."""
+    result = read("low-bits")
+    lines = ["| three blocks | KL | top-1 |", "|---|---|---|"]
+    for s in sorted(result["samples"], key=lambda s: (s["variant"][:2], s["kl"])):
+        lines.append(f"| {s['variant']} | {s['kl']:.3f} | {s['top1']:.1%} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "reference": reference,
     "quick": quick,
     "best": best,
     "clip_start": clip_start,
     "demo": demo,
+    "compared": compared,
+    "low_bits": low_bits,
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
 }

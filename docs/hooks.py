@@ -1,15 +1,16 @@
-"""What MkDocs is to fill in: the command line's help. (Tables are written by benchmarks/tables.py.)"""
+"""What MkDocs fills in from code: the command line's help, methods. (Tables are written by benchmarks/tables.py.)"""
 
 from __future__ import annotations
 
 from typing import Any
 
-MARK = "<!-- command line -->"
-
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the commands where the mark is."""
-    return markdown.replace(MARK, command_line()) if MARK in markdown else markdown
+    """Put what is generated where its mark is."""
+    for mark, make in MARKS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
+    return markdown
 
 
 def command_line() -> str:
@@ -34,3 +35,35 @@ def command_line() -> str:
             out.append(f"| {names or argument} | {text.replace('|', '&#124;')} |")
         out.append("")
     return "\n".join(out)
+
+
+def methods_table() -> str:
+    """The rows of `flatquant methods`."""
+    from flatquant.methods import table
+
+    rows = table()
+    columns = [column for column in rows[0] if column not in ("scheme", "where")]
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        lines.append([f"`{row['method']}`", *(row[column] for column in columns[1:-1]), f"{row['online']:.1%}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def methods_sources() -> str:
+    """Every method's module docstring, which names the paper and what differs from it."""
+    import sys
+
+    from flatquant.recipes import RECIPES
+
+    out = []
+    for name, function in sorted(RECIPES.items()):
+        title, _, body = (sys.modules[function.__module__].__doc__ or "").strip().partition("\n")
+        out += [f"### {name}", "", title, "", body.strip(), ""]
+    return "\n".join(out)
+
+
+MARKS = {
+    "<!-- command line -->": command_line,
+    "<!-- methods: table -->": methods_table,
+    "<!-- methods: sources -->": methods_sources,
+}

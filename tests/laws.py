@@ -66,7 +66,7 @@ def family(model_type: str, *, dtype: torch.dtype = torch.float64, **shape: Any)
 
 
 def basis(
-    parameters: Literal["direct", "svd"], init: str, *, kind: str = "kronecker", scale: bool = True
+    parameters: Literal["inverse", "svd"], init: str, *, kind: str = "kronecker", scale: bool = True
 ) -> dict[str, Transforms]:
     """A change of basis on every edge. Diagonals start at 1: `perturb` moves them."""
     diagonal = (TransformSpec(kind="diagonal"),) if scale else ()
@@ -85,14 +85,14 @@ def basis(
 DIAGONAL = {site: (TransformSpec(kind="diagonal"),) for site in ("attn_in", "mlp_in", "mlp_mid")}
 
 BASES: dict[str, dict[str, Transforms]] = {
-    "direct orthogonal": basis("direct", "orthogonal"),
-    "direct hadamard": basis("direct", "hadamard"),
-    "direct identity": basis("direct", "identity"),
+    "inverse orthogonal": basis("inverse", "orthogonal"),
+    "inverse hadamard": basis("inverse", "hadamard"),
+    "inverse identity": basis("inverse", "identity"),
     "svd orthogonal": basis("svd", "orthogonal"),
     "svd hadamard": basis("svd", "hadamard"),
     "svd identity": basis("svd", "identity"),
     "no scale": basis("svd", "orthogonal", scale=False),
-    "full matrices": basis("direct", "orthogonal", kind="matrix"),
+    "full matrices": basis("inverse", "orthogonal", kind="matrix"),
     "diagonal only": DIAGONAL,
 }
 

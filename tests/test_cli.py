@@ -99,8 +99,9 @@ def test_one_rate_scales_all_of_both_fits() -> None:
     )
     assert base.fit is not None
     assert base.end_to_end is not None
-    assert recipe.fit == dataclasses.replace(base.fit, epochs=2, lr=1e-2, clip_lr=1e-1, rotation_lr=3.0)
-    doubled = {name: 2 * getattr(base.end_to_end, name) for name in ("lr", "clip_lr", "rotation_lr", "weight_lr")}
+    assert recipe.fit == dataclasses.replace(base.fit, epochs=2, lr=1e-2, clip_lr=1e-1, rotation_lr=3.0, code_lr=2e-3)
+    rates = ("lr", "clip_lr", "rotation_lr", "weight_lr", "code_lr")
+    doubled = {name: 2 * getattr(base.end_to_end, name) for name in rates}
     assert recipe.end_to_end == dataclasses.replace(base.end_to_end, **doubled)
 
 

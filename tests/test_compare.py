@@ -82,7 +82,7 @@ def test_methods_on_the_command_line() -> None:
 def test_online_operations_are_those_of_the_factors() -> None:
     """Counted by hand from the tensors that a folded block holds."""
     model = family("llama", **SHAPES["odd"])
-    plan, _ = wrap(model, bare(basis("direct", "orthogonal")), force=True)
+    plan, _ = wrap(model, bare(basis("inverse", "orthogonal")), force=True)
     geometry = Geometry.of(model.config)
     n = {"attn_in": 90, "attn_out": 90, "mlp_in": 90, "mlp_mid": 154}
     factors = {"attn_in": (9, 10), "attn_out": (9, 0), "mlp_in": (9, 10), "mlp_mid": (11, 14)}

@@ -18,7 +18,7 @@ from flatquant.errors import ModelError, SpecError
 from flatquant.recipes import RECIPES, rtn
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.kvcache import QuantizedCache
-from flatquant.spec import DataSpec, Recipe, Scheme
+from flatquant.spec import DataSpec, Recipe, Scheme, TransformSpec
 from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
@@ -40,9 +40,9 @@ from tests.tiny_models import FAMILIES, tiny_family
 
 PRESERVED = 1e-9
 # (family, kv heads, basis): grouped queries everywhere; a head per query and one head for all where projections fuse.
-CASES = [(name, 2, "direct orthogonal") for name in FAMILIES]
+CASES = [(name, 2, "inverse orthogonal") for name in FAMILIES]
 CASES += [(name, 4, "svd orthogonal") for name in ("phi3", "glm4", "olmo2", "stablelm parallel")]
-CASES += [("phi3", 1, "direct hadamard"), ("cohere", 4, "full matrices"), ("gemma2", 1, "diagonal only")]
+CASES += [("phi3", 1, "inverse hadamard"), ("cohere", 4, "full matrices"), ("gemma2", 1, "diagonal only")]
 
 
 @pytest.mark.parametrize("name, kv_heads, transforms", CASES)
@@ -71,6 +71,36 @@ def test_without_grids_the_function_is_unchanged(name: str, kv_heads: int, trans
     folded = hidden(wrapped, tokens)
     assert relative(folded, want) < PRESERVED
 
+    loaded = reinstalled(model, plan, wrapped)
+    assert torch.equal(hidden(loaded, tokens), folded)
+    assert relative(decoded(loaded, tokens), want) < PRESERVED
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_shift_leaves_the_function_in_the_norm_or_online(name: str) -> None:
+    """Before a scale and a Kronecker product, at all sites whose readers can add it to their bias."""
+    model = tiny_family(name, dtype=torch.float64)
+    if name == "gemma2":
+        seams.use_attention(model)
+    tokens = tokens_for(model, 2, 9)
+    want = hidden(model, tokens)
+    changed = {
+        site: (TransformSpec(kind="shift"), *parts) if site in ("attn_in", "mlp_in", "mlp_mid") else parts
+        for site, parts in BASES["inverse orthogonal"].items()
+    }
+    chosen = bare(changed)
+    wrapped = copy.deepcopy(model)
+    plan, fits = wrap(wrapped, chosen, force=True)
+    assert relative(hidden(wrapped, tokens), want) < PRESERVED
+    for fit in fits:
+        assert all(site.shift.d.abs().min() > 0 for site in fit.sites.values() if site.shift is not None)
+        fold_block(fit, dtype=torch.float64)
+    folded = hidden(wrapped, tokens)
+    assert relative(folded, want) < PRESERVED
+    places = {site: at.shift for site, at in plan.blocks[0].sites.items() if at.shift != "none"}
+    assert set(places) == {edge.site for edge in arch_of(model.config).edges} - {"attn_out"}
+    assert places["attn_in"] == ("norm" if "stablelm" in name else "online")  # the one whose norms have biases
+    assert places["mlp_mid"] == "online"
     loaded = reinstalled(model, plan, wrapped)
     assert torch.equal(hidden(loaded, tokens), folded)
     assert relative(decoded(loaded, tokens), want) < PRESERVED

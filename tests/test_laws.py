@@ -53,10 +53,10 @@ READERS = {
 ALL_READERS = tuple(path for paths in READERS.values() for path in paths)
 
 # Every shape with both parameterisations, every change of basis on every family.
-CASES = [("llama", shape, name) for shape in SHAPES for name in ("direct orthogonal", "svd orthogonal")]
+CASES = [("llama", shape, name) for shape in SHAPES for name in ("inverse orthogonal", "svd orthogonal")]
 CASES += [(kind, "gqa", name) for kind in FAMILIES for name in BASES]
 CASES += [(kind, "odd", "svd hadamard") for kind in FAMILIES]
-CASES += [("qwen2", shape, "direct hadamard") for shape in ("wide heads", "mqa", "untied")]
+CASES += [("qwen2", shape, "inverse hadamard") for shape in ("wide heads", "mqa", "untied")]
 CASES = sorted(set(CASES))
 
 
@@ -106,7 +106,7 @@ def test_a_wrong_basis_is_noticed() -> None:
     model = family("llama")
     tokens = tokens_for(model, 2, 9)
     want = hidden(model, tokens)
-    _, fits = wrap(model, bare(BASES["direct orthogonal"]), force=True)
+    _, fits = wrap(model, bare(BASES["inverse orthogonal"]), force=True)
     for fit in fits:
         fold_block(fit, dtype=torch.float64)
     for name in ("attn_in", "attn_out", "mlp_in", "mlp_mid"):
@@ -124,7 +124,7 @@ def test_a_wrong_basis_is_noticed() -> None:
 def identity_recipes() -> list:
     nothing = Recipe(name="rtn", scheme=Scheme.parse("w4", clip="none"))
     cases = [pytest.param(nothing, id="no transform")]
-    for parameters in ("direct", "svd"):
+    for parameters in ("inverse", "svd"):
         for kind in ("kronecker", "matrix"):
             transforms = basis(parameters, "identity", kind=kind)
             for clip in ("none", "learned"):
@@ -175,7 +175,7 @@ def test_calibrate_with_the_rtn_recipe_is_plain_rtn() -> None:
 
 @pytest.mark.parametrize("shape", ["biased", "odd", "wide heads"])
 @pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a16", "w4g2a8", "w16a4", "w3a3k2v5"])
-@pytest.mark.parametrize("name", ["svd orthogonal", "direct hadamard"])
+@pytest.mark.parametrize("name", ["svd orthogonal", "inverse hadamard"])
 def test_integers_compute_what_the_fit_saw(shape: str, scheme: str, name: str) -> None:
     """In float64 both sides hold the same real numbers up to 1e-15, so that no value rounds differently: one integer
     that did would show as 1e-3. What is left is float32: scales, and the multiplication by them."""
@@ -278,7 +278,7 @@ def test_after_calibration_every_part_is_of_the_serving_stage(scheme: str) -> No
 
 
 @pytest.mark.parametrize("trained_before", [False, True], ids=["frozen model", "model as loaded"])
-@pytest.mark.parametrize("name", ["direct orthogonal", "svd orthogonal", "svd hadamard", "full matrices"])
+@pytest.mark.parametrize("name", ["inverse orthogonal", "svd orthogonal", "svd hadamard", "full matrices"])
 def test_all_that_is_trained_gets_gradients_and_nothing_else_does(name: str, trained_before: bool) -> None:
     model = family("llama", dtype=torch.float32, **SHAPES["odd"]).requires_grad_(trained_before)
     original = copy.deepcopy(model)
@@ -311,7 +311,7 @@ def test_all_that_is_trained_gets_gradients_and_nothing_else_does(name: str, tra
 
 def test_released_weights_train_and_frozen_ones_do_not() -> None:
     model = family("llama", dtype=torch.float32, **SHAPES["odd"])
-    _, fits = wrap(model, bare(BASES["direct orthogonal"], Scheme.parse("w4a4kv4")), noise=0.02)
+    _, fits = wrap(model, bare(BASES["inverse orthogonal"], Scheme.parse("w4a4kv4")), noise=0.02)
     fits[0].release_weights()
     model(tokens_for(model, 2, 16)).logits.square().mean().backward()
     assert fits[1].parameters()["weight"] == []

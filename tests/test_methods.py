@@ -27,7 +27,12 @@ from flatquant.wiring.apply import fold_block
 from tests.laws import SHAPES, calibrated, decoded, family, hidden, relative, tokens_for, wrap_all
 
 PRESERVED = 1e-9
-METHODS = ("affinequant", "flatquant", "flattenquant", "omniquant", "quarot", "smoothquant", "spinquant")
+METHODS = ("affinequant", "direct", "flatquant", "flattenquant", "omniquant", "quarot", "smoothquant", "spinquant")
+
+# Weights on learned levels are chosen by the fit: nothing is left for a solver.
+SOLVED = [
+    (method, solver) for method in METHODS for solver in ("rtn", "gptq") if (method, solver) != ("direct", "gptq")
+]
 
 CASES = [(method, "llama", shape) for method in METHODS for shape in SHAPES]
 CASES += [(method, kind, "odd") for method in METHODS for kind in ("mistral", "qwen2")]
@@ -115,9 +120,8 @@ def test_the_fit_sees_what_is_served(method: str, shape: str) -> None:
     assert relative(logits(model, tokens), seen) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, solver", SOLVED)
 @pytest.mark.parametrize("shape", ["biased", "odd"])
-@pytest.mark.parametrize("solver", ["rtn", "gptq"])
 def test_a_calibrated_model_serves_what_was_calibrated(method: str, shape: str, solver: str, tmp_path: Path) -> None:
     original = family("llama", dtype=torch.float32, **SHAPES[shape])
     tokens = tokens_for(original, 2, 9)
@@ -155,7 +159,9 @@ def test_eight_bits_are_nearly_lossless_and_methods_beat_rounding(method: str) -
 
     static = method == "flattenquant"  # one scale for all tokens, from little text: some values lie beyond it
     assert error(method, "w8a8kv8") < (0.1 if static else 0.01)
-    assert static or error(method, "w4a4kv4") < error("rtn", "w4a4kv4")  # which has a scale per token and row
+    relative = method == "direct"  # its levels of activations mind small channels as much as the two that are large
+    if not (static or relative):  # rounding has a scale per token and row
+        assert error(method, "w4a4kv4") < error("rtn", "w4a4kv4")
 
 
 @pytest.mark.parametrize("method", METHODS)

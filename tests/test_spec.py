@@ -308,3 +308,14 @@ def test_specs_are_frozen_and_keyword_only() -> None:
 )
 def test_data_is_read_only_where_needed(r: Recipe, needs: bool) -> None:
     assert r.needs_data == needs
+
+
+@pytest.mark.parametrize("make", [gptq, oac])
+def test_few_bits_get_a_zero_point_and_a_searched_range(make) -> None:
+    for bits, symmetric, clip in ((2, False, "search"), (3, False, "search"), (4, True, "none")):
+        weights = make(f"w{bits}g16a8").scheme.weights
+        assert (weights.symmetric, weights.clip, weights.group_size) == (symmetric, clip, 16)
+        assert make(f"w{bits}a16").solver.act_order == (bits < 4)
+    given = Scheme.parse("w2a16", clip="none")
+    assert make(given).scheme == given
+    assert not make(given).solver.act_order

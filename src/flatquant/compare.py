@@ -15,12 +15,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import __version__, api, evaluate
 from flatquant.data import evaluation_windows
@@ -57,6 +58,7 @@ class Settings:
         perplexity: texts to measure on; windows of `window` tokens, at most `windows` of each (None: all).
         divergence_windows: KL divergence from the original is measured on so many windows of the first text, whose
             logits are kept in memory.
+        evaluation_batch: windows at a time.
         samples, seqlen, epochs, batch_size: instead of the recipes', where they have such a setting.
     """
 
@@ -67,6 +69,7 @@ class Settings:
     windows: int | None = None
     window: int = 2048
     divergence_windows: int = 8
+    evaluation_batch: int = 1
     samples: int | None = None
     seqlen: int | None = None
     epochs: int | None = None
@@ -124,7 +127,7 @@ def run(
     if plot:
         _matplotlib()
     _claim(output, settings.identity())
-    bench = _Bench(settings, output, say)
+    bench = Bench(settings, output, say)
     jobs = [(method, scheme) for scheme in names for method in dict.fromkeys(methods)]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     result: dict[str, Any] = {}
@@ -157,11 +160,20 @@ def _claim(output: Path, identity: dict[str, Any]) -> None:
         raise FlatQuantError(f"cannot use {output}: {error}") from error
 
 
-class _Bench:
+class Bench:
     """The original and the texts, read when the first row needs them; measures rows."""
 
-    def __init__(self, settings: Settings, output: Path, say: Progress) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        output: Path,
+        say: Progress = lambda *_: None,
+        *,
+        load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
+    ) -> None:
+        """`output` is where rows and models are put; `load` gives the original anew each time, instead of its file."""
         self.settings, self.output, self.say = settings, output, say
+        self._load = load or partial(load_model, settings.model)
         self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = torch.float32 if self.device.type == "cpu" else None
 
@@ -182,10 +194,13 @@ class _Bench:
     @cached_property
     def logits(self) -> list[Tensor]:
         """What the original says about `held_out`."""
-        return evaluate.reference_logits(self._load_original()[0], self.held_out)
+        batch = self.settings.evaluation_batch
+        return evaluate.reference_logits(self._load_original()[0], self.held_out, batch_size=batch)
 
     def _load_original(self) -> tuple[Any, Any]:
-        return load_model(self.settings.model, device=self.device, dtype=self.dtype)
+        model, tokenizer = self._load()
+        model.to(self.device)  # pyright: ignore[reportArgumentType]
+        return model if self.dtype is None else model.to(self.dtype), tokenizer  # pyright: ignore[reportArgumentType]
 
     def original(self) -> dict[str, Any]:
         """The row of the unquantised model."""
@@ -196,7 +211,8 @@ class _Bench:
         key = {"method": method, "scheme": name}
         file = self.output / "rows" / f"{method}-{name.replace(',', '+')}.json"
         try:
-            return self._kept(file, lambda: key | self._measure(method, scheme))
+            # A method that does not take the scheme says so before anything is read.
+            return self._kept(file, lambda: key | self.measure(self.settings.recipe(method, scheme)))
         except FlatQuantError as error:
             return key | {"error": " ".join(str(error).split())}
         except torch.OutOfMemoryError:
@@ -221,15 +237,21 @@ class _Bench:
             "kv_bytes_per_token": 4 * model.config.num_hidden_layers * geometry.kv_heads * geometry.head_dim,
         }
 
-    def _measure(self, method: str, scheme: str) -> dict[str, Any]:
-        settings, label = self.settings, f"{method} {scheme}"
-        parts = settings.recipe(method, scheme)  # refuses before anything is read
-        folder = self.output / "models" / f"{method}-{str(parts.scheme).replace(',', '+')}"
+    def measure(self, parts: Recipe) -> dict[str, Any]:
+        """What a recipe makes of the model: quality, cost, size. What it made is not kept.
+
+        Raises:
+            FlatQuantError: the recipe does not fit the model, or anything else that `api.quantize` raises.
+        """
+        settings, label = self.settings, f"{parts.name} {parts.scheme}"
+        folder = self.output / "models" / f"{parts.name}-{str(parts.scheme).replace(',', '+')}"
         _reset_peak(self.device)
+        model, tokenizer = self._load()
         made = api.quantize(
-            settings.model,
+            model,
             parts,
             settings.calibration if parts.needs_data else None,
+            tokenizer=tokenizer,
             output=folder,
             device=self.device,
             dtype=settings.dtype,
@@ -250,7 +272,7 @@ class _Bench:
             "kv_bytes_per_token": found.kv_bytes_per_token,
             "content_hash": found.content_hash,
         }
-        del made
+        del model, made
         _free()
         model = artifact.load(folder, device=self.device, dtype=self.dtype)
         row = {"perplexity": self._perplexity(model, label), **self._divergence(model, label), **row}
@@ -262,7 +284,10 @@ class _Bench:
     def _perplexity(self, model: Any, label: str) -> dict[str, float]:
         return {
             Path(source).name: evaluate.perplexity(
-                model, ids, progress=lambda done, total, s=source: self.say(f"{label}: perplexity of {s}", done, total)
+                model,
+                ids,
+                batch_size=self.settings.evaluation_batch,
+                progress=lambda done, total, s=source: self.say(f"{label}: perplexity of {s}", done, total),
             ).value
             for source, ids in self.texts.items()
         }
@@ -272,6 +297,7 @@ class _Bench:
             model,
             self.logits,
             self.held_out,
+            batch_size=self.settings.evaluation_batch,
             progress=lambda done, total: self.say(f"{label}: divergence", done, total),
         )
         return {"kl": far.kl, "top1": far.top1}

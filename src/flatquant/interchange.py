@@ -35,8 +35,9 @@ from flatquant.quantizers import Dynamic
 from flatquant.quantizers.clip import LearnedClip
 from flatquant.recipes import flatquant
 from flatquant.runtime.artifact import check_output
+from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.hf import adopt
-from flatquant.runtime.linear import DenseLinear, FrozenSite, IntegerLinear
+from flatquant.runtime.linear import FrozenSite, IntegerLinear, SiteLinear
 from flatquant.spec import Plan, Recipe, to_dict
 from flatquant.transforms import Compose, Diagonal, Kronecker, Written
 from flatquant.transforms.factor import DirectFactor, Factor
@@ -230,6 +231,8 @@ def export_dense(
             "an ordinary checkpoint cannot round activations, keys and values; with --weights-only it is written "
             "without their grids, and is then a better model than the quantised one"
         )
+    if any(site.shift != "none" for block in plan.blocks for site in block.sites.values()):
+        raise ModelError("an ordinary checkpoint has no place for a shift of channels")
     config = _plain_config(model)
     plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     state = dict(model.state_dict())
@@ -242,11 +245,11 @@ def export_dense(
             assert isinstance(frozen, FrozenSite)
             for path in site.readers:
                 linear = submodule(block, path)
-                assert isinstance(linear, DenseLinear | IntegerLinear)
-                weight = linear.qweight().dequantize() if isinstance(linear, IntegerLinear) else linear.weight
+                assert isinstance(linear, SiteLinear | BranchedLinear)
+                weight = linear.plain()
                 left, right = (None if f is None else f.mT for f in (frozen.left, frozen.right))
                 if left is not None or right is not None:
-                    weight = kron_matmul(weight.float(), left, right)  # W P^T, with (P1 (x) P2)^T = P1^T (x) P2^T
+                    weight = kron_matmul(weight, left, right)  # W P^T, with (P1 (x) P2)^T = P1^T (x) P2^T
                 state[f"{prefix}{path}.weight"] = weight.to(model.dtype)
                 if linear.bias is not None:
                     state[f"{prefix}{path}.bias"] = linear.bias.to(model.dtype)
@@ -337,6 +340,12 @@ def _one_weight_grid(plan: Plan) -> Any:
                 "compressed-tensors has no place for online transforms; quantise with --method rtn or gptq, or export "
                 "the dense checkpoint"
             )
+        for s in block.sites.values():
+            uniform = s.codebook is None and (s.weights is None or s.weights.kind == "uniform")
+            if not uniform or s.rank or s.shift != "none":
+                raise ModelError(
+                    "compressed-tensors holds integers on uniform grids alone; export the dense checkpoint"
+                )
         specs |= {site.weights for site in block.sites.values()}
     (spec, *others) = specs
     if others or spec is None or not spec.symmetric or spec.bits not in (4, 8):

@@ -60,7 +60,7 @@ def _unique(words: Iterable[str]) -> list[str]:
 
 
 def _part(spec: TransformSpec) -> str:
-    how = [word for word in (spec.parameters, spec.init) if word not in ("direct", "identity")]
+    how = [word for word in (spec.parameters, spec.init) if word not in ("inverse", "identity")]
     return spec.kind + (f" ({', '.join(how)})" if how else "")
 
 
@@ -82,6 +82,8 @@ def _grids(found: Recipe) -> str:
 
 
 def _grid(spec: QuantSpec) -> str:
+    if spec.kind == "levels":
+        return "on learned levels"
     kind = ("symmetric" if spec.symmetric else "asymmetric") + (" per tensor" if spec.scope == "tensor" else "")
     return kind if spec.clip == "none" else f"{kind}, {spec.clip} clip"
 

@@ -1,4 +1,5 @@
-"""Traits of modules, declared by their owners: being trained, following a schedule, keeping exact buffers.
+"""Traits of modules, declared by their owners: being trained, following a schedule, keeping to bounds, keeping exact
+buffers.
 
 Fits collect parameters by walking modules for `Trainable`, never by looking for substrings in names: a renamed module
 still trains, and one that is not a `Trainable` never does.
@@ -11,7 +12,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor, nn
 
 # "rotation" parameters are orthogonal matrices and stay so: their optimiser moves them on the manifold of those.
-Group = Literal["transform", "scale", "clip", "weight", "rotation"]
+Group = Literal["transform", "scale", "clip", "weight", "rotation", "code"]
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 
@@ -40,6 +41,14 @@ class Scheduled(nn.Module, ABC):
     @abstractmethod
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Called before `epoch` (0-based) of `epochs`; changes buffers in place, so that a CUDA graph sees it."""
+
+
+class Bounded(nn.Module, ABC):
+    """A module whose parameters may not leave their bounds."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Called after every step of an optimiser; changes parameters in place, so that a CUDA graph can hold it."""
 
 
 class ExactBuffers(nn.Module):

@@ -23,7 +23,9 @@ from flatquant.errors import SpecError
 
 # The quantised inputs of a transformer block, in the order data meets them.
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
-_RATES = ("lr", "clip_lr", "rotation_lr", "weight_lr")
+# Where transforms start that need calibration text for it.
+DATA_STARTS = ("absmax", "second_moment", "center")
+_RATES = ("lr", "clip_lr", "rotation_lr", "weight_lr", "code_lr")
 
 Clip = Literal["none", "learned", "fixed", "search"]
 
@@ -97,7 +99,7 @@ def to_dict(spec: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """One uniform grid.
+    """One grid.
 
     Weights get one scale per output row, or per `group_size` consecutive inputs of a row; activations one per token;
     keys and values one per token and head.
@@ -114,6 +116,11 @@ class QuantSpec:
             from calibration text.
         width: of activations with one static scale: channels are split into pieces, so that the scale may be finer, up
             to this many pieces a channel on average.
+        kind: `uniform`, or `levels`: the sums of `bits` numbers with signs. Weights have numbers of their own in every
+            row or group, trained together with the codes that choose the signs; activations share a site's, found from
+            calibration text, and have a scale per token.
+        weigh: of levels of activations: what they minimise, the errors of all `channels` relative to the channels'
+            power, or the `total` error.
     """
 
     bits: int
@@ -124,8 +131,13 @@ class QuantSpec:
     clip_ratio: float = 1.0
     scope: Literal["row", "tensor"] = "row"
     width: float = 1.0
+    kind: Literal["uniform", "levels"] = "uniform"
+    weigh: Literal["channels", "total"] = "channels"
 
     def __post_init__(self) -> None:
+        plain = self.symmetric and self.clip == "none" and self.scope == "row"
+        _check(self.kind == "uniform" or plain, "levels have no zero point, no clip, and scales by row or token")
+        _check(self.kind == "levels" or self.weigh == "channels", "only levels weigh errors in two ways")
         whole = self.symmetric and self.group_size is None and self.clip == "none"
         _check(self.scope == "row" or whole, "one scale for a tensor is symmetric, without groups and without a clip")
         _check(self.width == 1 or self.scope == "tensor", "only a grid with one scale for a tensor splits channels")
@@ -183,6 +195,8 @@ class Scheme:
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
             _check(spec is None or spec.clip != "search", f"{name}: a searched clip is for weights only")
+            uniform = spec is None or spec.kind == "uniform" or name == "activations"
+            _check(uniform, f"{name}: levels are for weights and activations only")
             static = spec is not None and spec.scope == "tensor"
             _check(not static or name == "activations", f"{name}: one scale per token and head, not for a tensor")
         _check(self.weights is None or self.weights.width == 1, "weights: only channels of activations are split")
@@ -296,20 +310,22 @@ class TransformSpec:
     """One change of basis on an edge; several compose in order.
 
     Attributes:
-        kind: `diagonal` (per-channel scale), `matrix` (full), `kronecker` (P1 (x) P2), `head` (one matrix inside all
-            heads, which the heads' writer applies), `heads` (one for every key-value head, likewise).
-        parameters: `direct` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
+        kind: `shift` (a constant per channel), `diagonal` (per-channel scale), `matrix` (full), `kronecker`
+            (P1 (x) P2), `head` (one matrix inside all heads, which the heads' writer applies), `heads` (one for every
+            key-value head, likewise).
+        parameters: `inverse` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
             Cayley form, so that the inverse is free of a general solve; `rotation` trains an orthogonal matrix by
             Cayley SGD; `fixed` stays at its start, which is orthogonal; `masked` starts at the identity and opens band
             by band, epoch by epoch, all off its diagonal held back by the factor `stability`.
         init: `orthogonal` (Haar), `hadamard` (randomised; a Haar factor where none exists), `identity`. For a diagonal:
             `absmax` is the paper's wmax^(1-alpha) / xmax^alpha, `second_moment` is (E w^2 / E x^2)^(1/4), `identity`.
+            For a shift: `center`, the middle between a channel's ends, or `identity`, none.
         alpha: exponent of `absmax`.
     """
 
-    kind: Literal["diagonal", "matrix", "kronecker", "head", "heads"]
-    parameters: Literal["direct", "svd", "rotation", "fixed", "masked"] = "direct"
-    init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment"] = "identity"
+    kind: Literal["shift", "diagonal", "matrix", "kronecker", "head", "heads"]
+    parameters: Literal["inverse", "svd", "rotation", "fixed", "masked"] = "inverse"
+    init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment", "center"] = "identity"
     alpha: float = 0.3
     stability: float = 0.1
 
@@ -317,8 +333,10 @@ class TransformSpec:
         data = self.init in ("absmax", "second_moment")
         _check(self.kind == "diagonal" or not data, f"a {self.kind} transform has no {self.init} start")
         _check(self.kind != "diagonal" or data or self.init == "identity", f"a diagonal has no {self.init} start")
-        trains = self.kind != "diagonal" or self.parameters == "direct"
-        _check(trains, f"a diagonal has no {self.parameters} parameters")
+        shifted = self.init in ("center", "identity") if self.kind == "shift" else self.init != "center"
+        _check(shifted, f"a {self.kind} transform has no {self.init} start")
+        trains = self.kind not in ("diagonal", "shift") or self.parameters == "inverse"
+        _check(trains, f"a {self.kind} has no {self.parameters} parameters")
         masked = self.parameters == "masked"
         _check(self.kind != "heads" or masked, "heads takes masked parameters; use head for one matrix that all share")
         _check(not masked or self.init == "identity", f"masked parameters have no {self.init} start")
@@ -340,8 +358,11 @@ class FitSpec:
     Attributes:
         inputs: of the block: `original`, the full-precision model's, or `quantised`, what the quantised blocks before
             it give (targets stay the full-precision model's on its own inputs).
+        both_targets: of a fit on quantised inputs: add the error against what the full-precision block gives on the
+            quantised inputs (OmniQuant's second term for 2-bit weights).
         schedule: `cosine` per step from `lr` to `lr * final_lr` (the same floor for every group), or `constant`.
         rotation_lr: of rotations, by Cayley SGD.
+        code_lr: of weights on levels: of the levels, relative to where they start, and of what decides the codes.
     """
 
     epochs: int = 15
@@ -352,10 +373,16 @@ class FitSpec:
     final_lr: float = 1e-3
     warmup_steps: int = 0
     rotation_lr: float = 1.5
+    code_lr: float = 1e-3
     inputs: Literal["original", "quantised"] = "original"
     schedule: Literal["cosine", "constant"] = "cosine"
+    both_targets: bool = False
 
     def __post_init__(self) -> None:
+        _check(
+            not self.both_targets or self.inputs == "quantised",
+            "with original inputs both targets are one: use inputs='quantised'",
+        )
         _check(self.epochs >= 0, f"epochs {self.epochs}: at least 0")
         _check(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1")
         _check(self.lr > 0 and self.clip_lr > 0, "learning rates must be positive")
@@ -370,6 +397,7 @@ class EndToEndSpec:
         round_weights: put weights on their grids while fitting. A solver that compensates rounding errors is better
             served by parameters that were fitted to activations alone (SpinQuant, section 4.3).
         rotation_lr: of rotations, by Cayley SGD.
+        code_lr: of weights on levels; see `FitSpec`.
         weight_lr: of the weights before transform and grid, which then train through their rounding as well
             (straight-through); 0 leaves them as they are.
         final_lr: where every cosine ends, as a share of `lr` (of `weight_lr` for weights).
@@ -384,6 +412,7 @@ class EndToEndSpec:
     clip_lr: float = 1e-2
     weight_lr: float = 0.0
     rotation_lr: float = 1.5
+    code_lr: float = 1e-3
     objective: Literal["kl", "cross_entropy"] = "kl"
     round_weights: bool = True
     final_lr: float = 0.0
@@ -545,6 +574,7 @@ class Recipe:
         clipped = [s for s in (self.scheme.weights, self.scheme.activations) if s and s.clip == "learned"]
         trained = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         self._check_residual()
+        self._check_levels()
         static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
         tensors = static or (self.scheme.weights is not None and self.scheme.weights.scope == "tensor")
         _check(
@@ -552,10 +582,10 @@ class Recipe:
             f"recipe {self.name}: one scale for a tensor is set before a fit could change what it covers",
         )
         for site, parts in self.transforms.items():
-            kinds = [t.kind for t in parts]
+            places = [{"shift": 0, "diagonal": 1}.get(t.kind, 2) for t in parts]
             _check(
-                kinds.count("diagonal") <= 1 and "diagonal" not in kinds[1:] and len(parts) <= 2,
-                f"recipe {self.name}, {site}: at most one diagonal, first, and one matrix or kronecker after it",
+                places == sorted(set(places)),
+                f"recipe {self.name}, {site}: at most one shift, one diagonal, one matrix or kronecker, in this order",
             )
         _check(
             trained or not clipped or bool(self.transforms),
@@ -633,19 +663,37 @@ class Recipe:
             f"{where}: a rotation that all blocks share is trained end to end, not block by block",
         )
         for site in ("attn_in", "mlp_in"):
-            started = any(t.init in ("absmax", "second_moment") for t in self.transforms.get(site, ()))
+            started = any(t.init in DATA_STARTS or t.kind == "shift" for t in self.transforms.get(site, ()))
             _check(
                 not started,
-                f"{where}: the statistics that the diagonal at {site} starts from are those of the unrotated stream; "
-                "start it from the identity",
+                f"{where}: the statistics that transforms at {site} start from are those of the unrotated stream; "
+                "start diagonals from the identity, and leave out shifts",
             )
+
+    def _check_levels(self) -> None:
+        weights, activations = self.scheme.weights, self.scheme.activations
+        where = f"recipe {self.name}"
+        if activations is not None and activations.kind == "levels":
+            sited = any(parts for site, parts in self.transforms.items() if site != "qk")
+            _check(not sited, f"{where}: levels of activations are those of untransformed ones; leave out transforms")
+        if weights is None or weights.kind == "uniform":
+            return
+        moved = any(t.parameters != "fixed" for parts in self.transforms.values() for t in parts)
+        _check(not moved, f"{where}: weights on levels train themselves; only fixed transforms may come before them")
+        _check(
+            self.solver.kind == "rtn" and self.branch is None,
+            f"{where}: the fit chooses levels and codes of weights; use the solver rtn, and no branch",
+        )
+        released = self.end_to_end is not None and (self.end_to_end.weight_lr or not self.end_to_end.round_weights)
+        _check(not released, f"{where}: there are no weights besides those on levels; use weight_lr 0 and round them")
 
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all: plain rounding needs none."""
         fits = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
-        starts = any(t.init in ("absmax", "second_moment") for parts in self.transforms.values() for t in parts)
-        static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
+        starts = any(t.init in DATA_STARTS for parts in self.transforms.values() for t in parts)
+        inputs = self.scheme.activations
+        static = inputs is not None and (inputs.scope == "tensor" or inputs.kind == "levels")
         return fits or starts or static or (self.solver.needs_hessian and self.scheme.weights is not None)
 
 
@@ -659,6 +707,7 @@ class SitePlan:
     The online transform maps x, reshaped to [.., left, right] sizes `shape`, to P1^T X P2; `left` and `right` say
     whether P1 and P2 exist online (a factor that a writer absorbed, or that was never there, does not).
     Weights are integers on a grid, or `weights.bits` bits each in codebooks; with a `rank`, beside a branch in 16 bit.
+    A `shift` is subtracted before, online or by the norm; then every reader has a bias.
     Module paths are relative to the block.
     """
 
@@ -670,6 +719,7 @@ class SitePlan:
     activations: QuantSpec | None = None
     codebook: CodebookSpec | None = None
     rank: int = 0
+    shift: Literal["none", "norm", "online"] = "none"
 
     def __post_init__(self) -> None:
         _check(self.rank >= 0 and (not self.rank or self.weights is not None), "a branch is beside rounded weights")

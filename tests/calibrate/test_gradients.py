@@ -69,7 +69,7 @@ def test_hessians_are_those_of_autograd(shape: str, index: int) -> None:
     assert relative(found["self_attn.q_proj"], found["self_attn.v_proj"]) > 0.1
 
 
-@pytest.mark.parametrize("name", ["direct orthogonal", "svd hadamard"])
+@pytest.mark.parametrize("name", ["inverse orthogonal", "svd hadamard"])
 def test_hessians_follow_the_change_of_basis(name: str) -> None:
     """x' = x P and W' = W P^-T give G' = G P, hence H' = P^T H P (where nothing is done to the outputs)."""
     model = family("llama", **SHAPES["biased"])

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatquant.quantizers.levels import ChannelLevels, LearnedLevels
+from flatquant.quantizers.levels import (
+    ActivationLevels,
+    ChannelLevels,
+    LearnedLevels,
+    WeightLevels,
+    least_squares_levels,
+)
+from flatquant.spec import QuantSpec
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -161,3 +168,113 @@ def test_levels_rest_in_evaluation_and_survive_dead_channels() -> None:
     assert torch.equal(frozen.basis, before)
     silent = ChannelLevels(2)
     assert (silent(torch.zeros(2, 3, 4, 4)) == 0).all()
+
+
+# ------------------------------------------------------------------------------------------- of a language model
+
+
+def spec(bits: int, group: int | None = None) -> QuantSpec:
+    return QuantSpec(bits=bits, kind="levels", group_size=group)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_levels_by_least_squares_beat_both_starts(bits: int) -> None:
+    w = random(5, 300)
+    w[0] = 0
+    w[1, 7] = 30.0
+
+    def error(levels: Tensor) -> Tensor:
+        signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0], dtype=torch.float64)] * bits).view(-1, bits)
+        return (w[:, :, None] - (levels @ signs.mT)[:, None]).abs().amin(-1).square().sum(-1)
+
+    ours = error(least_squares_levels(w, bits))
+    greedy = error(LearnedLevels.from_weight(w, bits).levels.detach())
+    uniform = error(w.abs().amax(-1, keepdim=True).clamp(min=1e-8) * 2.0 ** -torch.arange(1, bits + 1))
+    assert (ours <= torch.minimum(greedy, uniform) + 1e-12).all()
+    assert (ours[2:] < 0.97 * torch.minimum(greedy, uniform)[2:]).all()
+
+
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_weight_starts_on_its_nearest_level_and_is_frozen_there(bits: int, group: int | None) -> None:
+    w = random(6, 40).float()
+    levels = WeightLevels(spec(bits, group), w)
+    frozen = levels.frozen()
+    frozen.check_range()
+    assert frozen.bits == bits
+    torch.testing.assert_close(frozen.dequantize(), levels().detach(), rtol=1e-5, atol=1e-6)
+    groups = w.unflatten(-1, (-1, group or 40))  # (o, g, n / g)
+    signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * bits).view(-1, bits)
+    all_sums = frozen.levels @ signs.mT  # (o, g, 2^bits)
+    nearest = (groups[..., None] - all_sums[:, :, None]).abs().amin(-1).flatten(1)
+    torch.testing.assert_close((frozen.dequantize() - w).abs(), nearest, rtol=1e-4, atol=1e-5)
+    again = type(frozen).from_packed(frozen.packed(), frozen.levels, 40)
+    assert torch.equal(again.indices, frozen.indices)
+
+
+def test_a_step_takes_a_weight_to_the_next_level() -> None:
+    """However many bits: never to a level further away."""
+    levels = WeightLevels(spec(3), random(4, 50).float())
+    before = levels.frozen()
+    values, _ = (levels.levels @ torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * 3).mT * levels.unit).sort(-1)
+    old = before.dequantize()
+    levels().sum().backward()
+    assert levels.position.grad is not None
+    assert (levels.position.grad > 0).all()  # every weight can move
+    with torch.no_grad():
+        levels.position -= 1.0
+    levels.settle()
+    new = levels.frozen().dequantize()
+    for row, was, now in zip(values, old, new, strict=True):
+        at = (row - was[:, None]).abs().argmin(-1)
+        torch.testing.assert_close(now, row[(at - 1).clamp(min=0)])
+    with torch.no_grad():
+        levels.levels.zero_()
+    levels.settle()
+    assert (levels.levels > 0).all()
+
+
+def test_levels_of_a_weight_get_the_exact_gradient() -> None:
+    levels = WeightLevels(spec(2), random(3, 20))
+    target = random(3, 20, seed=1)
+
+    def loss() -> Tensor:
+        return (levels() - target).square().sum()
+
+    loss().backward()
+    assert levels.levels.grad is not None
+    for index in [(0, 0), (2, 1)]:
+        with torch.no_grad():
+            levels.levels[index] += 1e-6
+            up = float(loss())
+            levels.levels[index] -= 2e-6
+            down = float(loss())
+            levels.levels[index] += 1e-6
+        assert float(levels.levels.grad[index]) == pytest.approx((up - down) / 2e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_activations_lie_on_signed_levels_of_their_token(bits: int) -> None:
+    x = random(64, 24).float() * (0.5 * random(24, seed=3)).exp().float()
+    x[5] = 0
+    levels = ActivationLevels.found(spec(bits), x)
+    y = levels(x)
+    assert torch.isfinite(y).all()
+    assert (y[5] == 0).all()
+    assert y.dtype == x.dtype
+    relative = y / x.abs().amax(-1, keepdim=True).clamp(min=1e-8)
+    assert len((relative * 1e5).round().unique()) <= 2**bits - 1
+    assert levels(-x).equal(-y)
+    torch.testing.assert_close(levels(4 * x), 4 * y)  # a power of two: the scale is the token's
+    errors = [float((ActivationLevels.found(spec(b), x)(x) - x).square().mean()) for b in (2, 4, 8)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+
+
+def test_gradients_pass_activations_below_the_largest_level() -> None:
+    x = random(8, 16).float().requires_grad_()
+    levels = ActivationLevels(spec(4), torch.tensor([0.1, 0.2, 0.4]))
+    levels(x).sum().backward()
+    assert x.grad is not None
+    u = x.detach().abs() / x.detach().abs().amax(-1, keepdim=True)
+    assert (x.grad[u < 0.7] == 1).all()
+    assert (x.grad[(u > 0.7) & (u < 1)] == 0).all()

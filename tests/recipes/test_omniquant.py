@@ -7,13 +7,17 @@ import torch
 
 from flatquant.calibrate import pipeline
 from flatquant.calibrate.state import RunState
-from flatquant.errors import SpecError
+from flatquant.errors import ModelError, SpecError
+from flatquant.interchange import export_compressed, export_dense
+from flatquant.quantizers import Dynamic
 from flatquant.recipes import omniquant, rtn, spinquant
-from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, Scheme, TransformSpec
-from flatquant.transforms import HeadDiagonal
+from flatquant.runtime import artifact
+from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, QuantSpec, Recipe, Scheme, TransformSpec, to_dict
+from flatquant.transforms import HeadDiagonal, Identity, Shift
 from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import LLAMA
+from flatquant.wiring.linear import FitSite
 from flatquant.wiring.plan import make_plan
 from tests.laws import SHAPES, calibrated, family, hidden, inputs_of, relative, same_bytes, tokens_for, wrap_all
 
@@ -146,6 +150,96 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path) -> None:
         calibrated(original, recipe, state=RunState(tmp_path, {"run": 1}, resume=False), progress=kill)
     resumed, _, _ = calibrated(original, recipe, state=RunState(tmp_path, {"run": 1}, resume=True))
     assert same_bytes(resumed, whole)
+
+
+# ------------------------------------------------------------------------------------------ shifts, two targets
+
+
+@pytest.mark.parametrize("shape", ["biased", "odd"])
+def test_a_model_with_shifts_is_served_as_it_was_calibrated(shape: str, tmp_path) -> None:
+    original = family("llama", dtype=torch.float32, **SHAPES[shape])
+    made = omniquant("w4a4kv4", shift=True)
+    assert [t.kind for t in made.transforms["mlp_in"]] == ["shift", "diagonal"]
+    recipe = dataclasses.replace(small(epochs=2, samples=4, seqlen=12), transforms=made.transforms)
+    model, plan, _ = calibrated(original, recipe)
+    block = model.model.layers[0]
+    assert block.flatquant.attn_in.shift.abs().max() > 0
+    assert block.flatquant.mlp_mid.shift is None
+    assert block.self_attn.q_proj.bias is not None
+    artifact.save(model, plan, tmp_path / "out", recipe=to_dict(recipe), report={})
+    tokens = tokens_for(original, 2, 9)
+    with torch.no_grad():
+        assert torch.equal(artifact.load(tmp_path / "out")(tokens).logits, model(tokens).logits)
+    assert artifact.inspect(tmp_path / "out").damaged == ()
+    for export in (export_dense, export_compressed):
+        with pytest.raises(ModelError):
+            export(model, plan, tmp_path / "export", **({"weights_only": True} if export is export_dense else {}))
+
+
+def test_a_shift_helps_where_channels_lie_to_one_side() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 32, generator=g) + 6 * torch.randn(32, generator=g)
+    linear = torch.nn.Linear(32, 16)
+    low, high = x.amin(0), x.amax(0)
+
+    def error(shift: Shift | None) -> float:
+        site = FitSite(Identity(), Dynamic(QuantSpec(bits=4)), None, [linear], [[]], shift)
+        with torch.no_grad():
+            return float((site(x)[0] - linear(x)).square().mean())
+
+    assert error(Shift((low + high) / 2)) < 0.2 * error(None)
+
+
+def test_where_a_shift_cannot_be_is_said() -> None:
+    shift, turned = TransformSpec(kind="shift"), spinquant().transforms["residual"]
+    model = family("llama")
+    at_heads = Recipe(name="x", scheme=Scheme.parse("a4", clip="none"), transforms={"attn_out": (shift,)})
+    with pytest.raises(SpecError, match="what heads write cannot be shifted"):
+        make_plan(at_heads, LLAMA, Geometry.of(model.config), model.model.layers)
+    for transforms, why in (
+        ({"residual": turned, "attn_in": (shift,)}, "leave out shifts"),
+        ({"attn_in": (TransformSpec(kind="diagonal"), shift)}, "in this order"),
+        ({"qk": (shift,)}, "qk takes one"),
+    ):
+        with pytest.raises(SpecError, match=why):
+            Recipe(name="x", scheme=Scheme(), transforms=transforms)
+    with pytest.raises(SpecError, match="no absmax start"):
+        TransformSpec(kind="shift", init="absmax")
+    with pytest.raises(SpecError, match="no center start"):
+        TransformSpec(kind="diagonal", init="center")
+
+
+def test_two_bit_weights_also_mind_the_original_on_quantised_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = omniquant("w2a16")
+    assert made.fit is not None
+    assert (made.fit.epochs, made.fit.both_targets) == (40, True)
+    assert not small("w3a16").fit.both_targets  # type: ignore[union-attr]
+    original = family("llama", dtype=torch.float32, **SHAPES["gqa"])
+    seen = []
+    fit_blocks = pipeline.fit_blocks
+
+    def record(blocks, *args, **kwargs):
+        seen.extend((b.inputs.clone(), b.targets.clone(), b.second.clone()) for b in blocks)
+        return fit_blocks(blocks, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "fit_blocks", record)
+    recipe = small("w2a16", epochs=2, samples=4, seqlen=12)
+    _, _, report = calibrated(original, recipe)
+    inputs, targets, second = seen[0]
+    torch.testing.assert_close(second, targets)  # the first block has the original's inputs
+    inputs, targets, second = seen[1]
+    assert relative(second, targets) > 1e-3
+    call = {"position_embeddings": original.model.rotary_emb(inputs, torch.arange(12)[None])}
+    with torch.no_grad():
+        want = original.model.layers[1](inputs, attention_mask=None, **call)
+    torch.testing.assert_close(second, want, rtol=1e-4, atol=1e-4)
+    monkeypatch.undo()
+    assert recipe.fit is not None
+    one = dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, both_targets=False))
+    _, _, alone = calibrated(original, one)
+    assert report.blocks[0]["losses"][0] == pytest.approx(2 * alone.blocks[0]["losses"][0], rel=0.2)
+    with pytest.raises(SpecError, match="both targets"):
+        FitSpec(both_targets=True)
 
 
 # ------------------------------------------------------------------------------------------------- combinations

@@ -90,7 +90,7 @@ def test_bits_are_what_indices_and_entries_take(tmp_path: Path) -> None:
     assert from_dict(Recipe, to_dict(chosen)) == chosen
 
 
-@pytest.mark.parametrize("basis", ["direct orthogonal", "svd hadamard"])
+@pytest.mark.parametrize("basis", ["inverse orthogonal", "svd hadamard"])
 @pytest.mark.parametrize("scheme", ["w2a16", "w4a4kv4"])
 def test_codebooks_combine_with_fixed_changes_of_basis(basis: str, scheme: str) -> None:
     original = family("llama", dtype=torch.float32, **SHAPES["biased"])

@@ -190,7 +190,7 @@ def test_random_starts_leave_the_global_random_state_alone() -> None:
 
 @pytest.mark.parametrize(
     "parameters, kind",
-    [("direct", DirectFactor), ("svd", SVDFactor), ("fixed", FixedFactor), ("rotation", OrthogonalFactor)],
+    [("inverse", DirectFactor), ("svd", SVDFactor), ("fixed", FixedFactor), ("rotation", OrthogonalFactor)],
 )
 @pytest.mark.parametrize("init", ["orthogonal", "hadamard", "identity"])
 def test_make_factor_makes_what_the_spec_says(parameters, kind: type, init) -> None:

@@ -16,6 +16,7 @@ from flatquant.transforms import (
     Kronecker,
     Matrix,
     MovedGain,
+    Shift,
     SVDFactor,
     Transform,
     Written,
@@ -198,3 +199,11 @@ def test_second_moment_start_minimises_the_product_of_norms() -> None:
         assert product(c) < product(c * (0.1 * random(6, seed=seed)).exp())
     # A channel without signal has nothing to balance.
     assert second_moment_scale(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])).tolist() == [1.0, 1.0]
+
+
+def test_a_shift_is_undone_by_the_bias() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, d = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((5, 12), (7, 12), (12,)))
+    shift = Shift(d)
+    torch.testing.assert_close(shift(x) @ w.mT + shift.product(w), x @ w.mT)
+    assert shift(x.half()).dtype == torch.float16

@@ -17,7 +17,7 @@ from flatquant.calibrate.activations import Kept
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
-from flatquant.modules import Group, Scheduled
+from flatquant.modules import Bounded, Group, Scheduled
 from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
@@ -31,13 +31,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFit:
-    """One wrapped block, how it is called, its full-precision inputs (N, T, h) and the original's outputs on them."""
+    """One wrapped block, how it is called, its inputs (N, T, h), and the original's outputs on full-precision ones.
+
+    `second` are the original's outputs on these very inputs, where the fit minds them too.
+    """
 
     index: int
     fit: FitBlock
     call: BlockCall
     inputs: Kept
     targets: Kept
+    second: Kept | None = None
 
 
 def fit_blocks(
@@ -82,7 +86,8 @@ def fit_blocks(
         for i in range(per_epoch):
             rows = slice(i * spec.batch_size, (i + 1) * spec.batch_size)
             for block, optimiser in running:
-                losses[block.index].append(optimiser.step(block.inputs[rows], block.targets[rows]))
+                more = () if block.second is None else (block.second[rows],)
+                losses[block.index].append(optimiser.step(block.inputs[rows], block.targets[rows], *more))
         for block, optimiser in running:
             optimiser.join()
             mean = float(torch.stack(losses[block.index]).mean())
@@ -106,14 +111,15 @@ def _steps_per_epoch(block: BlockFit, spec: FitSpec) -> int:
 def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, splits: int) -> Optimiser:
     fit, call = block.fit, block.call
 
-    def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_fn(x: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
         with shared_inverses(fit.roots()), autocast(x.device, dtype):
             predicted = call(fit.block, x)
-        loss = F.mse_loss(predicted.float(), y.float())
+        loss = torch.stack([F.mse_loss(predicted.float(), y.float()) for y in targets]).sum()
         return loss / loss.detach(), loss
 
     rates: dict[Group, float] = {
         "transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "rotation": spec.rotation_lr,
+        "code": spec.code_lr,
     }  # fmt: skip
     floors: dict[Group, float] = {g: spec.final_lr * (spec.lr if g == "clip" else rate) for g, rate in rates.items()}
     return Optimiser(
@@ -127,4 +133,5 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, 
         graph=graph,
         splits=splits,
         relative=True,
+        bounded=[m for root in fit.roots() for m in root.modules() if isinstance(m, Bounded)],
     )

@@ -17,6 +17,8 @@ from flatquant.transforms import Factor
 from flatquant.wiring.apply import InputStatistics
 from flatquant.wiring.arch import Arch, submodule
 
+_ROWS, _ROWS_A_CALL = 128, 32  # tokens of a site's input that are kept
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCall:
@@ -113,19 +115,24 @@ def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Moments:
-    """Running absolute maximum and mean square of the last dimension."""
+    """Running ends and mean square of the last dimension, and some of its rows."""
 
     def __init__(self) -> None:
-        self.absmax: Tensor | None = None
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
         self.square: Tensor | None = None
         self.tokens = 0
+        self.rows: list[Tensor] = []  # spread over the first calls
 
     def add(self, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()  # (tokens, n)
-        absmax, square = x.abs().amax(0), x.square().sum(0)
-        self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
+        low, high, square = x.amin(0), x.amax(0), x.square().sum(0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
         self.square = square if self.square is None else self.square + square
         self.tokens += x.shape[0]
+        room = _ROWS - sum(map(len, self.rows))
+        self.rows.append(x[:: max(1, len(x) // _ROWS_A_CALL)][: min(room, _ROWS_A_CALL)].clone())
 
 
 class Observer:
@@ -149,9 +156,15 @@ class Observer:
             handle.remove()
         out = {}
         for site, m in self._moments.items():
-            assert m.absmax is not None, f"{site} was never reached"
+            assert m.low is not None, f"{site} was never reached"
+            assert m.high is not None
             assert m.square is not None
-            out[site] = InputStatistics(absmax=m.absmax, square=m.square / m.tokens)
+            out[site] = InputStatistics(
+                absmax=torch.maximum(m.high, -m.low),
+                center=(m.high + m.low) / 2,
+                square=m.square / m.tokens,
+                rows=torch.cat(m.rows),
+            )
         return out
 
 

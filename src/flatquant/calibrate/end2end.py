@@ -21,7 +21,7 @@ from flatquant.calibrate.blockwise import autocast
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
-from flatquant.modules import Group, trainable_parameters
+from flatquant.modules import Bounded, Group, trainable_parameters
 from flatquant.ops.divergence import kl_rows
 from flatquant.spec import EndToEndSpec
 from flatquant.transforms import shared_inverses
@@ -112,6 +112,7 @@ def fit_end_to_end(
         "scale": spec.lr,
         "clip": spec.clip_lr,
         "weight": spec.weight_lr,
+        "code": spec.code_lr,
         # A rotation's step does depend on the size of gradients: its rate undoes the sum.
         "rotation": spec.rotation_lr / (spec.batch_size * inputs.shape[1]),
     }
@@ -124,6 +125,7 @@ def fit_end_to_end(
         loss_fn=loss_fn,
         graph=graph,
         splits=splits,
+        bounded=[m for fit in fits for root in fit.roots() for m in root.modules() if isinstance(m, Bounded)],
     )
     losses: list[float] = []
     done = 0

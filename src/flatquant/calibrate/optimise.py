@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flatquant.calibrate.cayley import CayleySGD
-from flatquant.modules import Group
+from flatquant.modules import Bounded, Group
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW; a rotation has none
 EAGER_STEPS = 3  # before capture: lazily made workspaces and optimiser state must exist
@@ -63,6 +63,7 @@ class Optimiser:
         splits: parts that a batch is taken in, one after another, for their memory; it divides the batch. Gradients
             add up to those of the whole batch, in another order of sums.
         relative: an objective is its loss divided by the loss's own value, so that parts count as their losses do.
+        bounded: settled after every step.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Optimiser:
         graph: bool,
         splits: int = 1,
         relative: bool = False,
+        bounded: Sequence[Bounded] = (),
     ) -> None:
+        self.bounded = bounded
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"
@@ -148,6 +151,8 @@ class Optimiser:
             loss = self._gradients(*batch)
         for optimiser in self.optimisers:
             optimiser.step()
+        for module in self.bounded:
+            module.settle()
         self._forget_gradients()
         return loss.detach()
 

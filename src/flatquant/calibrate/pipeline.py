@@ -34,7 +34,7 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.models import Checkpoint
 from flatquant.runtime.build import install
-from flatquant.spec import EndToEndSpec, Plan, Recipe
+from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe
 from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
@@ -155,6 +155,7 @@ class _Wrapped:
     fit: FitBlock | None
     inputs: Kept | None  # (N, T, h), None if the recipe reads no text
     targets: Kept | None
+    second: Kept | None = None  # outputs on the inputs that the quantised blocks before give
 
 
 class _Run:
@@ -201,7 +202,10 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             if self.end_to_end is not None:
-                check_room(resident_bytes(self.blocks, self.end_to_end), torch.cuda.mem_get_info(self.device)[0])
+                check_room(
+                    resident_bytes(self.blocks, self.end_to_end, self.recipe.scheme.weights),
+                    torch.cuda.mem_get_info(self.device)[0],
+                )
         seams.use_attention(self.model)
         first, calls = self._capture()
         if self.output_adaptive:
@@ -212,9 +216,9 @@ class _Run:
         fits: list[FitBlock | None] = []
         for start in range(0, len(calls), self.side_by_side):
             group = range(start, min(start + self.side_by_side, len(calls)))
-            wrapped, hidden = self._wrap(group, calls, hidden)
+            wrapped, hidden = self._wrap(group, calls, hidden, quantised)
             self._fit(wrapped, quantised if self.feeds_fit else None)
-            wrapped = [replace(w, inputs=None, targets=None) for w in wrapped]
+            wrapped = [replace(w, inputs=None, targets=None, second=None) for w in wrapped]
             if self.end_to_end is not None:
                 fits += [w.fit for w in wrapped]
             else:
@@ -254,13 +258,18 @@ class _Run:
             hidden, calls = capture(self.model, self.arch, self.tokens, self._room)
             return hidden, [c.to(self.device) for c in calls]
 
-    def _wrap(self, group: range, calls: list[BlockCall], hidden: Kept | None) -> tuple[list[_Wrapped], Kept | None]:
+    def _wrap(
+        self, group: range, calls: list[BlockCall], hidden: Kept | None, quantised: Kept | None
+    ) -> tuple[list[_Wrapped], Kept | None]:
         """Wrap the blocks of a group that no earlier run has solved; and the full-precision outputs of its last one."""
         wrapped = []
         for index in group:
             with _named(index):
+                second = self._second(index, calls[index], quantised)
                 inputs, (fit, hidden) = hidden, self._wrap_one(index, calls[index], hidden)
-            wrapped.append(_Wrapped(index=index, call=calls[index], fit=fit, inputs=inputs, targets=hidden))
+            wrapped.append(
+                _Wrapped(index=index, call=calls[index], fit=fit, inputs=inputs, targets=hidden, second=second)
+            )
         return wrapped, hidden
 
     def _bring(self, index: int) -> nn.Module:
@@ -286,6 +295,15 @@ class _Run:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         fit = wrap_block(block, self.arch, plan, self.recipe, statistics, generator, residual=self.residual)
         return fit, targets
+
+    def _second(self, index: int, call: BlockCall, quantised: Kept | None) -> Kept | None:
+        """The original block's outputs on the quantised stream, if the fit minds them and is still to come."""
+        done = self.state is not None and (self.state.has(fitted_name(index)) or self.state.has(solved_name(index)))
+        if quantised is None or self.recipe.fit is None or not self.recipe.fit.both_targets or done:
+            return None
+        block = self._bring(index)
+        with self.clock("full precision"), autocast(self.device, self.dtype):
+            return run_block(block, call, quantised, self.batch)
 
     def _rotated(self, call: BlockCall) -> BlockCall:
         """How a block is called once it is wrapped."""
@@ -315,7 +333,14 @@ class _Run:
     def _fit_blocks(self, todo: list[_Wrapped]) -> list[list[float]]:
         spec = self.recipe.fit
         blocks = [
-            BlockFit(index=w.index, fit=w.fit, call=self._rotated(w.call), inputs=w.inputs, targets=w.targets)
+            BlockFit(
+                index=w.index,
+                fit=w.fit,
+                call=self._rotated(w.call),
+                inputs=w.inputs,
+                targets=w.targets,
+                second=w.second,
+            )
             for w in todo
             if w.fit is not None and w.inputs is not None and w.targets is not None
         ]
@@ -452,10 +477,14 @@ class _Run:
         return max(full_step(self.tokens.shape[1], self.model.config.hidden_size), self.layout.windows)
 
 
-def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec) -> int:
-    """What an end-to-end fit keeps on the device besides activations: weights; trained, with gradient and moments."""
+def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec, grid: QuantSpec | None = None) -> int:
+    """What an end-to-end fit keeps on the device besides activations: weights; trained, with gradient and moments.
+
+    A weight on levels has a position that trains.
+    """
     weights = sum(p.numel() for block in blocks for p in block.parameters())
-    return weights * (16 if spec.weight_lr else 4)
+    codes = grid is not None and grid.kind == "levels"
+    return weights * ((16 if spec.weight_lr else 4) + 16 * codes)
 
 
 def check_room(needed: int, free: int) -> None:

@@ -56,7 +56,7 @@ def solve_block(
         rounds: of low-rank branches; see `BranchSpec`.
     """
     for site in plan.sites.values():
-        if site.weights is None:
+        if site.weights is None or site.weights.kind == "levels":  # a fit has chosen these
             continue
         gram = None
         if hessians is None and solver.needs_hessian and inputs is not None:

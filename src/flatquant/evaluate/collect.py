@@ -19,10 +19,10 @@ from flatquant import seams
 from flatquant.errors import DataError, ModelError
 from flatquant.evaluate.perplexity import Progress
 from flatquant.ops.kron.reference import kron_matmul
-from flatquant.qtensor import QTensor
 from flatquant.quantizers import Dynamic
+from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.keyvalue import FrozenKeyValue
-from flatquant.runtime.linear import DenseLinear, FrozenSite, IntegerLinear
+from flatquant.runtime.linear import FrozenSite, SiteLinear
 from flatquant.spec import BlockPlan, Plan, SitePlan
 from flatquant.transforms.start import random_hadamard
 
@@ -154,13 +154,12 @@ def _seen(blocks: nn.ModuleList, plan: Plan, *, quantised: bool) -> Iterator[lis
 
 
 def _served_weights(block: nn.Module, site: SitePlan) -> Tensor:
-    """The weights that a site's readers multiply with, on their grid.  # (sum of rows, n)"""
+    """The weights that a site's readers multiply with.  # (sum of rows, n)"""
     rows = []
     for path in site.readers:
         linear = block.get_submodule(path)
-        assert isinstance(linear, DenseLinear | IntegerLinear)
-        weight = linear.qweight() if isinstance(linear, IntegerLinear) else linear.weight
-        rows.append(weight.dequantize() if isinstance(weight, QTensor) else weight.float())
+        assert isinstance(linear, SiteLinear | BranchedLinear)
+        rows.append(linear.plain())
     return torch.cat(rows)
 
 

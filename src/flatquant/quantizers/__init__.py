@@ -2,7 +2,19 @@
 
 from flatquant.quantizers.clip import FixedClip, LearnedClip, NoClip, Range
 from flatquant.quantizers.codebook import VectorGrid
+from flatquant.quantizers.levels import ActivationLevels, WeightLevels
 from flatquant.quantizers.split import SplitGrid
 from flatquant.quantizers.uniform import Dynamic, WeightGrid
 
-__all__ = ["Dynamic", "FixedClip", "LearnedClip", "NoClip", "Range", "SplitGrid", "VectorGrid", "WeightGrid"]
+__all__ = [
+    "ActivationLevels",
+    "Dynamic",
+    "FixedClip",
+    "LearnedClip",
+    "NoClip",
+    "Range",
+    "SplitGrid",
+    "VectorGrid",
+    "WeightGrid",
+    "WeightLevels",
+]

@@ -1,4 +1,4 @@
-"""Few levels that are learned: weights that are codes times levels, activations that mind every channel.
+"""Few levels that are learned: weights that are codes and levels, activations that mind every channel.
 
 After arXiv 2012.13762 (IJCAI 2020), of which only the abstract could be read. Stated there: quantised weights and their
 levels are updated directly by gradients, rather than full-precision weights that are rounded on the way; activation
@@ -13,8 +13,13 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from flatquant.levels import LevelTensor
+from flatquant.modules import Bounded, ExactBuffers, Trainable
+from flatquant.spec import QuantSpec
+
 _RIDGE = 1e-4  # keeps least squares solvable where a code is unused
 _FLOOR = 1e-8  # of levels and of channels' power
+_ROUNDS = 10  # of least squares before a weight is trained
 
 
 class _Sign(torch.autograd.Function):
@@ -80,6 +85,154 @@ class LearnedLevels(nn.Module):
         self.levels.copy_(torch.maximum(self.levels, self.floor))
 
 
+class WeightLevels(Trainable, Bounded):
+    """A weight matrix on levels of its rows, or of groups of its rows, while it is fitted.
+
+    As in `LearnedLevels` levels are the sums of K numbers with signs and no full-precision weight is left, but a
+    weight's code is one `position` among its row's levels in ascending order, to the nearest whole: so that a step
+    takes it to a neighbouring level, where the sign of one of several numbers, flipped, would take it far away. Levels
+    are relative to the mean magnitude of their row, so that one learning rate suits them all.
+    """
+
+    group = "code"
+    unit: Tensor  # (o * g, 1)
+    floor: Tensor  # (o * g, K)
+
+    def __init__(self, spec: QuantSpec, w: Tensor) -> None:
+        """Start at a full-precision weight, (o, n), with levels by least squares."""
+        super().__init__()
+        self.spec = spec
+        self.groups = w.shape[1] // (spec.group_size or w.shape[1])
+        rows = w.detach().unflatten(-1, (self.groups, -1)).flatten(0, 1)  # (o * g, n / g)
+        unit = rows.abs().mean(-1, keepdim=True)
+        self.register_buffer("unit", torch.where(unit > 0, unit, 1.0))
+        rows = rows / self.unit
+        self.levels = nn.Parameter(least_squares_levels(rows, spec.bits))  # (o * g, K)
+        self.register_buffer("floor", (self.levels.detach() / 10).clamp(min=_FLOOR))
+        self.position = nn.Parameter(_position(rows, _sums(self.levels.detach())[0]))  # (o * g, n / g)
+
+    def _nearest(self) -> Tensor:
+        return self.position.detach().round().clamp(0, (1 << self.spec.bits) - 1).long()
+
+    def forward(self) -> Tensor:
+        """The weight on its levels, differentiable; a position's slope is the mean distance of levels.  # (o, n)"""
+        values, order = _sums(self.levels.detach())  # (o * g, 2^K)
+        spacing = (values[:, -1:] - values[:, :1]) / (values.shape[1] - 1)
+        moved = spacing * (self.position - self.position.detach())  # 0, with a gradient
+        codes = _signs(self.spec.bits, values)[order.gather(1, self._nearest())]  # (o * g, n / g, K)
+        # Not values.gather(..): its gradient adds in any order on a GPU, or takes long.
+        rows = ((codes * self.levels[:, None]).sum(-1) + moved) * self.unit
+        return rows.unflatten(0, (-1, self.groups)).flatten(1)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.position.clamp_(0, (1 << self.spec.bits) - 1)
+        self.levels.copy_(torch.maximum(self.levels, self.floor))
+
+    @torch.no_grad()
+    def frozen(self) -> LevelTensor:
+        """The codes as indices, and the levels."""
+        _, order = _sums(self.levels)
+        indices = order.gather(1, self._nearest()).to(torch.uint8).unflatten(0, (-1, self.groups)).flatten(1)
+        levels = (self.levels * self.unit).float().unflatten(0, (-1, self.groups))
+        return LevelTensor(indices=indices.contiguous(), levels=levels.contiguous())
+
+
+def _signs(bits: int, like: Tensor) -> Tensor:
+    """Bit k of a row's number as a sign.  # (2^K, K)"""
+    places = torch.arange(bits, device=like.device)
+    set_bits = torch.arange(1 << bits, device=like.device)[:, None] >> places & 1
+    return (2 * set_bits - 1).to(like.dtype)
+
+
+def _sums(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """All sums of (rows, K) numbers with signs, ascending, and which signs they have.  # both (rows, 2^K)"""
+    return (levels @ _signs(levels.shape[1], levels).mT).sort(-1)
+
+
+def _position(w: Tensor, values: Tensor) -> Tensor:
+    """Where w, (rows, n), lies among ascending values, (rows, k), linear between them: halfway rounds at a half."""
+    below = torch.searchsorted(values, w.contiguous(), right=True).clamp(1, values.shape[1] - 1) - 1
+    low, high = values.gather(1, below), values.gather(1, below + 1)
+    share = (w - low) / (high - low).clamp(min=_FLOOR)
+    return (below + share).clamp(0, values.shape[1] - 1).to(w.dtype)
+
+
+def least_squares_levels(w: Tensor, bits: int) -> Tensor:
+    """K numbers for every row of w, (rows, n), whose sums with signs lie near the row's weights.  # (rows, K)
+
+    Alternating least squares (LQ-Nets, arXiv 1807.10029) from two starts: greedy residual binarisation, and numbers
+    that halve from one to the next, which are a uniform grid. A row keeps the best that it has had.
+    """
+    rest, greedy = w, []
+    for _ in range(bits):
+        greedy.append(rest.abs().mean(-1, keepdim=True).clamp(min=_FLOOR))  # (rows, 1)
+        rest = rest - greedy[-1] * torch.where(rest >= 0, 1.0, -1.0)
+    halves = 2.0 ** -torch.arange(1, bits + 1, device=w.device).to(w.dtype)
+    starts = (torch.cat(greedy, 1), w.abs().amax(-1, keepdim=True).clamp(min=_FLOOR) * halves)
+    # Of ascending weights, those nearest to one level are neighbours: ends of their runs say all that is needed.
+    ascending = w.sort(-1).values.double()
+    before = torch.nn.functional.pad(ascending.cumsum(-1), (1, 0))  # sums of the first 0 .. n, (rows, n + 1)
+    square = ascending.square().sum(-1)  # (rows,)
+    signs = _signs(bits, ascending)  # (2^K, K)
+    ridge = _RIDGE * torch.eye(bits, dtype=torch.float64, device=w.device)
+    best, least = starts[0], torch.full_like(square, torch.inf)
+    for start in starts:
+        levels = start.double()
+        for remaining in range(_ROUNDS, -1, -1):
+            values, order = _sums(levels)  # (rows, 2^K)
+            ends = torch.searchsorted(ascending, (values[:, 1:] + values[:, :-1]) / 2)
+            ends = torch.nn.functional.pad(ends, (0, 1), value=w.shape[1])  # of each level's run, exclusive
+            counts = torch.diff(ends, dim=-1, prepend=torch.zeros_like(ends[:, :1])).double()
+            total = before.gather(1, ends)
+            sums = torch.diff(total, dim=-1, prepend=torch.zeros_like(total[:, :1]))
+            error = square - 2 * (sums * values).sum(-1) + (counts * values.square()).sum(-1)
+            best = torch.where((error < least)[:, None], levels.to(w.dtype), best)
+            least = torch.minimum(error, least)
+            if remaining:
+                b = signs[order]  # (rows, 2^K, K)
+                gram = b.mT @ (counts[..., None] * b) + ridge
+                levels = torch.linalg.solve(gram, b.mT @ sums[..., None])[..., 0].abs().clamp(min=_FLOOR)
+    return best
+
+
+class ActivationLevels(ExactBuffers):
+    """Activations with signs on a token's largest magnitude times levels that all tokens of a site share.
+
+    One bit is the sign, the others choose among sums of `basis`, found as in `ChannelLevels`.
+    """
+
+    basis: Tensor  # float32, (K - 1,)
+
+    def __init__(self, spec: QuantSpec, basis: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("basis", basis)
+
+    @classmethod
+    def found(cls, spec: QuantSpec, rows: Tensor) -> ActivationLevels:
+        """The levels for some tokens' activations, (tokens, n)."""
+        levels = ChannelLevels(spec.bits - 1, by_channel=spec.weigh == "channels", momentum=1.0).to(rows.device)
+        levels(rows.float().abs() / _reach(rows.float()))
+        return cls(spec, levels.basis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The nearest levels; the gradient passes straight through below the largest.  # x's shape and dtype"""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        reach = _reach(wide)  # (.., 1)
+        u = wide / reach
+        codes = (_signs(len(self.basis), wide) + 1) / 2  # (2^(K-1), K - 1)
+        values = (codes @ self.basis.to(wide)).sort().values
+        q = values[torch.bucketize(u.detach().abs().contiguous(), (values[1:] + values[:-1]) / 2)] * u.detach().sign()
+        inside = torch.where(u.abs() < values[-1], u, 0.0)
+        return (reach * (inside + (q - inside).detach())).to(x.dtype)
+
+
+def _reach(x: Tensor) -> Tensor:
+    """The largest magnitude of every token.  # (.., 1)"""
+    return x.abs().amax(-1, keepdim=True).clamp(min=_FLOOR)
+
+
 class ChannelLevels(nn.Module):
     """Activations after a ReLU on 2^K levels, the sums of K learned values; 0 is one, the largest is a clip.
 
@@ -124,7 +277,7 @@ class ChannelLevels(nn.Module):
 
     @torch.no_grad()
     def _learn(self, x: Tensor) -> None:
-        channels = x.transpose(0, 1).flatten(1).double()  # (C, N)
+        channels = x.transpose(0, 1).flatten(1).double().contiguous()  # (C, N)
         power = channels.square().mean(1)
         if self.power.numel():
             if self.momentum == 1:
@@ -158,11 +311,11 @@ class ChannelLevels(nn.Module):
         values, codes = self.values()
         chosen = self._nearest(channels, values.double())  # (C, N)
         error = float((weights * (channels - values.double()[chosen]).square().mean(1)).sum())
-        counts = torch.zeros(len(values), dtype=torch.float64)
-        sums = torch.zeros(len(values), dtype=torch.float64)
+        counts = torch.zeros(len(values), dtype=torch.float64, device=channels.device)
+        sums = torch.zeros_like(counts)
         each = weights[:, None].expand_as(channels) / channels.shape[1]
         counts.index_add_(0, chosen.flatten(), each.flatten())
         sums.index_add_(0, chosen.flatten(), (each * channels).flatten())
         b = codes.double()
-        gram = b.mT @ (counts[:, None] * b) + _RIDGE * torch.eye(self.bits, dtype=torch.float64)
+        gram = b.mT @ (counts[:, None] * b) + _RIDGE * torch.eye(self.bits, dtype=torch.float64, device=b.device)
         return torch.linalg.solve(gram, b.mT @ sums).clamp(min=_FLOOR), error

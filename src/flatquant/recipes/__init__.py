@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from flatquant.errors import SpecError
 from flatquant.recipes.affinequant import affinequant
+from flatquant.recipes.direct import direct
 from flatquant.recipes.flatquant import flatquant
 from flatquant.recipes.flattenquant import flattenquant
 from flatquant.recipes.gptq import gptq
@@ -19,6 +20,7 @@ from flatquant.spec import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "affinequant": affinequant,
+    "direct": direct,
     "flatquant": flatquant,
     "flattenquant": flattenquant,
     "gptq": gptq,
@@ -48,6 +50,7 @@ __all__ = [
     "RECIPES",
     "Recipe",
     "affinequant",
+    "direct",
     "flatquant",
     "flattenquant",
     "gptq",

@@ -1,5 +1,6 @@
 """What recipes share: how a scheme's text is read where no clip is learned, and which preset reads how much text."""
 
+import dataclasses
 from collections.abc import Mapping
 
 from flatquant.errors import SpecError
@@ -18,6 +19,24 @@ def of_preset(preset: str, texts: Mapping[str, DataSpec] = TEXT) -> DataSpec:
     if preset not in texts:
         raise SpecError(f"unknown preset {preset!r}; known: {', '.join(texts)}")
     return texts[preset]
+
+
+def has_few_levels(scheme: str | Scheme) -> bool:
+    """Whether this is the text of a scheme with weights of 2 or 3 bits."""
+    weights = Scheme.parse(scheme).weights if isinstance(scheme, str) else None
+    return weights is not None and weights.bits <= 3
+
+
+def fitting_few_levels(scheme: str | Scheme) -> Scheme:
+    """A scheme as it is; read from a text, one with full ranges, but for weights of 2 and 3 bits.
+
+    Those have a zero point, and ranges searched for the least error: of the four levels of a symmetric grid of 2 bits
+    that covers its row, hardly a weight takes any but 0 (docs/experiments.md, "Weights at 2 and 3 bits").
+    """
+    read = unclipped(scheme)
+    if not has_few_levels(scheme) or read.weights is None:
+        return read
+    return dataclasses.replace(read, weights=dataclasses.replace(read.weights, symmetric=False, clip="search"))
 
 
 def unclipped(scheme: str | Scheme) -> Scheme:

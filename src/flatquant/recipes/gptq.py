@@ -1,12 +1,17 @@
-"""GPTQ (ICLR 2023, arXiv 2210.17323) on the original coordinates: error-compensated rounding, nothing else."""
+"""GPTQ (ICLR 2023, arXiv 2210.17323) on the original coordinates: error-compensated rounding, nothing else.
 
-from flatquant.recipes.common import TEXT, of_preset, unclipped
+At 2 and 3 bits grids are asymmetric, as the authors', and searched, and columns of large curvature come first (two
+options of their code). Other than the official code: from 4 bits on grids are symmetric, and scales of groups are those
+of the weights as they were, not as compensation has left them.
+"""
+
+from flatquant.recipes.common import TEXT, fitting_few_levels, has_few_levels, of_preset
 from flatquant.spec import Recipe, Scheme, SolverSpec
 
 TEXTS = {**TEXT, "best": TEXT["reference"]}
 
 
 def gptq(scheme: str | Scheme, preset: str = "reference") -> Recipe:
-    """GPTQ with full ranges; `quick` reads less text."""
-    scheme = unclipped(scheme)
-    return Recipe(name="gptq", scheme=scheme, solver=SolverSpec(kind="gptq"), data=of_preset(preset, TEXTS))
+    """GPTQ on grids that cover all, at 2 and 3 bits on searched ones; `quick` reads less text."""
+    solver = SolverSpec(kind="gptq", act_order=has_few_levels(scheme))
+    return Recipe(name="gptq", scheme=fitting_few_levels(scheme), solver=solver, data=of_preset(preset, TEXTS))

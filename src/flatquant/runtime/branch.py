@@ -27,6 +27,15 @@ class BranchedLinear(ExactBuffers):
     def site(self) -> FrozenSite:
         return self.inner.site
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.inner.bias
+
+    def plain(self) -> Tensor:
+        """The weight and the branch as one matrix, in the site's coordinates.  # float32, (o, n)"""
+        assert self.site.down is not None
+        return self.inner.plain() + self.up.float() @ self.site.down.float()
+
     def forward(self, x: Tensor) -> Tensor:
         """(.., n) -> (.., o)"""
         low = self.site.branch(x)  # (.., r)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from flatquant import seams
 from flatquant.codebook import Book, index_dtype
 from flatquant.errors import ArtifactError
+from flatquant.levels import LevelTensor
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
 from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.levels import FrozenLevels, PackedLevels
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
 from flatquant.spec import BlockPlan, CodebookSpec, QuantSpec, SitePlan
 
@@ -76,20 +78,28 @@ def _site(plan: SitePlan) -> FrozenSite:
     spec = plan.activations
     if spec is not None and spec.scope == "tensor":
         grid = SplitGrid(spec, _empty(1), _empty(n1 * n2, dtype=torch.uint8))
+    elif spec is not None and spec.kind == "levels":
+        grid = ActivationLevels(spec, _empty(spec.bits - 1))
     else:
         grid = _dynamic(spec)
     left, right = _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None
-    return FrozenSite(left, right, grid, _empty(plan.rank, n1 * n2, dtype=torch.float16) if plan.rank else None)
+    down = _empty(plan.rank, n1 * n2, dtype=torch.float16) if plan.rank else None
+    return FrozenSite(left, right, grid, down, _empty(n1 * n2) if plan.shift == "online" else None)
 
 
 def _linear(linear: nn.Linear, site: FrozenSite, plan: SitePlan, packed: bool) -> SiteLinear:
     o, n, spec = linear.out_features, linear.in_features, plan.weights
-    bias = _empty(o) if linear.bias is not None else None
+    bias = _empty(o) if linear.bias is not None or plan.shift != "none" else None
     if spec is None:
         return DenseLinear(site, _empty(o, n, dtype=linear.weight.dtype), bias)
     if plan.codebook is not None:
         return _codebook_linear(site, o, n, spec.bits, plan.codebook, bias, packed)
     groups = n // (spec.group_size or n)
+    if spec.kind == "levels":
+        levels = _empty(o, groups, spec.bits)
+        if packed:
+            return PackedLevels(site, _empty(o, -(-n * spec.bits // 8), dtype=torch.uint8), levels, bias, n)
+        return FrozenLevels(site, LevelTensor(indices=_empty(o, n, dtype=torch.uint8), levels=levels), bias)
     scale, zero = _empty(o, groups), None if spec.symmetric else _empty(o, groups)
     if packed:
         return PackedLinear(site, _empty(o, -(-n * spec.bits // 8), dtype=torch.uint8), scale, zero, bias, spec, n)

@@ -111,6 +111,9 @@ class CodebookLinear(SiteLinear):
             outliers=books.get("outliers"),
         )
 
+    def plain(self) -> Tensor:
+        return self.qweight().dequantize()
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.site(x)
         if isinstance(y, QTensor):

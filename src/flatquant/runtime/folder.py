@@ -302,11 +302,15 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
                 kinds |= {f"{root}{path}.{part}": kind for part, kind in _reader_kinds(site).items()}
             if site.rank:
                 kinds[f"{root}flatquant.{name}.down"] = "transforms"
+            if site.shift == "online":
+                kinds[f"{root}flatquant.{name}.shift"] = "transforms"
             for side in ("left", "right"):
                 if getattr(site, side):
                     kinds[f"{root}flatquant.{name}.{side}"] = "transforms"
             if site.activations and site.activations.scope == "tensor":
                 kinds |= {f"{root}flatquant.{name}.activations.{n}": "transforms" for n in ("step", "copies")}
+            if site.activations and site.activations.kind == "levels":
+                kinds[f"{root}flatquant.{name}.activations.basis"] = "transforms"
             if site.activations and site.activations.clip != "none":
                 kinds[f"{root}flatquant.{name}.activations.clip.ratio"] = "transforms"
         attention = f"{root}{plan.attention}.flatquant_kv."
@@ -327,6 +331,8 @@ def _reader_kinds(site: SitePlan) -> dict[str, str]:
 
 
 def _integer_kinds(weights: QuantSpec) -> dict[str, str]:
+    if weights.kind == "levels":
+        return {"packed": "packed", "levels": "grids"}
     return {"packed": "packed", "scale": "grids"} | ({} if weights.symmetric else {"zero": "grids"})
 
 

@@ -312,6 +312,8 @@ def _site(site: FrozenSite, n: int, where: str, device: torch.device) -> Site:
         raise Unsupported(f"the activations of {where} are not on a symmetric grid a token")
     if site.down is not None:
         raise Unsupported(f"{where} has a low-rank branch")
+    if site.shift is not None:
+        raise Unsupported(f"{where} is shifted")
     n1 = 1 if site.left is None else site.left.shape[0]
     if site.right is not None and site.right.shape[0] * n1 != n:
         raise Unsupported(f"{where}: factors of another size")

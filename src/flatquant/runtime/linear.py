@@ -17,29 +17,32 @@ from flatquant.modules import ExactBuffers
 from flatquant.ops.int_linear.reference import int_linear
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import Dynamic, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid
 from flatquant.spec import QuantSpec
 
 
 class FrozenSite(ExactBuffers):
     """Transforms one tensor and puts it on its grid, once for all its readers.
 
-    Buffers: `left` P1 (n1, n1) and `right` P2 (n2, n2), float32, each present only if it runs online; `down` L2 (r, n),
-    float16, where the readers have a low-rank branch.
+    Buffers: `shift` d (n,), `left` P1 (n1, n1) and `right` P2 (n2, n2), float32, each present only if it runs online;
+    `down` L2 (r, n), float16, where the readers have a low-rank branch.
     """
 
     left: Tensor | None
     right: Tensor | None
     down: Tensor | None
+    shift: Tensor | None
 
     def __init__(
         self,
         left: Tensor | None,
         right: Tensor | None,
-        activations: Dynamic | SplitGrid | None,
+        activations: Dynamic | SplitGrid | ActivationLevels | None,
         down: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.register_buffer("shift", shift)
         self.register_buffer("left", left)
         self.register_buffer("right", right)
         self.register_buffer("down", down)
@@ -47,9 +50,10 @@ class FrozenSite(ExactBuffers):
         self._last: tuple[Tensor, Tensor | QTensor, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor | QTensor:
-        """x (P1 (x) P2), as integers if activations are quantised here, else in x's dtype.  # (.., n)
+        """(x - d) (P1 (x) P2), as integers if activations are on a uniform grid here, else in x's dtype.  # (.., n)
 
-        Integers carry no gradient: where x has one, the result is the numbers that the integers stand for, and the
+        Levels have no product of integers: they are the numbers they stand for. Integers carry no gradient: where x
+        has one, the result is the numbers that the integers stand for, and the
         gradient passes the rounding straight through.
         """
         return self._computed(x)[0]
@@ -64,13 +68,13 @@ class FrozenSite(ExactBuffers):
         last = self._last  # read once: another thread may replace it
         if last is not None and last[0] is x:
             return last[1], last[2]
-        y = x
+        y = x if self.shift is None else x.to(self.shift.dtype) - self.shift
         factor = self.left if self.left is not None else self.right
         if factor is not None:
-            y = kron_matmul(x.to(factor.dtype), self.left, self.right)
+            y = kron_matmul(y.to(factor.dtype), self.left, self.right)
         if self.activations is None:
             out = y.to(x.dtype)
-        elif y.requires_grad:
+        elif y.requires_grad or isinstance(self.activations, ActivationLevels):
             out = self.activations(y).to(x.dtype)
         else:
             out = self.activations.quantize(y)
@@ -113,6 +117,10 @@ class SiteLinear(ExactBuffers, ABC):
         return self._site[0]
 
     @abstractmethod
+    def plain(self) -> Tensor:
+        """The weight as numbers, in the site's coordinates.  # float32, (o, n)"""
+
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """(.., n) -> (.., o)"""
 
@@ -125,6 +133,9 @@ class DenseLinear(SiteLinear):
     def __init__(self, site: FrozenSite, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(site, bias)
         self.register_buffer("weight", weight)  # (o, n)
+
+    def plain(self) -> Tensor:
+        return self.weight.float()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.site(x)
@@ -150,6 +161,9 @@ class IntegerLinear(SiteLinear, ABC):
     @abstractmethod
     def qweight(self) -> QTensor:
         """The weight.  # (o, n)"""
+
+    def plain(self) -> Tensor:
+        return self.qweight().dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.site(x)

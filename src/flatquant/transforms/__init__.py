@@ -8,6 +8,7 @@ from flatquant.transforms.hadamard import hadamard_split
 from flatquant.transforms.kronecker import Kronecker, kronecker_split
 from flatquant.transforms.masked import HeadMatrices, MaskedFactor
 from flatquant.transforms.matrix import Matrix
+from flatquant.transforms.shift import Shift
 from flatquant.transforms.start import make_factor, make_masked
 from flatquant.transforms.written import MovedGain, Written
 
@@ -26,6 +27,7 @@ __all__ = [
     "MovedGain",
     "OrthogonalFactor",
     "SVDFactor",
+    "Shift",
     "Transform",
     "Written",
     "hadamard_split",

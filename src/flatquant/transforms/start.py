@@ -33,7 +33,7 @@ def make_masked(spec: TransformSpec, n: int, batch: tuple[int, ...] = ()) -> Mas
     return MaskedFactor(n, spec.stability, batch=batch)
 
 
-FACTORS = {"direct": DirectFactor, "svd": SVDFactor, "fixed": FixedFactor, "rotation": OrthogonalFactor}
+FACTORS = {"inverse": DirectFactor, "svd": SVDFactor, "fixed": FixedFactor, "rotation": OrthogonalFactor}
 
 
 def make_factor(spec: TransformSpec, n: int, generator: torch.Generator) -> Factor:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from flatquant import seams
+from flatquant.levels import LevelTensor
 from flatquant.modules import Group, trainable_parameters
-from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid, WeightLevels
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.levels import FrozenLevels
 from flatquant.runtime.linear import DenseLinear, FrozenSite
 from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec
 from flatquant.transforms import (
@@ -28,6 +30,7 @@ from flatquant.transforms import (
     Kronecker,
     Matrix,
     MovedGain,
+    Shift,
     Transform,
     Written,
     make_factor,
@@ -45,6 +48,8 @@ class InputStatistics:
 
     absmax: Tensor  # (n,)
     square: Tensor  # mean of x^2, (n,)
+    center: Tensor | None = None  # between the least and the largest x, (n,)
+    rows: Tensor | None = None  # x of some tokens, (tokens, n)
 
 
 @dataclass(kw_only=True)
@@ -123,10 +128,13 @@ def wrap_block(
     """
     device = next(block.parameters()).device
     transforms: dict[str, Transform] = {}
+    shifts: dict[str, Shift] = {}
     outputs: dict[str, list[nn.Module]] = {path: [] for edge in arch.edges for path in edge.readers}
     for edge in arch.edges:
         parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
         linears = [linear_at(block, path) for path in edge.readers]
+        if parts and parts[0].kind == "shift":
+            shifts[edge.site] = _shift(parts[0], linears, statistics.get(edge.site))
         heads, first = 1, 0
         if edge.writer is not None:
             rows = linear_at(block, edge.writes.path).out_features
@@ -152,13 +160,17 @@ def wrap_block(
     sites: dict[str, FitSite] = {}
     for edge in arch.edges:
         site_plan = plan.sites[edge.site]
-        sites[edge.site] = FitSite(
+        site = sites[edge.site] = FitSite(
             transforms[edge.site],
             _activations(site_plan.activations, transforms[edge.site], statistics.get(edge.site)),
             site_plan.weights,
             [linear_at(block, path) for path in edge.readers],
             [outputs[path] for path in edge.readers],
+            shifts.get(edge.site),
         ).to(device)
+        if site_plan.weights is not None and site_plan.weights.kind == "levels":
+            with torch.no_grad():
+                site.grid = WeightLevels(site_plan.weights, site.transformed_weight())
     for edge in arch.edges:
         for index, path in enumerate(edge.readers):
             replace_submodule(block, path, FitLinear(sites[edge.site], index))
@@ -177,10 +189,22 @@ def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None,
     return edge.bearable(recipe.transforms.get(edge.site, ())) if helps else ()
 
 
+def _shift(spec: TransformSpec, linears: list[nn.Linear], statistics: InputStatistics | None) -> Shift:
+    if spec.init == "identity":
+        return Shift(torch.zeros(linears[0].in_features))
+    assert statistics is not None, "a shift from the center needs input statistics"
+    assert statistics.center is not None
+    return Shift(statistics.center.float())
+
+
 def _activations(
     spec: QuantSpec | None, transform: Transform, statistics: InputStatistics | None
-) -> Dynamic | SplitGrid | None:
+) -> Dynamic | SplitGrid | ActivationLevels | None:
     """The grid of a site's transformed input."""
+    if spec is not None and spec.kind == "levels":
+        assert statistics is not None, "levels of activations need some of them"
+        assert statistics.rows is not None
+        return ActivationLevels.found(spec, statistics.rows)
     if spec is None or spec.scope == "row":
         return None if spec is None else Dynamic(spec)
     assert statistics is not None, "a static scale needs input statistics"
@@ -315,24 +339,32 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     fit.forget()
     folded: dict[str, tuple[Tensor, Tensor | None]] = {}
     transforms: dict[str, Transform] = {}
+    shifts: dict[str, Tensor | None] = {}
+    levels: dict[str, LevelTensor] = {}
     for edge in arch.edges:
         site = copy.deepcopy(fit.sites[edge.site]).double()  # one at a time: of a large model, these are gigabytes
         transforms[edge.site] = site.transform
+        shifts[edge.site] = None if site.shift is None else site.shift.d
         weights = site.transformed_weight().split(site.rows)
         bias = site.transformed_bias()
         biases = [None] * len(weights) if bias is None else bias.split(site.rows)
         for path, w, b, has in zip(edge.readers, weights, biases, site.has_bias, strict=True):
             folded[path] = (w, b if has else None)
+        if isinstance(site.grid, WeightLevels):
+            levels |= zip(edge.readers, site.grid.frozen().split(site.rows), strict=True)
     frozen = nn.ModuleDict()
     for edge in arch.edges:
         diagonal, left, right = _online_parts(transforms[edge.site], plan.sites[edge.site])
+        shift = _remaining_shift(edge, block, shifts[edge.site], plan.sites[edge.site])
         if diagonal is not None:
             _absorb(edge, arch, block, diagonal, folded)
+            shift = None if shift is None else shift * diagonal  # it comes after the scale now
         activations = fit.sites[edge.site].activations
         frozen[edge.site] = FrozenSite(
             None if left is None else left.to(dtype),
             None if right is None else right.to(dtype),
             None if activations is None else freeze_grid(activations),
+            shift=None if shift is None else shift.to(dtype),
         )
     for edge in arch.edges:
         for path in edge.readers:
@@ -341,6 +373,9 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
             frozen_site = frozen[edge.site]
             assert isinstance(frozen_site, FrozenSite)
             bias = None if bias is None else bias.to(dtype)
+            if path in levels:
+                replace_submodule(block, path, FrozenLevels(frozen_site, levels[path], bias))
+                continue
             replace_submodule(block, path, DenseLinear(frozen_site, weight.to(target), bias))
     setattr(block, SITES_SLOT, frozen)
     if fit.key_value is not None:
@@ -367,6 +402,19 @@ def _parts_of(transform: Transform) -> list[nn.Module]:
     return list(transform.parts) if isinstance(transform, Compose) else [transform]
 
 
+def _remaining_shift(edge: Edge, block: nn.Module, shift: Tensor | None, plan: SitePlan) -> Tensor | None:
+    """What is to be subtracted online: nothing where the norm's bias takes it.  # (n,)"""
+    if shift is None or plan.shift == "none":
+        return None
+    if plan.shift == "online":
+        return shift
+    assert edge.norm is not None
+    bias = submodule(block, edge.norm).bias
+    assert isinstance(bias, Tensor)
+    bias.copy_((bias.double() - shift).to(bias.dtype))
+    return None
+
+
 def _absorb(
     edge: Edge, arch: Arch, block: nn.Module, diagonal: Tensor, folded: dict[str, tuple[Tensor, Tensor | None]]
 ) -> None:
@@ -387,9 +435,11 @@ def _absorb(
 def freeze_grid(grid: Dynamic) -> Dynamic: ...
 @overload
 def freeze_grid(grid: SplitGrid) -> SplitGrid: ...
-def freeze_grid(grid: Dynamic | SplitGrid) -> Dynamic | SplitGrid:
+@overload
+def freeze_grid(grid: ActivationLevels) -> ActivationLevels: ...
+def freeze_grid(grid: Dynamic | SplitGrid | ActivationLevels) -> Dynamic | SplitGrid | ActivationLevels:
     """The same grid with its clip fixed."""
-    if isinstance(grid, SplitGrid):
+    if not isinstance(grid, Dynamic):
         return grid
     ratios = grid.clip.ratios()
     return Dynamic(grid.spec, NoClip() if ratios is None else FixedClip(torch.stack([r.reshape(()) for r in ratios])))

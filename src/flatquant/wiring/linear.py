@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from flatquant.modules import Trainable
 from flatquant.ops.kron.reference import kron_matmul
-from flatquant.quantizers import Dynamic, SplitGrid, WeightGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid, WeightGrid, WeightLevels
 from flatquant.spec import QuantSpec
-from flatquant.transforms import Factor, HeadDiagonal, HeadMatrices, Identity, Transform
+from flatquant.transforms import Factor, HeadDiagonal, HeadMatrices, Identity, Shift, Transform
 
 # On a GPU a fit is bound by launches and memory traffic. Up to this size, one dense product forward and two backward
 # beat the structured product's many passes: 8192 x 1536 x 1536 in half precision takes an H100 0.06 ms.
@@ -96,28 +96,32 @@ class FitSite(nn.Module):
     def __init__(
         self,
         transform: Transform,
-        activations: Dynamic | SplitGrid | None,
+        activations: Dynamic | SplitGrid | ActivationLevels | None,
         weights: QuantSpec | None,
         linears: Sequence[nn.Linear],
         outputs: Sequence[Sequence[nn.Module]],
+        shift: Shift | None = None,
     ) -> None:
-        """`outputs` has, for every linear, the maps its output rows absorb, in order."""
+        """`outputs` has, for every linear, the maps its output rows absorb, in order; `shift` precedes `transform`."""
         super().__init__()
+        self.shift = shift
         self.transform = transform
         self.activations = activations
         self.rows = [linear.out_features for linear in linears]
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self.joined = JoinedWeight(weight if weight.dtype == torch.float64 else weight.float())
         biases = [linear.bias for linear in linears]
-        if any(b is not None for b in biases):
+        self.has_bias = [b is not None or shift is not None for b in biases]
+        if any(self.has_bias):
             filled = [
                 torch.zeros(o).to(self.weight) if b is None else b for b, o in zip(biases, self.rows, strict=True)
             ]
             self.register_buffer("bias", torch.cat([b.detach() for b in filled]).to(self.weight.dtype))
         else:
             self.register_buffer("bias", None)
-        self.has_bias = [b is not None for b in biases]
-        self.grid = WeightGrid.for_weight(weights, (sum(self.rows), linears[0].in_features)) if weights else None
+        self.grid: WeightGrid | WeightLevels | None = None  # levels come once all is on one device
+        if weights is not None and weights.kind == "uniform":
+            self.grid = WeightGrid.for_weight(weights, (sum(self.rows), linears[0].in_features))
         self.outputs = nn.ModuleList(nn.Sequential(*maps) for maps in outputs)
         n = linears[0].in_features
         dense = weight.is_cuda and n <= DENSE_LIMIT and not isinstance(transform, Identity)
@@ -130,7 +134,9 @@ class FitSite(nn.Module):
         return self.joined.value
 
     def _transformed(self, x: Tensor) -> Tensor:
-        """x P.  # (.., n)"""
+        """(x - d) P.  # (.., n)"""
+        if self.shift is not None:
+            x = self.shift(x)
         if self.eye is not None:
             return x @ self.transform(self.eye).to(x.dtype)
         return self.transform(x)
@@ -148,7 +154,7 @@ class FitSite(nn.Module):
     def transformed_weight(self) -> Tensor:
         """W P^-T, clipped, then mapped by the readers' output transforms: what a solver rounds.  # (sum of rows, n)"""
         w = self._inverse_transformed()
-        if self.grid is not None:
+        if isinstance(self.grid, WeightGrid):
             w = self.grid.clamp(w)
         if self._has_outputs:
             parts = zip(self.outputs, w.split(self.rows), strict=True)
@@ -156,16 +162,21 @@ class FitSite(nn.Module):
         return w
 
     def transformed_bias(self) -> Tensor | None:
-        """The biases, mapped by the output transforms.  # (sum of rows,)"""
-        if self.bias is None or not self._has_outputs:
-            return self.bias
-        parts = zip(self.outputs, self.bias.split(self.rows), strict=True)
+        """The biases, with W d where inputs are shifted, mapped by the output transforms.  # (sum of rows,)"""
+        bias = self.bias
+        if bias is not None and self.shift is not None:
+            bias = bias + self.shift.product(self.weight)
+        if bias is None or not self._has_outputs:
+            return bias
+        parts = zip(self.outputs, bias.split(self.rows), strict=True)
         return torch.cat([output(part) for output, part in parts])
 
     def _quantised_weight(self) -> Tensor:
         """`transformed_weight` on its grid.  # (sum of rows, n)"""
         if self.grid is None:
             return self.transformed_weight()
+        if isinstance(self.grid, WeightLevels):
+            return self.grid()
         if self._has_outputs:
             return self.grid(self.transformed_weight())
         return self.grid.clamp_and_round(self._inverse_transformed())

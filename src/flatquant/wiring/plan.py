@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from flatquant.errors import SpecError
 from flatquant.spec import BlockPlan, CodebookSpec, Plan, Recipe, SitePlan, Transforms
 from flatquant.transforms import hadamard_split, kronecker_split
-from flatquant.wiring.arch import Arch, Edge, Geometry, linear_at
+from flatquant.wiring.arch import Arch, Edge, Geometry, linear_at, submodule
 
 
 def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleList, *, force: bool = False) -> Plan:
@@ -85,7 +87,18 @@ def _site(
         activations=activations,
         codebook=codebook,
         rank=_rank(block, edge, recipe, n) if weights else 0,
+        shift=_shift(block, edge, parts) if quantised else "none",
     )
+
+
+def _shift(block: nn.Module, edge: Edge, parts: Transforms) -> Literal["none", "norm", "online"]:
+    """Where a shift of the edge's channels goes."""
+    if not any(part.kind == "shift" for part in parts):
+        return "none"
+    if edge.passes == "per_head":
+        raise SpecError(f"{edge.site}: what heads write cannot be shifted here; shift attn_in, mlp_in or mlp_mid")
+    absorbs = edge.norm is not None and getattr(submodule(block, edge.norm), "bias", None) is not None
+    return "norm" if absorbs else "online"
 
 
 def _rank(block: nn.Module, edge: Edge, recipe: Recipe, n: int) -> int:

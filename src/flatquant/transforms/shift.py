@@ -1,0 +1,29 @@
+"""A shift of channels: x -> x - d, whose readers add W d to their bias (OmniQuant, arXiv 2308.13137, section 3.3).
+
+What a channel has in all tokens takes up a grid's range and says nothing. It is no linear map, so it stands beside a
+site's transform, before it. A norm with a bias absorbs it; elsewhere it is one subtraction online.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from flatquant.modules import Trainable
+
+
+class Shift(Trainable):
+    """x -> x - d."""
+
+    group = "scale"
+
+    def __init__(self, start: Tensor) -> None:
+        """Start from `start`, (n,)."""
+        super().__init__()
+        self.d = nn.Parameter(start.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., n)"""
+        return (x - self.d).to(x.dtype)
+
+    def product(self, w: Tensor) -> Tensor:
+        """What readers add to their bias, W d.  # (o, n) -> (o,)"""
+        return w @ self.d.to(torch.promote_types(w.dtype, self.d.dtype))
