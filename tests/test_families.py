@@ -17,6 +17,7 @@ from flatquant import seams, spec
 from flatquant.errors import ModelError, SpecError
 from flatquant.recipes import RECIPES, rtn
 from flatquant.runtime.artifact import load, save
+from flatquant.runtime.experts import open_experts
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.spec import DataSpec, Recipe, Scheme
 from flatquant.wiring.apply import fold_block
@@ -60,14 +61,19 @@ def test_without_grids_the_function_is_unchanged(name: str, kv_heads: int, trans
 
     for fit in fits:
         fold_block(fit, dtype=torch.float64)
-    arch = arch_of(model.config)
-    changed = [e for e in arch.edges if transforms != "diagonal only" or e.norm or e.passes == "diagonal"]
-    for path in (path for edge in changed for path in edge.readers):  # otherwise the law says nothing
-        for ours, original in zip(wrapped.model.layers, model.model.layers, strict=True):
+    opened = copy.deepcopy(model)
+    open_experts(opened)
+    for ours, original in zip(wrapped.model.layers, opened.model.layers, strict=True):
+        edges = arch_of(model.config).of(original).edges
+        changed = [
+            path
+            for e in edges
+            if transforms != "diagonal only" or e.norm or e.passes == "diagonal"
+            for path in e.readers
+        ]
+        changed += [path for e in edges for path in (e.norm, *e.routers) if path]
+        for path in changed:  # otherwise the law says nothing
             assert relative(submodule(ours, path).weight, submodule(original, path).weight) > 1e-2, path
-    for edge in arch.edges:
-        if edge.norm:
-            assert relative(submodule(ours, edge.norm).weight, submodule(original, edge.norm).weight) > 1e-2, edge.norm
     folded = hidden(wrapped, tokens)
     assert relative(folded, want) < PRESERVED
 
@@ -78,7 +84,7 @@ def test_without_grids_the_function_is_unchanged(name: str, kv_heads: int, trans
 
 # What other methods ask for beyond edges: a residual stream that can be rotated, keys and queries that can be scaled.
 NO_ROTATION = {"gemma2", "gemma3_text", "olmo2", "stablelm", "stablelm parallel", "cohere", "glm4"}
-NO_SCALED_SCORES = NO_ROTATION | {"qwen3", "phi3"}
+NO_SCALED_SCORES = NO_ROTATION | {"qwen3", "qwen3_moe", "phi3"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -130,10 +136,11 @@ def test_saved_loaded_and_generating(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_linear_of_a_block_has_one_reader(name: str) -> None:
     model = tiny_family(name)
+    open_experts(model)
     arch = arch_of(model.config)
     for block in submodule(model, arch.blocks):
         linears = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-        assert sorted(linears) == sorted(path for edge in arch.edges for path in edge.readers)
+        assert sorted(linears) == sorted(path for edge in arch.of(block).edges for path in edge.readers)
 
 
 def test_sixteen_bits_change_nothing_where_scores_are_capped() -> None:

@@ -33,6 +33,7 @@ from flatquant.data import calibration_tokens
 from flatquant.errors import CalibrationError, DataError, ModelError
 from flatquant.models import ALIASES, load_model, resolve
 from flatquant.runtime import artifact
+from flatquant.runtime.experts import open_experts
 from flatquant.runtime.folder import REPORT_FILE, Folder, read_json
 from flatquant.runtime.hf import adopt
 from flatquant.runtime.linear import Unpacked
@@ -338,6 +339,7 @@ def _check_model(model: PreTrainedModel, recipe: Recipe) -> None:
     arch = arch_of(model.config, model)
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
+    open_experts(blocks)
     make_plan(recipe, arch, Geometry.of(model.config), blocks)
     inside = re.compile(re.escape(arch.blocks) + r"\.(\d+)\.(.+)")
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Traits of modules, declared by their owners: being trained, following a schedule, keeping exact buffers.
+"""Traits of modules, declared by their owners: training, following a schedule, sharing work, keeping exact buffers.
 
 Fits collect parameters by walking modules for `Trainable`, never by looking for substrings in names: a renamed module
 still trains, and one that is not a `Trainable` never does.
@@ -40,6 +40,18 @@ class Scheduled(nn.Module, ABC):
     @abstractmethod
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Called before `epoch` (0-based) of `epochs`; changes buffers in place, so that a CUDA graph sees it."""
+
+
+class Site(nn.Module, ABC):
+    """Transforms one tensor and puts it on its grid, once for all linears that read it or some of its rows."""
+
+    @abstractmethod
+    def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
+        """x[index]; a linear that is given just this tensor next multiplies those rows of the transformed x.
+
+        Args:
+            x: (rows, n).
+        """
 
 
 class ExactBuffers(nn.Module):

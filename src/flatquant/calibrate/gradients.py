@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatquant.calibrate.capture import BlockCall
 from flatquant.qtensor import QTensor
 from flatquant.runtime.linear import DenseLinear
-from flatquant.solvers import OutputAdaptive
+from flatquant.solvers import OutputAdaptive, blended
 from flatquant.spec import BlockPlan
 from flatquant.wiring.arch import submodule
 
@@ -50,7 +50,8 @@ def output_hessians(
         def see(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             x = linear.site(args[0])
             assert not isinstance(x, QTensor), "integers carry no gradient"
-            out.register_hook(lambda delta: found[path].add(x, delta))
+            # One sequence at a time; an expert sees some of its rows.
+            out.register_hook(lambda delta: found[path].add(*(t.reshape(1, -1, t.shape[-1]) for t in (x, delta))))
 
         handles.append(linear.register_forward_hook(see))
 
@@ -69,4 +70,11 @@ def output_hessians(
             linear = submodule(block, site.readers[0])
             assert isinstance(linear, DenseLinear)
             linear.site.forget()  # it holds the last graph
-    return {path: h.hessian() for path, h in found.items()}
+    hessians = {path: h.hessian() for path, h in found.items()}
+    for site in plan.sites.values():
+        if site.weights and len(site.groups) > 1:
+            for alike in zip(*site.groups, strict=True):  # the same layer of every expert
+                tokens = max(sum(found[path].tokens for path in alike), 1)
+                mean = sum((found[path].sum for path in alike[1:]), found[alike[0]].sum) / tokens
+                hessians |= {path: blended(found[path], mean) for path in alike}
+    return hessians

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -30,8 +30,9 @@ from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.runtime.build import install
+from flatquant.runtime.experts import Experts, open_experts
 from flatquant.spec import EndToEndSpec, Plan, Recipe
-from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
+from flatquant.wiring.apply import FitBlock, InputStatistics, fold_block, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
@@ -109,6 +110,7 @@ def calibrate(
     arch = arch_of(model.config, model)
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
+    open_experts(blocks)
     blocks.requires_grad_(False)  # only transforms, scales and clips are fitted
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
     if recipe.needs_data and tokens is None:
@@ -151,6 +153,8 @@ class _Run:
         self.arch = arch_of(model.config, model)
         self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
+        # A graph replays one shape; how many tokens an expert gets differs from step to step.
+        graph = graph and not any(isinstance(m, Experts) for block in self.blocks for m in block.modules())
         self.state, self.progress, self.graph = state, progress, graph
         self.home = next(model.parameters()).device
         self.model_dtype = next(model.parameters()).dtype
@@ -161,6 +165,7 @@ class _Run:
         self.solver = make_solver(recipe.solver)
         self.report = Report()
         self.notes: dict[int, dict[str, Any]] = {}  # by block
+        self.routed: dict[int, dict[str, Any]] = {}  # likewise, where there are experts
         self.clock = Clock(seconds=self.report.seconds, device=device)
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
         self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
@@ -254,6 +259,7 @@ class _Run:
                 targets = run_block(block, call, hidden, self.batch)
                 statistics = observer.close()
             _check_finite(targets)
+            self.routed[index] = _routed(statistics)
         if self.state is not None and self.state.has(solved_name(index)):
             return None, targets
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
@@ -281,7 +287,8 @@ class _Run:
         losses = self._fit_blocks(todo)
         seconds = round((time.perf_counter() - start) / max(len(todo), 1), 3)
         for w, history in zip(todo, losses, strict=True):
-            note = self.notes[w.index] = {"block": w.index, "losses": history, "seconds": seconds}
+            note = {"block": w.index, "losses": history, "seconds": seconds, **self.routed.get(w.index, {})}
+            self.notes[w.index] = note
             if self.state is not None and w.fit is not None:
                 self.state.save(fitted_name(w.index), w.fit.state(), note)
 
@@ -465,6 +472,15 @@ def _named(index: int) -> Iterator[None]:
         yield
     except FlatQuantError as error:
         raise type(error)(f"block {index}: {error}") from error
+
+
+def _routed(statistics: Mapping[str, InputStatistics]) -> dict[str, Any]:
+    """What a report says of a block's experts: the tokens that each saw, and which saw fewer than it has inputs."""
+    seen = [s for s in statistics.values() if len(s.tokens) > 1]
+    if not seen:
+        return {}
+    tokens, n = seen[0].tokens, max(len(s.absmax) for s in seen)
+    return {"experts": {"tokens": list(tokens), "rare": [i for i, count in enumerate(tokens) if count < n]}}
 
 
 def _check_finite(hidden: Tensor) -> None:

@@ -15,6 +15,7 @@ from flatquant.qtensor import QTensor
 from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
+from flatquant.runtime.experts import open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
 from flatquant.spec import BlockPlan, CodebookSpec, QuantSpec, SitePlan
@@ -33,6 +34,7 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
     Raises:
         ArtifactError: the plan names modules that the block lacks.
     """
+    open_experts(block)
     sites = nn.ModuleDict()
     for name, site_plan in plan.sites.items():
         site = _site(site_plan)

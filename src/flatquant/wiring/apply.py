@@ -10,6 +10,7 @@ from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flatquant import seams
 from flatquant.modules import Group, trainable_parameters
@@ -34,9 +35,9 @@ from flatquant.transforms import (
     make_masked,
 )
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
-from flatquant.wiring.arch import Arch, Edge, linear_at, replace_submodule, submodule
+from flatquant.wiring.arch import Arch, Edge, expanded, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
-from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput, HeadsOutput, LastRows, ReaderScale
+from flatquant.wiring.linear import FitLinear, FitSite, Followed, HeadOutput, HeadsOutput, LastRows, ReaderScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class InputStatistics:
 
     absmax: Tensor  # (n,)
     square: Tensor  # mean of x^2, (n,)
+    tokens: tuple[int, ...] = ()  # that each group of readers saw: those of one expert, or all
 
 
 @dataclass(kw_only=True)
@@ -121,6 +123,7 @@ def wrap_block(
             gains to their readers, and the block maps x R to y R where it mapped x to y.
         force: build transforms even where nothing is quantised (the laws do).
     """
+    arch = arch.of(block)
     device = next(block.parameters()).device
     transforms: dict[str, Transform] = {}
     outputs: dict[str, list[nn.Module]] = {path: [] for edge in arch.edges for path in edge.readers}
@@ -128,7 +131,7 @@ def wrap_block(
         parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
         linears = [linear_at(block, path) for path in edge.readers]
         heads, first = 1, 0
-        if edge.writer is not None:
+        if edge.passes == "per_head":
             rows = linear_at(block, edge.writes.path).out_features
             first = edge.writes.first(rows, linears[0].in_features)
             heads = (rows - first) // plan.head_dim
@@ -144,6 +147,10 @@ def wrap_block(
         assert arch.residual is not None
         for path in arch.residual.writers:
             outputs[path].append(HeadOutput(residual))
+        for edge in arch.edges:
+            for path in edge.routers:
+                follow = Followed(_written_parts(transforms[edge.site]))
+                parametrize.register_parametrization(submodule(block, path), "weight", follow)
         with torch.no_grad():
             for norm in {edge.norm for edge in arch.edges if edge.norm is not None}:
                 _gain(block, norm).fill_(1)
@@ -317,9 +324,9 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     wide = {name: copy.deepcopy(site).double() for name, site in fit.sites.items()}
     for edge in arch.edges:
         site = wide[edge.site]
-        weights = site.transformed_weight().split(site.rows)
+        weights = site.transformed_weight().split(site.sizes)
         bias = site.transformed_bias()
-        biases = [None] * len(weights) if bias is None else bias.split(site.rows)
+        biases = [None] * len(weights) if bias is None else bias.split(site.sizes)
         for path, w, b, has in zip(edge.readers, weights, biases, site.has_bias, strict=True):
             folded[path] = (w, b if has else None)
     frozen = nn.ModuleDict()
@@ -327,6 +334,8 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
         diagonal, left, right = _online_parts(wide[edge.site].transform, plan.sites[edge.site])
         if diagonal is not None:
             _absorb(edge, arch, block, diagonal, folded)
+        for path in edge.routers:
+            _turn(submodule(block, path), _written_parts(wide[edge.site].transform, diagonals=True))
         activations = fit.sites[edge.site].activations
         frozen[edge.site] = FrozenSite(
             None if left is None else left.to(dtype),
@@ -362,8 +371,22 @@ def _online_parts(transform: Transform, plan: SitePlan) -> tuple[Tensor | None, 
     return diagonal, left, right
 
 
-def _parts_of(transform: Transform) -> list[nn.Module]:
+def _parts_of(transform: Transform) -> list[Transform]:
     return list(transform.parts) if isinstance(transform, Compose) else [transform]
+
+
+def _written_parts(transform: Transform, *, diagonals: bool = False) -> Transform:
+    """What of a site's transform its input is written in; diagonals too, once a norm has absorbed them."""
+    kinds = (Written, MovedGain, Diagonal) if diagonals else (Written, MovedGain)
+    return _joined([part for part in _parts_of(transform) if isinstance(part, kinds)])
+
+
+def _turn(router: nn.Module, transform: Transform) -> None:
+    """Put a router's weight into the basis of its input, for good."""
+    if parametrize.is_parametrized(router, "weight"):
+        parametrize.remove_parametrizations(router, "weight", leave_parametrized=False)
+    weight = router.get_parameter("weight")
+    weight.copy_(transform.inverse_t(weight.double()))
 
 
 def _absorb(
@@ -375,11 +398,12 @@ def _absorb(
         gain.copy_(((gain.double() + arch.norm_offset) * diagonal - arch.norm_offset).to(gain.dtype))
         if isinstance(shift, Tensor):
             shift.copy_((shift.double() * diagonal).to(shift.dtype))
-    else:
-        weight, bias = folded[edge.writes.path]
+        return
+    for path in expanded(block, (edge.writes.path,)):
+        weight, bias = folded[path]
         scale = torch.ones_like(weight[:, 0])
         scale[edge.writes.first(len(scale), len(diagonal)) :][: len(diagonal)] = diagonal
-        folded[edge.writes.path] = (weight * scale[:, None], None if bias is None else bias * scale)
+        folded[path] = (weight * scale[:, None], None if bias is None else bias * scale)
 
 
 @overload

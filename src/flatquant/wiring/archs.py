@@ -78,7 +78,25 @@ PARALLEL = Arch(  # attention and MLP side by side on one norm: one tensor, one 
 
 STABLELM_PARALLEL = replace(PARALLEL, model_types=("stablelm",), when={"use_parallel_residual": True})
 
-ARCHS = (LLAMA, QWEN3, GEMMA, OLMO2, PHI3, GLM4, STABLELM, PARALLEL, STABLELM_PARALLEL)
+MIXTRAL = Arch(  # a mixture of experts: all of them read what the router reads
+    model_types=("mixtral",),
+    edges=(
+        *LLAMA.edges[:2],
+        Edge(
+            site="mlp_in",
+            readers=("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+            norm="post_attention_layernorm",
+            routers=("mlp.gate",),
+        ),
+        replace(MLP_MID, readers=("mlp.experts.*.down_proj",), writer="mlp.experts.*.up_proj"),
+    ),
+    residual=Residual(writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+    scores=LLAMA.scores,
+)
+
+QWEN3_MOE = replace(MIXTRAL, model_types=("qwen3_moe",), scores=None, dense=QWEN3)  # some blocks have no experts
+
+ARCHS = (LLAMA, QWEN3, GEMMA, OLMO2, PHI3, GLM4, STABLELM, PARALLEL, STABLELM_PARALLEL, MIXTRAL, QWEN3_MOE)
 
 
 def arch_of(config, model: nn.Module | None = None) -> Arch:
