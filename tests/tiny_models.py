@@ -121,7 +121,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 5,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 10,
+        "moe_intermediate_size": 56,
         "norm_topk_prob": False,
         "mlp_only_layers": [1],  # a block without experts
     },

@@ -251,6 +251,7 @@ class _Run:
     ) -> dict[str, Any]:
         blocks = [
             {"block": b["block"], "before": _first(b["losses"]), "after": _last(b["losses"]), "losses": b["losses"]}
+            | ({"experts": b["experts"]} if "experts" in b else {})
             for b in calibration.blocks
         ]
         losses = calibration.end_to_end
