@@ -20,8 +20,8 @@ from flatquant.runtime.artifact import load, save
 from flatquant.runtime.experts import open_experts
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.spec import DataSpec, Recipe, Scheme
-from flatquant.wiring.apply import fold_block
-from flatquant.wiring.arch import Geometry, logits, submodule
+from flatquant.wiring.apply import fold_block, wrap_block
+from flatquant.wiring.arch import Arch, Edge, Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 from tests.laws import (
@@ -30,6 +30,7 @@ from tests.laws import (
     calibrated,
     decoded,
     hidden,
+    perturb,
     quick,
     reinstalled,
     relative,
@@ -37,7 +38,7 @@ from tests.laws import (
     wrap,
     wrap_all,
 )
-from tests.tiny_models import FAMILIES, tiny_family
+from tests.tiny_models import FAMILIES, exact, tiny_family
 
 PRESERVED = 1e-9
 # (family, kv heads, basis): grouped queries everywhere; a head per query and one head for all where projections fuse.
@@ -182,6 +183,45 @@ def test_an_unknown_family_comes_with_a_draft() -> None:
         "docs/families.md",
     ):
         assert part in message
+
+
+def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers() -> None:
+    """OLMoE, which has stacked experts and a router: the draft as it stands, with its two gaps filled in, holds."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    model = OlmoeForCausalLM(
+        OlmoeConfig(
+            hidden_size=24, num_attention_heads=4, num_key_value_heads=4, intermediate_size=40, num_hidden_layers=2,
+            vocab_size=128, num_experts=5, num_experts_per_tok=2,
+        )
+    ).double().eval()  # fmt: skip
+    for module in model.modules():
+        module.__class__ = exact(type(module))
+    model.config._experts_implementation = "eager"
+    with pytest.raises(ModelError) as caught:
+        arch_of(model.config, model)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "mlp.experts OlmoeExperts 5x80x24" in message
+    assert "routers=('mlp.gate',)" in message
+    literal = message.partition("a draft: ")[2]
+    for writer in ("self_attn.v_proj", "mlp.experts.*.up_proj"):
+        literal = literal.replace("'...'", repr(writer), 1)
+    arch = eval(literal, {"Arch": Arch, "Edge": Edge})
+    assert arch.edges[3].readers == ("mlp.experts.*.down_proj",)
+    blocks = model.model.layers
+    tokens = tokens_for(model, 2, 9)
+    want = hidden(model, tokens)
+    seams.use_attention(model)
+    open_experts(blocks)
+    recipe = bare(BASES["direct orthogonal"])
+    plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=True)
+    for block, block_plan in zip(blocks, plan.blocks, strict=True):
+        fit = wrap_block(block, arch, block_plan, recipe, {}, torch.Generator().manual_seed(0), force=True)
+        block.double()
+        perturb(fit, 0.1, torch.Generator().manual_seed(1))
+        fold_block(fit, dtype=torch.float64)
+    assert relative(hidden(model, tokens), want) < 1e-6  # its router computes in float32
 
 
 @pytest.mark.parametrize("name", FAMILIES)

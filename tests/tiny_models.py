@@ -168,7 +168,7 @@ _EXACT = {
 
 
 @cache
-def _exact(kind: type) -> type:
+def exact(kind: type) -> type:
     """A norm's class with arithmetic in the input's own precision; any other class as it is."""
     if kind.__name__.endswith("RMSNorm") and kind not in _EXACT:
         return type(kind.__name__, (kind,), {"forward": _rms_norm})
@@ -218,7 +218,7 @@ def tiny_family(
     if dtype == torch.float64:
         model.config._experts_implementation = "eager"  # the grouped product has no float64
         for module in model.modules():
-            module.__class__ = _exact(type(module))
+            module.__class__ = exact(type(module))
     return model.to(dtype).eval()
 
 
