@@ -719,7 +719,10 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML file to write; flatquant_report.html in DIR.")
     ] = None,
-    figures: Annotated[Path | None, typer.Option(help="Folder for the figures as SVG files of their own.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the figures as files of their own, SVG and PNG.")
+    ] = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="Of --figures: PNG too, with matplotlib.")] = True,
     collect: Annotated[
         str | None, typer.Option(metavar="MODEL", help="First look inside both models: the original, as for quantize.")
     ] = None,
@@ -751,6 +754,8 @@ def report(
         drawing.write(target, page)
         for name, (_, figure, _) in drawn.items() if figures is not None else ():
             drawing.write(figures / f"{name}.svg", drawing.standalone(figure))  # type: ignore[operator]
+            if png:
+                drawing.write(figures / f"{name}.png", drawing.png(figure))  # type: ignore[operator]
     if not quiet:
         _print(f"{target}: {len(drawn)} figures")
 

@@ -39,7 +39,7 @@ code{font-size:.9em}
 """
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a file of the report.
 
     Raises:
@@ -47,7 +47,7 @@ def write(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         raise FlatQuantError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -188,6 +188,7 @@ def _noted(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
     curves = {"before": [b["before"] for b in blocks], "after": [b["after"] for b in blocks]}
     end = _at(report, "end_to_end", "losses") or []
     seconds = _at(report, "timing", "seconds") or {}
+    routed = [b["experts"]["tokens"] for b in _list(report, "blocks") if b.get("experts")]
     return {
         "losses": (
             "fit",
@@ -198,6 +199,12 @@ def _noted(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
             "fit",
             plots.lines({"KL divergence": end}, "End-to-end fit", "step", "nats per token") if end else "",
             "Divergence from the original on calibration text, step by step.",
+        ),
+        "experts": (
+            "fit",
+            plots.heat(routed, "Calibration tokens by expert", "expert", "block with experts") if routed else "",
+            "How many tokens of the calibration text each expert saw. One that saw few is rounded as if it had also "
+            "seen what the others did.",
         ),
         "time": (
             "fit",
