@@ -74,7 +74,9 @@ def output_hessians(
     for site in plan.sites.values():
         if site.weights and len(site.groups) > 1:
             for alike in zip(*site.groups, strict=True):  # the same layer of every expert
-                tokens = max(sum(found[path].tokens for path in alike), 1)
-                mean = sum((found[path].sum for path in alike[1:]), found[alike[0]].sum) / tokens
+                total = max(sum(found[path].tokens for path in alike), 1)
+                mean = torch.zeros_like(found[alike[0]].sum)
+                for path in alike:
+                    mean += found[path].sum / total
                 hessians |= {path: blended(found[path], mean) for path in alike}
     return hessians

@@ -13,7 +13,8 @@ What was given up: grouped products. Experts run one after another, and the host
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ from flatquant.modules import Site
 
 class Expert(nn.Module):
     """x -> down(act(gate(x)) * up(x)); its layers are linears of any stage."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()
@@ -50,7 +55,8 @@ class Experts(nn.ModuleList):
         chosen, order = top_k_index.flatten().sort(stable=True)  # pairs of token and expert, by expert
         tokens = order // k
         ends = torch.searchsorted(chosen, torch.arange(len(self), device=chosen.device), right=True).tolist()
-        spans = [(e, slice(a, b)) for e, a, b in zip(self, [0, *ends[:-1]], ends, strict=True) if a < b]
+        experts = cast(Iterable[Expert], self)
+        spans = [(e, slice(a, b)) for e, a, b in zip(experts, [0, *ends[:-1]], ends, strict=True) if a < b]
         inner = []
         for expert, span in spans:
             x = _rows(expert.gate_proj, hidden_states, tokens[span])

@@ -372,7 +372,9 @@ def _online_parts(transform: Transform, plan: SitePlan) -> tuple[Tensor | None, 
 
 
 def _parts_of(transform: Transform) -> list[Transform]:
-    return list(transform.parts) if isinstance(transform, Compose) else [transform]
+    if not isinstance(transform, Compose):
+        return [transform]
+    return [part for part in transform.parts if isinstance(part, Transform)]
 
 
 def _written_parts(transform: Transform, *, diagonals: bool = False) -> Transform:
