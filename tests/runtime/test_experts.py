@@ -5,19 +5,22 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import flatquant
 from flatquant import spec
-from flatquant.calibrate.capture import Observer
+from flatquant.calibrate.capture import BlockCall, Observer
+from flatquant.calibrate.solve import solve_block
+from flatquant.calibrate.state import RunState
 from flatquant.errors import ModelError
 from flatquant.recipes import RECIPES, gptq, rtn
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.experts import Experts, is_stacked, open_experts, stacked_again
 from flatquant.runtime.linear import FrozenLinear, FrozenSite, PackedLinear
-from flatquant.solvers import InputGram, OutputAdaptive, blended
+from flatquant.solvers import RTN, InputGram, OutputAdaptive, blended
 from flatquant.spec import DataSpec, Scheme, SolverSpec, by_expert
 from flatquant.transforms import Diagonal, Kronecker
 from flatquant.wiring.apply import fold_block
@@ -25,7 +28,7 @@ from flatquant.wiring.arch import Geometry, linear_at, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.cost import online_flops
 from flatquant.wiring.plan import make_plan
-from tests.laws import BASES, bare, calibrated, hidden, quick, relative, tokens_for, wrap
+from tests.laws import BASES, bare, calibrated, hidden, quick, relative, rtn_by_hand, same_bytes, tokens_for, wrap
 from tests.tiny_models import tiny_family, tiny_llama
 
 NAMES = ("mixtral", "qwen3_moe")
@@ -173,6 +176,53 @@ def test_rows_of_a_fit_are_rows_of_its_output_with_their_gradient() -> None:
     assert all(relative(a, b) < 1e-9 for a, b in zip(grads, want_grads, strict=True))
     site.forget()
     assert site._whole is None
+
+
+@pytest.mark.parametrize("basis", ["svd orthogonal", "direct hadamard"])
+def test_integers_compute_what_the_fit_saw(basis: str) -> None:
+    """In float64 no value rounds differently on either side: one integer that did would show as 1e-3."""
+    model = tiny_family("mixtral", dtype=torch.float64)
+    plan, fits = wrap(model, bare(BASES[basis], Scheme.parse("w4a4")), noise=0.05)
+    experts = model.model.layers[0].mlp.experts
+    seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
+    handle = experts.register_forward_hook(lambda _, args, out: seen.append((args, out)))
+    hidden(model, tokens_for(model, 3, 9))
+    handle.remove()
+    ((x, index, weights), want) = seen[0]
+    scale = next(part for part in fits[0].sites["mlp_in"].transform.parts if isinstance(part, Diagonal)).scale.detach()
+    fold_block(fits[0], dtype=torch.float64)
+    solve_block(fits[0].block, plan.blocks[0], RTN(), BlockCall(args=(), kwargs={}), None, 1)
+    with torch.no_grad():
+        got = experts(x * scale, index, weights)  # the norm has the scale now
+    assert type(experts[0].up_proj) is FrozenLinear
+    assert relative(got, want) < 5e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_rounding_is_plain_rounding(name: str) -> None:
+    original = tiny_family(name)
+    model, _, _ = calibrated(original, rtn("w3a16"))
+    open_experts(original)
+    for ours, theirs in zip(model.model.layers, original.model.layers, strict=True):
+        for path in (n for n, m in theirs.named_modules() if isinstance(m, nn.Linear)):
+            values, scale = rtn_by_hand(submodule(theirs, path).weight, 3)
+            assert np.array_equal(submodule(ours, path).values.numpy(), values)
+            assert np.array_equal(submodule(ours, path).scale.numpy()[:, 0], scale)
+
+
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    model, recipe = tiny_family("qwen3_moe"), quick("w4a4kv4", solver=SolverSpec(kind="gptq"))
+    whole, _, report = calibrated(model, recipe)
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if stage == "solve":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(model, recipe, state=RunState(tmp_path, {"run": 1}, resume=False), progress=kill)
+    resumed, _, again = calibrated(model, recipe, state=RunState(tmp_path, {"run": 1}, resume=True))
+    assert same_bytes(resumed, whole)
+    assert [b.get("experts") for b in again.blocks] == [b.get("experts") for b in report.blocks]
 
 
 # ------------------------------------------------------------------------------------------------- the router
