@@ -2,23 +2,27 @@
 
 import copy
 import dataclasses
+import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import flatquant
 from flatquant import spec
 from flatquant.calibrate.capture import BlockCall, Observer
 from flatquant.calibrate.solve import solve_block
 from flatquant.calibrate.state import RunState
-from flatquant.errors import ModelError
+from flatquant.errors import ArtifactError, ModelError
 from flatquant.recipes import RECIPES, gptq, rtn
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.experts import Experts, is_stacked, open_experts, stacked_again
+from flatquant.runtime.folder import content_hash
 from flatquant.runtime.linear import FrozenLinear, FrozenSite, PackedLinear
 from flatquant.solvers import RTN, InputGram, OutputAdaptive, blended
 from flatquant.spec import DataSpec, Scheme, SolverSpec, by_expert
@@ -368,6 +372,22 @@ def test_statistics_are_those_of_all_tokens() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- around
+
+
+@pytest.mark.parametrize("number", [4, 6, 10**9])
+def test_a_config_with_another_number_of_experts_is_refused_at_once(number: int, tmp_path: Path) -> None:
+    model, plan, _ = calibrated(tiny_family("mixtral"), rtn("w4a4"))
+    save(model, plan, tmp_path / "m", recipe={}, report={}, scheme="w4a4")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["num_local_experts"] = number
+    config["quantization_config"]["content_hash"] = content_hash(config)
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    start = time.perf_counter()
+    for read in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ArtifactError, match=f"{number} experts, 5 planned") as caught:
+            read(tmp_path / "m")
+        assert "\n" not in str(caught.value)
+    assert time.perf_counter() - start < 10
 
 
 def test_a_report_names_experts_with_few_tokens(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from flatquant.qtensor import QTensor
 from flatquant.quantizers import Dynamic, FixedClip, NoClip, SplitGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
-from flatquant.runtime.experts import open_experts
+from flatquant.runtime.experts import is_stacked, open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
 from flatquant.spec import BlockPlan, CodebookSpec, QuantSpec, SitePlan
@@ -34,6 +34,12 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
     Raises:
         ArtifactError: the plan names modules that the block lacks.
     """
+    planned = max(len(site.groups) for site in plan.sites.values()) if plan.sites else 0
+    for module in block.modules():  # a number from a file: no module is made after it yet
+        if is_stacked(module) and len(module.get_parameter("down_proj")) != planned:
+            raise ArtifactError(
+                f"the plan does not fit the model: {len(module.get_parameter('down_proj'))} experts, {planned} planned"
+            )
     open_experts(block)
     sites = nn.ModuleDict()
     for name, site_plan in plan.sites.items():
