@@ -159,6 +159,28 @@ def test_without_matplotlib_only_png_is_missing(whole: Path, tmp_path: Path, mon
     assert {file.suffix for file in tmp_path.iterdir()} == {".svg"}
 
 
+@pytest.mark.parametrize(
+    "low, high", [(1.09, 7.6), (0.286, 4.55), (1.07, 1.61), (2.0, 2.9), (1e-7, 1e-1), (0.3, 700.0)]
+)
+def test_ticks_of_a_logarithmic_axis_are_round(low: float, high: float) -> None:
+    figure = plots.lines({"a": [low, high]}, "t", "x", "y", log=True)
+    texts = [t.text or "" for t in ET.fromstring(figure).findall(".//{*}text") if t.get("text-anchor") == "end"]
+    assert 2 <= len(texts) <= 9
+    for text in texts:
+        assert float(text) == float(f"{float(text):.2g}")
+        assert low <= float(text) <= max(high, 1.5 * low)  # an axis spans a little at least
+
+
+def test_figures_have_visible_titles_and_the_scheme_is_put_in_words(whole: Path) -> None:
+    text = " ".join(parsed((whole / report.FILE).read_text()).text)
+    assert "Condition numbers of the transforms." in text
+    assert "Weights, activations, keys and values in 4 bits." in text
+    spec = {"weights": {"bits": 3}, "activations": None, "keys": {"bits": 4}, "values": {"bits": 4}}
+    page = report.page("out", {"scheme": "w3kv4"}, {"recipe": {"scheme": spec}, "model": {"name": "org/m"}}, None, None)
+    assert "Weights in 3 bits, keys and values in 4 bits and activations in 16 bits." in page
+    assert "--divergence-from org/m" in page
+
+
 def test_a_mixture_s_experts_are_drawn() -> None:
     blocks = [{"block": 0, "experts": {"tokens": [3, 0, 96], "rare": [1]}}, {"block": 1}]
     drawn = report.figures({"blocks": blocks}, None)
