@@ -272,6 +272,12 @@ def quantize(
             f"{output}: {recipe.name} {recipe.scheme}, {_size(original)} -> {_size(quantised)} "
             f"({original / quantised:.2f} x), {timing['total']:.1f} s"
         )
+        experts = [block["experts"] for block in result.report["blocks"] if "experts" in block]
+        if rare := sum(len(e["rare"]) for e in experts):
+            _print(
+                f"{rare} of {sum(len(e['tokens']) for e in experts)} experts saw fewer calibration tokens than they "
+                "have inputs: more --samples may help"
+            )
 
 
 def _recipe(

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import flatquant
 from flatquant import spec
 from flatquant.calibrate.capture import BlockCall, Observer
 from flatquant.calibrate.solve import solve_block
 from flatquant.calibrate.state import RunState
+from flatquant.cli import app
 from flatquant.errors import ArtifactError, ModelError
 from flatquant.recipes import RECIPES, gptq, rtn
 from flatquant.runtime.artifact import load, save
@@ -33,7 +35,7 @@ from flatquant.wiring.archs import arch_of
 from flatquant.wiring.cost import online_flops
 from flatquant.wiring.plan import make_plan
 from tests.laws import BASES, bare, calibrated, hidden, quick, relative, rtn_by_hand, same_bytes, tokens_for, wrap
-from tests.tiny_models import tiny_family, tiny_llama
+from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
 
 NAMES = ("mixtral", "qwen3_moe")
 EXPERTS, UNREACHED = 5, 4
@@ -397,6 +399,36 @@ def test_a_report_names_experts_with_few_tokens(tmp_path: Path) -> None:
     assert sparse["experts"]["tokens"][UNREACHED] == 0
     assert UNREACHED in sparse["experts"]["rare"]
     assert "experts" not in dense
+
+
+@pytest.mark.parametrize("number", [0, -1, 6, 10**9, 1.5])
+def test_a_config_that_sends_tokens_to_more_experts_than_there_are_is_refused(number: float, tmp_path: Path) -> None:
+    model, plan, _ = calibrated(tiny_family("mixtral"), rtn("w4a4"))
+    save(model, plan, tmp_path / "m", recipe={}, report={}, scheme="w4a4")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["num_experts_per_tok"] = number
+    config["quantization_config"]["content_hash"] = content_hash(config)
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError) as caught:
+        load(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_line_takes_a_saved_mixture(name: str, tmp_path: Path) -> None:
+    original = tiny_family(name)
+    original.save_pretrained(tmp_path / "original")
+    tiny_tokenizer().save_pretrained(tmp_path / "original")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 20)
+    arguments = ["quantize", tmp_path / "original", "-o", tmp_path / "out", "--scheme", "w4a4kv4", "--device", "cpu"]
+    arguments += ["--calibration", tmp_path / "text.txt", "--samples", 4, "--seqlen", 16, "--epochs", 1]
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    experts = EXPERTS * (2 if name == "mixtral" else 1)
+    assert f"of {experts} experts saw fewer calibration tokens than they have inputs" in done.output
+    for command in (["inspect"], ["generate", "--prompt", "the", "--max-new-tokens", "3", "--device", "cpu"]):
+        done = CliRunner().invoke(app, [command[0], str(tmp_path / "out"), *command[1:]])
+        assert done.exit_code == 0, done.output
 
 
 def test_operations_are_counted_by_what_a_token_passes() -> None:

@@ -34,12 +34,7 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
     Raises:
         ArtifactError: the plan names modules that the block lacks.
     """
-    planned = max(len(site.groups) for site in plan.sites.values()) if plan.sites else 0
-    for module in block.modules():  # a number from a file: no module is made after it yet
-        if is_stacked(module) and len(module.get_parameter("down_proj")) != planned:
-            raise ArtifactError(
-                f"the plan does not fit the model: {len(module.get_parameter('down_proj'))} experts, {planned} planned"
-            )
+    _check_experts(block, max((len(site.groups) for site in plan.sites.values()), default=0))
     open_experts(block)
     sites = nn.ModuleDict()
     for name, site_plan in plan.sites.items():
@@ -60,6 +55,18 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
     if plan.qk or plan.keys or plan.values:
         key, query = (_empty(plan.head_dim, plan.head_dim) if plan.qk else None for _ in range(2))
         seams.attach(_get(block, attention), FrozenKeyValue(key, query, _dynamic(plan.keys), _dynamic(plan.values)))
+
+
+def _check_experts(block: nn.Module, planned: int) -> None:
+    """Numbers that a config names, before modules are made after them, or tokens routed."""
+    stacked = [module for module in block.modules() if is_stacked(module)]
+    for module in stacked:
+        if (experts := len(module.get_parameter("down_proj"))) != planned:
+            raise ArtifactError(f"the plan does not fit the model: {experts} experts, {planned} planned")
+    for module in block.modules() if stacked else ():
+        chosen = getattr(module, "top_k", 1)
+        if type(chosen) is not int or not 1 <= chosen <= planned:
+            raise ArtifactError(f"config.json is damaged: {chosen} experts for each token, of {planned}")
 
 
 def _get(root: nn.Module, path: str) -> nn.Module:
