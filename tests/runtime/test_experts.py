@@ -22,6 +22,7 @@ from flatquant.calibrate.state import RunState
 from flatquant.cli import app
 from flatquant.errors import ArtifactError, ModelError
 from flatquant.recipes import RECIPES, gptq, rtn
+from flatquant.report import FILE
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.experts import Experts, is_stacked, open_experts, stacked_again
 from flatquant.runtime.folder import content_hash
@@ -426,9 +427,21 @@ def test_the_command_line_takes_a_saved_mixture(name: str, tmp_path: Path) -> No
     assert done.exit_code == 0, done.output
     experts = EXPERTS * (2 if name == "mixtral" else 1)
     assert f"of {experts} experts saw fewer calibration tokens than they have inputs" in done.output
-    for command in (["inspect"], ["generate", "--prompt", "the", "--max-new-tokens", "3", "--device", "cpu"]):
+    collect = [
+        "report",
+        "--collect",
+        str(tmp_path / "original"),
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--tokens",
+        "64",
+    ]
+    for command in (["inspect"], ["generate", "--prompt", "the", "--max-new-tokens", "3", "--device", "cpu"], collect):
         done = CliRunner().invoke(app, [command[0], str(tmp_path / "out"), *command[1:]])
         assert done.exit_code == 0, done.output
+    assert "Calibration tokens by expert" in (tmp_path / "out" / FILE).read_text()
+    flatness = json.loads((tmp_path / "out/flatquant_collection.json").read_text())["flatness"]
+    assert {entry["site"] for entry in flatness} == {"attn_in", "attn_out", "mlp_in", "mlp_mid"}
 
 
 def test_operations_are_counted_by_what_a_token_passes() -> None:
