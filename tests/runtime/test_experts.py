@@ -35,7 +35,19 @@ from flatquant.wiring.arch import Geometry, linear_at, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.cost import online_flops
 from flatquant.wiring.plan import make_plan
-from tests.laws import BASES, bare, calibrated, hidden, quick, relative, rtn_by_hand, same_bytes, tokens_for, wrap
+from tests.laws import (
+    BASES,
+    bare,
+    calibrated,
+    hidden,
+    quick,
+    relative,
+    rtn_by_hand,
+    same_bytes,
+    tokens_for,
+    wrap,
+    wrap_all,
+)
 from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
 
 NAMES = ("mixtral", "qwen3_moe")
@@ -252,6 +264,26 @@ def test_the_router_stays_in_sixteen_bit_and_undoes_the_norm_s_scale(name: str) 
     ours, theirs = (m.model.layers[0].mlp.gate.weight for m in (model, before))
     assert relative(ours, theirs / scale) < 1e-12
     assert (scale - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_router_follows_a_rotation_that_is_learned(name: str) -> None:
+    model = tiny_family(name, dtype=torch.float64)
+    tokens = tokens_for(model, 2, 9)
+    recipe = dataclasses.replace(RECIPES["spinquant"]("w4a4kv4"), scheme=Scheme(), data=DataSpec(samples=8, seqlen=12))
+    with torch.no_grad():
+        want = model(tokens).logits
+    _, fits, residual = wrap_all(model, recipe, force=True)
+    assert residual is not None
+    scores = model.model.layers[0].mlp.gate(torch.randn(3, 24, dtype=torch.float64))[0]
+    grads = torch.autograd.grad(scores.square().sum(), [p for p in residual.parameters() if p.requires_grad])
+    assert all(g.abs().max() > 0 for g in grads)
+    with torch.no_grad():
+        assert relative(model(tokens).logits, want) < 1e-9
+        for fit in fits:
+            fold_block(fit, dtype=torch.float64)
+        assert relative(model(tokens).logits, want) < 1e-9
+    assert type(model.model.layers[0].mlp.gate).__name__.endswith("Router")  # as it was
 
 
 # -------------------------------------------------------------------------------------- experts with few tokens
