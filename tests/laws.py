@@ -16,6 +16,7 @@ from flatquant.calibrate.capture import Observer
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.recipes import flatquant
 from flatquant.runtime.build import install
+from flatquant.runtime.experts import open_experts
 from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, Scheme, Transforms, TransformSpec
 from flatquant.transforms import Factor
 from flatquant.transforms.factor import cayley
@@ -130,6 +131,7 @@ def wrap_all(
     """`wrap`, with the rotation of the residual stream, which the model's ends then have taken too."""
     seams.use_attention(model)
     arch, blocks = arch_of(model.config), model.model.layers
+    open_experts(blocks)
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=force)
     generator = torch.Generator().manual_seed(seed)
     residual = residual_factor(model, recipe, plan, generator, force=force)

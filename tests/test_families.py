@@ -17,10 +17,11 @@ from flatquant import seams, spec
 from flatquant.errors import ModelError, SpecError
 from flatquant.recipes import RECIPES, rtn
 from flatquant.runtime.artifact import load, save
+from flatquant.runtime.experts import open_experts
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.spec import DataSpec, Recipe, Scheme, TransformSpec
-from flatquant.wiring.apply import fold_block
-from flatquant.wiring.arch import Geometry, logits, submodule
+from flatquant.wiring.apply import fold_block, wrap_block
+from flatquant.wiring.arch import Arch, Edge, Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 from tests.laws import (
@@ -29,6 +30,7 @@ from tests.laws import (
     calibrated,
     decoded,
     hidden,
+    perturb,
     quick,
     reinstalled,
     relative,
@@ -36,7 +38,7 @@ from tests.laws import (
     wrap,
     wrap_all,
 )
-from tests.tiny_models import FAMILIES, tiny_family
+from tests.tiny_models import FAMILIES, exact, tiny_family
 
 PRESERVED = 1e-9
 # (family, kv heads, basis): grouped queries everywhere; a head per query and one head for all where projections fuse.
@@ -60,14 +62,19 @@ def test_without_grids_the_function_is_unchanged(name: str, kv_heads: int, trans
 
     for fit in fits:
         fold_block(fit, dtype=torch.float64)
-    arch = arch_of(model.config)
-    changed = [e for e in arch.edges if transforms != "diagonal only" or e.norm or e.passes == "diagonal"]
-    for path in (path for edge in changed for path in edge.readers):  # otherwise the law says nothing
-        for ours, original in zip(wrapped.model.layers, model.model.layers, strict=True):
+    opened = copy.deepcopy(model)
+    open_experts(opened)
+    for ours, original in zip(wrapped.model.layers, opened.model.layers, strict=True):
+        edges = arch_of(model.config).of(original).edges
+        changed = [
+            path
+            for e in edges
+            if transforms != "diagonal only" or e.norm or e.passes == "diagonal"
+            for path in e.readers
+        ]
+        changed += [path for e in edges for path in (e.norm, *e.routers) if path]
+        for path in changed:  # otherwise the law says nothing
             assert relative(submodule(ours, path).weight, submodule(original, path).weight) > 1e-2, path
-    for edge in arch.edges:
-        if edge.norm:
-            assert relative(submodule(ours, edge.norm).weight, submodule(original, edge.norm).weight) > 1e-2, edge.norm
     folded = hidden(wrapped, tokens)
     assert relative(folded, want) < PRESERVED
 
@@ -108,7 +115,7 @@ def test_a_shift_leaves_the_function_in_the_norm_or_online(name: str) -> None:
 
 # What other methods ask for beyond edges: a residual stream that can be rotated, keys and queries that can be scaled.
 NO_ROTATION = {"gemma2", "gemma3_text", "olmo2", "stablelm", "stablelm parallel", "cohere", "glm4"}
-NO_SCALED_SCORES = NO_ROTATION | {"qwen3", "phi3"}
+NO_SCALED_SCORES = NO_ROTATION | {"qwen3", "qwen3_moe", "phi3"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -160,10 +167,11 @@ def test_saved_loaded_and_generating(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_linear_of_a_block_has_one_reader(name: str) -> None:
     model = tiny_family(name)
+    open_experts(model)
     arch = arch_of(model.config)
     for block in submodule(model, arch.blocks):
         linears = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-        assert sorted(linears) == sorted(path for edge in arch.edges for path in edge.readers)
+        assert sorted(linears) == sorted(path for edge in arch.of(block).edges for path in edge.readers)
 
 
 def test_sixteen_bits_change_nothing_where_scores_are_capped() -> None:
@@ -205,6 +213,45 @@ def test_an_unknown_family_comes_with_a_draft() -> None:
         "docs/families.md",
     ):
         assert part in message
+
+
+def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers() -> None:
+    """OLMoE, which has stacked experts and a router: the draft as it stands, with its two gaps filled in, holds."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    model = OlmoeForCausalLM(
+        OlmoeConfig(
+            hidden_size=24, num_attention_heads=4, num_key_value_heads=4, intermediate_size=40, num_hidden_layers=2,
+            vocab_size=128, num_experts=5, num_experts_per_tok=2,
+        )
+    ).double().eval()  # fmt: skip
+    for module in model.modules():
+        module.__class__ = exact(type(module))
+    model.config._experts_implementation = "eager"
+    with pytest.raises(ModelError) as caught:
+        arch_of(model.config, model)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "mlp.experts OlmoeExperts 5x80x24" in message
+    assert "routers=('mlp.gate',)" in message
+    literal = message.partition("a draft: ")[2]
+    for writer in ("self_attn.v_proj", "mlp.experts.*.up_proj"):
+        literal = literal.replace("'...'", repr(writer), 1)
+    arch = eval(literal, {"Arch": Arch, "Edge": Edge})
+    assert arch.edges[3].readers == ("mlp.experts.*.down_proj",)
+    blocks = model.model.layers
+    tokens = tokens_for(model, 2, 9)
+    want = hidden(model, tokens)
+    seams.use_attention(model)
+    open_experts(blocks)
+    recipe = bare(BASES["direct orthogonal"])
+    plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=True)
+    for block, block_plan in zip(blocks, plan.blocks, strict=True):
+        fit = wrap_block(block, arch, block_plan, recipe, {}, torch.Generator().manual_seed(0), force=True)
+        block.double()
+        perturb(fit, 0.1, torch.Generator().manual_seed(1))
+        fold_block(fit, dtype=torch.float64)
+    assert relative(hidden(model, tokens), want) < 1e-6  # its router computes in float32
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -178,7 +178,7 @@ def test_matrices_of_another_model(theirs) -> None:
 # --------------------------------------------------------------------------------------------- out
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gemma2", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma2", "olmo2", "mixtral", "qwen3_moe"])
 def test_a_dense_checkpoint_computes_the_same(name: str, tmp_path: Path) -> None:
     model, plan, _ = calibrated(tiny_family(name), quick("w4a16"))
     export_dense(model, plan, tmp_path / "out", tokenizer=tiny_tokenizer())
@@ -222,6 +222,9 @@ def test_what_compressed_tensors_has_no_place_for(tmp_path: Path) -> None:
         model, plan, _ = calibrated(tiny_llama(), recipe)
         with pytest.raises(ModelError, match=match):
             export_compressed(model, plan, tmp_path / "out")
+    model, plan, _ = calibrated(tiny_family("mixtral"), rtn("w4a16"))
+    with pytest.raises(ModelError, match="mixtures of experts"):
+        export_compressed(model, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

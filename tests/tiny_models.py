@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +25,8 @@ from transformers import (
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 VOCAB = 128
 
@@ -116,6 +118,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm parallel": {"use_qkv_bias": True, "use_parallel_residual": True, "rope_parameters": PARTIAL},
     "cohere": {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3},
     "glm4": {"attention_bias": True, "rope_parameters": PARTIAL},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 56,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],  # a block without experts
+    },
 }
 
 
@@ -135,11 +145,31 @@ class _ExactCohereNorm(CohereLayerNorm):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-_EXACT = {Gemma2RMSNorm: _ExactGemma2Norm, Gemma3RMSNorm: _ExactGemma3Norm, CohereLayerNorm: _ExactCohereNorm}
+class _ExactMixtralRouter(MixtralTopKRouter):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = nn.functional.linear(hidden_states, self.weight)
+        top, index = scores.softmax(-1).topk(self.top_k, dim=-1)
+        return scores, top / top.sum(-1, keepdim=True), index
+
+
+class _ExactQwen3MoeRouter(Qwen3MoeTopKRouter):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = nn.functional.linear(hidden_states, self.weight)
+        top, index = scores.softmax(-1).topk(self.top_k, dim=-1)
+        return scores, top / top.sum(-1, keepdim=True) if self.norm_topk_prob else top, index
+
+
+_EXACT = {
+    Gemma2RMSNorm: _ExactGemma2Norm,
+    Gemma3RMSNorm: _ExactGemma3Norm,
+    CohereLayerNorm: _ExactCohereNorm,
+    MixtralTopKRouter: _ExactMixtralRouter,
+    Qwen3MoeTopKRouter: _ExactQwen3MoeRouter,
+}
 
 
 @cache
-def _exact(kind: type) -> type:
+def exact(kind: type) -> type:
     """A norm's class with arithmetic in the input's own precision; any other class as it is."""
     if kind.__name__.endswith("RMSNorm") and kind not in _EXACT:
         return type(kind.__name__, (kind,), {"forward": _rms_norm})
@@ -173,7 +203,8 @@ def tiny_family(
 ) -> PreTrainedModel:
     """A random model of one of `FAMILIES`, in eval mode: four heads of 6 channels, two blocks.
 
-    In float64, norms that compute in float32 are replaced by ones that do not: a law is about our arithmetic.
+    In float64, norms and routers that compute in float32 are replaced by ones that do not: a law is about our
+    arithmetic.
     """
     config = AutoConfig.for_model(
         name.split()[0],
@@ -193,8 +224,9 @@ def tiny_family(
     )
     model = randomised(config, seed)
     if dtype == torch.float64:
+        model.config._experts_implementation = "eager"  # the grouped product has no float64
         for module in model.modules():
-            module.__class__ = _exact(type(module))
+            module.__class__ = exact(type(module))
     return model.to(dtype).eval()
 
 

@@ -43,6 +43,7 @@ from flatquant.data import calibration_tokens
 from flatquant.errors import CalibrationError, DataError, ModelError
 from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve
 from flatquant.runtime import artifact
+from flatquant.runtime.experts import open_experts
 from flatquant.runtime.folder import REPORT_FILE, Folder, read_json
 from flatquant.runtime.hf import adopt
 from flatquant.runtime.linear import Unpacked
@@ -368,6 +369,7 @@ class _Run:
     ) -> dict[str, Any]:
         blocks = [
             {"block": b["block"], "before": _first(b["losses"]), "after": _last(b["losses"]), "losses": b["losses"]}
+            | ({"experts": b["experts"]} if "experts" in b else {})
             for b in calibration.blocks
         ]
         losses = calibration.end_to_end
@@ -455,7 +457,9 @@ def _alive(process: int) -> bool:
 def _check_model(model: PreTrainedModel, recipe: Recipe) -> None:
     """What can be said before any text is read: the family, the recipe's fit to the model, NaN in the weights."""
     arch = arch_of(model.config, model)
-    make_plan(recipe, arch, Geometry.of(model.config), _blocks(model))
+    blocks = _blocks(model)
+    open_experts(blocks)
+    make_plan(recipe, arch, Geometry.of(model.config), blocks)
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             _check_finite(name, parameter, arch.blocks)

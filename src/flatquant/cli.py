@@ -295,6 +295,12 @@ def quantize(
             f"{output}: {recipe.name} {recipe.scheme}, {_size(original)} -> {_size(quantised)} "
             f"({original / quantised:.2f} x), {timing['total']:.1f} s"
         )
+        experts = [block["experts"] for block in result.report["blocks"] if "experts" in block]
+        if rare := sum(len(e["rare"]) for e in experts):
+            _print(
+                f"{rare} of {sum(len(e['tokens']) for e in experts)} experts saw fewer calibration tokens than they "
+                "have inputs: more --samples may help"
+            )
 
 
 def _recipe(
@@ -785,7 +791,10 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML file to write; flatquant_report.html in DIR.")
     ] = None,
-    figures: Annotated[Path | None, typer.Option(help="Folder for the figures as SVG files of their own.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the figures as files of their own, SVG and PNG.")
+    ] = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="Of --figures: PNG too, with matplotlib.")] = True,
     collect: Annotated[
         str | None, typer.Option(metavar="MODEL", help="First look inside both models: the original, as for quantize.")
     ] = None,
@@ -817,6 +826,8 @@ def report(
         drawing.write(target, page)
         for name, (_, figure, _) in drawn.items() if figures is not None else ():
             drawing.write(figures / f"{name}.svg", drawing.standalone(figure))  # type: ignore[operator]
+            if png:
+                drawing.write(figures / f"{name}.png", drawing.png(figure))  # type: ignore[operator]
     if not quiet:
         _print(f"{target}: {len(drawn)} figures")
 

@@ -36,6 +36,7 @@ from flatquant.quantizers.clip import LearnedClip
 from flatquant.recipes import flatquant
 from flatquant.runtime.artifact import check_output
 from flatquant.runtime.branch import BranchedLinear
+from flatquant.runtime.experts import stacked_again
 from flatquant.runtime.hf import adopt
 from flatquant.runtime.linear import FrozenSite, IntegerLinear, SiteLinear
 from flatquant.spec import Plan, Recipe, to_dict
@@ -170,7 +171,7 @@ def _fill(fit: FitBlock, reader: _Reader) -> float:
             for ours, end in ((site.grid.clip.low_logit, "min"), (site.grid.clip.high_logit, "max")):
                 theirs = [
                     reader.get(f"{path}.clip_factor_w_{end}", (rows, 1))
-                    for path, rows in zip(readers, site.rows, strict=True)
+                    for path, rows in zip(readers, site.sizes, strict=True)
                 ]
                 ours.copy_(torch.cat(theirs))
         if isinstance(site.activations, Dynamic):
@@ -254,7 +255,7 @@ def export_dense(
                 if linear.bias is not None:
                     state[f"{prefix}{path}.bias"] = linear.bias.to(model.dtype)
     wanted = plain.state_dict()
-    plain.load_state_dict({name: state[name] for name in wanted})
+    plain.load_state_dict({n: state[n] if n in state else stacked_again(state, n) for n in wanted})
     plain.generation_config = copy.deepcopy(model.generation_config)
     plain.save_pretrained(output)
     if tokenizer is not None:
@@ -276,7 +277,7 @@ def export_compressed(
     """Write a weight-only model in compressed-tensors' `pack-quantized` format.
 
     Raises:
-        ModelError: the model has online transforms, other grids than for weights, or grids that differ.
+        ModelError: the model has online transforms, other grids than for weights, grids that differ, or experts.
         ArtifactError: something is in the way of `output`.
     """
     check_output(output)
@@ -333,6 +334,8 @@ def export_compressed(
 def _one_weight_grid(plan: Plan) -> Any:
     specs = set()
     for block in plan.blocks:
+        if any(len(site.groups) > 1 for site in block.sites.values()):
+            raise ModelError("compressed-tensors takes no mixtures of experts here; export the dense checkpoint")
         if block.keys or block.values or any(site.activations for site in block.sites.values()):
             raise ModelError("compressed-tensors takes weight-only models here; activations, keys or values have grids")
         if any(site.left or site.right for site in block.sites.values()):

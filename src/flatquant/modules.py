@@ -1,5 +1,5 @@
-"""Traits of modules, declared by their owners: being trained, following a schedule, keeping to bounds, keeping exact
-buffers.
+"""Traits of modules, declared by their owners: training, following a schedule, keeping to bounds, sharing work, keeping
+exact buffers.
 
 Fits collect parameters by walking modules for `Trainable`, never by looking for substrings in names: a renamed module
 still trains, and one that is not a `Trainable` never does.
@@ -49,6 +49,18 @@ class Bounded(nn.Module, ABC):
     @abstractmethod
     def settle(self) -> None:
         """Called after every step of an optimiser; changes parameters in place, so that a CUDA graph can hold it."""
+
+
+class Site(nn.Module, ABC):
+    """Transforms one tensor and puts it on its grid, once for all linears that read it or some of its rows."""
+
+    @abstractmethod
+    def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
+        """x[index]; a linear that is given just this tensor next multiplies those rows of the transformed x.
+
+        Args:
+            x: (rows, n).
+        """
 
 
 class ExactBuffers(nn.Module):

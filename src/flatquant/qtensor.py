@@ -65,6 +65,11 @@ class QTensor:
             q = q - self.zero.to(work)[..., None]
         return (q * self.scale.to(work)[..., None]).flatten(-2).to(dtype)
 
+    def rows(self, index: Tensor | slice) -> QTensor:
+        """Some entries of the first dimension."""
+        zero = None if self.zero is None else self.zero[index]
+        return QTensor(values=self.values[index], scale=self.scale[index], zero=zero, spec=self.spec)
+
     def split(self, rows: list[int]) -> list[QTensor]:
         """Cut the first dimension into parts of these sizes, each with its own storage."""
         zeros = [None] * len(rows) if self.zero is None else self.zero.split(rows)

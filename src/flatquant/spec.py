@@ -15,7 +15,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
@@ -700,6 +700,18 @@ class Recipe:
 # --------------------------------------------------------------------------------------------- a concrete model
 
 
+def by_expert(paths: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Paths of linears in a block, grouped by the rows they multiply: those of one expert together, all others too.
+
+    In a block, a module with a number for its name is one expert of several.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        match = re.match(r"(.*\.\d+)\.", path)
+        groups.setdefault(match[1] if match else "", []).append(path)
+    return tuple(tuple(group) for group in groups.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class SitePlan:
     """One edge of one block: who reads it, on which grids, and which factors run online.
@@ -729,6 +741,11 @@ class SitePlan:
             _check(self.weights is not None, "a codebook needs the bits of its weights")
             assert self.weights is not None
             self.codebook.index_bits(self.weights.bits)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """`readers`, by the rows of the tensor that they multiply."""
+        return by_expert(self.readers)
 
 
 @dataclass(frozen=True, kw_only=True)

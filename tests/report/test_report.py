@@ -1,15 +1,18 @@
 """The report: what is collected is right, and what is drawn is whole, safe and readable without a network."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
 import flatquant
@@ -18,6 +21,7 @@ from flatquant.cli import app
 from flatquant.errors import ModelError
 from flatquant.evaluate.collect import collect
 from flatquant.recipes import rtn
+from flatquant.report import plots
 from flatquant.runtime.artifact import load
 from flatquant.runtime.folder import Folder
 from tests.laws import calibrated, quick
@@ -111,8 +115,77 @@ def test_the_page_is_one_safe_file(whole: Path) -> None:
 def test_figures_are_files_too(whole: Path) -> None:
     names = {file.stem for file in (whole.parent / "svg").iterdir()}
     assert {"flatness-activations", "flatness-weights", "peaks-weights", "surface", "alone", "conditions"} <= names
-    for file in (whole.parent / "svg").iterdir():
-        assert ET.parse(file).getroot().tag.endswith("svg")
+    for name in names:
+        root = ET.parse(whole.parent / "svg" / f"{name}.svg").getroot()
+        assert root.tag.endswith("svg")
+        pixels = imread(whole.parent / "svg" / f"{name}.png")  # (height, width, 4), 0..1
+        assert pixels.shape == (2 * int(root.get("height", 0)), 2 * int(root.get("width", 0)), 4)
+        assert (pixels[0, 0] == 1).all()
+        assert (pixels[..., :3] < 0.5).any()
+
+
+def test_a_png_has_the_colours_of_the_svg_in_their_places() -> None:
+    for figure in (
+        plots.bars([1.0, 3.0, 0.5], "t", "x", "y"),
+        plots.shares({"a $ b": 1.0, "c": 2.0}, "t", "s"),
+        plots.heat([[1.0, 10.0], [100.0, 1e3]], "t", "x", "y"),
+    ):
+        pixels = imread(io.BytesIO(report.png(figure)))
+        rectangles = ET.fromstring(figure).findall(".//{*}rect")
+        assert rectangles
+        for r in rectangles:
+            x, y, w, h = (float(r.get(key, 0)) for key in ("x", "y", "width", "height"))
+            colour = (r.get("fill") or r.get("style", "").removeprefix("fill:")).removeprefix("#")
+            want = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+            got = pixels[round(2 * y + h), round(2 * x + w), :3]  # the middle, at two pixels for one
+            assert abs(got - want).max() < 0.02, (r.attrib, got, want)
+
+
+def test_a_png_s_text_stands_where_the_svg_s_does() -> None:
+    svg = '<text x="{}" y="40.0" text-anchor="{}">mmmm</text>'
+    for anchor, left, right in (("start", 50, 110), ("middle", 20, 80), ("end", -10, 50)):
+        pixels = imread(io.BytesIO(report.png(plots.svg(svg.format(50, anchor), "t", 120, 60))))
+        rows, columns = (pixels[..., 0] < 0.5).nonzero()
+        assert left * 2 - 4 <= columns.min() <= columns.max() <= right * 2 + 4
+        assert 28 * 2 <= rows.min() <= rows.max() <= 41 * 2
+
+
+def test_without_matplotlib_only_png_is_missing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = CliRunner().invoke(app, ["report", str(whole), "--figures", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "flatquant[plot]" in done.output
+    run("report", whole, "--figures", tmp_path, "--no-png")
+    assert {file.suffix for file in tmp_path.iterdir()} == {".svg"}
+
+
+@pytest.mark.parametrize(
+    "low, high", [(1.09, 7.6), (0.286, 4.55), (1.07, 1.61), (2.0, 2.9), (1e-7, 1e-1), (0.3, 700.0)]
+)
+def test_ticks_of_a_logarithmic_axis_are_round(low: float, high: float) -> None:
+    figure = plots.lines({"a": [low, high]}, "t", "x", "y", log=True)
+    texts = [t.text or "" for t in ET.fromstring(figure).findall(".//{*}text") if t.get("text-anchor") == "end"]
+    assert 2 <= len(texts) <= 9
+    for text in texts:
+        assert float(text) == float(f"{float(text):.2g}")
+        assert low <= float(text) <= max(high, 1.5 * low)  # an axis spans a little at least
+
+
+def test_figures_have_visible_titles_and_the_scheme_is_put_in_words(whole: Path) -> None:
+    text = " ".join(parsed((whole / report.FILE).read_text()).text)
+    assert "Condition numbers of the transforms." in text
+    assert "Weights, activations, keys and values in 4 bits." in text
+    spec = {"weights": {"bits": 3}, "activations": None, "keys": {"bits": 4}, "values": {"bits": 4}}
+    page = report.page("out", {"scheme": "w3kv4"}, {"recipe": {"scheme": spec}, "model": {"name": "org/m"}}, None, None)
+    assert "Weights in 3 bits, keys and values in 4 bits and activations in 16 bits." in page
+    assert "--divergence-from org/m" in page
+
+
+def test_a_mixture_s_experts_are_drawn() -> None:
+    blocks = [{"block": 0, "experts": {"tokens": [3, 0, 96], "rare": [1]}}, {"block": 1}]
+    drawn = report.figures({"blocks": blocks}, None)
+    assert "Calibration tokens by expert" in drawn["experts"][1]
+    assert "experts" not in report.figures({"blocks": [{"block": 1}]}, None)
 
 
 def test_without_collection_and_evaluation_it_says_how_to_get_them(whole: Path, tmp_path: Path) -> None:

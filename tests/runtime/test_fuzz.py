@@ -27,17 +27,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+import flatquant
 from flatquant import spec
 from flatquant.errors import ArtifactError, FlatQuantError, ModelError, SpecError
 from flatquant.models import load_model
+from flatquant.recipes import rtn
 from flatquant.runtime.artifact import inspect, load, save
 from flatquant.runtime.folder import content_hash
 from flatquant.spec import Recipe, Scheme, from_dict
-from tests.tiny_models import tiny_llama, tiny_tokenizer
+from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
 
 CASES = int(os.environ.get("FLATQUANT_FUZZ", "0"))
 SEEDS = st.integers(0, 2**64 - 1)
 SECONDS, KIB = 10.0, 300_000  # that one case may take
+
+if CASES:
+    pytestmark = pytest.mark.timeout(0)  # cases have limits of their own; so many take as long as they take
 
 
 def few(n: int) -> settings:
@@ -236,6 +241,37 @@ def test_forged_configs(place, seed: int) -> None:
     if model is not None:  # then it is one that computes
         with torch.no_grad():
             model(place["tokens"][:1, :4])
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> dict[str, Any]:
+    """`place`, of a mixture of experts."""
+    model, tokens = tiny_family("mixtral"), torch.arange(8)[None]
+    result = flatquant.quantize(model, rtn("w4a4kv4"), device="cpu")
+    path = tmp_path_factory.mktemp("mixture") / "model"
+    save(result.model, result.plan, path, recipe={}, report={}, scheme="w4a4kv4")
+    return {"path": path, "files": contents(path), "tokens": tokens}
+
+
+@few(40)
+@given(seed=SEEDS)
+def test_forged_configs_of_a_mixture(mixture, seed: int) -> None:
+    rng = random.Random(seed)
+    path = restore(mixture)
+    config = json.loads(mixture["files"]["config.json"])
+    for _ in range(rng.randrange(1, 3)):
+        if rng.random() < 0.5:
+            key = rng.choice([k for k in config if "expert" in k or "router" in k or k == "hidden_act"])
+            config[key] = junk(rng)
+        else:
+            edit(rng, config["quantization_config"]["plan"])
+    (path / "config.json").write_text(json.dumps(config))
+    forge(path)
+    model = tried(load, path)
+    tried(inspect, path)
+    if model is not None:
+        with torch.no_grad():
+            model(mixture["tokens"])
 
 
 @few(100)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flatquant.calibrate.activations import K, Kept, mapped
+from flatquant.spec import by_expert
 from flatquant.transforms import Factor
 from flatquant.wiring.apply import InputStatistics
 from flatquant.wiring.arch import Arch, submodule
@@ -136,17 +137,26 @@ class _Moments:
 
 
 class Observer:
-    """Collects statistics of every site's input while a block runs."""
+    """Collects statistics of every site's input while a block runs.
+
+    Every token passes through as many experts of a mixture as every other: over all of them, means are what they are
+    over tokens.
+    """
 
     def __init__(self, block: nn.Module, arch: Arch) -> None:
         self._moments = {edge.site: _Moments() for edge in arch.edges}
+        groups = {edge.site: by_expert(edge.readers) for edge in arch.of(block).edges}
+        self._tokens = {site: [0] * len(paths) for site, paths in groups.items()}
         self._handles = [
-            submodule(block, edge.readers[0]).register_forward_pre_hook(self._hook(edge.site)) for edge in arch.edges
+            submodule(block, path).register_forward_pre_hook(self._hook(site, index))
+            for site, paths in groups.items()
+            for index, (path, *_) in enumerate(paths)
         ]
 
-    def _hook(self, site: str):
+    def _hook(self, site: str, index: int):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._moments[site].add(args[0])
+            self._tokens[site][index] += args[0].shape[:-1].numel()
 
         return hook
 
@@ -164,6 +174,7 @@ class Observer:
                 center=(m.high + m.low) / 2,
                 square=m.square / m.tokens,
                 rows=torch.cat(m.rows),
+                tokens=tuple(self._tokens[site]),
             )
         return out
 

@@ -12,7 +12,7 @@ from flatquant.calibrate.activations import Kept
 from flatquant.calibrate.capture import BlockCall
 from flatquant.qtensor import QTensor
 from flatquant.runtime.linear import DenseLinear
-from flatquant.solvers import OutputAdaptive
+from flatquant.solvers import OutputAdaptive, blended
 from flatquant.spec import BlockPlan
 from flatquant.wiring.arch import submodule
 
@@ -51,7 +51,8 @@ def output_hessians(
         def see(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             x = linear.site(args[0])
             assert not isinstance(x, QTensor), "integers carry no gradient"
-            out.register_hook(lambda delta: found[path].add(x, delta))
+            # One sequence at a time; an expert sees some of its rows.
+            out.register_hook(lambda delta: found[path].add(*(t.reshape(1, -1, t.shape[-1]) for t in (x, delta))))
 
         handles.append(linear.register_forward_hook(see))
 
@@ -70,4 +71,13 @@ def output_hessians(
             linear = submodule(block, site.readers[0])
             assert isinstance(linear, DenseLinear)
             linear.site.forget()  # it holds the last graph
-    return {path: h.hessian() for path, h in found.items()}
+    hessians = {path: h.hessian() for path, h in found.items()}
+    for site in plan.sites.values():
+        if site.weights and len(site.groups) > 1:
+            for alike in zip(*site.groups, strict=True):  # the same layer of every expert
+                total = max(sum(found[path].tokens for path in alike), 1)
+                mean = torch.zeros_like(found[alike[0]].sum)
+                for path in alike:
+                    mean += found[path].sum / total
+                hessians |= {path: blended(found[path], mean) for path in alike}
+    return hessians

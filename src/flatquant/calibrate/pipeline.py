@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -34,8 +34,9 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.models import Checkpoint
 from flatquant.runtime.build import install
+from flatquant.runtime.experts import Experts, open_experts
 from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe
-from flatquant.wiring.apply import FitBlock, fold_block, unrounded_weights, wrap_block
+from flatquant.wiring.apply import FitBlock, InputStatistics, fold_block, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
@@ -120,6 +121,7 @@ def calibrate(
     arch = arch_of(model.config, model)
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
+    open_experts(blocks)
     blocks.requires_grad_(False)  # only transforms, scales and clips are fitted
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
     if recipe.needs_data and tokens is None:
@@ -180,6 +182,8 @@ class _Run:
         self.arch = arch_of(model.config, model)
         self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
+        # A graph replays one shape; how many tokens an expert gets differs from step to step.
+        graph = graph and not any(isinstance(m, Experts) for block in self.blocks for m in block.modules())
         self.state, self.progress, self.graph = state, progress, graph
         self.home = next(model.parameters()).device
         self.model_dtype = next(model.parameters()).dtype
@@ -191,6 +195,7 @@ class _Run:
         self.layout, self.checkpoint, self.side_by_side = layout, checkpoint, layout.side_by_side
         self.report = Report()
         self.notes: dict[int, dict[str, Any]] = {}  # by block
+        self.routed: dict[int, dict[str, Any]] = {}  # likewise, where there are experts
         self.clock = Clock(seconds=self.report.seconds, device=device)
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
         self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
@@ -290,6 +295,7 @@ class _Run:
                 observer = Observer(block, self.arch)
                 targets = run_block(block, call, hidden, self.batch)
                 statistics = observer.close()
+            self.routed[index] = _routed(statistics)
         if self.state is not None and self.state.has(solved_name(index)):
             return None, targets
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
@@ -326,7 +332,8 @@ class _Run:
         losses = self._fit_blocks(todo)
         seconds = round((time.perf_counter() - start) / max(len(todo), 1), 3)
         for w, history in zip(todo, losses, strict=True):
-            note = self.notes[w.index] = {"block": w.index, "losses": history, "seconds": seconds}
+            note = {"block": w.index, "losses": history, "seconds": seconds, **self.routed.get(w.index, {})}
+            self.notes[w.index] = note
             if self.state is not None and w.fit is not None:
                 self.state.save(fitted_name(w.index), w.fit.state(), note)
 
@@ -520,3 +527,12 @@ def _named(index: int) -> Iterator[None]:
         yield
     except FlatQuantError as error:
         raise type(error)(f"block {index}: {error}") from error
+
+
+def _routed(statistics: Mapping[str, InputStatistics]) -> dict[str, Any]:
+    """What a report says of a block's experts: the tokens that each saw, and which saw fewer than it has inputs."""
+    seen = [s for s in statistics.values() if len(s.tokens) > 1]
+    if not seen:
+        return {}
+    tokens, n = seen[0].tokens, max(len(s.absmax) for s in seen)
+    return {"experts": {"tokens": list(tokens), "rare": [i for i, count in enumerate(tokens) if count < n]}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from flatquant.quantizers import VectorGrid, WeightGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, SiteLinear
-from flatquant.solvers import GPTQ, RTN, InputGram, Solver, VectorSolver
+from flatquant.solvers import GPTQ, RTN, InputGram, Solver, VectorSolver, blended
 from flatquant.solvers.lowrank import split
 from flatquant.spec import BlockPlan, SitePlan, SolverSpec
 from flatquant.wiring.arch import replace_submodule, submodule
+
+GRAMS = 1 << 29  # elements of Gram matrices held at a time, two GiB
 
 
 def make_solver(spec: SolverSpec) -> Solver[Any, QTensor | CodebookTensor]:
@@ -61,18 +63,22 @@ def solve_block(
         gram = None
         if hessians is None and solver.needs_hessian and inputs is not None:
             gram = _gram(block, site, call, inputs, batch_size)  # readers share inputs, hence the Hessian
-        if hessians is None and site.codebook is None:
-            jobs = [site.readers]  # rows are independent: one solve for all of them
+        ups = _branch_off(block, site, rounds, gram.hessian() if gram else None) if site.rank else {}
+        if hessians is not None:
+            jobs = (((path,), hessians[path]) for path in site.readers)
+        elif gram is None:
+            jobs = iter([(site.readers, None)])  # rows are independent: one solve for all of them
+        elif len(site.groups) == 1:
+            jobs = iter([(site.readers, gram.hessian())])
         else:
-            jobs = [(path,) for path in site.readers]
+            jobs = _by_expert(block, site, call, inputs, batch_size, gram)
         grid = WeightGrid(site.weights) if site.codebook is None else VectorGrid(site.codebook, site.weights.bits)
-        ups = _branch_off(block, site, rounds, gram) if site.rank else {}
-        for paths in jobs:
-            linears = [_folded(block, path) for path in paths]
-            hessian = gram if hessians is None else hessians[paths[0]]
-            joined = solver.solve(torch.cat([linear.weight for linear in linears]), grid, hessian)
-            for path, served in zip(paths, _served(linears, joined), strict=True):
-                replace_submodule(block, path, BranchedLinear(served, ups[path]) if ups else served)
+        for together, hessian in jobs:
+            for paths in [together] if site.codebook is None else [(path,) for path in together]:
+                linears = [_folded(block, path) for path in paths]
+                joined = solver.solve(torch.cat([linear.weight for linear in linears]), grid, hessian)
+                for path, served in zip(paths, _served(linears, joined), strict=True):
+                    replace_submodule(block, path, BranchedLinear(served, ups[path]) if ups else served)
 
 
 def _served(linears: list[DenseLinear], joined: QTensor | CodebookTensor) -> list[SiteLinear]:
@@ -112,8 +118,8 @@ class _Reached(Exception):
     """The site has been seen; the rest of the block need not run."""
 
 
-def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Kept, batch_size: int) -> Tensor:
-    """The Gram matrix of what a site's readers multiply: transformed, on its grid.  # (n, n)"""
+def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Kept, batch_size: int) -> InputGram:
+    """The Gram matrix of what a site's readers multiply: transformed, on its grid."""
     reader = _folded(block, plan.readers[0])
     gram = InputGram(reader.weight.shape[1], reader.weight.device)
 
@@ -129,4 +135,35 @@ def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Kept, batch
             reader.site.forget()
     finally:
         handle.remove()
-    return gram.hessian()
+    return gram
+
+
+def _by_expert(
+    block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Kept | None, batch_size: int, shared: InputGram
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The readers of every expert, and the Hessian of the rows that it sees, blended with that of all rows."""
+    assert inputs is not None
+    n = shared.sum.shape[0]
+    mean = shared.sum / max(shared.tokens, 1)
+    site = _folded(block, plan.readers[0]).site
+    at_once = max(1, GRAMS // n**2)
+    for start in range(0, len(plan.groups), at_once):
+        some = plan.groups[start : start + at_once]
+        grams = [InputGram(n, shared.sum.device) for _ in some]
+        handles = []
+        for (path, *_), gram in zip(some, grams, strict=True):
+
+            def see(module: nn.Module, args: tuple[Tensor], gram: InputGram = gram) -> None:
+                out = site(args[0])
+                gram.add(out.dequantize() if isinstance(out, QTensor) else out)
+
+            handles.append(_folded(block, path).register_forward_pre_hook(see))
+        try:
+            for x in inputs.split(batch_size):
+                call(block, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        site.forget()
+        for group, gram in zip(some, grams, strict=True):
+            yield group, blended(gram, mean)

@@ -21,6 +21,7 @@ from flatquant.evaluate.perplexity import Progress
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.quantizers import Dynamic
 from flatquant.runtime.branch import BranchedLinear
+from flatquant.runtime.experts import open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite, SiteLinear
 from flatquant.spec import BlockPlan, Plan, SitePlan
@@ -63,6 +64,7 @@ def collect(
     ours, theirs = model.get_submodule(plan.blocks_path), original.get_submodule(plan.blocks_path)
     if not isinstance(ours, nn.ModuleList) or not isinstance(theirs, nn.ModuleList) or len(ours) != len(theirs):
         raise ModelError("the original has other blocks than the quantised model; give the model it was made from")
+    open_experts(theirs)
     passes, done = len(ours) + 2, 0
 
     def step() -> None:
@@ -131,7 +133,11 @@ def _seen(blocks: nn.ModuleList, plan: Plan, *, quantised: bool) -> Iterator[lis
             if isinstance(module, FrozenSite):  # in the basis of its readers, before rounding
                 factor = module.left if module.left is not None else module.right
                 x = x if factor is None else kron_matmul(x.to(factor.dtype), module.left, module.right)
-            note.inputs.setdefault(site, x.detach().flatten(0, -2)[:ROWS].float())
+            x = x.detach().flatten(0, -2).float()
+            if site not in note.inputs:
+                note.inputs[site] = x[:ROWS]
+            elif not isinstance(module, FrozenSite):  # an expert that sees other rows than the one before
+                note.inputs[site] = torch.cat([note.inputs[site], x])[:ROWS]
 
         return hook
 
@@ -144,8 +150,8 @@ def _seen(blocks: nn.ModuleList, plan: Plan, *, quantised: bool) -> Iterator[lis
     for block, block_plan, note in zip(blocks, plan.blocks, notes, strict=True):
         handles.append(block.register_forward_hook(keep(note)))
         for site, at in block_plan.sites.items():
-            watched = block.get_submodule(f"flatquant.{site}" if quantised else at.readers[0])
-            handles.append(watched.register_forward_pre_hook(watch(note, site)))
+            for path in [f"flatquant.{site}"] if quantised else [path for path, *_ in at.groups]:
+                handles.append(block.get_submodule(path).register_forward_pre_hook(watch(note, site)))
     try:
         yield notes
     finally:

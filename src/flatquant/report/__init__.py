@@ -2,5 +2,6 @@
 
 from flatquant.report.page import FILE, figures, page, write
 from flatquant.report.plots import standalone
+from flatquant.report.raster import png
 
-__all__ = ["FILE", "figures", "page", "standalone", "write"]
+__all__ = ["FILE", "figures", "page", "png", "standalone", "write"]

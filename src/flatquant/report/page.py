@@ -31,15 +31,16 @@ h2{font-size:1.2rem;margin:2em 0 .4em}p{margin:.4em 0}.soft{color:var(--soft);fo
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:18px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px}
 figure svg{width:100%;height:auto;display:block}figcaption{color:var(--soft);font-size:.88rem;padding:4px 6px}
+figcaption b{color:var(--text)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.94rem}
 th,td{border-bottom:1px solid var(--line);padding:5px 8px;text-align:right;font-variant-numeric:tabular-nums}
-th:first-child,td:first-child{text-align:left}details{margin:.6em 0}summary{cursor:pointer}
+th:first-child,td:first-child,.facts td{text-align:left}details{margin:.6em 0}summary{cursor:pointer}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px;overflow-x:auto;font-size:.82rem}
 code{font-size:.9em}
 """
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a file of the report.
 
     Raises:
@@ -47,7 +48,7 @@ def write(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         raise FlatQuantError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -68,21 +69,22 @@ def page(
         evaluation: `flatquant_evaluation.json`.
         collection: `flatquant_collection.json`.
     """
+    original = str(_at(report, "model", "name") or "ORIGINAL")
     model = _at(report, "model", "name") or inspection.get("architecture") or "model"
     title = f"{model}, {inspection.get('scheme', '')}"
     drawn = figures(report, collection)
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p class=soft>quantised by the recipe {escape(str(inspection.get('recipe', '')))}; every number below comes "
-        "from files in its folder</p>",
+        f"<p class=soft>{escape(_bits(report))}Quantised by the recipe "
+        f"{escape(str(inspection.get('recipe', '')))}; every number below comes from files in its folder.</p>",
         _cards(inspection, evaluation, collection),
-        _quality(name, evaluation),
+        _quality(name, original, evaluation),
         *(_section(section, text, drawn) for section, text in _SECTIONS.items()),
     ]
     if not collection:
         body.append(
             f"<p>To see how flat weights and activations are, and where errors arise: "
-            f"<code>flatquant report {escape(name)} --collect ORIGINAL</code></p>"
+            f"<code>flatquant report {escape(name)} --collect {escape(original)}</code></p>"
         )
     body += [_bytes(inspection), _reproduce(inspection, report)]
     return (
@@ -99,13 +101,19 @@ _SECTIONS = {
     "flatness": (
         "How flat it is",
         "A grid of 16 levels must cover the largest channel, so the others share what is left. Each curve shows the "
-        "sizes of all channels, largest first, over their mean: the nearer to a flat line at 1, the better 4 bits fit.",
+        "sizes of all channels, largest first, over their mean: the nearer to a flat line at 1, the better 4 bits fit. "
+        "Sites are what linear layers read: attn_in (queries, keys, values), attn_out (attention's output), mlp_in "
+        "(gate and up), mlp_mid (down).",
     ),
     "error": (
         "Where errors arise",
         "Blocks are the model's layers, in the order data meets them.",
     ),
-    "fit": ("How the fit went", "What was trained, and how far."),
+    "fit": (
+        "How the fit went",
+        "What was trained, and how far. A site's transform is made of two small matrices, left and right; keys have "
+        "one of their own.",
+    ),
 }
 
 
@@ -136,7 +144,7 @@ def _collected(collection: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]
                     log=True,
                     span=(0, 100),
                 ),
-                f"{kind.capitalize()} where the original is least flat ({where}). Scaling moves size between "
+                "Where the original is least flat. Scaling moves size between "
                 "activations and weights; a Hadamard rotation spreads it blindly; the model's transforms were learned.",
             )
             peaks = {
@@ -146,12 +154,13 @@ def _collected(collection: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]
             out[f"peaks-{kind}"] = (
                 "flatness",
                 plots.lines(peaks, f"Largest channel of {kind} by block", "block", "largest over mean", log=True),
-                f"The largest channel of {kind}, mean over a block's sites, in all blocks.",
+                "Over the mean channel; of a block's sites, the mean.",
             )
     out["surface"] = (
         "error",
         plots.heat(_list(collection, "surface"), "Relative error by block and token", "token", "block"),
-        "Error of each block's output, relative to its size, token by token. The first token often differs: "
+        "Error of each block's output, relative to its size (1: as large as the output), token by token. The "
+        "first token often differs: "
         "attention parks what it does not need there.",
     )
     alone = _list(collection, "alone")
@@ -188,6 +197,7 @@ def _noted(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
     curves = {"before": [b["before"] for b in blocks], "after": [b["after"] for b in blocks]}
     end = _at(report, "end_to_end", "losses") or []
     seconds = _at(report, "timing", "seconds") or {}
+    routed = [b["experts"]["tokens"] for b in _list(report, "blocks") if b.get("experts")]
     return {
         "losses": (
             "fit",
@@ -199,10 +209,17 @@ def _noted(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
             plots.lines({"KL divergence": end}, "End-to-end fit", "step", "nats per token") if end else "",
             "Divergence from the original on calibration text, step by step.",
         ),
+        "experts": (
+            "fit",
+            plots.heat(routed, "Calibration tokens by expert", "expert", "block with experts") if routed else "",
+            "How many tokens of the calibration text each expert saw. One that saw few is rounded as if it had also "
+            "seen what the others did.",
+        ),
         "time": (
             "fit",
             plots.shares({k: float(v) for k, v in seconds.items()}, "Time by stage", "s"),
-            "Where the time of quantising went.",
+            "Where the time of quantising went. Capture and full precision run the original, fold multiplies "
+            "transforms into the weights, solve rounds them.",
         ),
     }
 
@@ -216,7 +233,7 @@ def _by_block(entries: Sequence[Mapping[str, Any]], value: Any) -> list[float]:
 
 def _section(key: str, heading: tuple[str, str], drawn: Mapping[str, tuple[str, str, str]]) -> str:
     own = [
-        f"<figure>{figure}<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<figure>{figure}<figcaption><b>{_title(figure)}.</b> {escape(caption)}</figcaption></figure>"
         for section, figure, caption in drawn.values()
         if section == key
     ]
@@ -236,7 +253,7 @@ def _cards(
     if (times := inspection.get("compression")) is not None:
         cards["smaller than 16 bit"] = f"{times:.2f} ×"
     if (bits := inspection.get("bits_per_quantised_weight")) is not None:
-        cards["bits per weight, all counted"] = f"{bits:.2f}"
+        cards["bits per quantised weight, with scales and transforms"] = f"{bits:.2f}"
     kv, kv16 = inspection.get("kv_bytes_per_token"), inspection.get("kv_bytes_per_token_16bit")
     if kv and kv16:
         cards["smaller KV cache"] = f"{kv16 / kv:.2f} ×"
@@ -244,16 +261,16 @@ def _cards(
     if divergence is None and collection:
         divergence = collection.get("kl")
     if divergence is not None:
-        cards["nats from the original (KL)"] = number(float(divergence))
+        cards["KL divergence from the original, nats per token (0: the same)"] = number(float(divergence))
     if (same := _at(evaluation or {}, "divergence", "top1")) is not None:
-        cards["same next token"] = f"{same:.1%}"
+        cards["of next tokens are the original's"] = f"{same:.1%}"
     inner = "".join(f"<div class=card><b>{escape(v)}</b>{escape(k)}</div>" for k, v in cards.items())
     return f"<div class=cards>{inner}</div>"
 
 
-def _quality(name: str, evaluation: Mapping[str, Any] | None) -> str:
+def _quality(name: str, original: str, evaluation: Mapping[str, Any] | None) -> str:
     if not evaluation:
-        command = f"flatquant evaluate {name} --perplexity wikitext2 --divergence-from ORIGINAL --save"
+        command = f"flatquant evaluate {name} --perplexity wikitext2 --divergence-from {original} --save"
         return f"<h2>Quality</h2><p>Not measured yet: <code>{escape(command)}</code></p>"
     rows = []
     for text, found in (evaluation.get("perplexity") or {}).items():
@@ -281,7 +298,7 @@ def _bytes(inspection: Mapping[str, Any]) -> str:
         "packed": "packed integers",
         "grids": "scales",
         "transforms": "transforms",
-        "dense": "16 bit: embeddings, norms",
+        "dense": "not quantised, 16 bit",
     }
     parts = {names.get(str(kind), str(kind)): size / 1e6 for kind, size in kinds.items()}
     figure = plots.shares(parts, "Bytes by kind", "MB")
@@ -305,10 +322,31 @@ def _reproduce(inspection: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     )
     recipe = json.dumps(report.get("recipe"), indent=1) if report.get("recipe") else ""
     details = f"<details><summary>The recipe, in full</summary><pre>{escape(recipe)}</pre></details>" if recipe else ""
-    return f"<h2>To reproduce it</h2><div class=scroll><table>{rows}</table></div>{details}"
+    return f"<h2>To reproduce it</h2><div class=scroll><table class=facts>{rows}</table></div>{details}"
 
 
 # --------------------------------------------------------------------------------------------- small things
+
+
+def _title(figure: str) -> str:
+    """What a figure is called, as markup: the first title of its SVG."""
+    return figure.partition("<title>")[2].partition("</title>")[0]
+
+
+def _bits(report: Mapping[str, Any]) -> str:
+    """A recipe's scheme in words, as a sentence; nothing without a recipe."""
+    found: dict[int, list[str]] = {}
+    for name in ("weights", "activations", "keys", "values"):
+        bits = _at(report, "recipe", "scheme", name, "bits")
+        found.setdefault(bits if isinstance(bits, int) else 16, []).append(name)
+    if not _at(report, "recipe", "scheme"):
+        return ""
+    words = [f"{_and(names)} in {bits} bits" for bits, names in sorted(found.items())]
+    return f"{_and(words).capitalize()}. "
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _at(data: Mapping[str, Any], *path: str) -> Any:

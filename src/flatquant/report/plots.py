@@ -16,10 +16,10 @@ STYLE = (
     "text{font:12px system-ui,sans-serif;fill:currentColor}"
     ".grid{stroke:currentColor;stroke-opacity:.15}.axis{stroke:currentColor;stroke-opacity:.5}"
     ".line{fill:none;stroke-width:2.2}svg{color:#1b1f24;max-width:100%;height:auto}"
-    "@media(max-width:520px){text{font-size:14px}}"
+    "@media(max-width:520px){text{font-size:13px}}"
     "@media(prefers-color-scheme:dark){svg{color:#e6e8eb}}"
 )
-WIDTH, HEIGHT = 560, 300
+WIDTH, HEIGHT = 420, 270  # small enough that text stays readable on a phone
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 44
 
 
@@ -61,8 +61,13 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         step = max(1, (last - first) // 5)
-        inside = [10.0**e for e in range(first, last + 1, step) if low <= 10.0**e <= high]
-        return inside if len(inside) > 1 else [low, math.sqrt(low * high), high]
+        for digits in ((1,), (1, 2, 5)):
+            every = (m * 10.0**e for e in range(first, last + 1, step) for m in digits)
+            inside = [value for value in every if low <= value <= high]
+            if len(inside) > 2:
+                return inside
+        if len(inside) > 1 and inside[-1] > 1.6 * inside[0]:
+            return inside
     step = 10 ** math.floor(math.log10((high - low) / 4 or 1))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -177,10 +182,10 @@ def shares(parts: Mapping[str, float], title: str, unit: str) -> str:
     top, height = max(parts.values()), 26
     body: list[str] = []
     for row, (name, value) in enumerate(sorted(parts.items(), key=lambda item: -item[1])):
-        y, width = 6 + row * height, 260 * value / top
-        body.append(_text(190, y + 14, name, "end"))
-        body.append(f'<rect x="198" y="{y}" width="{max(width, 1):.1f}" height="18" style="fill:{COLOURS[2]}"/>')
-        body.append(_text(204 + width, y + 14, f"{number(value)} {unit}"))
+        y, width = 6 + row * height, 170 * value / top
+        body.append(_text(170, y + 14, name, "end"))
+        body.append(f'<rect x="176" y="{y}" width="{max(width, 1):.1f}" height="18" style="fill:{COLOURS[2]}"/>')
+        body.append(_text(182 + width, y + 14, f"{number(value)} {unit}"))
     return svg("".join(body), title, WIDTH, 12 + height * len(parts))
 
 

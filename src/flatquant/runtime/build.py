@@ -16,6 +16,7 @@ from flatquant.qtensor import QTensor
 from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
+from flatquant.runtime.experts import is_stacked, open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.levels import FrozenLevels, PackedLevels
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
@@ -35,6 +36,8 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
     Raises:
         ArtifactError: the plan names modules that the block lacks.
     """
+    _check_experts(block, max((len(site.groups) for site in plan.sites.values()), default=0))
+    open_experts(block)
     sites = nn.ModuleDict()
     for name, site_plan in plan.sites.items():
         site = _site(site_plan)
@@ -54,6 +57,18 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
     if plan.qk or plan.keys or plan.values:
         key, query = (_empty(plan.head_dim, plan.head_dim) if plan.qk else None for _ in range(2))
         seams.attach(_get(block, attention), FrozenKeyValue(key, query, _dynamic(plan.keys), _dynamic(plan.values)))
+
+
+def _check_experts(block: nn.Module, planned: int) -> None:
+    """Numbers that a config names, before modules are made after them, or tokens routed."""
+    stacked = [module for module in block.modules() if is_stacked(module)]
+    for module in stacked:
+        if (experts := len(module.get_parameter("down_proj"))) != planned:
+            raise ArtifactError(f"the plan does not fit the model: {experts} experts, {planned} planned")
+    for module in block.modules() if stacked else ():
+        chosen = getattr(module, "top_k", 1)
+        if type(chosen) is not int or not 1 <= chosen <= planned:
+            raise ArtifactError(f"config.json is damaged: {chosen} experts for each token, of {planned}")
 
 
 def _get(root: nn.Module, path: str) -> nn.Module:

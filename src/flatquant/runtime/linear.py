@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatquant.modules import ExactBuffers
+from flatquant.modules import ExactBuffers, Site
 from flatquant.ops.int_linear.reference import int_linear
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.qtensor import QTensor
@@ -21,7 +21,7 @@ from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid
 from flatquant.spec import QuantSpec
 
 
-class FrozenSite(ExactBuffers):
+class FrozenSite(ExactBuffers, Site):
     """Transforms one tensor and puts it on its grid, once for all its readers.
 
     Buffers: `shift` d (n,), `left` P1 (n1, n1) and `right` P2 (n2, n2), float32, each present only if it runs online;
@@ -48,6 +48,7 @@ class FrozenSite(ExactBuffers):
         self.register_buffer("down", down)
         self.activations = activations
         self._last: tuple[Tensor, Tensor | QTensor, Tensor | None] | None = None
+        self._part: tuple[Tensor, Tensor | QTensor, Tensor | None] | None = None  # some rows of the last
 
     def forward(self, x: Tensor) -> Tensor | QTensor:
         """(x - d) (P1 (x) P2), as integers if activations are on a uniform grid here, else in x's dtype.  # (.., n)
@@ -64,10 +65,19 @@ class FrozenSite(ExactBuffers):
         assert low is not None, "this site has no branch"
         return low
 
+    def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            self(x)  # so that who watches this site sees all of x once
+        out, low = self._computed(x)
+        part = x[index]
+        rows = out.rows(index) if isinstance(out, QTensor) else out[index]
+        self._part = (part, rows, None if low is None else low[index])
+        return part
+
     def _computed(self, x: Tensor) -> tuple[Tensor | QTensor, Tensor | None]:
-        last = self._last  # read once: another thread may replace it
-        if last is not None and last[0] is x:
-            return last[1], last[2]
+        for seen in (self._last, self._part):  # each read once: another thread may replace it
+            if seen is not None and seen[0] is x:
+                return seen[1], seen[2]
         y = x if self.shift is None else x.to(self.shift.dtype) - self.shift
         factor = self.left if self.left is not None else self.right
         if factor is not None:
@@ -84,7 +94,7 @@ class FrozenSite(ExactBuffers):
 
     def forget(self) -> None:
         """Drop the remembered tensors."""
-        self._last = None
+        self._last = self._part = None
 
 
 class Unpacked(ABC):

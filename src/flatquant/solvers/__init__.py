@@ -2,8 +2,8 @@
 
 from flatquant.solvers.base import Grid, Solver
 from flatquant.solvers.gptq import GPTQ
-from flatquant.solvers.hessian import InputGram, OutputAdaptive
+from flatquant.solvers.hessian import InputGram, OutputAdaptive, blended
 from flatquant.solvers.rtn import RTN
 from flatquant.solvers.vectors import VectorSolver
 
-__all__ = ["GPTQ", "RTN", "Grid", "InputGram", "OutputAdaptive", "Solver", "VectorSolver"]
+__all__ = ["GPTQ", "RTN", "Grid", "InputGram", "OutputAdaptive", "Solver", "VectorSolver", "blended"]

@@ -43,7 +43,7 @@ class OutputAdaptive:
     def __init__(self, n: int, device: torch.device | str, per: Literal["sequence", "token"] = "sequence") -> None:
         self.sum = torch.zeros(n, n, device=device)
         self.per = per
-        self.sequences = 0
+        self.sequences = self.tokens = 0
 
     def add(self, x: Tensor, delta: Tensor) -> None:
         """Add whole sequences.
@@ -56,8 +56,30 @@ class OutputAdaptive:
             g = di.mT @ xi if self.per == "sequence" else xi * di.norm(dim=-1, keepdim=True)
             self.sum.addmm_(g.mT, g)
         self.sequences += x.shape[0]
+        self.tokens += x.shape[:2].numel()
 
     def hessian(self) -> Tensor:
         """float32, (n, n)."""
         h = self.sum / max(self.sequences, 1)
         return (h + h.mT) / 2
+
+
+def blended(own: InputGram | OutputAdaptive, mean: Tensor) -> Tensor:
+    """The Hessian of one expert of a mixture: as if it had seen n more tokens, of the kind that all experts see.
+
+    H = (S + n M) / (T + n), with S the expert's sum over T tokens and M the mean over those of all experts. Fewer
+    tokens than channels leave S singular: error compensation would move errors to whatever these few happen not to
+    contain ("insufficient and biased calibration for less frequently utilized experts", MoEQuant, arXiv 2505.03804).
+    Shrinking second moments of few samples towards a common target is Ledoit and Wolf's remedy (J. Multivariate
+    Analysis 88, 2004); its weight here is a rule of thumb, not their estimate: halves at T = n, the expert's own for
+    T >> n, and the common one for an expert that no token reached.
+
+    Args:
+        mean: float32, (n, n).
+
+    Returns:
+        float32, (n, n).
+    """
+    n = mean.shape[0]
+    h = (own.sum + n * mean) / (own.tokens + n)
+    return h + h.mT  # with the factor 2 of a Gram matrix

@@ -10,6 +10,7 @@ from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flatquant import seams
 from flatquant.levels import LevelTensor
@@ -37,9 +38,9 @@ from flatquant.transforms import (
     make_masked,
 )
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
-from flatquant.wiring.arch import Arch, Edge, linear_at, replace_submodule, submodule
+from flatquant.wiring.arch import Arch, Edge, expanded, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
-from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput, HeadsOutput, LastRows, ReaderScale
+from flatquant.wiring.linear import FitLinear, FitSite, Followed, HeadOutput, HeadsOutput, LastRows, ReaderScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class InputStatistics:
     square: Tensor  # mean of x^2, (n,)
     center: Tensor | None = None  # between the least and the largest x, (n,)
     rows: Tensor | None = None  # x of some tokens, (tokens, n)
+    tokens: tuple[int, ...] = ()  # that each group of readers saw: those of one expert, or all
 
 
 @dataclass(kw_only=True)
@@ -126,6 +128,7 @@ def wrap_block(
             gains to their readers, and the block maps x R to y R where it mapped x to y.
         force: build transforms even where nothing is quantised (the laws do).
     """
+    arch = arch.of(block)
     device = next(block.parameters()).device
     transforms: dict[str, Transform] = {}
     shifts: dict[str, Shift] = {}
@@ -136,7 +139,7 @@ def wrap_block(
         if parts and parts[0].kind == "shift":
             shifts[edge.site] = _shift(parts[0], linears, statistics.get(edge.site))
         heads, first = 1, 0
-        if edge.writer is not None:
+        if edge.passes == "per_head":
             rows = linear_at(block, edge.writes.path).out_features
             first = edge.writes.first(rows, linears[0].in_features)
             heads = (rows - first) // plan.head_dim
@@ -152,6 +155,10 @@ def wrap_block(
         assert arch.residual is not None
         for path in arch.residual.writers:
             outputs[path].append(HeadOutput(residual))
+        for edge in arch.edges:
+            for path in edge.routers:
+                follow = Followed(_written_parts(transforms[edge.site]))
+                parametrize.register_parametrization(submodule(block, path), "weight", follow)
         with torch.no_grad():
             for norm in {edge.norm for edge in arch.edges if edge.norm is not None}:
                 _gain(block, norm).fill_(1)
@@ -345,13 +352,13 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
         site = copy.deepcopy(fit.sites[edge.site]).double()  # one at a time: of a large model, these are gigabytes
         transforms[edge.site] = site.transform
         shifts[edge.site] = None if site.shift is None else site.shift.d
-        weights = site.transformed_weight().split(site.rows)
+        weights = site.transformed_weight().split(site.sizes)
         bias = site.transformed_bias()
-        biases = [None] * len(weights) if bias is None else bias.split(site.rows)
+        biases = [None] * len(weights) if bias is None else bias.split(site.sizes)
         for path, w, b, has in zip(edge.readers, weights, biases, site.has_bias, strict=True):
             folded[path] = (w, b if has else None)
         if isinstance(site.grid, WeightLevels):
-            levels |= zip(edge.readers, site.grid.frozen().split(site.rows), strict=True)
+            levels |= zip(edge.readers, site.grid.frozen().split(site.sizes), strict=True)
     frozen = nn.ModuleDict()
     for edge in arch.edges:
         diagonal, left, right = _online_parts(transforms[edge.site], plan.sites[edge.site])
@@ -359,6 +366,8 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
         if diagonal is not None:
             _absorb(edge, arch, block, diagonal, folded)
             shift = None if shift is None else shift * diagonal  # it comes after the scale now
+        for path in edge.routers:
+            _turn(submodule(block, path), _written_parts(transforms[edge.site], diagonals=True))
         activations = fit.sites[edge.site].activations
         frozen[edge.site] = FrozenSite(
             None if left is None else left.to(dtype),
@@ -398,8 +407,24 @@ def _online_parts(transform: Transform, plan: SitePlan) -> tuple[Tensor | None, 
     return diagonal, left, right
 
 
-def _parts_of(transform: Transform) -> list[nn.Module]:
-    return list(transform.parts) if isinstance(transform, Compose) else [transform]
+def _parts_of(transform: Transform) -> list[Transform]:
+    if not isinstance(transform, Compose):
+        return [transform]
+    return [part for part in transform.parts if isinstance(part, Transform)]
+
+
+def _written_parts(transform: Transform, *, diagonals: bool = False) -> Transform:
+    """What of a site's transform its input is written in; diagonals too, once a norm has absorbed them."""
+    kinds = (Written, MovedGain, Diagonal) if diagonals else (Written, MovedGain)
+    return _joined([part for part in _parts_of(transform) if isinstance(part, kinds)])
+
+
+def _turn(router: nn.Module, transform: Transform) -> None:
+    """Put a router's weight into the basis of its input, for good."""
+    if parametrize.is_parametrized(router, "weight"):
+        parametrize.remove_parametrizations(router, "weight", leave_parametrized=False)
+    weight = router.get_parameter("weight")
+    weight.copy_(transform.inverse_t(weight.double()))
 
 
 def _remaining_shift(edge: Edge, block: nn.Module, shift: Tensor | None, plan: SitePlan) -> Tensor | None:
@@ -424,11 +449,12 @@ def _absorb(
         gain.copy_(((gain.double() + arch.norm_offset) * diagonal - arch.norm_offset).to(gain.dtype))
         if isinstance(shift, Tensor):
             shift.copy_((shift.double() * diagonal).to(shift.dtype))
-    else:
-        weight, bias = folded[edge.writes.path]
+        return
+    for path in expanded(block, (edge.writes.path,)):
+        weight, bias = folded[path]
         scale = torch.ones_like(weight[:, 0])
         scale[edge.writes.first(len(scale), len(diagonal)) :][: len(diagonal)] = diagonal
-        folded[edge.writes.path] = (weight * scale[:, None], None if bias is None else bias * scale)
+        folded[path] = (weight * scale[:, None], None if bias is None else bias * scale)
 
 
 @overload

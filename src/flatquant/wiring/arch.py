@@ -1,20 +1,21 @@
 """How a model family is wired, as data: which linears read which tensor, and who wrote it.
 
 A transform is a basis change on an edge: readers absorb its inverse, writers absorb what they can, the rest runs
-online. Module paths are relative to a block.
+online. Module paths are relative to a block; `*` in one stands for every expert of a mixture.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flatquant.errors import ModelError
+from flatquant.runtime.experts import Experts
 from flatquant.spec import Transforms
 
 
@@ -49,6 +50,8 @@ class Edge:
         norm: the norm that writes it, whose gain (and shift) absorbs a diagonal.
         writer: the linear whose output rows absorb part of the transform; of a fused one, the part:
             `self_attn.qkv_proj[v]`, `mlp.gate_up_proj[up]`.
+        routers: modules whose one weight multiplies it too, in 16 bit and in the basis that it is written in: of a
+            mixture of experts, what chooses them.
         passes: what survives between the writer and the readers: a per-channel scale (`diagonal`: an elementwise
             product), or one matrix per head shared by all heads (`per_head`: softmax attention).
     """
@@ -57,12 +60,13 @@ class Edge:
     readers: tuple[str, ...]
     norm: str | None = None
     writer: str | None = None
+    routers: tuple[str, ...] = ()
     passes: Literal["nothing", "diagonal", "per_head"] = "nothing"
 
     @property
     def writes(self) -> Writes:
         """`writer`, taken apart."""
-        match = re.fullmatch(r"([\w.]+)(?:\[(v|up)\])?", self.writer or "")
+        match = re.fullmatch(r"([\w.*]+)(?:\[(v|up)\])?", self.writer or "")
         if match is None:
             raise ModelError(f"{self.site}: {self.writer!r} is no writer's path; of a fused one, path[v] or path[up]")
         return Writes(match[1], match[2])
@@ -108,6 +112,7 @@ class Arch:
     Attributes:
         residual: None where something else than a norm reads the stream, or a norm stands between a writer and it.
         scores: None where RoPE pairs other channels, or queries and keys pass a norm.
+        dense: how blocks without experts are wired, in a family that has both kinds.
         when: config fields that choose between descriptions of one model type.
         norm_offset: a norm multiplies by this plus its weight (Gemma: 1).
     """
@@ -116,11 +121,25 @@ class Arch:
     edges: tuple[Edge, ...]
     residual: Residual | None = None
     scores: Scores | None = None
+    dense: Arch | None = None
     when: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
     blocks: str = "model.layers"
     attention: str = "self_attn"
     final_norm: str = "model.norm"
+
+    def of(self, block: nn.Module) -> Arch:
+        """The description of one block, with all that reads or adds to the residual stream named one by one.
+
+        Raises:
+            ModelError: there are no experts where the description has some.
+        """
+        roots = {path.partition(".*")[0] for edge in self.edges for path in edge.readers if "*" in path}
+        if self.dense is not None and any(_find(block, root) is None for root in roots):
+            return self.dense.of(block)
+        edges = tuple(replace(edge, readers=expanded(block, edge.readers)) for edge in self.edges)
+        residual = self.residual and replace(self.residual, writers=expanded(block, self.residual.writers))
+        return replace(self, edges=edges, residual=residual, dense=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +149,19 @@ class Geometry:
     heads: int
     kv_heads: int
     head_dim: int
+    experts: int = 1  # that a token passes through, where there are several
 
     @classmethod
     def of(cls, config) -> Geometry:
         """Read a transformers config; `head_dim` is its own field where it exists."""
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim)
+        return cls(
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            experts=getattr(config, "num_experts_per_tok", None) or 1,
+        )
 
 
 def logits(config, products: Tensor) -> Tensor:
@@ -149,18 +174,40 @@ def logits(config, products: Tensor) -> Tensor:
     return products
 
 
+def _find(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def submodule(root: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path.
 
     Raises:
         ModelError: nothing is there; an edge that matches nothing is an error, not a no-op.
     """
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
+    module = _find(root, path)
+    if module is None:
         raise ModelError(
             f"{type(root).__name__} has no module {path!r}: the architecture description does not fit this model"
-        ) from None
+        )
+    return module
+
+
+def expanded(block: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+    """Paths with their `*` replaced by the number of every expert, all of one expert's together.
+
+    Raises:
+        ModelError: there are no opened experts at such a path.
+    """
+    out = [path for path in paths if "*" not in path]
+    for root in dict.fromkeys(path.partition(".*")[0] for path in paths if "*" in path):
+        experts = submodule(block, root)
+        if not isinstance(experts, Experts):
+            raise ModelError(f"{root} is a {type(experts).__name__}: its experts have not been opened")
+        out += [p.replace("*", str(i)) for i in range(len(experts)) for p in paths if p.startswith(f"{root}.*")]
+    return tuple(out)
 
 
 def linear_at(root: nn.Module, path: str) -> nn.Linear:

@@ -6,9 +6,10 @@ norms, rotary embeddings, sliding windows and logit caps all lie between an edge
 
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from flatquant.errors import ModelError
+from flatquant.runtime.experts import is_stacked
 from flatquant.wiring.arch import Arch, Edge, Residual, Scores
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -78,7 +79,25 @@ PARALLEL = Arch(  # attention and MLP side by side on one norm: one tensor, one 
 
 STABLELM_PARALLEL = replace(PARALLEL, model_types=("stablelm",), when={"use_parallel_residual": True})
 
-ARCHS = (LLAMA, QWEN3, GEMMA, OLMO2, PHI3, GLM4, STABLELM, PARALLEL, STABLELM_PARALLEL)
+MIXTRAL = Arch(  # a mixture of experts: all of them read what the router reads
+    model_types=("mixtral",),
+    edges=(
+        *LLAMA.edges[:2],
+        Edge(
+            site="mlp_in",
+            readers=("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+            norm="post_attention_layernorm",
+            routers=("mlp.gate",),
+        ),
+        replace(MLP_MID, readers=("mlp.experts.*.down_proj",), writer="mlp.experts.*.up_proj"),
+    ),
+    residual=Residual(writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+    scores=LLAMA.scores,
+)
+
+QWEN3_MOE = replace(MIXTRAL, model_types=("qwen3_moe",), scores=None, dense=QWEN3)  # some blocks have no experts
+
+ARCHS = (LLAMA, QWEN3, GEMMA, OLMO2, PHI3, GLM4, STABLELM, PARALLEL, STABLELM_PARALLEL, MIXTRAL, QWEN3_MOE)
 
 
 def arch_of(config, model: nn.Module | None = None) -> Arch:
@@ -118,18 +137,40 @@ def _draft(model_type: str, model: nn.Module) -> str:
     if not lists:
         return f"{type(model).__name__} has no list of blocks"
     path = max(lists, key=lambda name: len(list(lists[name].parameters())))
-    block = lists[path][0]
+    block = max(lists[path], key=lambda block: sum(p.numel() for p in block.parameters()))  # one with experts, if any
     modules = {name: m for name, m in block.named_modules() if next(m.parameters(recurse=False), None) is not None}
     norms = [n for n, m in modules.items() if next(m.parameters(recurse=False)).ndim == 1 and "." not in n]
-    held = ", ".join(
-        f"{name} {type(m).__name__} {'x'.join(map(str, next(m.parameters(recurse=False)).shape))}"
+    experts = [name for name, m in modules.items() if is_stacked(m)]
+    linears = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
+    linears += [f"{name}.*.{leaf}" for name in experts for leaf in ("gate_proj", "up_proj", "down_proj")]
+    # Beside experts, whatever gives a number for each of them.
+    routers = tuple(
+        name
+        for root in experts
         for name, m in modules.items()
+        if _parent(name) == _parent(root) and _routes(m, modules[root])
     )
+    held = ", ".join(f"{name} {type(m).__name__} {_shape(m)}" for name, m in modules.items())
     edges = []
     for site, names in _NAMES.items():
-        readers = tuple(n for n, m in modules.items() if isinstance(m, nn.Linear) and n.split(".")[-1] in names)
+        readers = tuple(n for n in linears if n.split(".")[-1] in names and n not in routers)
         norm = f", norm={norms[site == 'mlp_in' and len(norms) > 1]!r}" if site.endswith("_in") and norms else ""
+        chosen = f", routers={routers!r}" if site == "mlp_in" and routers else ""
         written = {"attn_out": ", writer='...', passes='per_head'", "mlp_mid": ", writer='...', passes='diagonal'"}
-        edges.append(f"Edge(site={site!r}, readers={readers!r}{norm}{written.get(site, '')})")
+        edges.append(f"Edge(site={site!r}, readers={readers!r}{norm}{chosen}{written.get(site, '')})")
     literal = f"Arch(model_types=({model_type!r},), blocks={path!r}, edges=({', '.join(edges)}))"
     return f"A block of {type(model).__name__} ({path}) holds {held}; a draft: {literal}"
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _shape(module: nn.Module) -> str:
+    return "x".join(map(str, next(module.parameters(recurse=False)).shape))
+
+
+def _routes(module: nn.Module, stacked: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    experts, _, hidden = stacked.get_parameter("gate_up_proj").shape
+    return isinstance(weight, Tensor) and tuple(weight.shape) == (experts, hidden)

@@ -20,11 +20,15 @@ def online_flops(plan: Plan, geometry: Geometry, blocks: nn.ModuleList) -> int:
     """
     total = 0
     for block, module in zip(plan.blocks, blocks, strict=True):
-        for site in block.sites.values():
+        for name, site in block.sites.items():
             n1, n2 = site.shape
-            total += 2 * n1 * n2 * (n1 * site.left + n2 * site.right)
+            # A token's row is one for all experts on their way in, and one for each that it passes inside.
+            chosen = min(geometry.experts, len(site.groups))
+            rows = chosen if name == "mlp_mid" else 1
+            total += rows * 2 * n1 * n2 * (n1 * site.left + n2 * site.right)
             if site.rank:
-                total += 2 * site.rank * (n1 * n2 + sum(_outputs(module, path) for path in site.readers))
+                outputs = sum(_outputs(module, path) for path in site.readers) * chosen // len(site.groups)
+                total += 2 * site.rank * (rows * n1 * n2 + outputs)
         if block.qk:
             total += 2 * block.head_dim**2 * (geometry.heads + geometry.kv_heads)
     return total

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatquant.modules import Trainable
+from flatquant.modules import Site, Trainable
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid, WeightGrid, WeightLevels
 from flatquant.spec import QuantSpec
@@ -23,6 +23,8 @@ from flatquant.transforms import Factor, HeadDiagonal, HeadMatrices, Identity, S
 # On a GPU a fit is bound by launches and memory traffic. Up to this size, one dense product forward and two backward
 # beat the structured product's many passes: 8192 x 1536 x 1536 in half precision takes an H100 0.06 ms.
 DENSE_LIMIT = 2048
+
+_Operand = tuple[Tensor, Tensor | None]  # weight (o, n) and bias (o,) of one reader
 
 
 class HeadOutput(nn.Module):
@@ -77,6 +79,18 @@ class ReaderScale(nn.Module):
         return self.diagonal.inverse_t(y)
 
 
+class Followed(nn.Module):
+    """The weight of a router, which stays in 16 bit, in the basis that its input is written in during a fit."""
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, w: Tensor) -> Tensor:
+        """w P^-T.  # (o, n)"""
+        return self.transform.inverse_t(w.to(torch.promote_types(w.dtype, torch.float32))).to(w.dtype)
+
+
 class JoinedWeight(Trainable):
     """The weights of a site's readers, row upon row; frozen until an end-to-end fit releases them."""
 
@@ -87,7 +101,7 @@ class JoinedWeight(Trainable):
         self.value = nn.Parameter(value, requires_grad=False)
 
 
-class FitSite(nn.Module):
+class FitSite(Site):
     """Transforms and fake-quantises one tensor, once for all its readers, and multiplies it by their weights."""
 
     bias: Tensor | None  # (sum of rows,)
@@ -107,26 +121,28 @@ class FitSite(nn.Module):
         self.shift = shift
         self.transform = transform
         self.activations = activations
-        self.rows = [linear.out_features for linear in linears]
+        self.sizes = [linear.out_features for linear in linears]
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self.joined = JoinedWeight(weight if weight.dtype == torch.float64 else weight.float())
         biases = [linear.bias for linear in linears]
         self.has_bias = [b is not None or shift is not None for b in biases]
         if any(self.has_bias):
             filled = [
-                torch.zeros(o).to(self.weight) if b is None else b for b, o in zip(biases, self.rows, strict=True)
+                torch.zeros(o).to(self.weight) if b is None else b for b, o in zip(biases, self.sizes, strict=True)
             ]
             self.register_buffer("bias", torch.cat([b.detach() for b in filled]).to(self.weight.dtype))
         else:
             self.register_buffer("bias", None)
         self.grid: WeightGrid | WeightLevels | None = None  # levels come once all is on one device
         if weights is not None and weights.kind == "uniform":
-            self.grid = WeightGrid.for_weight(weights, (sum(self.rows), linears[0].in_features))
+            self.grid = WeightGrid.for_weight(weights, (sum(self.sizes), linears[0].in_features))
         self.outputs = nn.ModuleList(nn.Sequential(*maps) for maps in outputs)
         n = linears[0].in_features
         dense = weight.is_cuda and n <= DENSE_LIMIT and not isinstance(transform, Identity)
         self.register_buffer("eye", torch.eye(n, dtype=self.weight.dtype) if dense else None)
         self._last: tuple[Tensor, bool, tuple[Tensor, ...]] | None = None
+        self._whole: tuple[Tensor, bool, Tensor, list[_Operand]] | None = None  # x, grad, Q(x P), Q(W P^-T) by reader
+        self._part: tuple[Tensor, Tensor, list[_Operand]] | None = None  # the same of some rows
 
     @property
     def weight(self) -> Tensor:
@@ -157,7 +173,7 @@ class FitSite(nn.Module):
         if isinstance(self.grid, WeightGrid):
             w = self.grid.clamp(w)
         if self._has_outputs:
-            parts = zip(self.outputs, w.split(self.rows), strict=True)
+            parts = zip(self.outputs, w.split(self.sizes), strict=True)
             w = torch.cat([output(part.mT).mT for output, part in parts])
         return w
 
@@ -168,7 +184,7 @@ class FitSite(nn.Module):
             bias = bias + self.shift.product(self.weight)
         if bias is None or not self._has_outputs:
             return bias
-        parts = zip(self.outputs, bias.split(self.rows), strict=True)
+        parts = zip(self.outputs, bias.split(self.sizes), strict=True)
         return torch.cat([output(part) for output, part in parts])
 
     def _quantised_weight(self) -> Tensor:
@@ -181,21 +197,40 @@ class FitSite(nn.Module):
             return self.grid(self.transformed_weight())
         return self.grid.clamp_and_round(self._inverse_transformed())
 
+    def _quantised(self, x: Tensor) -> Tensor:
+        y = self._transformed(x)
+        return y if self.activations is None else self.activations(y)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The output of every reader."""
         # Readers call one after another with the same tensor: compute once.
         if self._last is not None and self._last[0] is x and self._last[1] == torch.is_grad_enabled():
             return self._last[2]
-        y = self._transformed(x)
-        if self.activations is not None:
-            y = self.activations(y)
-        out = F.linear(y, self._quantised_weight(), self.transformed_bias()).split(self.rows, -1)
+        out = F.linear(self._quantised(x), self._quantised_weight(), self.transformed_bias()).split(self.sizes, -1)
         self._last = (x, torch.is_grad_enabled(), out)
         return out
 
+    def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
+        if self._whole is None or self._whole[0] is not x or self._whole[1] != torch.is_grad_enabled():
+            bias = self.transformed_bias()
+            biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
+            operands = list(zip(self._quantised_weight().split(self.sizes), biases, strict=True))
+            self._whole = (x, torch.is_grad_enabled(), self._quantised(x), operands)
+        _, _, y, operands = self._whole
+        part = x[index]
+        self._part = (part, y[index], operands)
+        return part
+
+    def output(self, x: Tensor, index: int) -> Tensor:
+        """The output of one reader: alone for some rows, which are its own, else with all others.  # (.., o)"""
+        if self._part is not None and self._part[0] is x:
+            _, y, operands = self._part
+            return F.linear(y, *operands[index])
+        return self(x)[index]
+
     def forget(self) -> None:
         """Drop the remembered tensors (and with them a finished autograd graph)."""
-        self._last = None
+        self._last = self._whole = self._part = None
 
 
 class FitLinear(nn.Module):
@@ -207,4 +242,4 @@ class FitLinear(nn.Module):
         self.index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.site(x)[self.index]
+        return self.site.output(x, self.index)

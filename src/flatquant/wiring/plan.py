@@ -37,7 +37,7 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
     return Plan(
         blocks_path=arch.blocks,
         attention=arch.attention,
-        blocks=tuple(_block(i, block, recipe, arch, geometry, force) for i, block in enumerate(blocks)),
+        blocks=tuple(_block(i, block, recipe, arch.of(block), geometry, force) for i, block in enumerate(blocks)),
     )
 
 
