@@ -1,0 +1,146 @@
+"""Compiles the runtime's kernels for an H100, which needs none: what they launch with is recorded on meta tensors.
+
+Run by `test_compiles.py` in a process of its own, since Triton decides at its import whether kernels are interpreted.
+Prints a JSON object: by kernel and shape, the bytes of shared memory.
+"""
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+
+
+class Recorder:
+    """Stands where a kernel stands; compiles it for what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.shared: list[int] = []
+
+    def __getitem__(self, grid: Any):
+        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+            signature, values, aligned = {}, {}, {}
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+            for i, name in enumerate(self.kernel.arg_names):
+                value = given[name]
+                if isinstance(value, Tensor):
+                    signature[name] = f"*{TYPES[value.dtype]}"
+                    aligned[(i,)] = [["tt.divisibility", 16]]
+                elif value is None or name in constants:
+                    signature[name] = "constexpr"
+                    values[(i,)] = value
+                elif isinstance(value, float):
+                    signature[name] = "fp32"
+                else:
+                    signature[name] = "i32"
+                    if value % 16 == 0:
+                        aligned[(i,)] = [["tt.divisibility", 16]]
+            source = ASTSource(self.kernel, signature=signature, constexprs=values, attrs=aligned)
+            compiled = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+            assert compiled.asm["cubin"]
+            self.shared.append(compiled.metadata.shared)
+
+        return launch
+
+
+def record(module: Any, name: str) -> Recorder:
+    """Put a recorder in a kernel's place."""
+    recorder = Recorder(getattr(module, name))
+    setattr(module, name, recorder)
+    return recorder
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def main() -> None:
+    sites, products, caching = (
+        importlib.import_module(f"flatquant.ops.{op}.triton") for op in ("kron_quantize", "int4_linear", "kv_cache")
+    )
+    heads_of = importlib.import_module("flatquant.ops.kv_cache").Heads
+    store_of = importlib.import_module("flatquant.ops.kv_cache").Store
+    found: dict[str, int] = {}
+
+    kernel = record(sites, "_kernel")
+    ratios = meta(2, dtype=torch.float32)
+    for n1, n2 in ((64, 64), (86, 128), (112, 128), (128, 224)):
+        left, right = (meta(n, n, dtype=torch.float16) for n in (n1, n2))
+        for tokens, form, source in ((1, "planes", "gate"), (4096, "float8", "norm"), (4096, "packed", "plain")):
+            x = meta(tokens, n1 * n2)
+            other = {"gate": x, "norm": meta(n1 * n2), "plain": None}[source]
+            sites.launch(x, other, source, (n1, n2), left, right, ratios, 4, form, 1e-5)
+            found[f"{source} {n1} x {n2}, {tokens} tokens, {form}"] = kernel.shared[-1]
+    parts, lse = meta(1, 32, 8, 128, dtype=torch.float32), meta(1, 32, 8, dtype=torch.float32)
+    sites.launch(parts, lse, "merge", (32, 128), meta(32, 32, dtype=torch.float16), None, ratios, 4, "planes")
+    found["merge 32 x 128"] = kernel.shared[-1]
+
+    # The recorder keeps the way of the GPU: assembly instead of what stands for it in the interpreter.
+    for name, tokens in (("_vector", 1), ("_few", 16), ("_few", 64)):
+        kernel = record(products, name)
+        launch = kernel[(1,)]
+        o, n = 4096, 14336
+        words = {"words": n // 8} if name == "_vector" else {"T": tokens, "N": n}
+        kind = torch.int32 if name == "_vector" else torch.int8
+        given: dict[str, Any] = {
+            "x_ptr": meta(tokens, n, dtype=kind),
+            "xs_ptr": meta(tokens, dtype=torch.float32),
+            "w_ptr": meta(o, n, dtype=torch.int32 if name == "_vector" else torch.uint8),
+            "ws_ptr": meta(o, dtype=torch.float32),
+            "bias_ptr": None,
+            "residual_ptr": meta(tokens, o),
+            "y_ptr": meta(tokens, o),
+            "O": o,
+            **words,
+        }
+        sizes = {"EMULATE": False, "R": 8, "K": 256} if name == "_vector" else {"R": 32, "TP": tokens, "K": 64}
+        ordered = [given[a] for a in kernel.kernel.arg_names if a in given]
+        launch(*ordered, num_warps=4, BIAS=False, RESIDUAL=True, **sizes)
+        found[f"{name[1:]} {tokens}"] = kernel.shared[-1]
+        setattr(products, name, kernel.kernel)
+    kernel = record(products, "_expand")
+    products.expand(meta(64, 64, dtype=torch.uint8), meta(64, 128, dtype=torch.float8_e4m3fn))
+    found["expand"] = kernel.shared[-1]
+
+    pair = meta(2, 128, 128, dtype=torch.float32)
+    heads = heads_of(32, 8, 128, pair, meta(2, 2, dtype=torch.float32))
+    stores = [
+        store_of(
+            meta(1, 8, 2048, 64, dtype=torch.uint8),
+            meta(1, 8, 2048, dtype=torch.float32),
+            meta(1, 8, 2048, dtype=torch.uint8),
+        )
+        for _ in range(2)
+    ]
+    place = meta(1, dtype=torch.int64)
+    kernel = record(caching, "_append")
+    for tokens in (1, 2048):
+        turn = meta(1, tokens, 128)
+        caching.append(meta(1, tokens, 48 * 128), turn, turn, heads, *stores, place, dense=tokens > 1)
+        found[f"append {tokens}"] = kernel.shared[-1]
+    kernel = record(caching, "_attend")
+    caching.attend(meta(1, 32, 128), *stores, place, place, None, 0.1, parts=8)
+    found["attend"] = kernel.shared[-1]
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
