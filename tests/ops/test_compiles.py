@@ -20,14 +20,6 @@ def test_kernels_compile_for_an_h100() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     shared = json.loads(done.stdout)
-    assert {name.split()[0] for name in shared} >= {
-        "gate",
-        "norm",
-        "merge",
-        "vector",
-        "few",
-        "expand",
-        "append",
-        "attend",
-    }
+    kernels = {name.split()[0] for name in shared}
+    assert kernels >= {"gate", "norm", "plain", "merge", "vector", "few", "expand", "append", "attend"}
     assert {name: size for name, size in shared.items() if size > SHARED} == {}
