@@ -244,7 +244,7 @@ def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers() -> No
     want = hidden(model, tokens)
     seams.use_attention(model)
     open_experts(blocks)
-    recipe = bare(BASES["direct orthogonal"])
+    recipe = bare(BASES["inverse orthogonal"])
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=True)
     for block, block_plan in zip(blocks, plan.blocks, strict=True):
         fit = wrap_block(block, arch, block_plan, recipe, {}, torch.Generator().manual_seed(0), force=True)

@@ -181,7 +181,7 @@ def test_rows_of_a_site_are_rows_of_its_output() -> None:
 
 def test_rows_of_a_fit_are_rows_of_its_output_with_their_gradient() -> None:
     model = tiny_family("mixtral", dtype=torch.float64)
-    _, fits = wrap(model, bare(BASES["direct orthogonal"], Scheme.parse("w4a4")))
+    _, fits = wrap(model, bare(BASES["inverse orthogonal"], Scheme.parse("w4a4")))
     site, experts = fits[0].sites["mlp_in"], model.model.layers[0].mlp.experts
     x, index = torch.randn(7, 24, dtype=torch.float64), torch.tensor([5, 0, 3])
     parameters = [p for p in site.parameters() if p.requires_grad]
@@ -197,7 +197,7 @@ def test_rows_of_a_fit_are_rows_of_its_output_with_their_gradient() -> None:
     assert site._whole is None
 
 
-@pytest.mark.parametrize("basis", ["svd orthogonal", "direct hadamard"])
+@pytest.mark.parametrize("basis", ["svd orthogonal", "inverse hadamard"])
 def test_integers_compute_what_the_fit_saw(basis: str) -> None:
     """In float64 no value rounds differently on either side: one integer that did would show as 1e-3."""
     model = tiny_family("mixtral", dtype=torch.float64)

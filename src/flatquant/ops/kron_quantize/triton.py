@@ -196,7 +196,7 @@ def launch(
         tb *= 2
     tile = tb * n1p * n2p
     blocks = triton.cdiv(tokens, tb)
-    hold = n2p <= _HELD
+    hold = n2p <= _HELD or source == "merge"  # what is merged cannot be read in strips
     per_sm = max(1, 16384 // tile)
     _kernel[(min(blocks, most * per_sm),)](
         x, x if other is None else other, left, right, ratios, out, scale, tokens, x.stride(0), eps,
