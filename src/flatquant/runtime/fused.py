@@ -48,7 +48,7 @@ _READERS = {
     "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp_mid": ("mlp.down_proj",),
 }
-_PART = 256  # places of the cache that a part of attention reads at least
+_PART = 128  # places of the cache that a part of attention reads at least
 _PROGRAMS = 264  # that fill a GPU
 
 
@@ -125,9 +125,7 @@ class Block:
         site = self.sites["attn_out"]
         if t == 1:
             count = max(1, min(cache.places // _PART, -(-_PROGRAMS // (b * self.heads.keys))))
-            parts = kv_cache.attend(
-                q[:, :, 0], keys, values, cache.used + 1, cache.start, self.window, self.scaling, count
-            )
+            parts = kv_cache.attend(q[:, :, 0], keys, values, cache.used, cache.start, self.window, self.scaling, count)
             y = kron_quantize.merge(*parts, site, form)
         else:
             if cache.length:  # a prompt that goes on: what came before counts too
@@ -201,9 +199,9 @@ class Fused:
     def hidden(self, ids: Tensor, positions: Tensor, cache: PackedCache, mask: Tensor | None = None) -> Tensor:
         """States after the last block, normalised.  # (B, T) -> (B, T, n)"""
         x = self.embedding(ids)
-        cos, sin = self.rotary(x, positions)
+        cos, sin = (t.contiguous() for t in self.rotary(x, positions))
         for block, layer in zip(self.blocks, cache.packed, strict=True):
-            x = block(x, cos.contiguous(), sin.contiguous(), cache, layer, mask)
+            x = block(x, cos, sin, cache, layer, mask)
         return F.rms_norm(x, (x.shape[-1],), self.norm.gain, self.norm.eps)
 
     def prefill(self, ids: Tensor, positions: Tensor, cache: PackedCache, mask: Tensor | None, keep: int) -> Tensor:

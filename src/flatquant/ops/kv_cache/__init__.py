@@ -21,11 +21,11 @@ def append(
 
 
 def attend(
-    q: Tensor, keys: Store, values: Store, length: Tensor, start: Tensor, window: int | None, scaling: float, parts: int
+    q: Tensor, keys: Store, values: Store, last: Tensor, start: Tensor, window: int | None, scaling: float, parts: int
 ) -> tuple[Tensor, Tensor]:
     """`reference.attend`, or its kernel, which cuts the cache into `parts` parts."""
     if q.is_cuda and HAS_TRITON:
         from flatquant.ops.kv_cache import triton
 
-        return triton.attend(q, keys, values, length, start, window, scaling, parts=parts)
-    return reference.attend(q, keys, values, length, start, window, scaling)
+        return triton.attend(q, keys, values, last, start, window, scaling, parts=parts)
+    return reference.attend(q, keys, values, last, start, window, scaling)

@@ -81,20 +81,20 @@ def append(
 
 
 def attend(
-    q: Tensor, keys: Store, values: Store, length: Tensor, start: Tensor, window: int | None, scaling: float
+    q: Tensor, keys: Store, values: Store, last: Tensor, start: Tensor, window: int | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token per sequence over its cache.
 
     Args:
         q: (B, queries, head_dim).
-        length: places in use, the new token's included, an integer, (1,).
+        last: the new token's place, the last one in use, an integer, (1,).
         start: the first place of each sequence that is no padding, integers, (B,).
         window: how many places count at most, or None.
 
     Returns:
         float32 (B, queries, 1, head_dim), and the scores' log-sum-exps (B, queries, 1): all in one part.
     """
-    n = int(length)
+    n = int(last) + 1
     groups = q.shape[1] // keys.packed.shape[1]
     k, v = (s.read(n).repeat_interleave(groups, dim=1) for s in (keys, values))
     scores = (q.float()[:, :, None] @ k.mT)[:, :, 0] * scaling  # (B, queries, n)

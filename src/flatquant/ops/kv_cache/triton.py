@@ -95,12 +95,12 @@ def _append(
 
 @triton.jit
 def _attend(
-    q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, out_ptr, lse_ptr, length_ptr, start_ptr, window, scaling, S,
+    q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, out_ptr, lse_ptr, last_ptr, start_ptr, window, scaling, S,
     PARTS, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(0)
     part = tl.program_id(1)
-    length = tl.load(length_ptr).to(tl.int32)
+    length = tl.load(last_ptr).to(tl.int32) + 1
     first = tl.maximum(tl.load(start_ptr + bh // HK).to(tl.int32), length - window)
     size = tl.cdiv(tl.cdiv(length - first, PARTS), B) * B
     begin = first + part * size
@@ -173,7 +173,7 @@ def attend(
     q: Tensor,
     keys: Store,
     values: Store,
-    length: Tensor,
+    last: Tensor,
     start: Tensor,
     window: int | None,
     scaling: float,
@@ -188,7 +188,7 @@ def attend(
     lse = torch.empty((b, hq, parts), dtype=torch.float32, device=q.device)
     group = hq // hk
     _attend[(b * hk, parts)](
-        q, *keys, *values, out, lse, length, start, s if window is None else window, scaling, s, parts,
+        q, *keys, *values, out, lse, last, start, s if window is None else window, scaling, s, parts,
         HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, HALF=max(16, triton.next_power_of_2(d // 2)),
         B=block, num_warps=4,
     )  # fmt: skip
