@@ -1,27 +1,41 @@
-"""Products of integers are exact: they equal float64 arithmetic on what the integers stand for."""
+"""The product that uses its memory again is the reference, bit for bit, in any thread."""
 
-import pytest
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from flatquant.ops.int_linear.reference import int_linear
+from flatquant.ops.int_linear import int_linear, reference
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_equals_float64(groups: int, zeros: bool, bias: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    n, o, tokens = 24, 7, 5
-    x = torch.randint(0, 16, (2, tokens, n), generator=generator, dtype=torch.uint8)
-    w = torch.randint(0, 16, (o, n), generator=generator, dtype=torch.uint8)
-    xs, ws = torch.rand(2, tokens, 1, generator=generator), torch.rand(o, groups, generator=generator)
-    xz = torch.randint(0, 16, (2, tokens, 1), generator=generator).float() if zeros else None
-    wz = torch.randint(0, 16, (o, groups), generator=generator).float() if zeros else None
-    b = torch.randn(o, generator=generator) if bias else None
+def make(tokens: int, o: int, n: int, groups: int, symmetric: bool, seed: int):
+    g = torch.Generator().manual_seed(seed)
+    low, kind = (-8, torch.int8) if symmetric else (0, torch.uint8)
+    x, w = (torch.randint(low, low + 16, (rows, n), generator=g).to(kind) for rows in (tokens, o))
+    scales = (torch.rand(tokens, 1, generator=g), torch.rand(o, groups, generator=g))
+    zeros = (None, None) if symmetric else (torch.full((tokens, 1), 7.0), torch.full((o, groups), 8.0))
+    return x, scales[0], zeros[0], w, scales[1], zeros[1], torch.randn(o, generator=g), torch.float32
 
-    def real(q: torch.Tensor, s: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
-        wide = q.double().unflatten(-1, (s.shape[-1], -1)) - (0 if z is None else z.double()[..., None])
-        return (wide * s.double()[..., None]).flatten(-2)
 
-    want = real(x, xs, xz) @ real(w, ws, wz).mT + (0 if b is None else b.double())
-    torch.testing.assert_close(int_linear(x, xs, xz, w, ws, wz, b, torch.float64), want, rtol=1e-5, atol=1e-5)
+@settings(deadline=None)
+@given(
+    tokens=st.integers(1, 5),
+    o=st.integers(1, 40),
+    n=st.sampled_from((4, 24, 64)),
+    groups=st.sampled_from((1, 2)),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_it_is_the_reference(tokens: int, o: int, n: int, groups: int, symmetric: bool, seed: int) -> None:
+    arguments = make(tokens, o, n, groups, symmetric, seed)
+    kept = arguments[3].clone()
+    assert torch.equal(int_linear(*arguments), reference.int_linear(*arguments))
+    assert torch.equal(arguments[3], kept)
+
+
+def test_threads_do_not_share_memory() -> None:
+    jobs = [make(3, 64, 256, 1, True, seed) for seed in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda job: int_linear(*job), jobs))
+    assert all(torch.equal(y, reference.int_linear(*job)) for y, job in zip(got, jobs, strict=True))

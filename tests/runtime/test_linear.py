@@ -83,3 +83,17 @@ def test_buffers_are_contiguous_whatever_they_are_made_of() -> None:
     assert site.left is not None
     assert site.left.is_contiguous()
     assert torch.equal(site.left, left)
+
+
+def test_integers_that_are_kept_follow_what_is_stored() -> None:
+    site = make_site(4)
+    linear, other = PackedLinear.of(make_linear(site)), PackedLinear.of(make_linear(site))
+    other.packed = other.packed ^ 0xFF
+    x = torch.randn(2, N)
+    before, want = linear(x), other(x)
+    linear.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(linear(x), want)
+    assert not torch.equal(before, want)
+    linear.scale = 2 * linear.scale
+    assert torch.equal(linear.qweight().scale, linear.scale)
+    assert "_loose" not in "".join(linear.state_dict())

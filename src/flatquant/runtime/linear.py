@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatquant.modules import ExactBuffers, Site
-from flatquant.ops.int_linear.reference import int_linear
+from flatquant.ops.int_linear import int_linear
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid
@@ -223,6 +223,7 @@ class PackedLinear(IntegerLinear):
         super().__init__(site, scale, zero, bias, spec)
         self.register_buffer("packed", packed)  # uint8, (o, ceil(n * bits / 8))
         self.n = n
+        self._loose: tuple[Tensor, Tensor] | None = None  # packed, and its integers
 
     @classmethod
     def of(cls, linear: FrozenLinear) -> PackedLinear:
@@ -231,4 +232,13 @@ class PackedLinear(IntegerLinear):
         return cls(linear.site, w.packed(), w.scale, w.zero, linear.bias, w.spec, w.shape[-1])
 
     def qweight(self) -> QTensor:
-        return QTensor.from_packed(self.packed, self.scale, self.zero, self.spec, self.n)
+        """The weight. On a CPU its integers are kept one per byte from the first use on: unpacking costs more than all
+        else there, and a laptop has the memory.  # (o, n)
+        """
+        last = self._loose  # read once: another thread may replace it
+        if last is not None and last[0] is self.packed:
+            return QTensor(values=last[1], scale=self.scale, zero=self.zero, spec=self.spec)
+        w = QTensor.from_packed(self.packed, self.scale, self.zero, self.spec, self.n)
+        if self.packed.device.type == "cpu":
+            self._loose = (self.packed, w.values)
+        return w

@@ -1,1 +1,39 @@
-"""Linear layers on integers."""
+"""Products of quantised activations and weights of any widths, as `reference.int_linear` defines them."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from flatquant.ops.int_linear import reference
+
+_local = threading.local()
+
+
+def int_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`reference.int_linear`; on a CPU, weights become floats in memory that every product uses again.
+
+    Fresh memory for the floats of a large matrix costs more than filling it: each page of it has to be mapped first.
+    """
+    if weight.device.type == "cpu" and not weight.is_floating_point():
+        weight = _room(weight).copy_(weight)
+    return reference.int_linear(x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, out_dtype)
+
+
+def _room(weight: Tensor) -> Tensor:
+    """Float32 memory of a weight's shape, one piece a thread."""
+    held = getattr(_local, "room", None)
+    if held is None or held.numel() < weight.numel():
+        held = _local.room = torch.empty(weight.numel())
+    return held[: weight.numel()].view(weight.shape)
