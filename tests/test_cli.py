@@ -414,6 +414,7 @@ def test_killed_and_resumed(place: Path, tmp_path: Path, how: str) -> None:
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs the tests may ignore
     )
     try:
         deadline = time.monotonic() + 100

@@ -183,7 +183,8 @@ def test_rows_of_a_fit_are_rows_of_its_output_with_their_gradient() -> None:
     model = tiny_family("mixtral", dtype=torch.float64)
     _, fits = wrap(model, bare(BASES["inverse orthogonal"], Scheme.parse("w4a4")))
     site, experts = fits[0].sites["mlp_in"], model.model.layers[0].mlp.experts
-    x, index = torch.randn(7, 24, dtype=torch.float64), torch.tensor([5, 0, 3])
+    x = torch.randn(7, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([5, 0, 3])
     parameters = [p for p in site.parameters() if p.requires_grad]
     assert len(parameters) == 7  # two factors, a scale, both ends of the clips of weights and activations
     want = experts[2].gate_proj(x)[index]
@@ -192,7 +193,8 @@ def test_rows_of_a_fit_are_rows_of_its_output_with_their_gradient() -> None:
     got = experts[2].gate_proj(site.rows(x, index))
     grads = torch.autograd.grad(got.square().sum(), parameters)
     assert relative(got, want) < 1e-12
-    assert all(relative(a, b) < 1e-9 for a, b in zip(grads, want_grads, strict=True))
+    for a, b in zip(grads, want_grads, strict=True):  # of a symmetric grid, one end of a row may have none
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     site.forget()
     assert site._whole is None
 
