@@ -379,7 +379,7 @@ def models(
 
 def _prefill(runtime: fused.Fused, ids: Tensor, cache: Any) -> Tensor:
     cache.rewind(0)
-    return runtime.prefill(ids, torch.arange(ids.shape[1], device=ids.device)[None], cache, None, 1)
+    return runtime.prefill(ids, torch.arange(ids.shape[1], device=ids.device)[None], cache, 1)
 
 
 def _decode_row(
@@ -399,7 +399,7 @@ def _decode_row(
     cache.rewind(prompt)
 
     def decode() -> Tensor:
-        return runtime.head(runtime.hidden(ids, ids + prompt, cache))
+        return runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
 
     what = f"{shape} decode, {transform}"
     return _row(what, cache.batch, error, error <= _BLOCK_ERROR, [decode], device, "bfloat16", base.median)
@@ -434,7 +434,7 @@ def _block_error(model: PreTrainedModel, runtime: fused.Fused) -> float:
         places = torch.arange(tokens, device=model.device)[None]
         cos, sin = inner.rotary_emb(x, places)
         cache = runtime.new_cache(1, tokens)
-        got = runtime.blocks[0](x, cos, sin, cache, cache.packed[0], None)
+        got = runtime.blocks[0](x, cos, sin, cache, cache.packed[0], {})
         want = inner.layers[0](x, position_embeddings=(cos, sin), attention_mask=None, position_ids=places)
         errors.append(((got - want).float().norm() / (want - x).float().norm()).item())
     return max(errors)

@@ -56,6 +56,7 @@ CONFIGS = {
     "mistral": MistralConfig(**SHAPE, sliding_window=7),
     "qwen2": Qwen2Config(**SHAPE),
     "qwen2 windows": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=0),
+    "some windows": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
 }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -48,6 +49,8 @@ _READERS = {
     "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp_mid": ("mlp.down_proj",),
 }
+Masks = Mapping[int | None, Tensor]  # by window
+
 _PART = 128  # places of the cache that a part of attention reads at least
 _PROGRAMS = 264  # that fill a GPU
 
@@ -106,15 +109,16 @@ class Block:
     window: int | None
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: PackedCache, layer: PackedLayer, mask: Tensor | None
-    ):
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: PackedCache, layer: PackedLayer, masks: Masks
+    ) -> Tensor:
         """The block's output, with keys and values stored.
 
         Args:
             x: hidden states, (B, T, n).
             cos, sin: (B or 1, T, head_dim).
-            mask: which places a query sees, (B or 1, 1, T, length + T); None: all up to its own.
+            masks: see `Fused.masks`.
         """
+        mask = masks.get(self.window)
         b, t, _ = x.shape
         form = int4_linear.form(b * t, x.device)
         rows = x.flatten(0, 1)
@@ -196,45 +200,44 @@ class Fused:
             device=self.device,
         )
 
-    def hidden(self, ids: Tensor, positions: Tensor, cache: PackedCache, mask: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor, cache: PackedCache, masks: Masks) -> Tensor:
         """States after the last block, normalised.  # (B, T) -> (B, T, n)"""
         x = self.embedding(ids)
         cos, sin = (t.contiguous() for t in self.rotary(x, positions))
         for block, layer in zip(self.blocks, cache.packed, strict=True):
-            x = block(x, cos, sin, cache, layer, mask)
+            x = block(x, cos, sin, cache, layer, masks)
         return F.rms_norm(x, (x.shape[-1],), self.norm.gain, self.norm.eps)
 
-    def prefill(self, ids: Tensor, positions: Tensor, cache: PackedCache, mask: Tensor | None, keep: int) -> Tensor:
+    def prefill(self, ids: Tensor, positions: Tensor, cache: PackedCache, keep: int) -> Tensor:
         """Logits of the last `keep` tokens (0: of all), and their keys and values into the cache.  # (B, keep, V)"""
-        x = self.hidden(ids, positions, cache, mask)
+        x = self.hidden(ids, positions, cache, self.masks(ids.shape[1], cache))
         cache.advance(ids.shape[1])
         return self.head(x[:, -keep:])
 
     def decode(self, ids: Tensor, positions: Tensor, cache: PackedCache) -> Tensor:
         """Logits of one token a sequence; on CUDA by replaying a graph.  # (B, 1) -> (B, 1, V)"""
         if ids.device.type != "cuda":
-            return self.prefill(ids, positions, cache, None, 1)
+            return self.prefill(ids, positions, cache, 1)
         if self._step is None or self._step.cache is not cache or self._step.places != cache.places:
             self._step = _Step(self, cache)
         return self._step(ids, positions)
 
-    def mask(self, tokens: int, cache: PackedCache) -> Tensor | None:
-        """Which places each of the next tokens sees; None where a plain causal mask says it.
+    def masks(self, tokens: int, cache: PackedCache) -> Masks:
+        """Which places each of several tokens to come sees, by the window of a block; not where all up to its own are.
 
         Padding sees itself: a softmax over nothing would be NaN, and spread.  # bool, (B or 1, 1, T, length + T)
         """
-        windows = {block.window for block in self.blocks}
-        window = next(iter(windows))
+        if tokens == 1:  # reads the cache, which knows
+            return {}
         total = cache.length + tokens
-        if not cache.length and not cache.padded and (window is None or window >= total):
-            return None
+        windows = {block.window for block in self.blocks}
+        if not cache.length and not cache.padded:
+            windows = {window for window in windows if window is not None and window < total}
         query = torch.arange(cache.length, total, device=self.device)[:, None]
         place = torch.arange(total, device=self.device)[None]
-        seen = place <= query
-        if window is not None:
-            seen &= place > query - window
-        counts = place[None] >= cache.start[:, None, None]  # (B, 1, S)
-        return ((seen & counts) | (place == query))[:, None]
+        counts = (place <= query) & (place[None] >= cache.start[:, None, None])  # (B, T, S)
+        masks = {w: counts if w is None else counts & (place > query - w) for w in windows}
+        return {window: (mask | (place == query))[:, None] for window, mask in masks.items()}
 
 
 class _Step:
@@ -249,11 +252,11 @@ class _Step:
         stream.wait_stream(torch.cuda.current_stream(fused.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
-                fused.head(fused.hidden(self.ids, self.positions, cache))
+                fused.head(fused.hidden(self.ids, self.positions, cache, {}))
         torch.cuda.current_stream(fused.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = fused.head(fused.hidden(self.ids, self.positions, cache))
+            self.logits = fused.head(fused.hidden(self.ids, self.positions, cache, {}))
             cache.used += 1
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -443,7 +446,7 @@ def _forward(model: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: 
     else:
         keep = given.get("logits_to_keep", 0)
         whole = isinstance(keep, Tensor)
-        logits = fused.prefill(input_ids, positions, cache, fused.mask(tokens, cache), 0 if whole else keep)
+        logits = fused.prefill(input_ids, positions, cache, 0 if whole else keep)
         logits = logits[:, keep] if whole else logits
     use_cache = given.get("use_cache", model.config.use_cache)
     output = CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)  # type: ignore[arg-type]
