@@ -368,10 +368,10 @@ def models(
             cache = runtime.new_cache(b, prompt + 1)
             rows.append(_decode_row(shape, transform, runtime, cache, prompt, error, base_decode[b], device))
         if transform == "kronecker":
-            sizes["weights"] = sum(t.nbytes for t in {**model.state_dict()}.values())
+            sizes["weights"] = sum(t.nbytes for t in model.state_dict().values())
             cache = runtime.new_cache(1, prompt)
             cache.rewind(prompt)
-            sizes["cache"] = cache.nbytes() * prompt // cache.length
+            sizes["cache"] = cache.nbytes()
         del model, runtime, cache, calls
         _release(device)
     return rows, sizes

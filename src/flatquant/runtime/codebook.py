@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from flatquant.codebook import Book, CodebookTensor
 from flatquant.modules import ExactBuffers
-from flatquant.qtensor import QTensor
-from flatquant.runtime.linear import FrozenSite, SiteLinear, Unpacked
+from flatquant.runtime.linear import FrozenSite, NumberLinear, Unpacked
 
 
 class SiteBook(ExactBuffers, ABC):
@@ -72,7 +71,7 @@ class PackedBook(SiteBook):
         return Book.from_packed(self.packed, self.entries, self.bits, self.m)
 
 
-class CodebookLinear(SiteLinear):
+class CodebookLinear(NumberLinear):
     """Weights in codebooks; activations on a grid are multiplied as the numbers they stand for."""
 
     columns: Tensor | None
@@ -111,12 +110,5 @@ class CodebookLinear(SiteLinear):
             outliers=books.get("outliers"),
         )
 
-    def plain(self) -> Tensor:
-        return self.qweight().dequantize()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.site(x)
-        if isinstance(y, QTensor):
-            y = y.dequantize(x.dtype)
-        w = self.qweight().dequantize(x.dtype)
-        return F.linear(y, w, None if self.bias is None else self.bias.to(x.dtype))
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        return self.qweight().dequantize(dtype)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from flatquant.levels import LevelTensor
-from flatquant.qtensor import QTensor
-from flatquant.runtime.linear import FrozenSite, SiteLinear, Unpacked
+from flatquant.runtime.linear import FrozenSite, NumberLinear, Unpacked
 
 
-class LevelLinear(SiteLinear, ABC):
+class LevelLinear(NumberLinear, ABC):
     """Weights on levels; activations on a grid are multiplied as the numbers they stand for."""
 
     levels: Tensor
@@ -29,15 +28,8 @@ class LevelLinear(SiteLinear, ABC):
     def qweight(self) -> LevelTensor:
         """The weight.  # (o, n)"""
 
-    def plain(self) -> Tensor:
-        return self.qweight().dequantize()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.site(x)
-        if isinstance(y, QTensor):
-            y = y.dequantize(x.dtype)
-        w = self.qweight().dequantize(x.dtype)
-        return F.linear(y, w, None if self.bias is None else self.bias.to(x.dtype))
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        return self.qweight().dequantize(dtype)
 
 
 class FrozenLevels(LevelLinear, Unpacked):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -135,7 +136,24 @@ class SiteLinear(ExactBuffers, ABC):
         """(.., n) -> (.., o)"""
 
 
-class DenseLinear(SiteLinear):
+class NumberLinear(SiteLinear, ABC):
+    """Multiplies the numbers that weights stand for; activations on a grid are multiplied as theirs."""
+
+    @abstractmethod
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, in the site's coordinates.  # (o, n)"""
+
+    def plain(self) -> Tensor:
+        return self.numbers(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.site(x)
+        if isinstance(y, QTensor):
+            y = y.dequantize(x.dtype)
+        return F.linear(y, self.numbers(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class DenseLinear(NumberLinear):
     """Weights in 16 bit (or more), in the site's coordinates."""
 
     weight: Tensor
@@ -144,14 +162,8 @@ class DenseLinear(SiteLinear):
         super().__init__(site, bias)
         self.register_buffer("weight", weight)  # (o, n)
 
-    def plain(self) -> Tensor:
-        return self.weight.float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.site(x)
-        if isinstance(y, QTensor):
-            y = y.dequantize(x.dtype)
-        return F.linear(y, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
 
 
 class IntegerLinear(SiteLinear, ABC):

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rounding half to even: adding and subtracting 1.5 * 2^23 leaves an integer in float32 for |r| < 2^22.
-_MAGIC = tl.constexpr(12582912.0)
+from flatquant.ops.triton import round_half_even
+
 _ROWS = 16
 
 
@@ -31,7 +31,7 @@ def _kernel(
         at = r.to(tl.int64) * b + i
         s = tl.load(scale_ptr + at, mask=live, other=1.0)
         ratio = tl.div_rn(column, s)
-        q = (tl.minimum(tl.maximum(ratio, -65536.0), 65536.0) + _MAGIC) - _MAGIC
+        q = round_half_even(tl.minimum(tl.maximum(ratio, -65536.0), 65536.0))
         if ZERO:
             z = tl.load(zero_ptr + at, mask=live, other=0.0)
             q = tl.minimum(tl.maximum(q + z, QMIN), QMAX)

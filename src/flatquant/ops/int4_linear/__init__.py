@@ -14,7 +14,7 @@ _scratch: dict[torch.device, Tensor] = {}  # one buffer a device for the weights
 
 def form(tokens: int, device: torch.device) -> Form:
     """The form in which a product of this many tokens wants its integers."""
-    return "float8" if device.type == "cuda" and tokens > _few() else "planes"
+    return "float8" if device.type == "cuda" and tokens > reference.FEW else "planes"
 
 
 def unsupported(o: int, n: int, device: torch.device) -> str | None:
@@ -47,7 +47,7 @@ def int4_linear(
     tokens = x.shape[0]
     if tokens == 1:
         return triton.vector(x, x_scale, packed, scale, bias, residual, dtype)
-    if tokens <= triton.FEW:
+    if tokens <= reference.FEW:
         return triton.few(x, x_scale, packed, scale, bias, residual, dtype)
     weight = triton.expand(packed, _buffer(packed))
     # Its result is bfloat16 wherever rows have scales.
@@ -61,12 +61,6 @@ def int4_linear(
         use_fast_accum=False,
     )
     return (y if residual is None else y + residual).to(dtype)
-
-
-def _few() -> int:
-    from flatquant.ops.int4_linear import triton
-
-    return triton.FEW
 
 
 def _buffer(packed: Tensor) -> Tensor:

@@ -19,8 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW = 64  # tokens up to which weights are read packed
-
 
 @triton.jit
 def _dot4(w, x, acc, EMULATE: tl.constexpr):

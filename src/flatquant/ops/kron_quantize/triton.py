@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kron_quantize.reference import Form
+from flatquant.ops.triton import round_half_even
 
-# Rounding half to even: adding and subtracting 1.5 * 2^23 leaves an integer in float32.
-_MAGIC = tl.constexpr(12582912.0)
 # What the input is, and how integers leave.
 _PLAIN, _NORM, _GATE, _MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _PLANES, _FLOAT8, _PACKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -119,7 +118,7 @@ def _kernel(
         step = tl.maximum(high, -low) / QMAX  # (TB,)
         some = step > 0
         step = tl.where(some, step, 1.0)
-        q = (y * (1.0 / step)[:, None, None] + _MAGIC) - _MAGIC
+        q = round_half_even(y * (1.0 / step)[:, None, None])
         q = tl.minimum(tl.maximum(q, -QMAX - 1.0), QMAX)
         mine = block * TB + tl.arange(0, TB)
         tl.store(scale_ptr + mine, tl.where(some, step * unit, 1.0), mask=mine < tokens)

@@ -13,9 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kv_cache.reference import Heads, Store
-
-# Rounding half to even: adding and subtracting 1.5 * 2^23 leaves an integer in float32.
-_MAGIC = tl.constexpr(12582912.0)
+from flatquant.ops.triton import round_half_even
 
 
 @triton.jit
@@ -27,8 +25,8 @@ def _grid(x, low_ratio, high_ratio):
     low = tl.where(empty, -1.0, low)
     high = tl.where(empty, 1.0, high)
     scale = tl.div_rn(high - low, tl.full(high.shape, 15.0, tl.float32))
-    zero = (tl.div_rn(-low, scale) + _MAGIC) - _MAGIC
-    q = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + _MAGIC) - _MAGIC + zero[:, None]
+    zero = round_half_even(tl.div_rn(-low, scale))
+    q = round_half_even(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))) + zero[:, None]
     return scale, zero, tl.minimum(tl.maximum(q, 0.0), 15.0)
 
 

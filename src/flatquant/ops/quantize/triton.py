@@ -14,15 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.quantize.reference import EPS
+from flatquant.ops.triton import round_half_even
 
-# Rounding half to even: adding and subtracting 1.5 * 2^23 leaves an integer in float32 for |r| < 2^22.
-_MAGIC = tl.constexpr(12582912.0)
 _TILE = 2048  # elements a program holds, where rows are short
 
 
 @triton.jit
 def _round(r):
-    return (tl.minimum(tl.maximum(r, -65536.0), 65536.0) + _MAGIC) - _MAGIC
+    return round_half_even(tl.minimum(tl.maximum(r, -65536.0), 65536.0))
 
 
 @triton.jit

@@ -1,0 +1,12 @@
+"""What kernels have in common."""
+
+import triton
+import triton.language as tl
+
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 near it has no fraction
+
+
+@triton.jit
+def round_half_even(r):
+    """The nearest integer, of two the even one, for |r| < 2^22."""
+    return (r + _MAGIC) - _MAGIC
