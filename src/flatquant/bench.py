@@ -7,6 +7,7 @@ are medians with the tenth and ninetieth percentile. Weights are random, of the 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
@@ -246,7 +247,7 @@ def _row(
     calls: Sequence[Callable[[], Any]],
     device: torch.device,
     baseline: str,
-    baseline_ms: float,
+    baseline_ms: float | None,
 ) -> Row:
     if not correct:
         return Row(what=what, tokens=tokens, error=error, correct=False, baseline=baseline)
@@ -344,11 +345,12 @@ def models(
         The rows, and bytes of weights and cache.
     """
     config = config_of(shape, layers)
-    baseline: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    with device:  # random numbers are drawn where they are needed
+        baseline: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     baseline = baseline.to(device).eval().requires_grad_(False)
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
     base_prefill = measure([partial(baseline, ids, use_cache=False, logits_to_keep=1)], device, seconds=1)
-    base_decode = {b: _base_decode(baseline, b, prompt, device) for b in batches}
+    base_decode = {b: _if_it_fits(partial(_base_decode, baseline, b, prompt, device), device) for b in batches}
     sizes = {"bf16_weights": sum(p.nbytes for p in baseline.parameters())}
     sizes["bf16_cache"] = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * prompt
     baseline = None  # its memory is for the next one
@@ -377,6 +379,14 @@ def models(
     return rows, sizes
 
 
+def _if_it_fits(run: Callable[[], Times], device: torch.device) -> Times | None:
+    """None where the memory of the GPU does not hold it."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return run()
+    _release(device)
+    return None
+
+
 def _prefill(runtime: fused.Fused, ids: Tensor, cache: Any) -> Tensor:
     cache.rewind(0)
     return runtime.prefill(ids, torch.arange(ids.shape[1], device=ids.device)[None], cache, 1)
@@ -389,7 +399,7 @@ def _decode_row(
     cache: Any,
     prompt: int,
     error: float,
-    base: Times,
+    base: Times | None,
     device: torch.device,
 ) -> Row:
     for layer in cache.packed:
@@ -402,7 +412,8 @@ def _decode_row(
         return runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
 
     what = f"{shape} decode, {transform}"
-    return _row(what, cache.batch, error, error <= _BLOCK_ERROR, [decode], device, "bfloat16", base.median)
+    baseline = "bfloat16" if base else "bfloat16 (does not fit)"
+    return _row(what, cache.batch, error, error <= _BLOCK_ERROR, [decode], device, baseline, base and base.median)
 
 
 def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.device) -> Times:
