@@ -1,6 +1,8 @@
 """Every method on SmolLM2-135M, by one protocol: perplexity, divergence, time, memory and size of every scheme.
 
     python -m benchmarks.compare_smollm2 --data DATA --budget 1200
+    python -m benchmarks.compare_smollm2 --data DATA --share S --out A    # and once more, on another GPU, to B; then
+    python -m benchmarks.compare_smollm2 --merge A B
 
 Calibrated on wiki.valid.raw; perplexity of all of wiki.test.raw in windows of 2,048 tokens, divergence from the
 original on the first eight of them; measured on the folder that a method has written, read back (`flatquant.compare`).
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -137,12 +140,14 @@ def measure(
     *,
     prepare: Callable[[Recipe], Recipe] = lambda made: made,
     left: Callable[[], float] = lambda: float("inf"),
+    share: Path | None = None,
 ) -> None:
     """Make the rows that `path` does not hold yet.
 
     Args:
         prepare: changes every recipe.
         left: seconds that remain; a job that would take longer does not start.
+        share: a folder with a file for every job that this or another process took.
     """
     done = {s["job"] for s in read_samples(path)}
     for job in jobs:
@@ -150,6 +155,8 @@ def measure(
             continue
         if job.seconds > left():
             print(f"{job.name}: no time", flush=True)
+            continue
+        if share is not None and not claimed(share, job):
             continue
         made = prepare(job.recipe())
         row: dict[str, Any] = {"job": job.name, "method": job.method, "scheme": str(Scheme.parse(job.scheme))}
@@ -166,6 +173,16 @@ def measure(
         write_result(path, NAME, seeds=[SEED], metrics=metrics, samples=samples)
 
 
+def claimed(share: Path, job: Job) -> bool:
+    """Whether this process is the first to take a job."""
+    share.mkdir(parents=True, exist_ok=True)
+    try:
+        (share / job.name.replace("/", "-")).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def brief(sample: dict[str, Any]) -> dict[str, Any]:
     """What the documents show of a row."""
     if "error" in sample:
@@ -175,16 +192,44 @@ def brief(sample: dict[str, Any]) -> dict[str, Any]:
     return {"perplexity": perplexity, **shown}
 
 
+def merge(parts: list[Path], path: Path) -> None:
+    """One file of several that were measured on devices of one kind; the order is that of `JOBS`.
+
+    Raises:
+        SystemExit: their devices, versions or originals differ.
+    """
+    results = [json.loads(part.read_text()) for part in parts]
+    first = results[0]
+    for part, result in zip(parts, results, strict=True):
+        if any(result[key] != first[key] for key in ("device", "versions")):
+            raise SystemExit(f"{part} was measured on another device or with other versions than {parts[0]}")
+        if result["metrics"]["original"] != first["metrics"]["original"]:
+            raise SystemExit(f"the original of {part} is not that of {parts[0]}")
+    order = [job.name for job in JOBS]
+    found = {s["job"]: s for result in results for s in result["samples"]}
+    samples = sorted(found.values(), key=lambda s: order.index(s["job"]))
+    metrics = {"original": first["metrics"]["original"], "rows": {s["job"]: brief(s) for s in samples}}
+    joined = {**first, "metrics": metrics, "samples": samples}
+    path.write_text(json.dumps(joined, indent=1) + "\n")
+
+
 def main() -> None:
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", required=True, help="folder with wikitext-2-raw")
+    parser.add_argument("--data", help="folder with wikitext-2-raw")
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--only", nargs="*", help="METHOD, SCHEME or METHOD/SCHEME")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all")
+    parser.add_argument("--share", type=Path, help="folder in which processes, one a GPU, say which jobs they took")
+    parser.add_argument("--merge", nargs="+", metavar="FOLDER", help="measure nothing; join the rows of these folders")
     parser.add_argument("--tiny", action="store_true", help="a dry run of two blocks that measures nothing")
     args = parser.parse_args()
+    if args.merge:
+        merge([Path(folder) / f"{NAME}.json" for folder in args.merge], Path(args.out) / f"{NAME}.json")
+        return
+    if not args.data:
+        parser.error("--data is needed")
     asked = set(args.only or ())
     jobs = [job for job in JOBS if not asked or asked & {job.method, job.scheme, job.name}]
     if not jobs:
@@ -209,6 +254,7 @@ def main() -> None:
             Path(args.out) / f"{NAME}.json",
             prepare=tiny if args.tiny else lambda made: made,
             left=lambda: args.budget - (time.perf_counter() - start),
+            share=args.share,
         )
 
 

@@ -4,7 +4,8 @@
     python -m benchmarks.zeroshot_smollm2 --limit 20 --windows 4 --preset quick    # a try on a CPU
 
 Every score is written as it comes, and a second start goes on where the first stopped. The packed model must give the
-same scores as the one in memory: the benchmark says so, and fails otherwise.
+same scores as the one in memory, where both compute alike; on a GPU kernels serve it, which round in other places, and
+it must not be further off than one standard error. The benchmark says so, and fails otherwise.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from benchmarks.common import RESULTS, write_result
 from flatquant.evaluate import TASKS, zero_shot
 from flatquant.models import load_model
 
-MODEL, SCHEME = "smollm2-135m", "w4a4kv4"
+SCHEME = "w4a4kv4"
 VARIANTS = ("original", "rtn", "flatquant", "flatquant packed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--output", type=Path, default=RESULTS / "zeroshot-smollm2.json")
     parser.add_argument("--folder", type=Path, help="of the quantised model, to be found again; else a temporary one")
     parser.add_argument("--preset", default="reference")
@@ -41,7 +43,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
 
-    settings = {"model": MODEL, "scheme": SCHEME, "preset": arguments.preset, "limit": arguments.limit}
+    settings = {
+        "model": "SmolLM2-135M-Instruct",
+        "scheme": SCHEME,
+        "preset": arguments.preset,
+        "limit": arguments.limit,
+    }
     result: dict[str, Any] = {"settings": settings, "scores": {}, "seconds": {}}
     if arguments.output.is_file():
         earlier = json.loads(arguments.output.read_text())
@@ -77,20 +84,25 @@ def main() -> None:
             del model
     show(result["scores"])
     memory, packed = (result["scores"].get(v, {}) for v in VARIANTS[2:])
-    differing = [task for task in memory if task in packed and memory[task]["value"] != packed[task]["value"]]
+    allowed = 0.0 if arguments.device == "cpu" else 1.0
+    differing = [
+        task
+        for task, score in memory.items()
+        if task in packed and abs(score["value"] - packed[task]["value"]) > allowed * score["stderr"]
+    ]
     if differing:
         raise SystemExit(f"packed and in memory differ: {', '.join(differing)}")
 
 
 def make(variant: str, folder: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """A variant's model and tokenizer."""
-    model, tokenizer = load_model(MODEL)
+    model, tokenizer = load_model(arguments.model, dtype=None if arguments.device == "cpu" else torch.float16)
     if variant == "original":
         return model, tokenizer
     if variant == "rtn":
         return flatquant.quantize(model, flatquant.recipes.rtn(SCHEME), device=arguments.device).model, tokenizer
     if (folder / "config.json").is_file():  # made for the variant before, or by an earlier start
-        return flatquant.load(folder), tokenizer
+        return flatquant.load(folder, device=arguments.device), tokenizer
     recipe = flatquant.recipes.flatquant(SCHEME, arguments.preset)
     if arguments.windows:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, samples=arguments.windows))

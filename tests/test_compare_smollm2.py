@@ -70,3 +70,19 @@ def test_a_run_stops_in_time_and_goes_on(
     table = "\n".join(tables.compared())
     assert "| gptq |" in table
     assert "group size 5" not in table
+
+
+def test_parts_are_joined_in_order(bench: Bench, tmp_path: Path) -> None:
+    jobs = [job for job in JOBS if job.method == "rtn"]
+    parts = [tmp_path / str(i) / f"{compare_smollm2.NAME}.json" for i in range(2)]
+    measure(jobs[2:], bench, parts[0], prepare=tiny, share=tmp_path / "taken")
+    measure(jobs, bench, parts[1], prepare=tiny, share=tmp_path / "taken")
+    assert len(json.loads(parts[1].read_text())["samples"]) == 2
+    compare_smollm2.merge(parts, tmp_path / "joined.json")
+    joined = json.loads((tmp_path / "joined.json").read_text())
+    assert [s["job"] for s in joined["samples"]] == [job.name for job in jobs]
+    assert list(joined["metrics"]["rows"]) == [job.name for job in jobs]
+    other = json.loads(parts[1].read_text()) | {"device": "another"}
+    parts[1].write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="another device"):
+        compare_smollm2.merge(parts, tmp_path / "joined.json")

@@ -79,8 +79,8 @@ def _few(
         mask = some[:, None] & tokens[None, :]
         even = tl.load(at, mask=mask, other=0)
         odd = tl.load(at + half, mask=mask, other=0)
-        acc = tl.dot((w & 0xF).to(tl.int8) - 8, even, acc)
-        acc = tl.dot((w >> 4).to(tl.int8) - 8, odd, acc)
+        acc = tl.dot((w & 0xF).to(tl.int8) - 8, even, acc, out_dtype=tl.int32)
+        acc = tl.dot((w >> 4).to(tl.int8) - 8, odd, acc, out_dtype=tl.int32)
     y = acc.to(tl.float32) * tl.load(ws_ptr + r, mask=rows, other=0.0)[:, None]
     y *= tl.load(xs_ptr + t, mask=tokens, other=0.0)[None, :]
     if BIAS:
