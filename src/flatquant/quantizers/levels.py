@@ -297,7 +297,7 @@ class ChannelLevels(nn.Module):
 
     def _start(self, channels: Tensor, weights: Tensor) -> None:
         """The best of even levels up to several tops, each after some rounds: they find what is near alone."""
-        even, found = 2.0 ** torch.arange(self.bits) / (2**self.bits - 1), []
+        even, found = 2.0 ** torch.arange(self.bits, device=channels.device) / (2**self.bits - 1), []
         for halvings in range(8):
             self.basis.copy_(channels.max() / 2**halvings * even)
             for _ in range(20):
