@@ -6,8 +6,8 @@ from torch import nn
 
 from flatquant.quantizers import Dynamic
 from flatquant.spec import QuantSpec, TransformSpec
-from flatquant.transforms import Compose, Diagonal, Kronecker, make_factor, shared_inverses
-from flatquant.wiring.linear import FitLinear, FitSite
+from flatquant.transforms import Compose, Diagonal, Identity, Kronecker, make_factor, shared_inverses
+from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput
 
 
 def _site(*, grids: bool, bias: tuple[bool, bool] = (True, False)) -> tuple[FitSite, list[nn.Linear]]:
@@ -78,3 +78,17 @@ def test_an_output_is_computed_once_for_all_readers() -> None:
     with torch.no_grad():
         assert site(x)[0].requires_grad is False
     assert site(x)[0].requires_grad, "a result without gradients must not serve a pass with them"
+
+
+def test_gradients_of_a_rotated_writer_fit_into_half_precision() -> None:
+    """The scale of a row of weights gathers what all of them get, which float16 cannot hold, and passes it on."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(2048, 8, bias=False)
+    factor = make_factor(TransformSpec(kind="matrix", parameters="rotation", init="hadamard"), 8, generator)
+    site = FitSite(Identity(), None, QuantSpec(bits=2), [linear], [(HeadOutput(factor),)])
+    with torch.autocast("cpu", dtype=torch.float16):
+        (y,) = site(torch.full((1, 2048), 100.0))
+    (300 * y.float().abs().sum()).backward()
+    grads = [p.grad for p in site.parameters() if p.grad is not None]
+    assert grads
+    assert all(g.isfinite().all() for g in grads)

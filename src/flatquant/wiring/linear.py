@@ -194,7 +194,9 @@ class FitSite(Site):
         if isinstance(self.grid, WeightLevels):
             return self.grid()
         if self._has_outputs:
-            return self.grid(self.transformed_weight())
+            # A row's scale gathers the gradients of all its weights: a sum that float16 may not hold.
+            with torch.autocast(self.weight.device.type, enabled=False):
+                return self.grid(self.transformed_weight())
         return self.grid.clamp_and_round(self._inverse_transformed())
 
     def _quantised(self, x: Tensor) -> Tensor:

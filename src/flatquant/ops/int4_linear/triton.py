@@ -134,7 +134,8 @@ def few(
     _few[(triton.cdiv(o, rows),)](
         x, x_scale, packed, scale, bias, residual, y, tokens, o, 2 * half,
         BIAS=bias is not None, RESIDUAL=residual is not None, R=rows,
-        TP=max(16, triton.next_power_of_2(tokens)), K=min(columns, triton.next_power_of_2(half)), num_warps=warps,
+        TP=max(16, triton.next_power_of_2(tokens)), K=min(columns, max(32, triton.next_power_of_2(half))),
+        num_warps=warps,
     )  # fmt: skip
     return y
 

@@ -163,6 +163,7 @@ def append(
         qkv, cos, sin, h.matrices, h.ratios, at, *keys, *values, q, k, v,
         t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
         DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense, R=rows, num_warps=4,
+        enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
     return q, k, v
 
