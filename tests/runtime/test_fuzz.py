@@ -55,8 +55,15 @@ def few(n: int) -> settings:
     )
 
 
+class Place(dict[str, Any]):
+    """A folder, its files and what its model computes; a failure names it, and does not print it."""
+
+    def __repr__(self) -> str:
+        return f"<{self['path']}>"
+
+
 @pytest.fixture(scope="module")
-def place(quantised, tmp_path_factory) -> dict[str, Any]:
+def place(quantised, tmp_path_factory) -> Place:
     """A folder to damage, its original bytes, and what its model computes."""
     q = quantised("w4a4kv4")
     path = tmp_path_factory.mktemp("fuzz") / "model"
@@ -70,14 +77,14 @@ def place(quantised, tmp_path_factory) -> dict[str, Any]:
         max_shard_bytes=15_000,
     )
     with torch.no_grad():
-        return {"path": path, "files": contents(path), "tokens": q.tokens, "logits": q.model(q.tokens).logits}
+        return Place(path=path, files=contents(path), tokens=q.tokens, logits=q.model(q.tokens).logits)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def restore(place: dict[str, Any]) -> Path:
+def restore(place: Place) -> Path:
     path: Path = place["path"]
     for file in path.parent.rglob("*"):
         if file.is_file() and not (file.parent == path and file.name in place["files"]):
@@ -244,13 +251,13 @@ def test_forged_configs(place, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory) -> dict[str, Any]:
+def mixture(tmp_path_factory) -> Place:
     """`place`, of a mixture of experts."""
     model, tokens = tiny_family("mixtral"), torch.arange(8)[None]
     result = flatquant.quantize(model, rtn("w4a4kv4"), device="cpu")
     path = tmp_path_factory.mktemp("mixture") / "model"
     save(result.model, result.plan, path, recipe={}, report={}, scheme="w4a4kv4")
-    return {"path": path, "files": contents(path), "tokens": tokens}
+    return Place(path=path, files=contents(path), tokens=tokens)
 
 
 @few(40)

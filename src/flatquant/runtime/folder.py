@@ -161,9 +161,8 @@ class Folder:
             return f"cannot be read ({error.strerror or error})"
         return "" if found == digest else "is damaged: its sha256 does not match"
 
-    def check_files(self, *, companions: bool = True) -> None:
+    def check_files(self, skipped: Collection[str] = ()) -> None:
         """Raise ArtifactError for the first file that is missing or damaged."""
-        skipped = () if companions else self.companions
         for name, why in self.damaged(skipped).items():
             hint = ", or pass verify=False if you replaced it" if name in self.companions else ""
             raise ArtifactError(f"{self.path / name} {why}; copy the folder again{hint}")

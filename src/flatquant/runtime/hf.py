@@ -104,6 +104,11 @@ class FlatQuantizer(HfQuantizer):
         if asked not in (None, "sdpa", METHOD):
             raise ModelError(f"quantised models bring their own attention; leave out attn_implementation={asked!r}")
         config.transformers_weights = INDEX_FILE if INDEX_FILE in files else SINGLE_FILE
+        local = Path(getattr(config, "_name_or_path", None) or "")
+        if INDEX_FILE in files and (local / INDEX_FILE).is_file():
+            # transformers reads the index before it asks anyone, and stumbles over what is wrong with it.
+            folder = Folder.open(local)
+            folder.check_files([name for name in folder.files if name != INDEX_FILE])
         return config
 
     def update_tp_plan(self, config: Any) -> Any:  # what transformers 5.17 calls
@@ -124,7 +129,7 @@ class FlatQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ArtifactError("a quantised model is read from its folder; state_dict= cannot be given")
         self.folder = Folder.open(Path(checkpoint_files[0]).parent)
-        self.folder.check_files(companions=False)  # of a hub's repository, nothing else may be there
+        self.folder.check_files(self.folder.companions)  # of a hub's repository, nothing else may be there
         tied = set(model.all_tied_weights_keys)  # will be tied, once tensors are loaded
         artifact.furnish(self.folder, model, tied, self.folder.tensors())
 
