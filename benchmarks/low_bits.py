@@ -1,4 +1,4 @@
-"""Weights at 2 and 3 bits without any fit: what grids, groups, Hessians and codebooks make of them, on a CPU.
+"""Weights at 2 to 4 bits without any fit: what grids, groups, Hessians and codebooks make of them, on a CPU.
 
     python -m benchmarks.low_bits --data DATA
 
@@ -71,6 +71,11 @@ def ordered(recipe: Recipe, **changes: float) -> Recipe:
     return dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, act_order=True, **changes))
 
 
+def damped(recipe: Recipe, damping: float) -> Recipe:
+    """With this share of the mean curvature added to all."""
+    return dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, damping=damping))
+
+
 BEST = grid(2, symmetric=False, clip="search")
 # In the order of their weight.
 VARIANTS: dict[str, Recipe] = {
@@ -93,6 +98,15 @@ VARIANTS: dict[str, Recipe] = {
     "w2 gptq, asymmetric, searched, ordered": ordered(gptq(BEST)),
     "w2 gptq, asymmetric, searched, ordered, damping 0.1": ordered(gptq(BEST), damping=0.1),
     "w2 oac, asymmetric, searched, ordered": ordered(oac(BEST)),
+    "w4 rtn, symmetric": rtn(grid(4)),
+    "w4 rtn, symmetric, searched": rtn(grid(4, clip="search")),
+    "w4 gptq, symmetric": gptq(grid(4)),
+    "w4 gptq, symmetric, damping 0.1": damped(gptq(grid(4)), 0.1),
+    "w4 gptq, symmetric, ordered": ordered(gptq(grid(4))),
+    "w4 gptq, symmetric, searched": gptq(grid(4, clip="search")),
+    "w4 gptq, asymmetric, searched": gptq(grid(4, symmetric=False, clip="search")),
+    "w4 gptq, symmetric, searched, ordered, damping 0.1": ordered(gptq(grid(4, clip="search")), damping=0.1),
+    "w4 vptq": vptq("w4a16"),
     "a4 rtn": rtn("w16a4"),
     "a4 levels by channel": unfitted(direct("w16a4")),
     "a4 levels in total": unfitted(direct("w16a4", by_channel=False)),

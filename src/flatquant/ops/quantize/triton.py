@@ -161,7 +161,7 @@ class _FakeQuantize(torch.autograd.Function):
         return gx, g_low.view_as(low_ratio), g_high.view_as(high_ratio), None, None, None, None
 
 
-# A product and a sum fused into one rounding would give other bits than the reference, and now and then another integer.
+# A product and a sum rounded once would give other bits than the reference, and now and then another integer.
 def _launch(
     kernel, x: Tensor, tensors: tuple[Tensor, ...], ratio: Tensor, low: int, high: int, clamp: bool, eps: float
 ) -> None:
