@@ -94,13 +94,14 @@ def run_jobs(
     """Run `python -m module COMMON JOB` for every job, at most `parallel` processes at a time.
 
     A job prints its result as a line `RESULT {json}`; `keep` receives each as it comes. A job that fails is named, and
-    the others go on.
+    the others go on. Each gets its share of the cores: threads that outnumber them wait for each other.
     """
     waiting, running = list(jobs), []
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
     while waiting or running:
         while waiting and len(running) < parallel:
             command = [sys.executable, "-m", module, *common, *waiting.pop(0)]
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=threads | os.environ))
         for process in [p for p in running if p.poll() is not None]:
             running.remove(process)
             assert process.stdout is not None

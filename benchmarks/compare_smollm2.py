@@ -11,8 +11,11 @@ run that is cut short has lost the job it was at, and the next one goes on after
 that would not end in time.
 
 Recipes are the methods' own (`--preset reference`) but where a job says so in its `note`: OmniQuant's and AffineQuant's
-20 to 40 epochs of single windows, 5,120 steps a block at 2 bits, become 10 epochs of four, at twice the rates; the
-gradients of OAC are of 32 sequences, not 128; Direct Quantization takes half its steps.
+20 to 40 epochs of single windows, 5,120 steps a block at 2 bits, become 10 epochs of four, OmniQuant's at twice the
+rates; the gradients of OAC are of 32 sequences, not 128; Direct Quantization takes half its steps.
+
+Give every process a share of the processor's cores (OMP_NUM_THREADS): several that each start a thread a core wait for
+each other, and everything that is not on the GPU takes five to ten times as long.
 """
 
 from __future__ import annotations
@@ -49,6 +52,12 @@ def few_epochs(made: Recipe) -> Recipe:
     return dataclasses.replace(made, fit=faster)
 
 
+def same_rates(made: Recipe) -> Recipe:
+    """As `few_epochs`, at the method's own rates: at twice these, a fit at 3 bits diverges."""
+    assert made.fit is not None
+    return dataclasses.replace(made, fit=dataclasses.replace(made.fit, epochs=10, batch_size=4))
+
+
 def few_sequences(made: Recipe) -> Recipe:
     """Gradients of a quarter of the text."""
     return made.tuned(samples=32)
@@ -63,7 +72,7 @@ def half_the_steps(made: Recipe) -> Recipe:
 # What is not the method's own recipe, and what the row says about it.
 CHANGES: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
     "omniquant": (few_epochs, "10 epochs in batches of 4 at twice the rates"),
-    "affinequant": (few_epochs, "10 epochs in batches of 4 at twice the rates"),
+    "affinequant": (same_rates, "10 epochs in batches of 4"),
     "oac": (few_sequences, "gradients of 32 sequences"),
     "direct": (half_the_steps, "200 steps"),
 }
@@ -141,6 +150,7 @@ def measure(
     prepare: Callable[[Recipe], Recipe] = lambda made: made,
     left: Callable[[], float] = lambda: float("inf"),
     share: Path | None = None,
+    alone: bool = True,
 ) -> None:
     """Make the rows that `path` does not hold yet.
 
@@ -148,6 +158,7 @@ def measure(
         prepare: changes every recipe.
         left: seconds that remain; a job that would take longer does not start.
         share: a folder with a file for every job that this or another process took.
+        alone: on its device; the times of a row count only then.
     """
     done = {s["job"] for s in read_samples(path)}
     for job in jobs:
@@ -160,6 +171,7 @@ def measure(
             continue
         made = prepare(job.recipe())
         row: dict[str, Any] = {"job": job.name, "method": job.method, "scheme": str(Scheme.parse(job.scheme))}
+        row["alone"] = alone
         row["note"] = CHANGES[job.method][1] if job.method in CHANGES else ""
         start = time.perf_counter()
         try:
@@ -189,7 +201,7 @@ def brief(sample: dict[str, Any]) -> dict[str, Any]:
         return {"error": sample["error"]}
     (perplexity,) = sample["perplexity"].values()
     shown = {key: sample[key] for key in ("kl", "top1", "seconds", "bits_per_weight", "note")}
-    return {"perplexity": perplexity, **shown}
+    return {"perplexity": perplexity, **shown, "alone": sample["alone"]}
 
 
 def merge(parts: list[Path], path: Path) -> None:
@@ -222,6 +234,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="METHOD, SCHEME or METHOD/SCHEME")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all")
     parser.add_argument("--share", type=Path, help="folder in which processes, one a GPU, say which jobs they took")
+    parser.add_argument("--beside", action="store_true", help="another process is on the same GPU: no times")
     parser.add_argument("--merge", nargs="+", metavar="FOLDER", help="measure nothing; join the rows of these folders")
     parser.add_argument("--tiny", action="store_true", help="a dry run of two blocks that measures nothing")
     args = parser.parse_args()
@@ -255,6 +268,7 @@ def main() -> None:
             prepare=tiny if args.tiny else lambda made: made,
             left=lambda: args.budget - (time.perf_counter() - start),
             share=args.share,
+            alone=not args.beside,
         )
 
 

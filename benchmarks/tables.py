@@ -140,7 +140,8 @@ def compared() -> list[str]:
         at = [(method, row) for method, where, row in rows if where == scheme]
         for method, row in sorted(at, key=lambda pair: pair[1]["kl"]):
             quality = f"{row['perplexity']:.2f} | {row['kl']:.3f} | {row['top1']:.1%}"
-            cost = f"{row['bits_per_weight']:.2f} | {row['seconds']:.0f}"
+            seconds = f"{row['seconds']:.0f}" if row["alone"] else "-"
+            cost = f"{row['bits_per_weight']:.2f} | {seconds}"
             lines.append(f"| {scheme} | {method} | {quality} | {cost} | {row['note']} |")
     return lines
 
@@ -154,6 +155,30 @@ def low_bits() -> list[str]:
     return lines
 
 
+def zeroshot() -> list[str]:
+    """Zero-shot accuracy of every variant, with standard errors, and the drop of the mean against the original."""
+    scores = read("zeroshot-smollm2")["scores"]
+    tasks = list(scores["original"])
+    lines = [f"| W4A4KV4 | {' | '.join(tasks)} | mean | drop |", "|---" * (len(tasks) + 3) + "|"]
+    whole = statistics.mean(s["value"] for s in scores["original"].values())
+    for variant, found in scores.items():
+        each = " | ".join(f"{100 * found[t]['value']:.1f} ± {100 * found[t]['stderr']:.1f}" for t in tasks)
+        mean = statistics.mean(found[t]["value"] for t in tasks)
+        drop = "-" if variant == "original" else f"{100 * (whole - mean):.1f}"
+        lines.append(f"| {variant} | {each} | {100 * mean:.1f} | {drop} |")
+    return lines
+
+
+def clips() -> list[str]:
+    """Rotations with and without fixed clips of activations, nothing trained."""
+    rows = read("rotation-clips-untrained")["metrics"]["rows"]
+    lines = ["| fixed rotations, plain rounding | KL, mean over seeds | each |", "|---|---|---|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        each = [row["kl"] for row in rows if row["variant"] == variant]
+        lines.append(f"| {variant} | {statistics.mean(each):.3f} | {', '.join(f'{v:.3f}' for v in each)} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "reference": reference,
     "quick": quick,
@@ -162,6 +187,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "demo": demo,
     "compared": compared,
     "low_bits": low_bits,
+    "zeroshot": zeroshot,
+    "clips": clips,
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
 }

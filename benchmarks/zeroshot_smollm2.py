@@ -4,8 +4,9 @@
     python -m benchmarks.zeroshot_smollm2 --limit 20 --windows 4 --preset quick    # a try on a CPU
 
 Every score is written as it comes, and a second start goes on where the first stopped. The packed model must give the
-same scores as the one in memory, where both compute alike; on a GPU kernels serve it, which round in other places, and
-it must not be further off than one standard error. The benchmark says so, and fails otherwise.
+same scores as the one in memory, where both compute alike; on a GPU kernels serve it, which round in other places, so
+that a 4-bit activation here and there goes the other way, and with it answers that were even: two standard errors of a
+difference are allowed. The benchmark says so, and fails otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -84,11 +86,12 @@ def main() -> None:
             del model
     show(result["scores"])
     memory, packed = (result["scores"].get(v, {}) for v in VARIANTS[2:])
-    allowed = 0.0 if arguments.device == "cpu" else 1.0
+    allowed = 0.0 if arguments.device == "cpu" else 2.0
     differing = [
         task
         for task, score in memory.items()
-        if task in packed and abs(score["value"] - packed[task]["value"]) > allowed * score["stderr"]
+        if task in packed
+        and abs(score["value"] - packed[task]["value"]) > allowed * math.hypot(score["stderr"], packed[task]["stderr"])
     ]
     if differing:
         raise SystemExit(f"packed and in memory differ: {', '.join(differing)}")
