@@ -27,3 +27,9 @@ class CalibrationError(FlatQuantError):
 
 class ArtifactError(FlatQuantError):
     """A quantised folder that is incomplete, damaged, of another format version, or in the way."""
+
+
+def one_line(value: object) -> str:
+    """A value as one short line, for messages: what a file says may be anything."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else text[:200] + "..."

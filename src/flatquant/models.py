@@ -35,7 +35,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from flatquant.errors import ModelError
+from flatquant.errors import ModelError, one_line
 
 ALIASES = ("smollm2-135m",)
 
@@ -286,7 +286,7 @@ def _check_config(config: Any, name: object) -> None:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
         architectures and known.isdisjoint(architectures)
     ):
-        what = architectures[0] if architectures else config.model_type
+        what = one_line(architectures[0] if architectures else config.model_type)
         raise ModelError(f"{name} is {what}, not a causal language model; give a decoder-only one")
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from flatquant import seams
-from flatquant.errors import ArtifactError
+from flatquant.errors import ArtifactError, one_line
 from flatquant.runtime import fused
 from flatquant.runtime.build import install
 from flatquant.runtime.card import model_card
@@ -44,7 +44,6 @@ from flatquant.runtime.folder import (
     StoredTensor,
     content_hash,
     json_bytes,
-    one_line,
     plan_to_json,
     read_json,
     stored_kinds,

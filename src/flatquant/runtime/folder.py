@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flatquant.errors import ArtifactError, SpecError
+from flatquant.errors import ArtifactError, SpecError, one_line
 from flatquant.spec import BlockPlan, Plan, QuantSpec, SitePlan, from_dict, to_dict
 
 METHOD = "flatquant"
@@ -239,12 +239,6 @@ def content_hash(config: Mapping[str, Any]) -> str:
     quantisation = {k: v for k, v in config["quantization_config"].items() if k != "content_hash"}
     text = json.dumps({**config, "quantization_config": quantisation}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def one_line(value: Any) -> str:
-    """A value as one short line, for messages."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def check_name(name: str) -> None:
