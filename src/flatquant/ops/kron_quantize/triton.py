@@ -73,7 +73,7 @@ def _take(
     x_ptr, other_ptr, stride, token, tokens, PARTS, SOURCE: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A token's tiles as they are in memory, and what belongs to each: a gain, a gate, or nothing (itself)."""
+    """A token's tiles as they are in memory, each with its gate, or twice."""
     tiles = ()
     row = tl.cast(token, tl.int64)
     end = tl.where(token < tokens, N1, 0)
@@ -88,12 +88,10 @@ def _take(
                 x = tl.where(mask, x, 0.0)
             else:
                 x = tl.load(x_ptr + row * stride + at, mask=mask, other=0.0)
-            other = x
-            if SOURCE == _NORM:
-                other = tl.load(other_ptr + at, mask=mask, other=0.0)
+            gate = x
             if SOURCE == _GATE:
-                other = tl.load(other_ptr + row * stride + at, mask=mask, other=0.0)
-            tiles = tiles + ((x, other),)
+                gate = tl.load(other_ptr + row * stride + at, mask=mask, other=0.0)
+            tiles = tiles + ((x, gate),)
     return tiles
 
 
@@ -136,6 +134,9 @@ def _kernel(
 ):  # fmt: skip
     N: tl.constexpr = N1 * N2
     CUTS: tl.constexpr = len(COLUMNS)
+    first = tl.program_id(0)
+    if AHEAD:
+        tiles = _take(x_ptr, other_ptr, stride, first, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
     lefts, rights = (), ()
     if LEFT:
         for i in tl.static_range(len(ROWS)):  # P1^T: (M, ROWS[i])
@@ -150,9 +151,6 @@ def _kernel(
                 p = tl.load(right_ptr + k * N2 + o, mask=(k < N2) & (o < N2), other=0.0)
                 rights = rights + (_spread(p, COLUMNS[i][1], COLUMNS[j][1]),)
     low_ratio, high_ratio = tl.load(ratio_ptr), tl.load(ratio_ptr + 1)
-    first = tl.program_id(0)
-    if AHEAD:
-        tiles = _take(x_ptr, other_ptr, stride, first, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
     for token in range(first, tokens, tl.num_programs(0)):
         if not AHEAD:
             tiles = _take(x_ptr, other_ptr, stride, token, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
@@ -162,7 +160,9 @@ def _kernel(
             x = tiles[i][0].to(tl.float32)
             if SOURCE == _NORM:
                 squares += tl.sum(x * x)
-                x = x * tiles[i][1].to(tl.float32)
+                r = (ROWS[i // CUTS][0] + tl.arange(0, ROWS[i // CUTS][1]))[:, None]
+                c = (COLUMNS[i % CUTS][0] + tl.arange(0, COLUMNS[i % CUTS][1]))[None, :]
+                x = x * tl.load(other_ptr + r * N2 + c, mask=(r < N1) & (c < N2), other=0.0).to(tl.float32)
             if SOURCE == _GATE:
                 g = tiles[i][1].to(tl.float32)
                 x = x * (g / (1.0 + tl.exp2(g * -1.4426950408889634)))
@@ -207,7 +207,20 @@ def _kernel(
         tl.store(scale_ptr + token, tl.where(some, step * unit, 1.0))
         slope = 1.0 / (step * (2 * QMAX + 1))
         for j in tl.static_range(CUTS):
-            _put(zs[j], slope, out_ptr, tl.cast(token, tl.int64), COLUMNS[j][0], RIGHT, FORM, QMAX, N1, N2, M, COLUMNS[j][1])
+            _put(
+                zs[j],
+                slope,
+                out_ptr,
+                tl.cast(token, tl.int64),
+                COLUMNS[j][0],
+                RIGHT,
+                FORM,
+                QMAX,
+                N1,
+                N2,
+                M,
+                COLUMNS[j][1],
+            )
 
 
 def supports(shape: tuple[int, int], left: bool, right: bool, bits: int) -> str | None:
@@ -217,17 +230,44 @@ def supports(shape: tuple[int, int], left: bool, right: bool, bits: int) -> str 
         return f"rows of {n2} do not pack into bytes"
     if right and not left:
         return "a full matrix"
-    if left:
-        m, k, c = _padded(n1), sum(size for _, size in pieces(n1)), sum(size for _, size in pieces(n2))
-        if max(n1, n2) > 256 or 2 * (m * k + k * c + right * c * c) > _SHARED - 1024:
-            return f"factors of {n1} and {n2}"
+    if left and (max(n1, n2) > 256 or _bytes(shape, Settings()) > _SHARED):
+        return f"factors of {n1} and {n2}"
     if bits != 4:
         return f"{bits}-bit activations"
     return None
 
 
-def _padded(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+class Settings(NamedTuple):
+    """How the kernel is launched.
+
+    Attributes:
+        warps: of a program; four, the least that share a product of 64 rows, unless there are more rows.
+        programs: on a multiprocessor.
+        ahead: whether the next token is loaded into registers while this one's integers are made.
+        stages: 2 to load it into shared memory instead.
+        registers: the most of a thread.
+        grain: sizes are rounded up to multiples of it.
+    """
+
+    warps: int = 4
+    programs: int = 1
+    ahead: bool = False
+    stages: int = 1
+    registers: int | None = None
+    grain: int = 16
+
+
+def settings(source: str, shape: tuple[int, int], tokens: int, sms: int) -> Settings:
+    """What is launched where nothing else is said."""
+    m, c = _padded(shape[0]), sum(size for _, size in pieces(shape[1]))
+    warps, full, gate = min(16, max(4, m // 16)), m * c > 1 << 13, source == "gate"
+    if m * c > 1 << 14:  # one program fills a multiprocessor
+        staged = Settings(warps, stages=2)
+        return staged if source == "plain" and _bytes(shape, staged) <= _SHARED else Settings(warps)
+    if tokens <= sms:  # all at once: nothing to share a multiprocessor with
+        return Settings(warps, ahead=True)
+    # Two programs of eight warps have 128 registers a thread: none for a gate ahead of time.
+    return Settings(warps, min(8, 1 + (1 << 14) // (m * c)), not (full and gate), registers=128 if full else None)
 
 
 def pieces(n: int, grain: int = 16) -> tuple[tuple[int, int], ...]:
@@ -240,20 +280,20 @@ def pieces(n: int, grain: int = 16) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-class Settings(NamedTuple):
-    """How the kernel is launched: warps, programs a multiprocessor, grain of the pieces, loading ahead, registers."""
-
-    warps: int = 4
-    programs: int = 1
-    grain: int = 16
-    ahead: bool = True
-    registers: int | None = None
+def _tiles(shape: tuple[int, int], grain: int):
+    """Pieces of rows and of columns; rows, which are only summed over, in fewer."""
+    return pieces(shape[0], max(32, grain)), pieces(shape[1], grain)
 
 
-def settings(shape: tuple[int, int], tokens: int) -> Settings:
-    """What is launched where nothing else is said."""
-    n1, n2 = _padded(shape[0]), _padded(shape[1])
-    return Settings()
+def _padded(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def _bytes(shape: tuple[int, int], how: Settings) -> int:
+    """Shared memory for both factors, the largest tile - the next one takes its place - and tokens on their way."""
+    rows, columns = _tiles(shape, how.grain)
+    k, c = (sum(size for _, size in cut) for cut in (rows, columns))
+    return 2 * (_padded(shape[0]) * k + c * c + rows[0][1] * columns[0][1] + (how.stages - 1) * k * c)
 
 
 def launch(
@@ -288,17 +328,15 @@ def launch(
     }[form]
     out = torch.empty((tokens, size), dtype=dtype, device=x.device)
     scale = torch.empty((tokens, 1), dtype=torch.float32, device=x.device)
-    how = how or settings(shape, tokens)
-    if left is None:
-        rows, columns = ((0, _padded(n1)),), ((0, _padded(n2)),)
-    else:
-        rows, columns = pieces(n1, how.grain), pieces(n2, how.grain)
-    _kernel[(min(tokens, how.programs * _sms(x)),)](
+    sms = _sms(x)
+    how = how or settings(source, shape, tokens, sms)
+    rows, columns = _tiles(shape, how.grain) if left is not None else (((0, _padded(n)),) for n in shape)
+    _kernel[(min(tokens, how.programs * sms),)](
         x, x if other is None else other, left, right, ratios, out, scale, tokens, x.stride(0), eps,
         x.shape[2] if source == "merge" else 1,
         SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, FORM=_FORMS[form],
         QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, M=_padded(n1), ROWS=rows, COLUMNS=columns, AHEAD=how.ahead,
-        num_warps=how.warps, maxnreg=how.registers,
+        num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
     )  # fmt: skip
     return out, scale
 
