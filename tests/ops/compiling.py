@@ -137,9 +137,9 @@ def main() -> None:
             "O": o,
             **words,
         }
-        sizes = {"EMULATE": False, "R": 8, "K": 256} if name == "_vector" else {"R": 32, "TP": tokens, "K": 64}
+        sizes = {"R": 4, "K": 512} if name == "_vector" else {"R": 32, "TP": tokens, "K": 128}
         ordered = [given[a] for a in kernel.kernel.arg_names if a in given]
-        launch(*ordered, num_warps=4, BIAS=False, RESIDUAL=True, **sizes)
+        launch(*ordered, num_warps=4, num_stages=4, BIAS=False, RESIDUAL=True, EMULATE=False, **sizes)
         found[f"{name[1:]} {tokens}"] = kernel.found[-1]
         setattr(products, name, kernel.kernel)
     kernel = record(products, "_expand")

@@ -178,6 +178,8 @@ def attend(
     *,
     parts: int,
     block: int = 64,
+    warps: int = 4,
+    stages: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attend`; in `parts` parts."""
     b, hq, d = q.shape
@@ -188,6 +190,6 @@ def attend(
     _attend[(b * hk, parts)](
         q, *keys, *values, out, lse, last, start, s if window is None else window, scaling, s, parts,
         HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, HALF=max(16, triton.next_power_of_2(d // 2)),
-        B=block, num_warps=4,
+        B=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
