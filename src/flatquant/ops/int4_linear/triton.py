@@ -6,8 +6,8 @@ packed weights, once: it is bound by memory.
 
 A few tokens (`_few`): the same walk with the matrix units, which need 16 columns: W (R rows, from registers) times X^T,
 even and odd channels apart, as the nibbles lie and as the site wrote them. A weight stays the upper nibble of its byte,
-where flipping its top bit is all that a sign takes: four bytes at once in one or two instructions, and sums are 16 times
-too large. Integers are int8, sums int32: exact.
+where flipping its top bit is all that a sign takes: four bytes at once in one or two instructions, and sums are 16
+times too large. Integers are int8, sums int32: exact.
 
 Many tokens: `_expand` writes the weights as float8 into a buffer that all layers share - one that the next layer
 overwrites while it is still in the cache costs little traffic to memory - and the float8 matrix units, which hold
