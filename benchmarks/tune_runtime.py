@@ -90,14 +90,14 @@ class SiteCase(Case):
         today = sites.settings(self.source, (n1, n2), self.tokens, _sms())
         more = [today._replace(ahead=not today.ahead), today._replace(ahead=False, stages=3 - today.stages)]
         if self.tokens <= _sms():
-            more += [today._replace(warps=2 * today.warps), today._replace(grain=256)]
+            more += [today._replace(warps=2 * today.warps)]
         elif today.warps == 4:
             more += [today._replace(programs=today.programs + i) for i in (-1, 1)]
             more += [today._replace(warps=8), today._replace(registers=None if today.registers else 128)]
         elif today.registers:
             more += [Settings(8, 2, False, 2, 128), Settings(8, 1, True), Settings(8, 1, False, 2)]
         else:
-            more += [Settings(8, ahead=True), Settings(8, grain=256), Settings(16), Settings(16, grain=256)]
+            more += [Settings(8, ahead=True), Settings(8, grain=64), Settings(8, stages=2, grain=64), Settings(16)]
         return [{"how": how} for how in dict.fromkeys([today, *more])]
 
     def prepare(self, device: torch.device, small: bool) -> Prepared:

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 SHARED = 227 << 10  # bytes that a block may have on an H100
-# Bytes of a thread's registers that may lie in memory: of some two hundred instructions, a handful; more where factors
-# are in nine pieces, whose addresses outlive a token.
-SPILLED, WIDE = 48, 400
+# Bytes of a thread's stack, where registers go that there is no room for: a handful of hundreds of instructions; more
+# where the factors lie in nine pieces, whose addresses outlive a token.
+SPILLED, WIDE = 96, 400
 
 
 @pytest.mark.slow
