@@ -208,19 +208,9 @@ def _kernel(
         slope = 1.0 / (step * (2 * QMAX + 1))
         for j in tl.static_range(CUTS):
             _put(
-                zs[j],
-                slope,
-                out_ptr,
-                tl.cast(token, tl.int64),
-                COLUMNS[j][0],
-                RIGHT,
-                FORM,
-                QMAX,
-                N1,
-                N2,
-                M,
+                zs[j], slope, out_ptr, tl.cast(token, tl.int64), COLUMNS[j][0], RIGHT, FORM, QMAX, N1, N2, M,
                 COLUMNS[j][1],
-            )
+            )  # fmt: skip
 
 
 def supports(shape: tuple[int, int], left: bool, right: bool, bits: int) -> str | None:
@@ -260,14 +250,15 @@ class Settings(NamedTuple):
 def settings(source: str, shape: tuple[int, int], tokens: int, sms: int) -> Settings:
     """What is launched where nothing else is said."""
     m, c = _padded(shape[0]), sum(size for _, size in pieces(shape[1]))
-    warps, full, gate = min(16, max(4, m // 16)), m * c > 1 << 13, source == "gate"
+    warps, full = min(16, max(4, m // 16)), m * c > 1 << 13
     if m * c > 1 << 14:  # one program fills a multiprocessor
         staged = Settings(warps, stages=2)
         return staged if source == "plain" and _bytes(shape, staged) <= _SHARED else Settings(warps)
     if tokens <= sms:  # all at once: nothing to share a multiprocessor with
-        return Settings(warps, ahead=True)
+        return Settings(warps, ahead=source != "merge")
     # Two programs of eight warps have 128 registers a thread: none for a gate ahead of time.
-    return Settings(warps, min(8, 1 + (1 << 14) // (m * c)), not (full and gate), registers=128 if full else None)
+    ahead = source != "merge" and not (full and source == "gate")
+    return Settings(warps, min(8, 1 + (1 << 14) // (m * c)), ahead, registers=128 if full else None)
 
 
 def pieces(n: int, grain: int = 16) -> tuple[tuple[int, int], ...]:
