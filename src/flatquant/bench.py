@@ -67,6 +67,8 @@ SIZES = (4096, 5120, 8192, 11008, 14336, 18944, 28672)
 TOKENS = (1, 16, 2048, 8192)
 TRANSFORMS = ("kronecker", "hadamard", "none")
 _PAST_CACHE = 200 << 20  # bytes that inputs rotate over
+SITE_ERROR = 0.55
+PRODUCT_ERROR = 2**-7  # of the largest element: results are bfloat16
 # Of a block in bfloat16 on 4-bit grids: a share of activations is rounded the other way; a wrong block is off by 1.
 _BLOCK_ERROR = 0.3
 
@@ -156,7 +158,7 @@ def _repeat(run: Callable[[], float], calls: int, seconds: float) -> Times:
     return Times(statistics.median(times), deciles[0], deciles[-1])
 
 
-def _copies(bytes_each: int) -> int:
+def copies(bytes_each: int) -> int:
     return max(1, min(64, -(-_PAST_CACHE // max(1, bytes_each))))
 
 
@@ -186,8 +188,9 @@ def sites(device: torch.device, sizes: Sequence[int], tokens: Sequence[int]) -> 
         site = make_site(n, "kronecker", device)
         for t in tokens:
             moved = t * n * 5 // 2  # x in 16 bit, integers in 4
-            inputs = [torch.randn(t, n, device=device, dtype=torch.bfloat16) for _ in range(_copies(moved))]
-            error = _site_error(inputs[0][: min(t, 64)], site)
+            inputs = [torch.randn(t, n, device=device, dtype=torch.bfloat16) for _ in range(copies(moved))]
+            few = inputs[0][:64]
+            error = site_error(few, kron_quantize.plain(few, site, "float8")[0].double(), site)
             half = [torch.empty(moved // 2, dtype=torch.uint8, device=device) for _ in range(2 * len(inputs))]
             bytes_ = measure([partial(a.copy_, b) for a, b in zip(half[::2], half[1::2], strict=True)], device)
             rows.append(
@@ -195,7 +198,7 @@ def sites(device: torch.device, sizes: Sequence[int], tokens: Sequence[int]) -> 
                     f"transform and quantise {n} ({site.shape[0]} x {site.shape[1]})",
                     t,
                     error,
-                    error <= 0.55,
+                    error <= SITE_ERROR,
                     [partial(kron_quantize.plain, x, site, "packed") for x in inputs],
                     device,
                     "moving the bytes",
@@ -206,23 +209,22 @@ def sites(device: torch.device, sizes: Sequence[int], tokens: Sequence[int]) -> 
     return rows
 
 
-def _site_error(x: Tensor, site: Site) -> float:
+def site_error(x: Tensor, integers: Tensor, site: Site) -> float:
     """How far integers lie from the exact values, in steps: one half by rounding, and a little by arithmetic."""
-    values, _ = kron_quantize.plain(x, site, "float8")
     left, right = (None if p is None else p.double() for p in (site.left, site.right))
     _, scale = site_reference.kron_quantize(x.double(), left, right, site.ratios.double(), site.bits, "float8")
     exact = (kron_matmul(x.double(), left, right) / scale).clamp(-8, 7)
-    return (values.double() - exact).abs().max().item()
+    return (integers - exact).abs().max().item()
 
 
 def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> list[Row]:
     """Products with packed weights, against bfloat16."""
     rows = []
     for o, n in shapes:
-        count = _copies(o * n // 2)
+        count = copies(o * n // 2)
         packed = [torch.randint(0, 256, (o, n // 2), device=device, dtype=torch.uint8) for _ in range(count)]
         scale = torch.rand(o, device=device) * 0.01 + 0.01
-        dense = [torch.randn(o, n, device=device, dtype=torch.bfloat16) for _ in range(_copies(2 * o * n))]
+        dense = [torch.randn(o, n, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * o * n))]
         for t in tokens:
             x = torch.randint(-8, 8, (t, n), device=device, dtype=torch.int8)
             if int4_linear.form(t, device) == "float8":
@@ -234,7 +236,9 @@ def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Se
             y = torch.randn(t, n, device=device, dtype=torch.bfloat16)
             base = measure([partial(F.linear, y, w) for w in dense], device)
             calls = [partial(int4_linear.int4_linear, x, s, w, scale, None, None, torch.bfloat16) for w in packed]
-            rows.append(_row(f"product {o} x {n}", t, error, error <= 2**-7, calls, device, "bfloat16", base.median))
+            rows.append(
+                _row(f"product {o} x {n}", t, error, error <= PRODUCT_ERROR, calls, device, "bfloat16", base.median)
+            )
         del packed, dense
     return rows
 

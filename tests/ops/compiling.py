@@ -1,13 +1,17 @@
 """Compiles the runtime's kernels for an H100, which needs none: what they launch with is recorded on meta tensors.
 
 Run by `test_compiles.py` in a process of its own, since Triton decides at its import whether kernels are interpreted.
-Prints a JSON object: by kernel and shape, the bytes of shared memory.
+Prints a JSON object: by kernel and shape, the bytes of shared memory, and of registers that were spilled.
 """
 
 import importlib
 import json
+import re
+import subprocess
 import sys
-from typing import Any
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,15 +32,23 @@ TYPES = {
 }
 
 
+class Usage(NamedTuple):
+    """Bytes of shared memory a program, and of the stack a thread, where registers go that there is no room for."""
+
+    shared: int
+    stack: int
+
+
 class Recorder:
     """Stands where a kernel stands; compiles it for what it is launched with."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.shared: list[int] = []
+        self.found: list[Usage] = []
 
     def __getitem__(self, grid: Any):
-        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*args: Any, **constants: Any) -> None:
+            options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
             signature, values, aligned = {}, {}, {}
             given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
             for i, name in enumerate(self.kernel.arg_names):
@@ -54,11 +66,22 @@ class Recorder:
                     if value % 16 == 0:
                         aligned[(i,)] = [["tt.divisibility", 16]]
             source = ASTSource(self.kernel, signature=signature, constexprs=values, attrs=aligned)
-            compiled = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
-            assert compiled.asm["cubin"]
-            self.shared.append(compiled.metadata.shared)
+            compiled: Any = triton.compile(source, target=TARGET, options=options)
+            self.found.append(Usage(compiled.metadata.shared, stack_of(compiled.asm["cubin"])))
 
         return launch
+
+
+def stack_of(cubin: bytes) -> int:
+    """Bytes of stack that a thread of a compiled kernel needs."""
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"STACK:(\d+)", done.stdout)
+    assert found, done.stdout
+    return int(found[1])
 
 
 def record(module: Any, name: str) -> Recorder:
@@ -78,20 +101,23 @@ def main() -> None:
     )
     heads_of = importlib.import_module("flatquant.ops.kv_cache").Heads
     store_of = importlib.import_module("flatquant.ops.kv_cache").Store
-    found: dict[str, int] = {}
+    found: dict[str, Usage] = {}
 
     kernel = record(sites, "_kernel")
     ratios = meta(2, dtype=torch.float32)
-    for n1, n2 in ((64, 64), (86, 128), (112, 128), (128, 224)):
+    for n1, n2 in ((64, 64), (64, 80), (86, 128), (112, 128), (128, 148), (128, 224)):
         left, right = (meta(n, n, dtype=torch.float16) for n in (n1, n2))
-        for tokens, form, source in ((1, "planes", "gate"), (4096, "float8", "norm"), (4096, "packed", "plain")):
+        kinds = ((1, "planes", "gate"), (4096, "float8", "gate"), (4096, "packed", "plain"))
+        if n1 == 64:
+            kinds += ((1, "planes", "norm"), (4096, "float8", "norm"))
+        for tokens, form, source in kinds:
             x = meta(tokens, n1 * n2)
             other = {"gate": x, "norm": meta(n1 * n2), "plain": None}[source]
             sites.launch(x, other, source, (n1, n2), left, right, ratios, 4, form, 1e-5)
-            found[f"{source} {n1} x {n2}, {tokens} tokens, {form}"] = kernel.shared[-1]
+            found[f"{source} {n1} x {n2}, {tokens} tokens, {form}"] = kernel.found[-1]
     parts, lse = meta(1, 32, 8, 128, dtype=torch.float32), meta(1, 32, 8, dtype=torch.float32)
     sites.launch(parts, lse, "merge", (32, 128), meta(32, 32, dtype=torch.float16), None, ratios, 4, "planes")
-    found["merge 32 x 128"] = kernel.shared[-1]
+    found["merge 32 x 128"] = kernel.found[-1]
 
     # The recorder keeps the way of the GPU: assembly instead of what stands for it in the interpreter.
     for name, tokens in (("_vector", 1), ("_few", 16), ("_few", 64)):
@@ -111,14 +137,14 @@ def main() -> None:
             "O": o,
             **words,
         }
-        sizes = {"EMULATE": False, "R": 8, "K": 256} if name == "_vector" else {"R": 32, "TP": tokens, "K": 64}
+        sizes = {"R": 4, "K": 512} if name == "_vector" else {"R": 32, "TP": tokens, "K": 128}
         ordered = [given[a] for a in kernel.kernel.arg_names if a in given]
-        launch(*ordered, num_warps=4, BIAS=False, RESIDUAL=True, **sizes)
-        found[f"{name[1:]} {tokens}"] = kernel.shared[-1]
+        launch(*ordered, num_warps=4, num_stages=4, BIAS=False, RESIDUAL=True, EMULATE=False, **sizes)
+        found[f"{name[1:]} {tokens}"] = kernel.found[-1]
         setattr(products, name, kernel.kernel)
     kernel = record(products, "_expand")
     products.expand(meta(64, 64, dtype=torch.uint8), meta(64, 128, dtype=torch.float8_e4m3fn))
-    found["expand"] = kernel.shared[-1]
+    found["expand"] = kernel.found[-1]
 
     pair = meta(2, 128, 128, dtype=torch.float32)
     heads = heads_of(32, 8, 128, pair, meta(2, 2, dtype=torch.float32))
@@ -135,10 +161,10 @@ def main() -> None:
     for tokens in (1, 2048):
         turn = meta(1, tokens, 128)
         caching.append(meta(1, tokens, 48 * 128), turn, turn, heads, *stores, place, dense=tokens > 1)
-        found[f"append {tokens}"] = kernel.shared[-1]
+        found[f"append {tokens}"] = kernel.found[-1]
     kernel = record(caching, "_attend")
     caching.attend(meta(1, 32, 128), *stores, place, place, None, 0.1, parts=8)
-    found["attend"] = kernel.shared[-1]
+    found["attend"] = kernel.found[-1]
     json.dump(found, sys.stdout)
 
 

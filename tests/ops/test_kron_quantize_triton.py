@@ -20,7 +20,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = (torch.float16, torch.bfloat16) if CUDA else (torch.float32, torch.float16)
 EPS = 1e-5
 
-SHAPES = ((24, 24), (9, 32), (1, 64), (8, 20), (11, 6), (4, 144))
+# Of the last two, columns are cut into tiles, or rows and columns.
+SHAPES = ((24, 24), (9, 32), (1, 64), (8, 20), (11, 6), (4, 144), (66, 36))
 SOURCES = ("plain", "norm", "gate", "merge")
 
 
@@ -138,6 +139,34 @@ def test_huge_and_tiny_rows_keep_their_integers() -> None:
     assert torch.equal(values[0], values[1])
     assert torch.equal(values[2], values[1])
     torch.testing.assert_close(scale[2] / scale[1], torch.full((1,), 1e12, device=DEVICE), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        fused.Settings(warps=4, programs=2, ahead=True, registers=128),
+        fused.Settings(warps=8, stages=2),
+        fused.Settings(grain=64),
+    ],
+)
+def test_settings_change_no_integer(how: fused.Settings) -> None:
+    g = torch.Generator().manual_seed(3)
+    shape = (66, 36)
+    site = make(shape, "both", g)
+    x, other = inputs("gate", 6, shape, torch.float16, g)  # more than the four programs of a CPU
+    want, want_scale = fused.launch(x, other, "gate", shape, *site.halves, site.ratios, 4, "packed")
+    got, scale = fused.launch(x, other, "gate", shape, *site.halves, site.ratios, 4, "packed", how=how)
+    # Sums over other tiles are rounded elsewhere.
+    assert (integers(got, "packed", 66 * 36) - integers(want, "packed", 66 * 36)).abs().max() <= (how.grain > 16)
+    torch.testing.assert_close(scale, want_scale, rtol=1e-3, atol=0)
+
+
+@given(n=st.integers(1, 256), grain=st.sampled_from((16, 32, 64)))
+def test_pieces_are_powers_of_two_that_cover(n: int, grain: int) -> None:
+    cut = fused.pieces(n, grain)
+    assert [begin for begin, _ in cut] == [sum(size for _, size in cut[:i]) for i in range(len(cut))]
+    assert all(size >= grain and size & (size - 1) == 0 for _, size in cut)
+    assert n <= sum(size for _, size in cut) < n + grain
 
 
 def test_what_it_cannot_do_has_a_reason() -> None:

@@ -49,6 +49,21 @@ def int4_linear(
         return triton.vector(x, x_scale, packed, scale, bias, residual, dtype)
     if tokens <= reference.FEW:
         return triton.few(x, x_scale, packed, scale, bias, residual, dtype)
+    return expanded(x, x_scale, packed, scale, bias, residual, dtype)
+
+
+def expanded(
+    x: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.int4_linear` on CUDA by the float8 units; x: float8."""
+    from flatquant.ops.int4_linear import triton
+
     weight = triton.expand(packed, _buffer(packed))
     # Its result is bfloat16 wherever rows have scales.
     y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]

@@ -5,7 +5,9 @@ and a shift make of it two words of four bytes, and `dp4a` multiplies and adds f
 packed weights, once: it is bound by memory.
 
 A few tokens (`_few`): the same walk with the matrix units, which need 16 columns: W (R rows, from registers) times X^T,
-even and odd channels apart, as the nibbles lie and as the site wrote them. Integers are int8, sums int32: exact.
+even and odd channels apart, as the nibbles lie and as the site wrote them. A weight stays the upper nibble of its byte,
+where flipping its top bit is all that a sign takes: four bytes at once in one or two instructions, and sums are 16
+times too large. Integers are int8, sums int32: exact.
 
 Many tokens: `_expand` writes the weights as float8 into a buffer that all layers share - one that the next layer
 overwrites while it is still in the cache costs little traffic to memory - and the float8 matrix units, which hold
@@ -62,9 +64,33 @@ def _vector(
 
 
 @triton.jit
+def _upper(w, EMULATE: tl.constexpr):
+    """16 times the weights of a byte's upper nibbles, as int8: those stored are 8 too large."""
+    if EMULATE:
+        return ((w & 0xF0) ^ 0x80).to(tl.int8, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def _lower(w, EMULATE: tl.constexpr):
+    """The same of the lower nibbles."""
+    if EMULATE:
+        return ((w << 4) ^ 0x80).to(tl.int8, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A; }",
+            "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
 def _few(
     x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, residual_ptr, y_ptr, T, O, N,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, R: tl.constexpr, TP: tl.constexpr, K: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EMULATE: tl.constexpr, R: tl.constexpr, TP: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * R + tl.arange(0, R)
     t = tl.arange(0, TP)
@@ -79,9 +105,9 @@ def _few(
         mask = some[:, None] & tokens[None, :]
         even = tl.load(at, mask=mask, other=0)
         odd = tl.load(at + half, mask=mask, other=0)
-        acc = tl.dot((w & 0xF).to(tl.int8) - 8, even, acc, out_dtype=tl.int32)
-        acc = tl.dot((w >> 4).to(tl.int8) - 8, odd, acc, out_dtype=tl.int32)
-    y = acc.to(tl.float32) * tl.load(ws_ptr + r, mask=rows, other=0.0)[:, None]
+        acc = tl.dot(_lower(w, EMULATE), even, acc, out_dtype=tl.int32)
+        acc = tl.dot(_upper(w, EMULATE), odd, acc, out_dtype=tl.int32)
+    y = (acc >> 4).to(tl.float32) * tl.load(ws_ptr + r, mask=rows, other=0.0)[:, None]
     y *= tl.load(xs_ptr + t, mask=tokens, other=0.0)[None, :]
     if BIAS:
         y += tl.load(bias_ptr + r, mask=rows, other=0.0)[:, None]
@@ -110,7 +136,7 @@ def supports(o: int, n: int) -> str | None:
 
 def vector(
     x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    dtype: torch.dtype, *, rows: int = 8, words: int = 256, warps: int = 4,
+    dtype: torch.dtype, *, rows: int = 4, words: int = 512, warps: int = 4,
 ) -> Tensor:  # fmt: skip
     """`reference.int4_linear` of one token.  # x: int8, (1, n)"""
     o, size = packed.shape[0], packed.shape[1] // 4
@@ -125,24 +151,23 @@ def vector(
 
 def few(
     x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    dtype: torch.dtype, *, rows: int = 32, warps: int = 4,
+    dtype: torch.dtype, *, rows: int = 32, bytes: int | None = None, warps: int = 4, stages: int = 4,
 ) -> Tensor:  # fmt: skip
-    """`reference.int4_linear` of at most `FEW` tokens.  # x: int8, (T, n)"""
+    """`reference.int4_linear` of at most `FEW` tokens, `bytes` of a row at a time.  # x: int8, (T, n)"""
     (o, half), tokens = packed.shape, x.shape[0]
     y = torch.empty((tokens, o), dtype=dtype, device=x.device)
-    columns = 128 if tokens <= 32 else 64
+    bytes = bytes or (256 if tokens <= 16 else 128)
     _few[(triton.cdiv(o, rows),)](
         x, x_scale, packed, scale, bias, residual, y, tokens, o, 2 * half,
-        BIAS=bias is not None, RESIDUAL=residual is not None, R=rows,
-        TP=max(16, triton.next_power_of_2(tokens)), K=min(columns, max(32, triton.next_power_of_2(half))),
-        num_warps=warps,
+        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, R=rows,
+        TP=max(16, triton.next_power_of_2(tokens)), K=min(bytes, max(32, triton.next_power_of_2(half))),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
 
-def expand(packed: Tensor, out: Tensor) -> Tensor:
+def expand(packed: Tensor, out: Tensor, *, block: int = 4096, warps: int = 8) -> Tensor:
     """`reference.expand` into `out`, float8.  # (o, n)"""
     size = packed.numel()
-    block = 4096
-    _expand[(triton.cdiv(size, block),)](packed, out, size, B=block, num_warps=8)
+    _expand[(triton.cdiv(size, block),)](packed, out, size, B=block, num_warps=warps)
     return out

@@ -1,17 +1,22 @@
 """(norm | gate | merge) -> P1^T X P2 -> clip -> scale -> integers, in one pass over memory.
 
-A program holds whole tokens: X as (TB * N1P, N2P), rows of several tokens stacked, N1P and N2P the factors' sizes
-rounded up to powers of two, padded with 0. X P2 is one product of the matrix units; for P1^T tokens move side by side.
+A program holds a whole token X (N1, N2) and walks over tokens, a few programs a multiprocessor. Sizes off powers of two
+are cut into tiles that are ones (`pieces`: 86 = 64 + 32 - 10, 224 = 128 + 64 + 32), of rows and of columns.
+
+P1^T X comes first: X goes to shared memory once, as float16, and the sums of this product lie in registers as the
+matrix units want their left operand, so that P2 follows without a detour (as P V follows Q K^T in FlashAttention). Both
+factors stay in shared memory. A thread then holds pairs of columns that are eight apart; P2's columns are read in an
+order (`_spread`) that makes of them neighbours, so that integers are packed in registers and leave 16 bytes at a time.
 
 Everything that scales a whole token only moves its scale: of a norm, the gain is applied to the tile, the rms to the
 scale; and a token is divided by its largest magnitude before it becomes float16, so that nothing overflows whatever
 the range of activations, and all of float16's eleven bits are used. Factors are float16: 2^-12 of an entry is far below
 the 4-bit grid that follows.
-
-P2 stays on the chip while a program walks over tokens, if it fits (`HOLD`); a larger one is read in strips of K rows.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,35 +24,37 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kron_quantize.reference import Form
-from flatquant.ops.triton import round_half_even
 
 # What the input is, and how integers leave.
 _PLAIN, _NORM, _GATE, _MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _PLANES, _FLOAT8, _PACKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _SOURCES = {"plain": 0, "norm": 1, "gate": 2, "merge": 3}
 _FORMS = {"planes": 0, "float8": 1, "packed": 2}
-_HELD = 128  # the largest P2 that stays on the chip
-_STRIP = 32
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: the low bits of a float32 near it are an integer
+_SHARED = 227 << 10  # bytes that a program may have on an H100
 
 
 @triton.jit
-def _load(x_ptr, other_ptr, stride, token, r, c, mask, N2: tl.constexpr, SOURCE: tl.constexpr):
-    """Values of a tile, and what a norm takes the mean square of."""
-    at = token.to(tl.int64) * stride + r * N2 + c
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    y = x
-    if SOURCE == _NORM:
-        y = x * tl.load(other_ptr + r * N2 + c, mask=mask, other=0.0).to(tl.float32)
-    if SOURCE == _GATE:
-        g = tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        y = x * g / (1.0 + tl.exp(-g))
-    return y, x
+def _ends(low, high, other_low, other_high):
+    return tl.minimum(low, other_low), tl.maximum(high, other_high)
+
+
+@triton.jit
+def _spread(x, R: tl.constexpr, C: tl.constexpr):
+    """Columns in the order of the matrix units' sums: two to a thread, eight to four threads.  # (R, C)"""
+    return tl.reshape(tl.permute(tl.reshape(x, (R, 4, C // 8, 2)), (0, 2, 1, 3)), (R, C))
+
+
+@triton.jit
+def _gather(x, R: tl.constexpr, C: tl.constexpr):
+    """The inverse of `_spread`, which only renames what threads hold."""
+    return tl.reshape(tl.permute(tl.reshape(x, (R, C // 8, 4, 2)), (0, 2, 1, 3)), (R, C))
 
 
 @triton.jit
 def _merge(parts_ptr, lse_ptr, token, r, c, mask, PARTS, N1: tl.constexpr, N2: tl.constexpr):
     """Attention over all tokens, from parts (T, N1, PARTS, N2).  # r (R, 1), c (1, C)"""
-    row = (token.to(tl.int64) * N1 + r) * PARTS  # (R, 1)
+    row = (token * N1 + r) * PARTS  # (R, 1)
     inside = r < N1
     top = tl.load(lse_ptr + row, mask=inside, other=0.0)
     for part in range(1, PARTS):
@@ -62,82 +69,148 @@ def _merge(parts_ptr, lse_ptr, token, r, c, mask, PARTS, N1: tl.constexpr, N2: t
 
 
 @triton.jit
+def _take(
+    x_ptr, other_ptr, stride, token, tokens, PARTS, SOURCE: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A token's tiles as they are in memory, each with its gate, or twice."""
+    tiles = ()
+    row = tl.cast(token, tl.int64)
+    end = tl.where(token < tokens, N1, 0)
+    for i in tl.static_range(len(ROWS)):
+        for j in tl.static_range(len(COLUMNS)):
+            r = (ROWS[i][0] + tl.arange(0, ROWS[i][1]))[:, None]
+            c = (COLUMNS[j][0] + tl.arange(0, COLUMNS[j][1]))[None, :]
+            mask = (r < end) & (c < N2)
+            at = r * N2 + c
+            if SOURCE == _MERGE:
+                x = _merge(x_ptr, other_ptr, tl.minimum(row, tokens - 1), r, c, mask, PARTS, N1, N2)
+                x = tl.where(mask, x, 0.0)
+            else:
+                x = tl.load(x_ptr + row * stride + at, mask=mask, other=0.0)
+            gate = x
+            if SOURCE == _GATE:
+                gate = tl.load(other_ptr + row * stride + at, mask=mask, other=0.0)
+            tiles = tiles + ((x, gate),)
+    return tiles
+
+
+@triton.jit
+def _put(
+    z, slope, out_ptr, token, BEGIN: tl.constexpr, SPREAD: tl.constexpr, FORM: tl.constexpr, QMAX: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Store the integers of a tile (M, C)."""
+    N: tl.constexpr = N1 * N2
+    LEVELS: tl.constexpr = 2 * QMAX + 1
+    LOW: tl.constexpr = 0 if FORM == _PACKED else QMAX + 1
+    # Clipping to [0, 1] costs nothing where it follows a product and a sum.
+    q = tl.minimum(tl.maximum(z * slope + (QMAX + 1) / LEVELS, 0.0), 1.0) * LEVELS + (_MAGIC - LOW)
+    if SPREAD:
+        q = _gather(q, M, C)
+    m = tl.arange(0, M)[:, None]
+    if FORM == _FLOAT8:
+        c = BEGIN + tl.arange(0, C)[None, :]
+        mask = (m < N1) & (c < N2)
+        tl.store(out_ptr + token * N + m * N2 + c, (q - _MAGIC).to(tl.float8e4nv), mask=mask)
+    else:
+        even, odd = tl.split(tl.reshape(q.to(tl.int32, bitcast=True), (M, C // 2, 2)))
+        c = BEGIN // 2 + tl.arange(0, C // 2)[None, :]
+        at = m * (N2 // 2) + c
+        mask = (m < N1) & (c < N2 // 2)
+        if FORM == _PACKED:
+            tl.store(out_ptr + token * (N // 2) + at, (even + odd * 16).to(tl.uint8), mask=mask)
+        else:
+            tl.store(out_ptr + token * N + at, even.to(tl.int8), mask=mask)
+            tl.store(out_ptr + token * N + N // 2 + at, odd.to(tl.int8), mask=mask)
+
+
+@triton.jit
 def _kernel(
     x_ptr, other_ptr, left_ptr, right_ptr, ratio_ptr, out_ptr, scale_ptr, tokens, stride, eps, PARTS,
-    SOURCE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HOLD: tl.constexpr, FORM: tl.constexpr,
-    QMAX: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N1P: tl.constexpr, N2P: tl.constexpr,
-    TB: tl.constexpr, K: tl.constexpr,
+    SOURCE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, FORM: tl.constexpr, QMAX: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = N1 * N2
-    i = tl.arange(0, TB * N1P)
-    r, c = (i % N1P)[:, None], tl.arange(0, N2P)[None, :]  # X: (TB * N1P, N2P)
-    if RIGHT and HOLD:
-        k = tl.arange(0, N2P)[:, None]
-        right = tl.load(right_ptr + k * N2 + c, mask=(k < N2) & (c < N2), other=0.0)  # (N2P, N2P)
+    CUTS: tl.constexpr = len(COLUMNS)
+    first = tl.program_id(0)
+    if AHEAD:
+        tiles = _take(x_ptr, other_ptr, stride, first, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
+    lefts, rights = (), ()
     if LEFT:
-        a = tl.arange(0, N1P)
-        left_t = tl.load(  # P1^T, (N1P, N1P)
-            left_ptr + a[None, :] * N1 + a[:, None], mask=(a[:, None] < N1) & (a[None, :] < N1), other=0.0
-        )
+        for i in tl.static_range(len(ROWS)):  # P1^T: (M, ROWS[i])
+            k = ROWS[i][0] + tl.arange(0, ROWS[i][1])[:, None]
+            o = tl.arange(0, M)[None, :]
+            lefts = lefts + (tl.trans(tl.load(left_ptr + k * N1 + o, mask=(k < N1) & (o < N1), other=0.0)),)
+    if RIGHT:
+        for i in tl.static_range(CUTS):  # P2: (COLUMNS[i], COLUMNS[j])
+            for j in tl.static_range(CUTS):
+                k = COLUMNS[i][0] + tl.arange(0, COLUMNS[i][1])[:, None]
+                o = COLUMNS[j][0] + tl.arange(0, COLUMNS[j][1])[None, :]
+                p = tl.load(right_ptr + k * N2 + o, mask=(k < N2) & (o < N2), other=0.0)
+                rights = rights + (_spread(p, COLUMNS[i][1], COLUMNS[j][1]),)
     low_ratio, high_ratio = tl.load(ratio_ptr), tl.load(ratio_ptr + 1)
-    for block in range(tl.program_id(0), tl.cdiv(tokens, TB), tl.num_programs(0)):
-        token = (block * TB + i // N1P)[:, None]
-        rows = (r < N1) & (token < tokens)
-        mask = rows & (c < N2)
-        if SOURCE == _MERGE:
-            x = _merge(x_ptr, other_ptr, token, r, c, mask, PARTS, N1, N2)
-            x = tl.where(mask, x, 0.0)
-            raw = x
-        else:
-            x, raw = _load(x_ptr, other_ptr, stride, token, r, c, mask, N2, SOURCE)
-        top = tl.max(tl.reshape(tl.abs(x), (TB, N1P * N2P)), axis=1)  # (TB,)
+    for token in range(first, tokens, tl.num_programs(0)):
+        if not AHEAD:
+            tiles = _take(x_ptr, other_ptr, stride, token, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
+        xs = ()
+        top, squares = 0.0, 0.0
+        for i in tl.static_range(len(tiles)):
+            x = tiles[i][0].to(tl.float32)
+            if SOURCE == _NORM:
+                squares += tl.sum(x * x)
+                r = (ROWS[i // CUTS][0] + tl.arange(0, ROWS[i // CUTS][1]))[:, None]
+                c = (COLUMNS[i % CUTS][0] + tl.arange(0, COLUMNS[i % CUTS][1]))[None, :]
+                x = x * tl.load(other_ptr + r * N2 + c, mask=(r < N1) & (c < N2), other=0.0).to(tl.float32)
+            if SOURCE == _GATE:
+                g = tiles[i][1].to(tl.float32)
+                x = x * (g / (1.0 + tl.exp2(g * -1.4426950408889634)))
+            top = tl.maximum(top, tl.max(tl.abs(x)))
+            xs = xs + (x,)
         top = tl.where(top > 0, top, 1.0)
         unit = top
         if SOURCE == _NORM:
-            unit = top * tl.rsqrt(tl.sum(tl.reshape(raw * raw, (TB, N1P * N2P)), axis=1) / N + eps)
-        shrink = tl.reshape(tl.broadcast_to((1.0 / top)[:, None], (TB, N1P)), (TB * N1P, 1))
-        y = x * shrink
-        if RIGHT:
-            if HOLD:
-                y = tl.dot(y.to(tl.float16), right)
+            unit = top * tl.rsqrt(squares / N + eps)
+        shrink = 1.0 / top
+
+        ys = ()
+        for j in tl.static_range(CUTS):
+            if LEFT:
+                y = tl.dot(lefts[0], (xs[j] * shrink).to(tl.float16))
+                for i in tl.static_range(1, len(ROWS)):
+                    y = tl.dot(lefts[i], (xs[i * CUTS + j] * shrink).to(tl.float16), y)
             else:
-                y = tl.zeros((TB * N1P, N2P), tl.float32)
-                for start in range(0, N2, K):
-                    k = start + tl.arange(0, K)
-                    within = rows & (k < N2)[None, :]
-                    strip, _ = _load(x_ptr, other_ptr, stride, token, r, k[None, :], within, N2, SOURCE)
-                    p = tl.load(right_ptr + k[:, None] * N2 + c, mask=(k < N2)[:, None] & (c < N2), other=0.0)
-                    y = tl.dot((strip * shrink).to(tl.float16), p, y)
-        y = tl.reshape(y, (TB, N1P, N2P))
-        if LEFT:  # tokens side by side: (N1P, TB * N2P)
-            wide = tl.reshape(tl.permute(y, (1, 0, 2)), (N1P, TB * N2P)).to(tl.float16)
-            y = tl.permute(tl.reshape(tl.dot(left_t, wide), (N1P, TB, N2P)), (1, 0, 2))
-        flat = tl.reshape(y, (TB, N1P * N2P))
-        low = tl.minimum(tl.min(flat, axis=1), 0.0) * low_ratio
-        high = tl.maximum(tl.max(flat, axis=1), 0.0) * high_ratio
-        step = tl.maximum(high, -low) / QMAX  # (TB,)
+                y = xs[j] * shrink
+            ys = ys + (y.to(tl.float16) if RIGHT else y,)
+        if RIGHT:
+            zs = ()
+            for j in tl.static_range(CUTS):
+                z = tl.dot(ys[0], rights[j])
+                for i in tl.static_range(1, CUTS):
+                    z = tl.dot(ys[i], rights[i * CUTS + j], z)
+                zs = zs + (z,)
+        else:
+            zs = ys
+        if AHEAD:  # the next token's way through memory, while this one's integers are made
+            after = token + tl.num_programs(0)
+            tiles = _take(x_ptr, other_ptr, stride, after, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
+
+        lows, highs = tl.reduce((zs[0], zs[0]), 1, _ends)  # (M,)
+        for j in tl.static_range(1, CUTS):
+            more_lows, more_highs = tl.reduce((zs[j], zs[j]), 1, _ends)
+            lows, highs = _ends(lows, highs, more_lows, more_highs)
+        low, high = tl.reduce((lows, highs), 0, _ends)
+        step = tl.maximum(tl.maximum(high, 0.0) * high_ratio, -tl.minimum(low, 0.0) * low_ratio) / QMAX
         some = step > 0
         step = tl.where(some, step, 1.0)
-        q = round_half_even(y * (1.0 / step)[:, None, None])
-        q = tl.minimum(tl.maximum(q, -QMAX - 1.0), QMAX)
-        mine = block * TB + tl.arange(0, TB)
-        tl.store(scale_ptr + mine, tl.where(some, step * unit, 1.0), mask=mine < tokens)
-        t3, r3 = mine[:, None, None], tl.arange(0, N1P)[None, :, None]
-        inside = (t3 < tokens) & (r3 < N1)
-        if FORM == _PACKED:
-            even, odd = tl.split(tl.reshape(q, (TB, N1P, N2P // 2, 2)))
-            byte = (even + (QMAX + 1.0)).to(tl.uint8) | ((odd + (QMAX + 1.0)).to(tl.uint8) << 4)
-            c3 = tl.arange(0, N2P // 2)[None, None, :]
-            at = t3.to(tl.int64) * (N // 2) + r3 * (N2 // 2) + c3
-            tl.store(out_ptr + at, byte, mask=inside & (c3 < N2 // 2))
-        else:
-            c3 = tl.arange(0, N2P)[None, None, :]
-            first = t3.to(tl.int64) * N
-            if FORM == _PLANES:
-                at = first + (c3 % 2) * (N // 2) + (r3 * N2 + c3) // 2
-                tl.store(out_ptr + at, q.to(tl.int8), mask=inside & (c3 < N2))
-            else:
-                tl.store(out_ptr + first + r3 * N2 + c3, q.to(tl.float8e4nv), mask=inside & (c3 < N2))
+        tl.store(scale_ptr + token, tl.where(some, step * unit, 1.0))
+        slope = 1.0 / (step * (2 * QMAX + 1))
+        for j in tl.static_range(CUTS):
+            _put(
+                zs[j], slope, out_ptr, tl.cast(token, tl.int64), COLUMNS[j][0], RIGHT, FORM, QMAX, N1, N2, M,
+                COLUMNS[j][1],
+            )  # fmt: skip
 
 
 def supports(shape: tuple[int, int], left: bool, right: bool, bits: int) -> str | None:
@@ -147,11 +220,71 @@ def supports(shape: tuple[int, int], left: bool, right: bool, bits: int) -> str 
         return f"rows of {n2} do not pack into bytes"
     if right and not left:
         return "a full matrix"
-    if max(n1, n2) > 256 and (left or right):
+    if left and (max(n1, n2) > 256 or _bytes(shape, Settings()) > _SHARED):
         return f"factors of {n1} and {n2}"
     if bits != 4:
         return f"{bits}-bit activations"
     return None
+
+
+class Settings(NamedTuple):
+    """How the kernel is launched.
+
+    Attributes:
+        warps: of a program; four, the least that share a product of 64 rows, unless there are more rows.
+        programs: on a multiprocessor.
+        ahead: whether the next token is loaded into registers while this one's integers are made.
+        stages: 2 to load it into shared memory instead.
+        registers: the most of a thread.
+        grain: sizes are rounded up to multiples of it.
+    """
+
+    warps: int = 4
+    programs: int = 1
+    ahead: bool = False
+    stages: int = 1
+    registers: int | None = None
+    grain: int = 16
+
+
+def settings(source: str, shape: tuple[int, int], tokens: int, sms: int) -> Settings:
+    """What is launched where nothing else is said."""
+    m, c = _padded(shape[0]), sum(size for _, size in pieces(shape[1]))
+    warps, full = min(16, max(4, m // 16)), m * c > 1 << 13
+    if m * c > 1 << 14:  # one program fills a multiprocessor
+        staged = Settings(warps, stages=2)
+        return staged if source == "plain" and _bytes(shape, staged) <= _SHARED else Settings(warps)
+    if tokens <= sms:  # all at once: nothing to share a multiprocessor with
+        return Settings(warps, ahead=source != "merge")
+    # Two programs of eight warps have 128 registers a thread: none for a gate ahead of time.
+    ahead = source != "merge" and not (full and source == "gate")
+    return Settings(warps, min(8, 1 + (1 << 14) // (m * c)), ahead, registers=128 if full else None)
+
+
+def pieces(n: int, grain: int = 16) -> tuple[tuple[int, int], ...]:
+    """Powers of two, largest first, that cover n rounded up to `grain`: where they begin, and their sizes."""
+    found, begin, end = [], 0, -(-n // grain) * grain
+    while begin < end:
+        size = 1 << (end - begin).bit_length() - 1
+        found.append((begin, size))
+        begin += size
+    return tuple(found)
+
+
+def _tiles(shape: tuple[int, int], grain: int):
+    """Pieces of rows and of columns; rows, which are only summed over, in fewer."""
+    return pieces(shape[0], max(32, grain)), pieces(shape[1], grain)
+
+
+def _padded(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def _bytes(shape: tuple[int, int], how: Settings) -> int:
+    """Shared memory for both factors, the largest tile - the next one takes its place - and tokens on their way."""
+    rows, columns = _tiles(shape, how.grain)
+    k, c = (sum(size for _, size in cut) for cut in (rows, columns))
+    return 2 * (_padded(shape[0]) * k + c * c + rows[0][1] * columns[0][1] + (how.stages - 1) * k * c)
 
 
 def launch(
@@ -165,6 +298,7 @@ def launch(
     bits: int,
     form: Form,
     eps: float = 0.0,
+    how: Settings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; see `reference`.
 
@@ -185,24 +319,15 @@ def launch(
     }[form]
     out = torch.empty((tokens, size), dtype=dtype, device=x.device)
     scale = torch.empty((tokens, 1), dtype=torch.float32, device=x.device)
-    n1p = triton.next_power_of_2(n1)
-    n2p = triton.next_power_of_2(n2)
-    if left is not None:
-        n1p, n2p = max(16, n1p), max(16, n2p)
-    most = _sms(x) if tokens > 1 else 1
-    tb = 1
-    while tb * n1p * n2p < 8192 and tokens > tb * most:
-        tb *= 2
-    tile = tb * n1p * n2p
-    blocks = triton.cdiv(tokens, tb)
-    hold = n2p <= _HELD or source == "merge"  # what is merged cannot be read in strips
-    per_sm = max(1, 16384 // tile)
-    _kernel[(min(blocks, most * per_sm),)](
+    sms = _sms(x)
+    how = how or settings(source, shape, tokens, sms)
+    rows, columns = _tiles(shape, how.grain) if left is not None else (((0, _padded(n)),) for n in shape)
+    _kernel[(min(tokens, how.programs * sms),)](
         x, x if other is None else other, left, right, ratios, out, scale, tokens, x.stride(0), eps,
         x.shape[2] if source == "merge" else 1,
-        SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, HOLD=hold, FORM=_FORMS[form],
-        QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, N1P=n1p, N2P=n2p, TB=tb, K=_STRIP,
-        num_warps=8 if tile >= 8192 else 4,
+        SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, FORM=_FORMS[form],
+        QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, M=_padded(n1), ROWS=rows, COLUMNS=columns, AHEAD=how.ahead,
+        num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
     )  # fmt: skip
     return out, scale
 

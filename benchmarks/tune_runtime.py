@@ -1,0 +1,419 @@
+"""Which launch settings of the runtime's kernels are fastest on this GPU: each is checked, then timed.
+
+    python -m benchmarks.tune_runtime --budget 150 --out benchmarks/results
+
+Every case has a list of settings, the first of them what is launched where nothing is said. All are compiled first,
+side by side, which fills Triton's cache; then they are timed as `flatquant bench` times, the most important cases
+first, until the budget is spent. The table has a line a case: the fastest settings against those of today and against
+the baselines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import write_result
+from flatquant.ops import int4_linear
+from flatquant.ops.int4_linear import reference as product_reference
+from flatquant.ops.int4_linear import triton as products
+from flatquant.ops.kron_quantize import triton as sites
+from flatquant.ops.kron_quantize.reference import Form, gated, merged, rms_norm
+from flatquant.ops.kron_quantize.triton import Settings
+from flatquant.ops.kv_cache import reference as cache_reference
+from flatquant.ops.kv_cache import triton as caching
+from flatquant.ops.pack.reference import unpack_bits
+
+NAME = "tune-runtime-h100"
+CONTEXT = 2048
+
+Variant = dict[str, Any]  # keyword arguments of a launch
+
+
+class Prepared(NamedTuple):
+    """A case with its data: calls rotate over `count` inputs, so that none is found in the cache."""
+
+    count: int
+    call: Callable[[int, Variant], Any]
+    error: Callable[[Variant], float]
+    baselines: Mapping[str, Sequence[Callable[[], Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Something to tune.
+
+    Attributes:
+        what: as the table names it.
+        tokens: rows, or sequences.
+        limit: errors above it mean that a kernel is wrong.
+    """
+
+    what: str
+    tokens: int
+    limit: float
+
+    @abstractmethod
+    def variants(self) -> list[Variant]:
+        """Settings, today's first."""
+
+    @abstractmethod
+    def prepare(self, device: torch.device, small: bool) -> Prepared:
+        """With data; `small`: one input, of few tokens, for which the same kernel is compiled."""
+
+
+# ------------------------------------------------------------------------------------------------ sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteCase(Case):
+    n: int
+    source: str = "plain"
+    form: Form = "packed"
+
+    def variants(self) -> list[Variant]:
+        from flatquant.transforms import kronecker_split
+
+        n1, n2 = kronecker_split(self.n)
+        today = sites.settings(self.source, (n1, n2), self.tokens, _sms())
+        more = [today._replace(ahead=not today.ahead), today._replace(ahead=False, stages=3 - today.stages)]
+        if self.tokens <= _sms():
+            more += [today._replace(warps=2 * today.warps)]
+        elif today.warps == 4:
+            more += [today._replace(programs=today.programs + i) for i in (-1, 1)]
+            more += [today._replace(warps=8), today._replace(registers=None if today.registers else 128)]
+        elif today.registers:
+            more += [Settings(8, 2, False, 2, 128), Settings(8, 1, True), Settings(8, 1, False, 2)]
+        else:
+            more += [Settings(8, ahead=True), Settings(8, grain=64), Settings(8, stages=2, grain=64), Settings(16)]
+        return [{"how": how} for how in dict.fromkeys([today, *more])]
+
+    def prepare(self, device: torch.device, small: bool) -> Prepared:
+        from flatquant import bench
+
+        site = bench.make_site(self.n, "kronecker", device)
+        inputs = 2 if self.source == "gate" else 1
+        moved = self.tokens * (4 * inputs * self.n + (self.n if self.form == "packed" else 2 * self.n)) // 2
+        tokens = min(16, self.tokens) if small else self.tokens
+        count = 1 if small else bench.copies(moved)
+        gain = torch.rand(self.n, device=device).to(_dtype(device)) if self.source == "norm" else None
+
+        def random(size: int) -> Tensor:
+            return torch.randn(size, self.n, device=device, dtype=_dtype(device))
+
+        pairs = [(random(tokens), random(tokens) if self.source == "gate" else gain) for _ in range(count)]
+
+        def call(i: int, variant: Variant) -> Any:
+            x, other = pairs[i]
+            eps = 1e-5 if self.source == "norm" else 0.0
+            return sites.launch(
+                x, other, self.source, site.shape, *site.halves, site.ratios, 4, self.form, eps, **variant
+            )
+
+        def error(variant: Variant) -> float:
+            x, other = pairs[0]
+            integers = _integers(call(0, variant)[0][:64], self.form, self.n)
+            y = x[:64].double()
+            if self.source == "gate" and other is not None:
+                y = gated(x[:64], other[:64]).double()
+            if self.source == "norm" and other is not None:
+                y = rms_norm(x[:64], other, 1e-5).double()
+            return bench.site_error(y, integers, site)
+
+        baselines = {} if small else {"bytes": _moves(moved, count, device)}
+        return Prepared(count, call, error, baselines)
+
+
+def _integers(values: Tensor, form: Form, n: int) -> Tensor:
+    """In order.  # float64, (T, n)"""
+    if form == "packed":
+        return unpack_bits(values, 4, n).double() - 8
+    return values.double().unflatten(-1, (2, -1)).mT.flatten(-2) if form == "planes" else values.double()
+
+
+# --------------------------------------------------------------------------------------------- products
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductCase(Case):
+    o: int
+    n: int
+
+    def variants(self) -> list[Variant]:
+        if self.tokens == 1:
+            sizes = ((8, 256, 4), (4, 256, 2), (4, 256, 4), (2, 512, 4), (2, 1024, 8), (8, 512, 8), (16, 128, 4))
+            return [{}, *({"rows": r, "words": k, "warps": w} for r, k, w in sizes)]
+        if self.tokens <= 16:
+            sizes = ((16, 256, 4, 4), (16, 256, 2, 4), (32, 128, 4, 5), (32, 512, 8, 3), (64, 256, 4, 3))
+        else:
+            sizes = ((64, 128, 4, 3), (32, 64, 4, 5), (64, 64, 4, 4), (16, 128, 4, 4), (32, 256, 4, 3))
+        few = [{"rows": r, "bytes": k, "warps": w, "stages": s} for r, k, w, s in sizes]
+        return [{}, *few, {"expanded": True}][: None if self.tokens >= 16 else -1]
+
+    def prepare(self, device: torch.device, small: bool) -> Prepared:
+        packed, dense, scale = _weights(self.o, self.n, device, small)
+        x = torch.randint(-8, 8, (self.tokens, self.n), device=device, dtype=torch.int8)
+        ordered = _integers(x, "planes", self.n).to(torch.float8_e4m3fn)
+        s = torch.rand(self.tokens, 1, device=device) + 0.5
+        y = torch.randn(self.tokens, self.n, device=device, dtype=_dtype(device))
+
+        def call(i: int, variant: Variant) -> Tensor:
+            if "expanded" in variant:
+                return int4_linear.expanded(ordered, s, packed[i], scale, None, None, torch.bfloat16)
+            product = products.vector if self.tokens == 1 else products.few
+            return product(x, s, packed[i], scale, None, None, _dtype(device), **variant)
+
+        def error(variant: Variant) -> float:
+            want = product_reference.int4_linear(x, s, packed[0], scale, None, None, torch.float32)
+            return ((call(0, variant).float() - want).abs().max() / want.abs().max()).item()
+
+        linear = torch.nn.functional.linear
+        products_bf16 = [partial(linear, y, w) for w in dense]
+        moves = _moves(self.o * self.n // 2, len(packed), device)
+        baselines = {} if small else {"bf16": products_bf16, "bytes": moves}
+        return Prepared(len(packed), call, error, baselines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpandCase(Case):
+    o: int
+    n: int
+
+    def variants(self) -> list[Variant]:
+        return [{}, *({"block": b, "warps": w} for b, w in ((2048, 4), (4096, 4), (8192, 8), (1024, 4)))]
+
+    def prepare(self, device: torch.device, small: bool) -> Prepared:
+        packed, _, _ = _weights(self.o, self.n, device, small)
+        out = torch.empty((self.o, self.n), dtype=torch.float8_e4m3fn, device=device)
+
+        def error(variant: Variant) -> float:
+            got, want = products.expand(packed[0], out, **variant), product_reference.expand(packed[0])
+            return float((got.float() != want.float()).any())
+
+        moved = self.o * self.n * 3 // 2
+        baselines = {} if small else {"bytes": _moves(moved, len(packed), device)}
+        return Prepared(len(packed), lambda i, variant: products.expand(packed[i], out, **variant), error, baselines)
+
+
+@lru_cache(maxsize=1)
+def _weights(o: int, n: int, device: torch.device, small: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    from flatquant import bench
+
+    count, wide = (1, 0) if small else (bench.copies(o * n // 2), bench.copies(2 * o * n))
+    packed = [torch.randint(0, 256, (o, n // 2), device=device, dtype=torch.uint8) for _ in range(count)]
+    dense = [torch.randn(o, n, device=device, dtype=_dtype(device)) for _ in range(wide)]
+    return packed, dense, torch.rand(o, device=device) * 0.01 + 0.01
+
+
+# -------------------------------------------------------------------------------------------- attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase(Case):
+    queries: int
+    keys: int
+    head_dim: int
+    places: int
+
+    def variants(self) -> list[Variant]:
+        heads = self.tokens * self.keys
+        parts = [max(1, min(self.places // 128, -(-programs // heads))) for programs in (264, 528, 1056)]
+        sizes = ((64, 4, 3), (32, 4, 3), (64, 4, 2), (128, 4, 2), (64, 8, 3), (32, 2, 3))
+        grid = [{"parts": p, "block": b, "warps": w, "stages": s} for p in parts[:1] for b, w, s in sizes]
+        grid += [{"parts": p, "block": 64, "warps": 4, "stages": 3} for p in parts[1:]]
+        return [v for i, v in enumerate(grid) if v not in grid[:i]]
+
+    def prepare(self, device: torch.device, small: bool) -> Prepared:
+        from flatquant import bench
+
+        b, s, d = self.tokens, self.places, self.head_dim
+        moved = 2 * b * self.keys * s * (d // 2 + 5)
+        count = 1 if small else bench.copies(moved)
+
+        def store() -> cache_reference.Store:
+            packed = torch.randint(0, 256, (b, self.keys, s, d // 2), device=device, dtype=torch.uint8)
+            zero = torch.randint(0, 16, packed.shape[:3], device=device, dtype=torch.uint8)
+            return cache_reference.Store(packed, torch.rand(packed.shape[:3], device=device) * 0.1, zero)
+
+        stores = [(store(), store()) for _ in range(count)]
+        q = torch.randn(b, self.queries, d, device=device, dtype=_dtype(device))
+        last = torch.tensor([s - 1], device=device)
+        start = torch.zeros(b, device=device, dtype=torch.int64)
+
+        def call(i: int, variant: Variant) -> tuple[Tensor, Tensor]:
+            return caching.attend(q, stores[i][0], stores[i][1], last, start, None, d**-0.5, **variant)
+
+        def error(variant: Variant) -> float:
+            keys, values = (cache_reference.Store(*(t[:1] for t in held)) for held in stores[0])
+            want = merged(*cache_reference.attend(q[:1], keys, values, last, start[:1], None, d**-0.5))
+            got = merged(*call(0, variant))[:1]
+            return ((got - want).abs().max() / want.abs().max()).item()
+
+        baselines = {} if small else {"bytes": _moves(moved, count, device)}
+        return Prepared(count, call, error, baselines)
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+@cache
+def _sms() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 4
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter knows no bfloat16
+
+
+def _moves(size: int, count: int, device: torch.device) -> list[Callable[[], Any]]:
+    """Copies that read and write `size` bytes together."""
+    half = [torch.empty(max(1, size // 2), dtype=torch.uint8, device=device) for _ in range(2 * count)]
+    return [partial(a.copy_, b) for a, b in zip(half[::2], half[1::2], strict=True)]
+
+
+def cases(tiny: bool) -> list[Case]:
+    """What is tuned, most important first."""
+    if tiny:
+        return [
+            *(SiteCase(what="site", n=96, tokens=t, limit=0.55, source=s) for t in (1, 6) for s in ("plain", "gate")),
+            *(ProductCase(what="product", o=32, n=64, tokens=t, limit=2**-7) for t in (1, 4)),
+            ExpandCase(what="expand", o=32, n=64, tokens=0, limit=0),
+            AttentionCase(what="attention", queries=4, keys=2, head_dim=16, places=256, tokens=2, limit=0.02),
+        ]
+    first, others = (4096, 11008, 14336), (5120, 8192, 18944, 28672)
+
+    def site(n: int, tokens: int, source: str = "plain", form: Form = "packed") -> Case:
+        return SiteCase(what=f"{source} {n}, {form}", n=n, tokens=tokens, limit=0.55, source=source, form=form)
+
+    shapes = ((4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096), (12288, 4096), (22016, 4096), (4096, 11008))
+    heads = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32)}
+    return [
+        *(site(n, 8192) for n in first),
+        *(site(n, 1) for n in first),
+        *(site(n, 8192) for n in others),
+        *(site(n, 1) for n in others),
+        site(4096, 8192, "norm", "float8"),
+        *(site(n, 8192, "gate", "float8") for n in (11008, 14336)),
+        *(ProductCase(what=f"product {o} x {n}", o=o, n=n, tokens=t, limit=2**-7) for o, n in shapes[:3] for t in _FEW),
+        *(
+            AttentionCase(
+                what=f"attention {name}", queries=q, keys=k, head_dim=128, places=CONTEXT, tokens=b, limit=0.02
+            )
+            for name, (q, k) in heads.items()
+            for b in (1, 16, 64)
+        ),
+        site(4096, 1, "norm", "planes"),
+        site(14336, 1, "gate", "planes"),
+        *(site(n, t) for t in (2048, 16) for n in first + others),
+        *(ExpandCase(what=f"expand {o} x {n}", o=o, n=n, tokens=0, limit=0) for o, n in shapes[1:3]),
+        *(ProductCase(what=f"product {o} x {n}", o=o, n=n, tokens=t, limit=2**-7) for o, n in shapes[3:] for t in _FEW),
+    ]
+
+
+_FEW = (1, 4, 16, 64)
+
+
+def _compile(case: Case, variant: Variant) -> None:
+    """Run in a process of its own: the compiled kernel stays in Triton's cache."""
+    case.prepare(torch.device("cuda"), True).call(0, variant)
+    torch.cuda.synchronize()
+
+
+def compile_all(found: list[Case], workers: int) -> None:
+    """Fill Triton's cache. What does not compile fails again, with a name, where it is timed."""
+    jobs = {}
+    for case in found:
+        few = replace(case, tokens=min(case.tokens, 16)) if isinstance(case, SiteCase) else case
+        for variant in case.variants():
+            jobs[(few.what, few.tokens, str(variant))] = (few, variant)
+    # Forked processes could not use the GPU.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for job in [pool.submit(_compile, *job) for job in jobs.values()]:
+            job.exception()
+    print(f"compiled {len(jobs)} kernels", flush=True)
+
+
+def tune(case: Case, device: torch.device, seconds: float, small: bool) -> list[dict[str, Any]]:
+    """Check and time all settings of a case."""
+    from flatquant import bench
+
+    ready = case.prepare(device, small)
+    base = {name: bench.measure(calls, device, seconds=seconds).median for name, calls in ready.baselines.items()}
+    rows = []
+    for i, variant in enumerate(case.variants()):
+        row: dict[str, Any] = {"what": case.what, "tokens": case.tokens, "settings": _plain(variant), "today": i == 0}
+        try:
+            row["error"] = ready.error(variant)
+            row["correct"] = row["error"] <= case.limit
+            if row["correct"]:
+                calls = [partial(ready.call, i, variant) for i in range(ready.count)]
+                row["ms"] = bench.measure(calls, device, seconds=seconds).median
+        except Exception as problem:  # noqa: BLE001 - settings that a kernel cannot have are a result, too
+            row |= {"correct": False, "problem": f"{type(problem).__name__}: {problem}"[:200]}
+        rows.append(row | {"baselines": base})
+    return rows
+
+
+def _plain(variant: Variant) -> dict[str, Any]:
+    return variant["how"]._asdict() if "how" in variant else variant
+
+
+def line(rows: list[dict[str, Any]]) -> str:
+    """A case in the table."""
+    first = rows[0]
+    title = f"{first['what']:28} {first['tokens']:5}"
+    timed = [row for row in rows if "ms" in row]
+    wrong = [str(list(row["settings"].values())) for row in rows if not row["correct"]]
+    tail = f"  WRONG {', '.join(wrong)}" if wrong else ""
+    if not timed:
+        return title + tail
+    best = min(timed, key=lambda row: row["ms"])
+    today = f"{first['ms']:.4f}" if "ms" in first else "-"
+    against = " ".join(f"{name} {ms:.4f} ({best['ms'] / ms:.2f}x)" for name, ms in first["baselines"].items())
+    return f"{title} today {today} best {best['ms']:.4f} {best['settings'] or 'as today'} {against}{tail}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=150, help="seconds after which no case is started")
+    parser.add_argument("--seconds", type=float, default=0.1, help="that one measurement takes")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="that compile")
+    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    device = torch.device(args.device)
+    found = [case for case in cases(args.tiny) if case.what.startswith(args.only)]
+    if device.type == "cuda":
+        compile_all(found, args.workers)
+    rows: list[dict[str, Any]] = []
+    left: list[str] = []
+    for case in found:
+        if time.perf_counter() - start > args.budget:
+            left.append(f"{case.what}, {case.tokens}")
+            continue
+        made = tune(case, device, args.seconds, args.tiny)
+        rows += made
+        print(f"{time.perf_counter() - start:5.0f} s  {line(made)}", flush=True)
+        write_result(Path(args.out) / f"{NAME}.json", NAME, seeds=[], metrics={"not_timed": left}, samples=rows)
+    write_result(Path(args.out) / f"{NAME}.json", NAME, seeds=[], metrics={"not_timed": left}, samples=rows)
+    if left:
+        print("not timed:", "; ".join(left), flush=True)
+
+
+if __name__ == "__main__":
+    main()
