@@ -119,9 +119,6 @@ class WeightGrid(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         """Round to the grid and back, differentiable. Takes clamped weights.  # (o, n)"""
         groups = self.grouped(w)
-        if self.spec.scope == "row":  # nothing is left to be cut
-            one = torch.ones(1, 1, 1, device=w.device)
-            return fake_quantize_clamped(groups, one, one, self.spec.low, self.spec.high).flatten(-2)
         scale, zero = self._covering(groups)
         return fake_quantize(groups, scale, zero, self.spec.low, self.spec.high).flatten(-2)
 

@@ -1,10 +1,10 @@
-"""Rounding to uniform grids, with straight-through gradients; on CUDA one kernel a direction, on a CPU in the cache."""
+"""Rounding to uniform grids, with straight-through gradients; fused into one kernel a direction on CUDA."""
 
 import torch
 from torch import Tensor
 
 from flatquant.ops import HAS_TRITON
-from flatquant.ops.quantize import blocked, reference
+from flatquant.ops.quantize import reference
 
 
 def _fused(x: Tensor) -> bool:
@@ -21,11 +21,9 @@ def fake_quantize_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: in
 
 
 def fake_quantize_clamped(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> Tensor:
-    """`reference.fake_quantize_clamped`, or its kernel, or its blocked form (symmetric grids)."""
+    """`reference.fake_quantize_clamped`, or its kernel (symmetric grids)."""
     if _fused(x) and low < 0:
         from flatquant.ops.quantize import triton
 
         return triton.fake_quantize_clamped(x, low_ratio, high_ratio, low, high)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and low < 0:
-        return blocked.fake_quantize_clamped(x, low_ratio, high_ratio, low, high)
     return reference.fake_quantize_clamped(x, low_ratio, high_ratio, low, high)
