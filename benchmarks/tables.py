@@ -169,6 +169,31 @@ def zeroshot() -> list[str]:
     return lines
 
 
+def first_site() -> list[str]:
+    """The first fused kernel of a site against moving its bytes."""
+    rows = [s for s in read("first-site-kernel")["samples"] if s["tokens"] in (1, 8192)]
+    lines = ["| n | 1 token, us | 8192 tokens, us | moving the bytes, us | times |", "|---|---|---|---|---|"]
+    for one, many in zip(rows[::2], rows[1::2], strict=True):
+        what = one["what"].removeprefix("transform and quantise ")
+        times = [1e3 * one["ms"], 1e3 * many["ms"], 1e3 * many["baseline_ms"]]
+        cells = f"{times[0]:.1f} | {times[1]:.0f} | {times[2]:.0f}"
+        lines.append(f"| {what} | {cells} | {times[1] / times[2]:.1f} |")
+    return lines
+
+
+def quick_bound() -> list[str]:
+    """A step of the quick preset against its products."""
+    result = read("quick-bound")
+    m = result["metrics"]
+    lines = [f"| a step on {result['device']}, {m['threads']} threads | seconds | of the step |", "|---|---|---|"]
+    for what, operations in m["operations"].items():
+        seconds = operations / m["product_rate"]
+        lines.append(f"| products: {what} | {seconds:.2f} | {seconds / m['step_seconds']:.0%} |")
+    rest = m["step_seconds"] - m["products_seconds"]
+    lines.append(f"| all else | {rest:.2f} | {rest / m['step_seconds']:.0%} |")
+    return lines
+
+
 def clips() -> list[str]:
     """Rotations with and without fixed clips of activations, nothing trained."""
     rows = read("rotation-clips-untrained")["metrics"]["rows"]
@@ -189,6 +214,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "low_bits": low_bits,
     "zeroshot": zeroshot,
     "clips": clips,
+    "quick_bound": quick_bound,
+    "first_site": first_site,
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
 }
