@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def main() -> None:
             ends.append(time.perf_counter())
 
     _, report = calibrate(model, recipe, tokens, device=torch.device("cpu"), dtype=torch.float32, progress=progress)
-    steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(ends)]
     step = statistics.median(steps)
     products = sum(operations.values()) / speed
     metrics: dict[str, Any] = {
