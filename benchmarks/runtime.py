@@ -45,6 +45,7 @@ def parity(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         fused.attach(served, ("cpu",))
     kernels = perplexity(served, test, batch_size=8)
+    print({"reference": reference.value, "kernels": kernels.value}, flush=True)
     assert fused.runtime(served) is not None
     rates = {}
     ids = test[:1, :32].to(device)
