@@ -66,14 +66,14 @@ def unfitted(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, end_to_end=None)
 
 
+def solving(recipe: Recipe, **changes: float) -> Recipe:
+    """With another setting of the solver."""
+    return dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, **changes))
+
+
 def ordered(recipe: Recipe, **changes: float) -> Recipe:
     """Columns of large curvature first, as codebooks have them always."""
-    return dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, act_order=True, **changes))
-
-
-def damped(recipe: Recipe, damping: float) -> Recipe:
-    """With this share of the mean curvature added to all."""
-    return dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, damping=damping))
+    return solving(recipe, act_order=True, **changes)
 
 
 BEST = grid(2, symmetric=False, clip="search")
@@ -101,7 +101,7 @@ VARIANTS: dict[str, Recipe] = {
     "w4 rtn, symmetric": rtn(grid(4)),
     "w4 rtn, symmetric, searched": rtn(grid(4, clip="search")),
     "w4 gptq, symmetric": gptq(grid(4)),
-    "w4 gptq, symmetric, damping 0.1": damped(gptq(grid(4)), 0.1),
+    "w4 gptq, symmetric, damping 0.1": solving(gptq(grid(4)), damping=0.1),
     "w4 gptq, symmetric, ordered": ordered(gptq(grid(4))),
     "w4 gptq, symmetric, searched": gptq(grid(4, clip="search")),
     "w4 gptq, asymmetric, searched": gptq(grid(4, symmetric=False, clip="search")),

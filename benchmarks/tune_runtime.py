@@ -132,7 +132,7 @@ class SiteCase(Case):
                 y = rms_norm(x[:64], other, 1e-5).double()
             return bench.site_error(y, integers, site)
 
-        baselines = {} if small else {"bytes": _moves(moved, count, device)}
+        baselines = {} if small else {"bytes": bench.moves(moved, count, device)}
         return Prepared(count, call, error, baselines)
 
 
@@ -163,6 +163,8 @@ class ProductCase(Case):
         return [{}, *few, {"expanded": True}][: None if self.tokens >= 16 else -1]
 
     def prepare(self, device: torch.device, small: bool) -> Prepared:
+        from flatquant import bench
+
         packed, dense, scale = _weights(self.o, self.n, device, small)
         x = torch.randint(-8, 8, (self.tokens, self.n), device=device, dtype=torch.int8)
         ordered = _integers(x, "planes", self.n).to(torch.float8_e4m3fn)
@@ -171,7 +173,7 @@ class ProductCase(Case):
 
         def call(i: int, variant: Variant) -> Tensor:
             if "expanded" in variant:
-                return int4_linear.expanded(ordered, s, packed[i], scale, None, None, torch.bfloat16)
+                return int4_linear.int4_linear(ordered, s, packed[i], scale, None, None, torch.bfloat16)
             product = products.vector if self.tokens == 1 else products.few
             return product(x, s, packed[i], scale, None, None, _dtype(device), **variant)
 
@@ -181,7 +183,7 @@ class ProductCase(Case):
 
         linear = torch.nn.functional.linear
         products_bf16 = [partial(linear, y, w) for w in dense]
-        moves = _moves(self.o * self.n // 2, len(packed), device)
+        moves = bench.moves(self.o * self.n // 2, len(packed), device)
         baselines = {} if small else {"bf16": products_bf16, "bytes": moves}
         return Prepared(len(packed), call, error, baselines)
 
@@ -195,6 +197,8 @@ class ExpandCase(Case):
         return [{}, *({"block": b, "warps": w} for b, w in ((2048, 4), (4096, 4), (8192, 8), (1024, 4)))]
 
     def prepare(self, device: torch.device, small: bool) -> Prepared:
+        from flatquant import bench
+
         packed, _, _ = _weights(self.o, self.n, device, small)
         out = torch.empty((self.o, self.n), dtype=torch.float8_e4m3fn, device=device)
 
@@ -203,7 +207,7 @@ class ExpandCase(Case):
             return float((got.float() != want.float()).any())
 
         moved = self.o * self.n * 3 // 2
-        baselines = {} if small else {"bytes": _moves(moved, len(packed), device)}
+        baselines = {} if small else {"bytes": bench.moves(moved, len(packed), device)}
         return Prepared(len(packed), lambda i, variant: products.expand(packed[i], out, **variant), error, baselines)
 
 
@@ -261,7 +265,7 @@ class AttentionCase(Case):
             got = merged(*call(0, variant))[:1]
             return ((got - want).abs().max() / want.abs().max()).item()
 
-        baselines = {} if small else {"bytes": _moves(moved, count, device)}
+        baselines = {} if small else {"bytes": bench.moves(moved, count, device)}
         return Prepared(count, call, error, baselines)
 
 
@@ -277,25 +281,25 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter knows no bfloat16
 
 
-def _moves(size: int, count: int, device: torch.device) -> list[Callable[[], Any]]:
-    """Copies that read and write `size` bytes together."""
-    half = [torch.empty(max(1, size // 2), dtype=torch.uint8, device=device) for _ in range(2 * count)]
-    return [partial(a.copy_, b) for a, b in zip(half[::2], half[1::2], strict=True)]
-
-
 def cases(tiny: bool) -> list[Case]:
     """What is tuned, most important first."""
+    from flatquant.bench import PRODUCT_ERROR, SITE_ERROR
+
     if tiny:
         return [
-            *(SiteCase(what="site", n=96, tokens=t, limit=0.55, source=s) for t in (1, 6) for s in ("plain", "gate")),
-            *(ProductCase(what="product", o=32, n=64, tokens=t, limit=2**-7) for t in (1, 4)),
+            *(
+                SiteCase(what="site", n=96, tokens=t, limit=SITE_ERROR, source=s)
+                for t in (1, 6)
+                for s in ("plain", "gate")
+            ),
+            *(ProductCase(what="product", o=32, n=64, tokens=t, limit=PRODUCT_ERROR) for t in (1, 4)),
             ExpandCase(what="expand", o=32, n=64, tokens=0, limit=0),
             AttentionCase(what="attention", queries=4, keys=2, head_dim=16, places=256, tokens=2, limit=0.02),
         ]
     first, others = (4096, 11008, 14336), (5120, 8192, 18944, 28672)
 
     def site(n: int, tokens: int, source: str = "plain", form: Form = "packed") -> Case:
-        return SiteCase(what=f"{source} {n}, {form}", n=n, tokens=tokens, limit=0.55, source=source, form=form)
+        return SiteCase(what=f"{source} {n}, {form}", n=n, tokens=tokens, limit=SITE_ERROR, source=source, form=form)
 
     shapes = ((4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096), (12288, 4096), (22016, 4096), (4096, 11008))
     heads = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32)}
@@ -306,7 +310,11 @@ def cases(tiny: bool) -> list[Case]:
         *(site(n, 1) for n in others),
         site(4096, 8192, "norm", "float8"),
         *(site(n, 8192, "gate", "float8") for n in (11008, 14336)),
-        *(ProductCase(what=f"product {o} x {n}", o=o, n=n, tokens=t, limit=2**-7) for o, n in shapes[:3] for t in _FEW),
+        *(
+            ProductCase(what=f"product {o} x {n}", o=o, n=n, tokens=t, limit=PRODUCT_ERROR)
+            for o, n in shapes[:3]
+            for t in _FEW
+        ),
         *(
             AttentionCase(
                 what=f"attention {name}", queries=q, keys=k, head_dim=128, places=CONTEXT, tokens=b, limit=0.02
@@ -318,7 +326,11 @@ def cases(tiny: bool) -> list[Case]:
         site(14336, 1, "gate", "planes"),
         *(site(n, t) for t in (2048, 16) for n in first + others),
         *(ExpandCase(what=f"expand {o} x {n}", o=o, n=n, tokens=0, limit=0) for o, n in shapes[1:3]),
-        *(ProductCase(what=f"product {o} x {n}", o=o, n=n, tokens=t, limit=2**-7) for o, n in shapes[3:] for t in _FEW),
+        *(
+            ProductCase(what=f"product {o} x {n}", o=o, n=n, tokens=t, limit=PRODUCT_ERROR)
+            for o, n in shapes[3:]
+            for t in _FEW
+        ),
     ]
 
 

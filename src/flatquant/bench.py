@@ -159,7 +159,14 @@ def _repeat(run: Callable[[], float], calls: int, seconds: float) -> Times:
 
 
 def copies(bytes_each: int) -> int:
+    """How many inputs of a size calls rotate over, so that none is found in the cache."""
     return max(1, min(64, -(-_PAST_CACHE // max(1, bytes_each))))
+
+
+def moves(size: int, count: int, device: torch.device) -> list[Callable[[], Any]]:
+    """Copies that read and write `size` bytes together, of `count` pairs of buffers."""
+    half = [torch.empty(max(1, size // 2), dtype=torch.uint8, device=device) for _ in range(2 * count)]
+    return [partial(a.copy_, b) for a, b in zip(half[::2], half[1::2], strict=True)]
 
 
 # --------------------------------------------------------------------------------------------- kernels
@@ -191,8 +198,7 @@ def sites(device: torch.device, sizes: Sequence[int], tokens: Sequence[int]) -> 
             inputs = [torch.randn(t, n, device=device, dtype=torch.bfloat16) for _ in range(copies(moved))]
             few = inputs[0][:64]
             error = site_error(few, kron_quantize.plain(few, site, "float8")[0].double(), site)
-            half = [torch.empty(moved // 2, dtype=torch.uint8, device=device) for _ in range(2 * len(inputs))]
-            bytes_ = measure([partial(a.copy_, b) for a, b in zip(half[::2], half[1::2], strict=True)], device)
+            bytes_ = measure(moves(moved, len(inputs), device), device)
             rows.append(
                 _row(
                     f"transform and quantise {n} ({site.shape[0]} x {site.shape[1]})",
@@ -205,7 +211,7 @@ def sites(device: torch.device, sizes: Sequence[int], tokens: Sequence[int]) -> 
                     bytes_.median,
                 )
             )
-            del inputs, half
+            del inputs
     return rows
 
 

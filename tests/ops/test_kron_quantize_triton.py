@@ -17,7 +17,7 @@ from flatquant.ops.pack.reference import unpack_bits  # noqa: E402
 pytestmark = [pytest.mark.gpu] if CUDA else []
 DEVICE = "cuda" if CUDA else "cpu"
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and cuts instead of rounding.
-DTYPES = (torch.float16, torch.bfloat16) if CUDA else (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if CUDA else []))
 EPS = 1e-5
 
 # Of the last two, columns are cut into tiles, or rows and columns.

@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flatquant.errors import DataError, FlatQuantError
+from flatquant.errors import DataError, FlatQuantError, one_line
 
 TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge")
 
@@ -101,9 +101,9 @@ def _run(harness: Mapping[str, Any], runner: Any, manager: Any, task: str, folde
             log_samples=False,
         )
     except (OSError, ValueError, ConnectionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"cannot read the questions of {task} ({reason}); set FLATQUANT_DATA to a folder with zeroshot/{task}.jsonl"
+            f"cannot read the questions of {task} ({one_line(error)}); set FLATQUANT_DATA to a folder with "
+            f"zeroshot/{task}.jsonl"
         ) from error
     return _summary(found["results"][task], found["n-samples"][task]["effective"], limit)
 

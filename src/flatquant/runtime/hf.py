@@ -104,10 +104,10 @@ class FlatQuantizer(HfQuantizer):
         if asked not in (None, "sdpa", METHOD):
             raise ModelError(f"quantised models bring their own attention; leave out attn_implementation={asked!r}")
         config.transformers_weights = INDEX_FILE if INDEX_FILE in files else SINGLE_FILE
-        local = Path(getattr(config, "_name_or_path", None) or "")
-        if INDEX_FILE in files and (local / INDEX_FILE).is_file():
+        local = getattr(config, "_name_or_path", None)
+        if local and INDEX_FILE in files and Path(local, INDEX_FILE).is_file():
             # transformers reads the index before it asks anyone, and stumbles over what is wrong with it.
-            folder = Folder.open(local)
+            folder = Folder.open(Path(local))
             folder.check_files([name for name in folder.files if name != INDEX_FILE])
         return config
 

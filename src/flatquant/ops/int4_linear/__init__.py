@@ -44,26 +44,9 @@ def int4_linear(
         return reference.int4_linear(x, x_scale, packed, scale, bias, residual, dtype)
     from flatquant.ops.int4_linear import triton
 
-    tokens = x.shape[0]
-    if tokens == 1:
-        return triton.vector(x, x_scale, packed, scale, bias, residual, dtype)
-    if tokens <= reference.FEW:
-        return triton.few(x, x_scale, packed, scale, bias, residual, dtype)
-    return expanded(x, x_scale, packed, scale, bias, residual, dtype)
-
-
-def expanded(
-    x: Tensor,
-    x_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`reference.int4_linear` on CUDA by the float8 units; x: float8."""
-    from flatquant.ops.int4_linear import triton
-
+    if x.dtype == torch.int8:
+        kernel = triton.vector if x.shape[0] == 1 else triton.few
+        return kernel(x, x_scale, packed, scale, bias, residual, dtype)
     weight = triton.expand(packed, _buffer(packed))
     # Its result is bfloat16 wherever rows have scales.
     y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]

@@ -24,13 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kron_quantize.reference import Form
+from flatquant.ops.triton import MAGIC
 
 # What the input is, and how integers leave.
 _PLAIN, _NORM, _GATE, _MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _PLANES, _FLOAT8, _PACKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _SOURCES = {"plain": 0, "norm": 1, "gate": 2, "merge": 3}
 _FORMS = {"planes": 0, "float8": 1, "packed": 2}
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: the low bits of a float32 near it are an integer
 _SHARED = 227 << 10  # bytes that a program may have on an H100
 
 
@@ -105,14 +105,14 @@ def _put(
     LEVELS: tl.constexpr = 2 * QMAX + 1
     LOW: tl.constexpr = 0 if FORM == _PACKED else QMAX + 1
     # Clipping to [0, 1] costs nothing where it follows a product and a sum.
-    q = tl.minimum(tl.maximum(z * slope + (QMAX + 1) / LEVELS, 0.0), 1.0) * LEVELS + (_MAGIC - LOW)
+    q = tl.minimum(tl.maximum(z * slope + (QMAX + 1) / LEVELS, 0.0), 1.0) * LEVELS + (MAGIC - LOW)
     if SPREAD:
         q = _gather(q, M, C)
     m = tl.arange(0, M)[:, None]
     if FORM == _FLOAT8:
         c = BEGIN + tl.arange(0, C)[None, :]
         mask = (m < N1) & (c < N2)
-        tl.store(out_ptr + token * N + m * N2 + c, (q - _MAGIC).to(tl.float8e4nv), mask=mask)
+        tl.store(out_ptr + token * N + m * N2 + c, (q - MAGIC).to(tl.float8e4nv), mask=mask)
     else:
         even, odd = tl.split(tl.reshape(q.to(tl.int32, bitcast=True), (M, C // 2, 2)))
         c = BEGIN // 2 + tl.arange(0, C // 2)[None, :]
