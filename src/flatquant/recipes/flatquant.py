@@ -64,7 +64,7 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
             scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
             transforms=transforms(BALANCED_SCALE),
             fit=FitSpec(epochs=3, batch_size=4, lr=5e-3, clip_lr=5e-2),
-            end_to_end=EndToEndSpec(steps=200, batch_size=4, lr=2e-3, clip_lr=2e-2, weight_lr=1e-4),
+            end_to_end=EndToEndSpec(steps=400, batch_size=4, lr=2e-3, clip_lr=2e-2, weight_lr=1e-4),
             solver=SolverSpec(kind="rtn"),
             data=DataSpec(samples=128, seqlen=2048),
         )
