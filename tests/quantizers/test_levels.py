@@ -278,3 +278,13 @@ def test_gradients_pass_activations_below_the_largest_level() -> None:
     u = x.detach().abs() / x.detach().abs().amax(-1, keepdim=True)
     assert (x.grad[u < 0.7] == 1).all()
     assert (x.grad[(u > 0.7) & (u < 1)] == 0).all()
+
+
+def test_a_position_that_diverged_is_not_a_number_afterwards_either() -> None:
+    """So that a fit ends by its loss, which has a reason, not by an index that no level has."""
+    levels = WeightLevels(spec(2), random(3, 20))
+    with torch.no_grad():
+        levels.position[1, 2] = torch.nan
+    w = levels().detach()
+    assert w[1, 2].isnan()
+    assert w.isnan().sum() == 1

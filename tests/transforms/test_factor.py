@@ -155,6 +155,17 @@ def test_polish_squares_the_error() -> None:
     assert polished.abs().max() < 1e-12
 
 
+def test_polish_keeps_float32_under_autocast() -> None:
+    """A rotation that every block shares gathers gradients that float16 cannot hold."""
+    u = torch.linalg.qr(torch.randn(8, 8)).Q.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        y = polish(u)
+    assert y.dtype == torch.float32
+    y.backward(torch.full((8, 8), 1e6))
+    assert u.grad is not None
+    assert u.grad.isfinite().all()
+
+
 # ----------------------------------------------------------------------------------------------- starts
 
 

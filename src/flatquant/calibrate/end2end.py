@@ -28,6 +28,10 @@ from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
 
 SAVE_EVERY = 8  # steps
+# What a token's loss counts on its way back. Not a mean: gradients in float16 would underflow. Of the text's cross
+# entropy a share, since at few bits a weight's gradient, summed over tokens, would overflow. AdamW sees a difference in
+# its eps alone.
+_SHARES = {"kl": 1.0, "cross_entropy": 1 / 32}
 
 
 def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -104,8 +108,7 @@ def fit_end_to_end(
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten())
         else:
             loss = kl_divergence(teacher, logits)
-        # The sum over tokens, not the mean: gradients in float16 do not underflow. AdamW sees no difference but in eps.
-        return loss * (x.shape[0] * x.shape[1]), loss
+        return loss * (_SHARES[spec.objective] * x.shape[0] * x.shape[1]), loss
 
     rates: dict[Group, float] = {
         "transform": spec.lr,
@@ -114,7 +117,7 @@ def fit_end_to_end(
         "weight": spec.weight_lr,
         "code": spec.code_lr,
         # A rotation's step does depend on the size of gradients: its rate undoes the sum.
-        "rotation": spec.rotation_lr / (spec.batch_size * inputs.shape[1]),
+        "rotation": spec.rotation_lr / (_SHARES[spec.objective] * spec.batch_size * inputs.shape[1]),
     }
     optimiser = Optimiser(
         parameters,

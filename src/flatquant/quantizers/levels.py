@@ -112,7 +112,8 @@ class WeightLevels(Trainable, Bounded):
         self.position = nn.Parameter(_position(rows, _sums(self.levels.detach())[0]))  # (o * g, n / g)
 
     def _nearest(self) -> Tensor:
-        return self.position.detach().round().clamp(0, (1 << self.spec.bits) - 1).long()
+        # A fit that diverged is to end by its loss, with a reason, not by an index that no level has.
+        return self.position.detach().nan_to_num().round().clamp(0, (1 << self.spec.bits) - 1).long()
 
     def forward(self) -> Tensor:
         """The weight on its levels, differentiable; a position's slope is the mean distance of levels.  # (o, n)"""

@@ -175,9 +175,12 @@ class OrthogonalFactor(Orthogonal, Trainable):
 def polish(u: Tensor) -> Tensor:
     """One Newton-Schulz step to the nearest orthogonal matrix: an error e in u^T u - I becomes e^2.
 
-    A start that was rounded to float32 is orthogonal to 1e-7 only; folding in float64 needs better.
+    A start that was rounded to float32 is orthogonal to 1e-7 only; folding in float64 needs better. In its own
+    precision under autocast, too: float16 holds neither the step nor, of a rotation that every block shares, the
+    gradient.
     """
-    return 1.5 * u - 0.5 * u @ (u.mT @ u)
+    with torch.autocast(u.device.type, enabled=False):
+        return 1.5 * u - 0.5 * u @ (u.mT @ u)
 
 
 def cayley(raw: Tensor) -> Tensor:
