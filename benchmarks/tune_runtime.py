@@ -119,7 +119,7 @@ class SiteCase(Case):
             x, other = pairs[i]
             eps = 1e-5 if self.source == "norm" else 0.0
             return sites.launch(
-                x, other, self.source, site.shape, *site.halves, site.ratios, 4, self.form, eps, **variant
+                x, other, self.source, site.shape, *site.factors, site.ratios, 4, self.form, eps, **variant
             )
 
         def error(variant: Variant) -> float:

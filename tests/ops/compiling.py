@@ -106,7 +106,7 @@ def main() -> None:
     kernel = record(sites, "_kernel")
     ratios = meta(2, dtype=torch.float32)
     for n1, n2 in ((64, 64), (64, 80), (86, 128), (112, 128), (128, 148), (128, 224)):
-        left, right = (meta(n, n, dtype=torch.float16) for n in (n1, n2))
+        left, right = (meta(n, n) for n in (n1, n2))
         kinds = ((1, "planes", "gate"), (4096, "float8", "gate"), (4096, "packed", "plain"))
         if n1 == 64:
             kinds += ((1, "planes", "norm"), (4096, "float8", "norm"))
@@ -116,7 +116,7 @@ def main() -> None:
             sites.launch(x, other, source, (n1, n2), left, right, ratios, 4, form, 1e-5)
             found[f"{source} {n1} x {n2}, {tokens} tokens, {form}"] = kernel.found[-1]
     parts, lse = meta(1, 32, 8, 128, dtype=torch.float32), meta(1, 32, 8, dtype=torch.float32)
-    sites.launch(parts, lse, "merge", (32, 128), meta(32, 32, dtype=torch.float16), None, ratios, 4, "planes")
+    sites.launch(parts, lse, "merge", (32, 128), meta(32, 32), None, ratios, 4, "planes")
     found["merge 32 x 128"] = kernel.found[-1]
 
     # The recorder keeps the way of the GPU: assembly instead of what stands for it in the interpreter.
@@ -146,7 +146,7 @@ def main() -> None:
     products.expand(meta(64, 64, dtype=torch.uint8), meta(64, 128, dtype=torch.float8_e4m3fn))
     found["expand"] = kernel.found[-1]
 
-    pair = meta(2, 128, 128, dtype=torch.float32)
+    pair = meta(2, 128, 128)
     heads = heads_of(32, 8, 128, pair, meta(2, 2, dtype=torch.float32))
     stores = [
         store_of(

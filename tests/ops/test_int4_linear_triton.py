@@ -1,5 +1,7 @@
 """Products with packed 4-bit weights are exact, whatever the number of tokens."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +24,11 @@ DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if CUDA else []))
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh tensors hold NaN, so that an element that is not written shows."""
-    monkeypatch.setattr(fused.torch, "empty", lambda size, **kwargs: torch.full(size, float("nan"), **kwargs))
+
+    def full(size: int | tuple[int, ...], **kwargs: Any) -> torch.Tensor:
+        return torch.full((size,) if isinstance(size, int) else size, float("nan"), **kwargs)
+
+    monkeypatch.setattr(fused.torch, "empty", full)
 
 
 def make(tokens: int, o: int, n: int, bias: bool, residual: bool, dtype: torch.dtype, g: torch.Generator):

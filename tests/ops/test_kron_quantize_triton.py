@@ -106,7 +106,7 @@ def test_it_equals_the_reference(
     x, other = inputs(source, tokens, shape, dtype, g)
     assert site.unsupported() is None
     values, scale = fused.launch(
-        x, other, source, shape, *site.halves, site.ratios, 4, form, EPS if source == "norm" else 0.0
+        x, other, source, shape, *site.factors, site.ratios, 4, form, EPS if source == "norm" else 0.0
     )
     y = wanted(source, x, other).double()
     factors = (None if p is None else p.double() for p in (site.left, site.right))
@@ -125,7 +125,7 @@ def test_a_row_of_zeros_is_zero(source: str, form: Form) -> None:
     g = torch.Generator().manual_seed(0)
     site = make((8, 16), "both", g)
     x = torch.zeros(3, 128, device=DEVICE)
-    values, scale = fused.launch(x, x, source, (8, 16), *site.halves, site.ratios, 4, form)
+    values, scale = fused.launch(x, x, source, (8, 16), *site.factors, site.ratios, 4, form)
     assert not integers(values, form, 128).any()
     assert (scale == 1).all()
 
@@ -135,7 +135,7 @@ def test_huge_and_tiny_rows_keep_their_integers() -> None:
     g = torch.Generator().manual_seed(1)
     site = make((16, 24), "both", g)
     x = torch.randn(1, 384, generator=g).repeat(3, 1).to(DEVICE) * torch.tensor([[1e-12], [1.0], [1e12]], device=DEVICE)
-    values, scale = fused.launch(x, None, "plain", (16, 24), *site.halves, site.ratios, 4, "planes")
+    values, scale = fused.launch(x, None, "plain", (16, 24), *site.factors, site.ratios, 4, "planes")
     assert torch.equal(values[0], values[1])
     assert torch.equal(values[2], values[1])
     torch.testing.assert_close(scale[2] / scale[1], torch.full((1,), 1e12, device=DEVICE), rtol=1e-5, atol=0)
@@ -154,8 +154,8 @@ def test_settings_change_no_integer(how: fused.Settings) -> None:
     shape = (66, 36)
     site = make(shape, "both", g)
     x, other = inputs("gate", 6, shape, torch.float16, g)  # more than the four programs of a CPU
-    want, want_scale = fused.launch(x, other, "gate", shape, *site.halves, site.ratios, 4, "packed")
-    got, scale = fused.launch(x, other, "gate", shape, *site.halves, site.ratios, 4, "packed", how=how)
+    want, want_scale = fused.launch(x, other, "gate", shape, *site.factors, site.ratios, 4, "packed")
+    got, scale = fused.launch(x, other, "gate", shape, *site.factors, site.ratios, 4, "packed", how=how)
     # Sums over other tiles are rounded elsewhere.
     assert (integers(got, "packed", 66 * 36) - integers(want, "packed", 66 * 36)).abs().max() <= (how.grain > 16)
     torch.testing.assert_close(scale, want_scale, rtol=1e-3, atol=0)
@@ -183,7 +183,7 @@ def test_halves_of_a_fused_projection_need_no_copy() -> None:
     site = make((8, 16), "both", g)
     both = torch.randn(5, 256, generator=g).to(DEVICE)
     gate, up = both.chunk(2, dim=-1)
-    got = fused.launch(up, gate, "gate", (8, 16), *site.halves, site.ratios, 4, "packed")
-    want = fused.launch(up.contiguous(), gate.contiguous(), "gate", (8, 16), *site.halves, site.ratios, 4, "packed")
+    got = fused.launch(up, gate, "gate", (8, 16), *site.factors, site.ratios, 4, "packed")
+    want = fused.launch(up.contiguous(), gate.contiguous(), "gate", (8, 16), *site.factors, site.ratios, 4, "packed")
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])

@@ -25,18 +25,18 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused.torch, "empty", lambda size, **kwargs: torch.full(size, float("nan"), **kwargs))
 
 
-def store(b: int, h: int, d: int, g: torch.Generator) -> Store:
+def store(b: int, h: int, d: int, g: torch.Generator, places: int = PLACES) -> Store:
     """A cache full of rubbish: what counts must have been written."""
     return Store(
-        torch.randint(0, 256, (b, h, PLACES, d // 2), generator=g).to(DEVICE, torch.uint8),
-        torch.full((b, h, PLACES), float("nan"), device=DEVICE),
-        torch.randint(0, 16, (b, h, PLACES), generator=g).to(DEVICE, torch.uint8),
+        torch.randint(0, 256, (b, h, places, d // 2), generator=g).to(DEVICE, torch.uint8),
+        torch.full((b, h, places), float("nan"), device=DEVICE),
+        torch.randint(0, 16, (b, h, places), generator=g).to(DEVICE, torch.uint8),
     )
 
 
 def make_heads(queries: int, keys: int, d: int, matrix: bool, g: torch.Generator) -> Heads:
-    m = torch.randn(d, d, generator=g) / d**0.5 + torch.eye(d)
-    pair = torch.stack((torch.linalg.inv(m).mT, m)).to(DEVICE) if matrix else None
+    turn, size = torch.linalg.qr(torch.randn(d, d, generator=g)).Q, torch.rand(d, generator=g) + 0.5
+    pair = torch.stack((turn / size, turn * size)).to(DEVICE) if matrix else None  # P^-T and P
     ratios = (torch.rand(2, 2, generator=g) * 0.3 + 0.7).to(DEVICE)
     return Heads(queries, keys, d, pair, ratios)
 
@@ -80,7 +80,7 @@ def test_appending_equals_the_reference(
     place = torch.tensor([at], device=DEVICE)
     got = fused.append(qkv, cos, sin, heads, *stores, place)
     want = reference.append(qkv, cos, sin, heads, *copies, place)
-    # The matrix units round factors to 11 bits; a value on the edge between two integers may go either way.
+    # The matrix units' operands are of qkv's type; a value on the edge between two integers may go either way.
     step = copies[0].scale[:, :, at : at + tokens].max().item() * 1.01
     near = 2e-2 if matrix else torch.finfo(dtype).eps * 2
     torch.testing.assert_close(got[0], want[0], rtol=near, atol=near * 8)
@@ -98,6 +98,25 @@ def test_appending_equals_the_reference(
     for s, dense in zip(stores, got[1:], strict=True):
         kept = s.read(at + tokens)[:, :, at:].to(dtype)
         torch.testing.assert_close(kept, dense, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("matrix", [True, False])
+def test_a_prompt_of_many_tokens_takes_several_heads_at_once(matrix: bool) -> None:
+    g = torch.Generator().manual_seed(5)
+    queries, keys, d, batch, tokens = 8, 4, 16, 2, 520
+    heads = make_heads(queries, keys, d, matrix, g)
+    qkv = torch.randn(batch, tokens, (queries + 2 * keys) * d, generator=g).to(DEVICE, torch.float16)
+    cos, sin = angles(batch, tokens, d, g)
+    stores = [store(batch, keys, d, g, tokens + 3) for _ in range(2)]
+    copies = [Store(*(t.clone() for t in s)) for s in stores]
+    place = torch.tensor([3], device=DEVICE)
+    got = fused.append(qkv, cos, sin, heads, *stores, place)
+    want = reference.append(qkv, cos, sin, heads, *copies, place)
+    step = copies[0].scale[:, :, 3:].max().item() * 1.01
+    near = 1e-2 if matrix else 2e-3
+    torch.testing.assert_close(got[0], want[0], rtol=near, atol=near * 4)
+    torch.testing.assert_close(got[1].float(), want[1].float(), rtol=near, atol=step)
+    torch.testing.assert_close(got[2], want[2], rtol=0, atol=0)
 
 
 @settings(deadline=None, max_examples=2500 if CUDA else 10)

@@ -285,11 +285,12 @@ def _block(layer: Any, index: int, config: Any, device: torch.device) -> Block:
             if reason is not None:
                 raise Unsupported(f"there is no kernel for {reason} in block {index}")
     attention = layer.self_attn
+    norms = (_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm))
     return Block(
-        norms=(_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)),
+        norms=norms,
         sites=sites,
         products={name: Product.of(several) for name, several in linears.items()},
-        heads=_heads(attached(attention), config, attention.head_dim, index, device),
+        heads=_heads(attached(attention), config, attention.head_dim, index, device, norms[0].gain.dtype),
         scaling=attention.scaling,
         window=_window(attention, config),
     )
@@ -331,7 +332,7 @@ def _ratios(grid: Dynamic, device: torch.device) -> Tensor:
     return torch.ones(2, device=device) if ratios is None else torch.stack(ratios).float().contiguous()
 
 
-def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device) -> kv_cache.Heads:
+def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device, dtype: torch.dtype) -> kv_cache.Heads:
     if not isinstance(kv, FrozenKeyValue) or kv.keys is None or kv.values is None:
         raise Unsupported(f"keys and values of block {index} are not both quantised")
     if any(grid.spec.bits != 4 or grid.spec.symmetric for grid in (kv.keys, kv.values)):
@@ -341,6 +342,8 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
     matrices = None
     if kv.query_matrix is not None and kv.key_matrix is not None:
         matrices = torch.stack((kv.query_matrix, kv.key_matrix)).contiguous()
+        if device.type == "cuda":
+            matrices = matrices.to(dtype)
     return kv_cache.Heads(
         config.num_attention_heads,
         config.num_key_value_heads,

@@ -33,9 +33,10 @@ class Site:
     bits: int
 
     @cached_property
-    def halves(self) -> tuple[Tensor | None, Tensor | None]:
-        """The factors in float16."""
-        left, right = (None if p is None else p.to(torch.float16).contiguous() for p in (self.left, self.right))
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """P1 and P2 as the kernel takes them: in bfloat16; as they are where Triton is interpreted, which has none."""
+        dtype = torch.bfloat16 if self.ratios.is_cuda else torch.float32
+        left, right = (None if p is None else p.to(dtype).contiguous() for p in (self.left, self.right))
         return left, right
 
     def unsupported(self) -> str | None:
@@ -55,7 +56,7 @@ class Site:
     def _launch(self, x: Tensor, other: Tensor | None, source: str, form: Form, eps: float = 0.0):
         from flatquant.ops.kron_quantize import triton
 
-        left, right = self.halves
+        left, right = self.factors
         return triton.launch(x, other, source, self.shape, left, right, self.ratios, self.bits, form, eps)
 
 

@@ -33,7 +33,7 @@ class Heads(NamedTuple):
     queries: int
     keys: int
     head_dim: int
-    matrices: Tensor | None  # P_h^-T of queries and P_h of keys, float32, (2, head_dim, head_dim)
+    matrices: Tensor | None  # P_h^-T of queries and P_h of keys, (2, head_dim, head_dim), float32 for the reference
     ratios: Tensor  # of keys, of values: shares of a row's lower and upper end that the grid covers, float32, (2, 2)
 
 

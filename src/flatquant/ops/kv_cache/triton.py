@@ -7,6 +7,8 @@ k = (u - z) s, q k = s (q u - z sum q); and with p' = p s, sum p v = sum p' u - 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -32,63 +34,70 @@ def _grid(x, low_ratio, high_ratio):
 
 @triton.jit
 def _put(
-    x, ratio_ptr, packed_ptr, scale_ptr, zero_ptr, dense_ptr, place, row, t, T,
+    x, ratio_ptr, packed_ptr, scale_ptr, zero_ptr, dense_ptr, place, row, inside,
     D: tl.constexpr, DP: tl.constexpr, DENSE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Quantise rows x (R, DP) into their places; where `DENSE`, what they then stand for goes to `row` of a tensor."""
     scale, zero, q = _grid(x, tl.load(ratio_ptr), tl.load(ratio_ptr + 1))
-    tl.store(scale_ptr + place, scale, mask=t < T)
-    tl.store(zero_ptr + place, zero.to(tl.uint8), mask=t < T)
+    tl.store(scale_ptr + place, scale, mask=inside)
+    tl.store(zero_ptr + place, zero.to(tl.uint8), mask=inside)
     even, odd = tl.split(tl.reshape(q, (R, DP // 2, 2)))
     j = tl.arange(0, DP // 2)[None, :]
-    mask = (t < T)[:, None] & (j < D // 2)
+    mask = inside[:, None] & (j < D // 2)
     tl.store(packed_ptr + place[:, None] * (D // 2) + j, even.to(tl.uint8) | (odd.to(tl.uint8) << 4), mask=mask)
     if DENSE:
         c = tl.arange(0, DP)[None, :]
         value = (q - zero[:, None]) * scale[:, None]
-        tl.store(
-            dense_ptr + row[:, None] * D + c, value.to(dense_ptr.dtype.element_ty), mask=(t < T)[:, None] & (c < D)
-        )
+        tl.store(dense_ptr + row[:, None] * D + c, value.to(dense_ptr.dtype.element_ty), mask=inside[:, None] & (c < D))
 
 
 @triton.jit
 def _append(
     qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr,
-    q_ptr, k_ptr, v_ptr, T, S, shared,
+    q_ptr, k_ptr, v_ptr, rows, T, S, shared,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr, DENSE: tl.constexpr,
-    R: tl.constexpr,
+    R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0) * R + tl.arange(0, R)
-    b = tl.program_id(1).to(tl.int64)
-    head = tl.program_id(2)
-    c = tl.arange(0, DP)
-    mask = (t < T)[:, None] & (c < D)[None, :]
-    row = qkv_ptr + (b * T + t)[:, None] * ((HQ + 2 * HK) * D) + head * D
-    x = tl.load(row + c[None, :], mask=mask, other=0.0).to(tl.float32)  # (R, DP)
+    """`R` tokens, of whatever sequences, and `GROUP` heads of one kind: angles and a matrix are loaded once."""
+    dtype = qkv_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # b T + t
+    group = tl.program_id(1) * GROUP
+    inside = row < rows
+    b, t = row // T, row % T
     first = tl.load(at_ptr)
-    if head >= HQ + HK:
-        h = head - HQ - HK
-        place = (b * HK + h) * S + first + t
-        _put(x, ratio_ptr + 2, vp_ptr, vs_ptr, vz_ptr, v_ptr, place, (b * HK + h) * T + t, t, T, D, DP, DENSE, R)
-    else:
-        at = b * (1 - shared) * T * D + t[:, None] * D + c[None, :]
-        partner = tl.where(c < D // 2, c + D // 2, c - D // 2)
-        y = tl.load(row + partner[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = tl.where((c < D // 2)[None, :], -y, y)
-        x = x * tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        x += y * tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if MATRIX:
-            i = tl.arange(0, DP)[:, None]
-            m_ptr = matrix_ptr + (head >= HQ).to(tl.int32) * (D * D)
-            m = tl.load(m_ptr + i * D + c[None, :], mask=(i < D) & (c < D)[None, :], other=0.0)
-            x = tl.dot(x, m, input_precision="tf32")
-        if head < HQ:
-            out = q_ptr + ((b * HQ + head) * T + t)[:, None] * D + c[None, :]
-            tl.store(out, x.to(q_ptr.dtype.element_ty), mask=mask)
-        else:
-            h = head - HQ
+    c = tl.arange(0, DP)
+    mask = inside[:, None] & (c < D)[None, :]
+    x_ptr = qkv_ptr + row[:, None] * ((HQ + 2 * HK) * D)
+    if group >= HQ + HK:
+        for i in tl.static_range(GROUP):
+            head = group + i
+            h = head - HQ - HK
+            x = tl.load(x_ptr + head * D + c[None, :], mask=mask, other=0.0).to(tl.float32)  # (R, DP)
             place = (b * HK + h) * S + first + t
-            _put(x, ratio_ptr, kp_ptr, ks_ptr, kz_ptr, k_ptr, place, (b * HK + h) * T + t, t, T, D, DP, DENSE, R)
+            _put(x, ratio_ptr + 2, vp_ptr, vs_ptr, vz_ptr, v_ptr, place, row * HK + h, inside, D, DP, DENSE, R)
+    else:
+        angle = tl.where(shared != 0, t, row)[:, None] * D + c[None, :]
+        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.where((c < D // 2)[None, :], -sin, sin)
+        partner = tl.where(c < D // 2, c + D // 2, c - D // 2)
+        if MATRIX:
+            k = tl.arange(0, DP)[:, None]
+            m_ptr = matrix_ptr + (group >= HQ).to(tl.int32) * (D * D)
+            m = tl.load(m_ptr + k * D + c[None, :], mask=(k < D) & (c < D)[None, :], other=0.0).to(dtype)
+        for i in tl.static_range(GROUP):
+            head = group + i
+            x = tl.load(x_ptr + head * D + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = x * cos + tl.load(x_ptr + head * D + partner[None, :], mask=mask, other=0.0).to(tl.float32) * sin
+            if MATRIX:
+                x = tl.dot(x.to(dtype), m, input_precision="ieee")
+            if head < HQ:
+                out = q_ptr + (row * HQ + head)[:, None] * D + c[None, :]
+                tl.store(out, x.to(q_ptr.dtype.element_ty), mask=mask)
+            else:
+                h = head - HQ
+                place = (b * HK + h) * S + first + t
+                _put(x, ratio_ptr, kp_ptr, ks_ptr, kz_ptr, k_ptr, place, row * HK + h, inside, D, DP, DENSE, R)
 
 
 @triton.jit
@@ -139,8 +148,8 @@ def _attend(
         k_zero = tl.load(kz_ptr + base + s, mask=some, other=0).to(tl.float32)
         v_scale = tl.load(vs_ptr + base + s, mask=some, other=0.0)
         v_zero = tl.load(vz_ptr + base + s, mask=some, other=0).to(tl.float32)
-        score = tl.dot(q_even, tl.trans(_floats(k & 0xF, dtype)))
-        score = tl.dot(q_odd, tl.trans(_floats(k >> 4, dtype)), score)  # (GP, B)
+        score = tl.dot(q_even, tl.trans(_floats(k & 0xF, dtype)), input_precision="ieee")
+        score = tl.dot(q_odd, tl.trans(_floats(k >> 4, dtype)), score, input_precision="ieee")  # (GP, B)
         score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * scaling)
         score = tl.where(some[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, axis=1))
@@ -149,8 +158,8 @@ def _attend(
         total = total * shrink + tl.sum(p, axis=1)
         p = (p * v_scale[None, :]).to(dtype)  # rounded before both sums, of which the difference counts
         zeros = zeros * shrink + tl.sum(p.to(tl.float32) * v_zero[None, :], axis=1)
-        even = tl.dot(p, _floats(v & 0xF, dtype), even * shrink[:, None])
-        odd = tl.dot(p, _floats(v >> 4, dtype), odd * shrink[:, None])
+        even = tl.dot(p, _floats(v & 0xF, dtype), even * shrink[:, None], input_precision="ieee")
+        odd = tl.dot(p, _floats(v >> 4, dtype), odd * shrink[:, None], input_precision="ieee")
         top = new
     some = total > 0
     total = tl.where(some, total, 1.0)
@@ -164,20 +173,25 @@ def _attend(
 def append(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor, *, dense: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.append`; without `dense`, the keys and values returned are empty."""
+    """See `reference.append`; without `dense`, the keys and values returned are empty.
+
+    What is returned lies as attention wants it: heads of a token side by side. Matrices are taken in qkv's dtype.
+    """
     b, t, _ = qkv.shape
     h, d = heads, heads.head_dim
-    q = torch.empty((b, h.queries, t, d), dtype=qkv.dtype, device=qkv.device)
-    k, v = (torch.empty((b, h.keys, t if dense else 0, d), dtype=qkv.dtype, device=qkv.device) for _ in range(2))
-    rows = 16 if t <= 16 else 64
-    grid = (triton.cdiv(t, rows), b, h.queries + 2 * h.keys)
-    _append[grid](
+    q = torch.empty((b, t, h.queries, d), dtype=qkv.dtype, device=qkv.device)
+    size = (b, t if dense else 0, h.keys, d)
+    k, v = (torch.empty(size, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+    rows = 16 if b * t <= 16 else 64
+    group = math.gcd(h.queries, h.keys, 4) if b * t > 1024 else 1  # few tokens: heads side by side
+    _append[(triton.cdiv(b * t, rows), (h.queries + 2 * h.keys) // group)](
         qkv, cos, sin, h.matrices, h.ratios, at, *keys, *values, q, k, v,
-        t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
-        DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense, R=rows, num_warps=4,
+        b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
+        DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense, R=rows, GROUP=group,
+        num_warps=4 if rows == 16 else 8, num_stages=1,
         enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
-    return q, k, v
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def attend(
