@@ -285,7 +285,7 @@ def _padded(n: int) -> int:
 
 
 def _bytes(shape: tuple[int, int], how: Settings) -> int:
-    """Shared memory for both factors, and for whole tokens on their way, or one tile, whose place the next one takes."""
+    """Shared memory: both factors, and tokens on their way, or else one tile, whose place the next one takes."""
     rows, columns = _tiles(shape, how.grain)
     k, c = (sum(size for _, size in cut) for cut in (rows, columns))
     held = rows[0][1] * columns[0][1] if how.stages == 1 else how.stages * k * c + 4096
