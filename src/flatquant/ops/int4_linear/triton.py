@@ -2,7 +2,8 @@
 
 One token (`_vector`): a program holds R rows of W and walks along them; eight weights are one 32-bit word, two masks
 and a shift make of it two words of four bytes, and `dp4a` multiplies and adds four bytes at once. What it moves is the
-packed weights, once: it is bound by memory.
+packed weights, once: it is bound by memory, which is kept busy while the token is still being made: the first weights
+are loaded before the wait for it, and all others one step ahead.
 
 A few tokens (`_few`): the same walk with the matrix units, which need 16 columns: W (R rows, from registers) times X^T,
 even and odd channels apart, as the nibbles lie and as the site wrote them. A weight stays the upper nibble of its byte,
@@ -21,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flatquant.ops.triton import early, wait
+
 
 @triton.jit
 def _dot4(w, x, acc, EMULATE: tl.constexpr):
@@ -38,16 +41,22 @@ def _dot4(w, x, acc, EMULATE: tl.constexpr):
 @triton.jit
 def _vector(
     x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, residual_ptr, y_ptr, O, words,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EMULATE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EMULATE: tl.constexpr, EARLY: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * R + tl.arange(0, R)
     inside = r < O
+    k = tl.arange(0, K)[None, :]
+    w_ptr += r[:, None].to(tl.int64) * words + k
+    after = tl.load(w_ptr, mask=inside[:, None] & (k < words), other=0)
+    wait(EARLY)
     acc = tl.zeros((R, K), tl.int32)
     total = tl.zeros((1, K), tl.int32)  # of x, since weights are stored 8 too large
     for start in range(0, words, K):
         k = start + tl.arange(0, K)[None, :]
         some = k < words
-        w = tl.load(w_ptr + r[:, None].to(tl.int64) * words + k, mask=inside[:, None] & some, other=0)  # (R, K)
+        w = after  # (R, K)
+        after = tl.load(w_ptr + (start + K), mask=inside[:, None] & (k + K < words), other=0)
         even = tl.load(x_ptr + k, mask=some, other=0)  # channels 8k, 8k+2, 8k+4, 8k+6, (1, K)
         odd = tl.load(x_ptr + words + k, mask=some, other=0)
         acc = _dot4(w & 0x0F0F0F0F, tl.broadcast_to(even, (R, K)), acc, EMULATE)
@@ -89,9 +98,10 @@ def _lower(w, EMULATE: tl.constexpr):
 @triton.jit
 def _few(
     x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, residual_ptr, y_ptr, T, O, N,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EMULATE: tl.constexpr, R: tl.constexpr, TP: tl.constexpr,
-    K: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EMULATE: tl.constexpr, EARLY: tl.constexpr, R: tl.constexpr,
+    TP: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     r = tl.program_id(0) * R + tl.arange(0, R)
     t = tl.arange(0, TP)
     rows, tokens = r < O, t < T
@@ -119,9 +129,10 @@ def _few(
 
 
 @triton.jit
-def _expand(w_ptr, y_ptr, bytes, B: tl.constexpr):
+def _expand(w_ptr, y_ptr, bytes, EARLY: tl.constexpr, B: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     w = tl.load(w_ptr + i, mask=i < bytes, other=0)
+    wait(EARLY)
     pair = tl.join((w & 0xF).to(tl.float32) - 8.0, (w >> 4).to(tl.float32) - 8.0)  # (B, 2)
     j = 2 * i[:, None] + tl.arange(0, 2)[None, :]
     tl.store(y_ptr + j, pair.to(tl.float8e4nv), mask=j < 2 * bytes)
@@ -143,8 +154,8 @@ def vector(
     y = torch.empty((1, o), dtype=dtype, device=x.device)
     _vector[(triton.cdiv(o, rows),)](
         x.view(torch.int32), x_scale, packed.view(torch.int32), scale, bias, residual, y, o, size,
-        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, R=rows,
-        K=min(words, triton.next_power_of_2(size)), num_warps=warps,
+        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, EARLY=early(x),
+        launch_pdl=early(x), R=rows, K=min(words, triton.next_power_of_2(size)), num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -159,8 +170,8 @@ def few(
     bytes = bytes or (256 if tokens <= 16 else 128)
     _few[(triton.cdiv(o, rows),)](
         x, x_scale, packed, scale, bias, residual, y, tokens, o, 2 * half,
-        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, R=rows,
-        TP=max(16, triton.next_power_of_2(tokens)), K=min(bytes, max(32, triton.next_power_of_2(half))),
+        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, EARLY=early(x),
+        launch_pdl=early(x), R=rows, TP=max(16, triton.next_power_of_2(tokens)), K=min(bytes, max(32, triton.next_power_of_2(half))),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
@@ -169,5 +180,7 @@ def few(
 def expand(packed: Tensor, out: Tensor, *, block: int = 4096, warps: int = 8) -> Tensor:
     """`reference.expand` into `out`, float8.  # (o, n)"""
     size = packed.numel()
-    _expand[(triton.cdiv(size, block),)](packed, out, size, B=block, num_warps=warps)
+    _expand[(triton.cdiv(size, block),)](
+        packed, out, size, EARLY=early(packed), launch_pdl=early(packed), B=block, num_warps=warps
+    )
     return out

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kron_quantize.reference import Form
-from flatquant.ops.triton import MAGIC
+from flatquant.ops.triton import MAGIC, early, wait
 
 # What the input is, and how integers leave.
 _PLAIN, _NORM, _GATE, _MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -131,13 +131,11 @@ def _kernel(
     x_ptr, other_ptr, left_ptr, right_ptr, ratio_ptr, out_ptr, scale_ptr, tokens, stride, eps, PARTS,
     SOURCE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, FORM: tl.constexpr, QMAX: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = N1 * N2
     CUTS: tl.constexpr = len(COLUMNS)
     first = tl.program_id(0)
-    if AHEAD:
-        tiles = _take(x_ptr, other_ptr, stride, first, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
     lefts, rights = (), ()
     if LEFT:
         for i in tl.static_range(len(ROWS)):  # P1^T: (M, ROWS[i])
@@ -152,6 +150,9 @@ def _kernel(
                 p = tl.load(right_ptr + k * N2 + o, mask=(k < N2) & (o < N2), other=0.0)
                 rights = rights + (_spread(p, COLUMNS[i][1], COLUMNS[j][1]),)
     low_ratio, high_ratio = tl.load(ratio_ptr), tl.load(ratio_ptr + 1)
+    wait(EARLY)
+    if AHEAD:
+        tiles = _take(x_ptr, other_ptr, stride, first, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
     for token in range(first, tokens, tl.num_programs(0)):
         if not AHEAD:
             tiles = _take(x_ptr, other_ptr, stride, token, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
@@ -332,7 +333,7 @@ def launch(
         x.shape[2] if source == "merge" else 1,
         SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, FORM=_FORMS[form],
         QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, M=_padded(n1), ROWS=rows, COLUMNS=columns, AHEAD=how.ahead,
-        num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
+        EARLY=early(x), launch_pdl=early(x), num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
     )  # fmt: skip
     return out, scale
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kv_cache.reference import Heads, Store
-from flatquant.ops.triton import round_half_even
+from flatquant.ops.triton import early, round_half_even, wait
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _append(
     qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr,
     q_ptr, k_ptr, v_ptr, rows, T, S, shared,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr, DENSE: tl.constexpr,
-    R: tl.constexpr, GROUP: tl.constexpr,
+    R: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`R` tokens, of whatever sequences, and `GROUP` heads of one kind: angles and a matrix are loaded once."""
     dtype = qkv_ptr.dtype.element_ty
@@ -64,9 +64,15 @@ def _append(
     group = tl.program_id(1) * GROUP
     inside = row < rows
     b, t = row // T, row % T
-    first = tl.load(at_ptr)
     c = tl.arange(0, DP)
     mask = inside[:, None] & (c < D)[None, :]
+    if MATRIX:
+        k = tl.arange(0, DP)[:, None]
+        m_ptr = matrix_ptr + (group >= HQ).to(tl.int32) * (D * D)
+        some = (k < D) & (c < D)[None, :]
+        m = tl.load(m_ptr + k * D + c[None, :], mask=some, other=0.0).to(dtype)
+    wait(EARLY)
+    first = tl.load(at_ptr)
     x_ptr = qkv_ptr + row[:, None] * ((HQ + 2 * HK) * D)
     if group >= HQ + HK:
         for i in tl.static_range(GROUP):
@@ -81,10 +87,6 @@ def _append(
         sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)
         sin = tl.where((c < D // 2)[None, :], -sin, sin)
         partner = tl.where(c < D // 2, c + D // 2, c - D // 2)
-        if MATRIX:
-            k = tl.arange(0, DP)[:, None]
-            m_ptr = matrix_ptr + (group >= HQ).to(tl.int32) * (D * D)
-            m = tl.load(m_ptr + k * D + c[None, :], mask=(k < D) & (c < D)[None, :], other=0.0).to(dtype)
         for i in tl.static_range(GROUP):
             head = group + i
             x = tl.load(x_ptr + head * D + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -116,7 +118,9 @@ def _floats(u, dtype: tl.constexpr):
 def _attend(
     q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, out_ptr, lse_ptr, last_ptr, start_ptr, window, scaling, S,
     PARTS, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     bh = tl.program_id(0)
     part = tl.program_id(1)
     length = tl.load(last_ptr).to(tl.int32) + 1
@@ -188,6 +192,7 @@ def append(
         qkv, cos, sin, h.matrices, h.ratios, at, *keys, *values, q, k, v,
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
         DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense, R=rows, GROUP=group,
+        EARLY=early(qkv), launch_pdl=early(qkv),
         num_warps=4 if rows == 16 else 8, num_stages=1,
         enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
@@ -217,6 +222,6 @@ def attend(
     _attend[(b * hk, parts)](
         q, *keys, *values, out, lse, last, start, s if window is None else window, scaling, s, parts,
         HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, HALF=max(16, triton.next_power_of_2(d // 2)),
-        B=block, num_warps=warps, num_stages=stages,
+        B=block, EARLY=early(q), launch_pdl=early(q), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
