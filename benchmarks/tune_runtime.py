@@ -233,7 +233,7 @@ class AttentionCase(Case):
 
     def variants(self) -> list[Variant]:
         heads = self.tokens * self.keys
-        parts = [max(1, min(self.places // 128, -(-programs // heads))) for programs in (264, 528, 1056)]
+        parts = [max(1, min(self.places // 128, programs // heads)) for programs in (528, 264, 1056)]
         sizes = ((64, 4, 3), (32, 4, 3), (64, 4, 2), (128, 4, 2), (64, 8, 3), (32, 2, 3))
         grid = [{"parts": p, "block": b, "warps": w, "stages": s} for p in parts[:1] for b, w, s in sizes]
         grid += [{"parts": p, "block": 64, "warps": 4, "stages": 3} for p in parts[1:]]

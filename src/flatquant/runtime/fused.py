@@ -52,7 +52,7 @@ _READERS = {
 Masks = Mapping[int | None, Tensor]  # by window
 
 _PART = 128  # places of the cache that a part of attention reads at least
-_PROGRAMS = 264  # that fill a GPU
+_PROGRAMS = 528  # that an H100 runs at once: four a multiprocessor
 
 
 class Unsupported(Exception):
@@ -128,7 +128,7 @@ class Block:
         q, k, v = kv_cache.append(qkv, cos, sin, self.heads, keys, values, cache.used, dense=t > 1)
         site = self.sites["attn_out"]
         if t == 1:
-            count = max(1, min(cache.places // _PART, -(-_PROGRAMS // (b * self.heads.keys))))
+            count = max(1, min(cache.places // _PART, _PROGRAMS // (b * self.heads.keys)))
             parts = kv_cache.attend(q[:, :, 0], keys, values, cache.used, cache.start, self.window, self.scaling, count)
             y = kron_quantize.merge(*parts, site, form)
         else:

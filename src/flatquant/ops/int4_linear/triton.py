@@ -162,17 +162,19 @@ def vector(
 
 def few(
     x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    dtype: torch.dtype, *, rows: int = 32, bytes: int | None = None, warps: int = 4, stages: int = 4,
+    dtype: torch.dtype, *, rows: int | None = None, bytes: int | None = None, warps: int = 4, stages: int = 4,
 ) -> Tensor:  # fmt: skip
     """`reference.int4_linear` of at most `FEW` tokens, `bytes` of a row at a time.  # x: int8, (T, n)"""
     (o, half), tokens = packed.shape, x.shape[0]
+    # Every program reads all tokens: where they are many, fewer programs, if those still fill the GPU.
+    rows = rows or (64 if tokens > 16 and o >= 8192 else 32)
     y = torch.empty((tokens, o), dtype=dtype, device=x.device)
     bytes = bytes or (256 if tokens <= 16 else 128)
     _few[(triton.cdiv(o, rows),)](
         x, x_scale, packed, scale, bias, residual, y, tokens, o, 2 * half,
         BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, EARLY=early(x),
-        launch_pdl=early(x), R=rows, TP=max(16, triton.next_power_of_2(tokens)), K=min(bytes, max(32, triton.next_power_of_2(half))),
-        num_warps=warps, num_stages=stages,
+        launch_pdl=early(x), R=rows, TP=max(16, triton.next_power_of_2(tokens)),
+        K=min(bytes, max(32, triton.next_power_of_2(half))), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 

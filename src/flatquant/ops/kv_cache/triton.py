@@ -2,7 +2,8 @@
 
 Even and odd channels lie in one byte's low and high nibble, and are never woven together: a score is the sum of two
 products, and an output is written with a stride of two. Scales and zero points stay out of the products: with
-k = (u - z) s, q k = s (q u - z sum q); and with p' = p s, sum p v = sum p' u - sum p' z.
+k = (u - z) s, q k = s (q u - z sum q); and with p' = p s, sum p v = sum p' u - sum p' z. What u and z are both too
+large by falls out.
 """
 
 from __future__ import annotations
@@ -103,22 +104,48 @@ def _append(
 
 
 @triton.jit
-def _floats(u, dtype: tl.constexpr):
-    """Small integers as floats. In 16 bit as the low bits of a number of which they are the units: a conversion takes
-    eight times as long as what else happens to a cached byte."""
-    if dtype == tl.bfloat16:
-        return (u.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 128.0
-    elif dtype == tl.float16:
-        return (u.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+def _lower(u, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """The lower nibbles of bytes as floats, 128 (bfloat16) or 1024 (float16) too large; float32: as they are.
+
+    In 16 bit they are the low bits of a number of which they are the units: a conversion takes eight times as long as
+    what else happens to a cached byte.
+    """
+    if dtype == tl.float32:
+        return (u & 0xF).to(tl.float32)
+    elif EMULATE:  # Triton's interpreter runs no assembly
+        return ((u & 0xF).to(tl.uint16) | (0x4300 if dtype == tl.bfloat16 else 0x6400)).to(dtype, bitcast=True)
     else:
-        return u.to(dtype)
+        HIGH: tl.constexpr = "0x43434343" if dtype == tl.bfloat16 else "0x64646464"
+        ASM: tl.constexpr = (
+            "{ .reg .b32 t; and.b32 t, $2, 0x0F0F0F0F; prmt.b32 $0, t, " + HIGH + ", 0x4140;"
+            " prmt.b32 $1, t, " + HIGH + ", 0x4342; }"
+        )
+        bits = tl.inline_asm_elementwise(ASM, "=r,=r,r", [u], dtype=tl.uint16, is_pure=True, pack=4)
+        return bits.to(dtype, bitcast=True)
+
+
+@triton.jit
+def _upper(u, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """The same of the upper nibbles."""
+    if dtype == tl.float32:
+        return (u >> 4).to(tl.float32)
+    elif EMULATE:
+        return _lower(u >> 4, dtype, EMULATE)
+    else:
+        HIGH: tl.constexpr = "0x43434343" if dtype == tl.bfloat16 else "0x64646464"
+        ASM: tl.constexpr = (
+            "{ .reg .b32 t; shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F; prmt.b32 $0, t, " + HIGH + ", 0x4140;"
+            " prmt.b32 $1, t, " + HIGH + ", 0x4342; }"
+        )
+        bits = tl.inline_asm_elementwise(ASM, "=r,=r,r", [u], dtype=tl.uint16, is_pure=True, pack=4)
+        return bits.to(dtype, bitcast=True)
 
 
 @triton.jit
 def _attend(
     q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, out_ptr, lse_ptr, last_ptr, start_ptr, window, scaling, S,
     PARTS, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
     bh = tl.program_id(0)
@@ -134,7 +161,8 @@ def _attend(
     q_even = tl.load(q_ptr + at, mask=rows, other=0.0)  # (GP, HALF)
     q_odd = tl.load(q_ptr + at + 1, mask=rows, other=0.0)
     q_sum = tl.sum(q_even.to(tl.float32) + q_odd.to(tl.float32), axis=1)  # (GP,)
-    dtype = q_even.dtype
+    dtype: tl.constexpr = q_even.dtype
+    OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0 if dtype == tl.float16 else 0.0
     top = tl.full((GP,), -1e30, tl.float32)
     total = tl.zeros((GP,), tl.float32)
     even = tl.zeros((GP, HALF), tl.float32)
@@ -149,11 +177,11 @@ def _attend(
         k = tl.load(kp_ptr + cell, mask=mask, other=0)  # (B, HALF)
         v = tl.load(vp_ptr + cell, mask=mask, other=0)
         k_scale = tl.load(ks_ptr + base + s, mask=some, other=0.0)
-        k_zero = tl.load(kz_ptr + base + s, mask=some, other=0).to(tl.float32)
+        k_zero = tl.load(kz_ptr + base + s, mask=some, other=0).to(tl.float32) + OFFSET
         v_scale = tl.load(vs_ptr + base + s, mask=some, other=0.0)
-        v_zero = tl.load(vz_ptr + base + s, mask=some, other=0).to(tl.float32)
-        score = tl.dot(q_even, tl.trans(_floats(k & 0xF, dtype)), input_precision="ieee")
-        score = tl.dot(q_odd, tl.trans(_floats(k >> 4, dtype)), score, input_precision="ieee")  # (GP, B)
+        v_zero = tl.load(vz_ptr + base + s, mask=some, other=0).to(tl.float32) + OFFSET
+        score = tl.dot(q_even, tl.trans(_lower(k, dtype, EMULATE)), input_precision="ieee")
+        score = tl.dot(q_odd, tl.trans(_upper(k, dtype, EMULATE)), score, input_precision="ieee")  # (GP, B)
         score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * scaling)
         score = tl.where(some[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, axis=1))
@@ -162,8 +190,8 @@ def _attend(
         total = total * shrink + tl.sum(p, axis=1)
         p = (p * v_scale[None, :]).to(dtype)  # rounded before both sums, of which the difference counts
         zeros = zeros * shrink + tl.sum(p.to(tl.float32) * v_zero[None, :], axis=1)
-        even = tl.dot(p, _floats(v & 0xF, dtype), even * shrink[:, None], input_precision="ieee")
-        odd = tl.dot(p, _floats(v >> 4, dtype), odd * shrink[:, None], input_precision="ieee")
+        even = tl.dot(p, _lower(v, dtype, EMULATE), even * shrink[:, None], input_precision="ieee")
+        odd = tl.dot(p, _upper(v, dtype, EMULATE), odd * shrink[:, None], input_precision="ieee")
         top = new
     some = total > 0
     total = tl.where(some, total, 1.0)
@@ -222,6 +250,7 @@ def attend(
     _attend[(b * hk, parts)](
         q, *keys, *values, out, lse, last, start, s if window is None else window, scaling, s, parts,
         HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, HALF=max(16, triton.next_power_of_2(d // 2)),
-        B=block, EARLY=early(q), launch_pdl=early(q), num_warps=warps, num_stages=stages,
+        B=block, EARLY=early(q), EMULATE=not q.is_cuda, launch_pdl=early(q), num_warps=warps, num_stages=stages,
+        maxnreg=512 // warps,  # of a thread: four programs of four warps fill a multiprocessor
     )  # fmt: skip
     return out, lse
