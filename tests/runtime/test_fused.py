@@ -110,12 +110,13 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     """The same function, but for single activations that were rounded the other way.  # (rows, T, V)
 
     Where a model of this size rounds one activation differently, its logits move by a tenth to a half of their size, as
-    they do when its embedding is rounded to 11 bits; where it reads another text, by nine tenths at the median.
+    they do when its embedding is rounded to 11 bits, and now and then by more than all of it; where it reads another
+    text, by nine tenths at the median. An error is one of a token's place, in all rows.
     """
     size = want.norm(dim=-1)
-    apart = ((got - want).norm(dim=-1) / size)[size > 0]  # of padding, zeros are compared
-    assert apart.median() <= 0.4, apart
-    assert apart.max() <= 1, apart
+    apart = ((got - want).norm(dim=-1) / size).masked_fill(size == 0, torch.nan)  # of padding, zeros are compared
+    assert apart.nanmedian() <= 0.4, apart
+    assert apart.nanmedian(0).values.max() <= 0.6, apart
 
 
 @torch.no_grad()

@@ -99,8 +99,6 @@ def fit_blocks(
             history[block.index].append(mean)
         if progress:
             progress((epoch + 1) * len(blocks), spec.epochs * len(blocks))
-    for block in blocks:
-        block.fit.forget()
     return list(history.values())
 
 
@@ -114,6 +112,7 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, 
     def loss_fn(x: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
         with shared_inverses(fit.roots()), autocast(x.device, dtype):
             predicted = call(fit.block, x)
+        fit.forget()  # what a site remembers would be held beside the graph that is captured next
         loss = torch.stack([F.mse_loss(predicted.float(), y.float()) for y in targets]).sum()
         return loss / loss.detach(), loss
 

@@ -86,8 +86,7 @@ def fit_end_to_end(
             with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same
                 return call(fit.block, x)
         finally:
-            if spec.checkpoint:
-                fit.forget()  # what a site remembers holds the graph; a recomputation ends by an exception
+            fit.forget()  # what a site remembers holds the graph; a recomputation ends by an exception
 
     def student(x: Tensor) -> Tensor:
         for fit, call in zip(fits, calls, strict=True):
@@ -156,6 +155,4 @@ def fit_end_to_end(
             cost = saved - now
         if progress:
             progress(step + 1, spec.steps)
-    for fit in fits:
-        fit.forget()
     return losses
