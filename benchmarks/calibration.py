@@ -489,10 +489,10 @@ def _digest(path: Path) -> str:
 
 PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "determinism": Bench.determinism,
-    "llama-3-8b": lambda b: b.large(LLAMA_8B, 4, 4, 2),
+    "llama-3-8b": lambda b: b.large(LLAMA_8B, 4, 4, 2, limit=24 << 30),
     "llama-3-8b-in-10-gib": lambda b: b.large(LLAMA_8B, 1, 4, 2, limit=10 << 30),
-    "llama-3-70b": lambda b: b.large(LLAMA_70B, 1, 4, 2),
-    "llama-3-70b-batch-1": lambda b: b.large(LLAMA_70B, 1, 1, 2),
+    "llama-3-70b": lambda b: b.large(LLAMA_70B, 1, 4, 2, limit=60 << 30),
+    "llama-3-70b-batch-1": lambda b: b.large(LLAMA_70B, 1, 1, 2, limit=40 << 30),
     "llama-3-70b-batch-4-in-parts": lambda b: b.large(LLAMA_70B, 1, 4, 2, windows=1),
     "smollm2": Bench.smollm2,
     "growth": Bench.growth,

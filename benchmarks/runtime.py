@@ -4,7 +4,8 @@
 
 Parity comes first, on the real SmolLM2: perplexity of WikiText-2's test text from the packed folder, served by kernels,
 against the same integers in memory, computed by the references. Then what `flatquant bench` measures, of the shapes of
-Llama-2-7B and Llama-3-8B. Results are written after every part.
+Llama-2-7B and Llama-3-8B, and where the time of a few of their blocks goes, kernel by kernel. Results are written after
+every part.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from flatquant.runtime import fused
 from flatquant.spec import DataSpec
 
 NAME = "runtime-h100"
+_PROFILED: dict[str, Any] = {"blocks": 4, "prompt": 2048, "batches": (1, 16, 64)}
 
 
 def parity(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -69,13 +73,58 @@ def parity(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {**found, "end_to_end_steps": steps, **rates}
 
 
+def profile(shape: str, device: torch.device, *, blocks: int, prompt: int, batches: Sequence[int]) -> dict[str, Any]:
+    """Microseconds of every kernel in a prompt and in a step of decoding, and of the whole as a graph."""
+    config = bench.config_of(shape, blocks)
+    runtime = fused.runtime(bench.packed_model(config, device))
+    assert runtime is not None
+    ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
+    positions = torch.arange(prompt, device=device)[None]
+    empty = runtime.new_cache(1, prompt)
+
+    def prefill() -> None:
+        empty.rewind(0)
+        runtime.prefill(ids, positions, empty, 1)
+
+    found = {"prefill": _profiled(prefill, device)}
+    for batch in batches:
+        cache = runtime.new_cache(batch, prompt + 1)
+        for store in (store for layer in cache.packed for store in layer.stores):
+            store.packed.random_(0, 256)
+        cache.rewind(prompt)
+        token = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        step = partial(_step, runtime, token, prompt, cache)
+        found[f"decode {batch}"] = _profiled(step, device)
+    return {"blocks": blocks, "prompt": prompt, **found}
+
+
+def _step(runtime: fused.Fused, token: torch.Tensor, place: int, cache: Any) -> torch.Tensor:
+    return runtime.head(runtime.hidden(token, token + place, cache, {}))
+
+
+@torch.no_grad()
+def _profiled(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> dict[str, Any]:
+    whole = bench.measure([call], device)
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profiler:
+        for _ in range(repeats):
+            call()
+    kernels = []
+    for event in profiler.key_averages():
+        total = event.device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        if total > 0:
+            kernels.append({"kernel": event.key, "calls": event.count / repeats, "us": total / repeats})
+    kernels.sort(key=lambda k: -k["us"])
+    return {"graph_ms": whole.median, "kernels": kernels[:20]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--parts", nargs="*", default=["parity", "sites", "products", "models"])
+    parser.add_argument("--parts", nargs="*", default=["parity", "sites", "products", "models", "profile"])
     parser.add_argument("--shapes", nargs="*", default=["llama-2-7b", "llama-3-8b"])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
@@ -88,6 +137,14 @@ def main() -> None:
         if part == "parity":
             metrics["parity"] = parity(args, device)
             print(metrics["parity"], flush=True)
+        elif part == "profile":
+            sizes = {"blocks": 2, "prompt": 16, "batches": (1,)} if args.tiny else _PROFILED
+            for shape in ["tiny"] if args.tiny else args.shapes:
+                found = metrics.setdefault("profile", {})[shape] = profile(shape, device, **sizes)
+                for what, one in ((k, v) for k, v in found.items() if isinstance(v, dict)):
+                    print(shape, what, f"{one['graph_ms']:.4f} ms")
+                    for kernel in one["kernels"][:12]:
+                        print(f"{kernel['us']:10.1f} us {kernel['calls']:6.1f} x  {kernel['kernel'][:90]}", flush=True)
         else:
             shapes = ["tiny"] if args.tiny else args.shapes
             made, memory = bench.run(device, (part,), shapes, tiny=args.tiny)

@@ -90,6 +90,60 @@ def best() -> list[str]:
     return lines
 
 
+def best_again() -> list[str]:
+    """The best preset as it is now."""
+    result = read("best-preset-h200")
+    original, rows = result["metrics"]["original"], result["metrics"]["mean"]
+    lines = ["| | WikiText-2 | C4 | KL, WikiText-2 | KL, C4 | seeds |", "|---" * 6 + "|"]
+    lines.append(f"| original, fp16 | {original['wikitext2']:.2f} | {original['c4']:.2f} | - | - | - |")
+    for name, row in rows.items():
+        texts = " | ".join(f"{row[key]:{form}}" for key, form in FORMS.items())
+        lines.append(f"| {name} | {texts} | {len(row['seeds'])} |")
+    return lines
+
+
+def ablation() -> list[str]:
+    """One change at a time, on a CPU."""
+    result = read("ablation-small")
+    lines = ["| variant | KL, WikiText-2 | each seed | KL, C4 | each seed |", "|---" * 5 + "|"]
+    rows = result["metrics"]["rows"]
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["wikitext2"]["mean"]):
+        cells = [
+            f"{row[text]['mean']:.3f} | {', '.join(f'{v:.3f}' for v in row[text]['each'])}"
+            for text in ("wikitext2", "c4")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def calibration() -> list[str]:
+    """What a calibration costs, and what the whole preset would."""
+    samples = {s["part"]: s for s in read("calibration-h100")["samples"] if "error" not in s}
+    head = ("", "blocks, epochs", "seconds", "times its arithmetic", "GPU busy", "peak GiB", "estimate", "whole preset")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for part, s in samples.items():
+        if "peak_device_bytes" not in s or s["part"] == "growth":
+            continue
+        peak = f"{s['peak_device_bytes'] / 2**30:.1f} | {s['estimate']['device'] / 2**30:.1f}"
+        if not s["alone"]:
+            lines.append(f"| {part} | {s['blocks']}, {s['epochs']} | - | - | - | {peak} | - |")
+            continue
+        whole = s["extrapolated"]["model_seconds"] / 60 if "extrapolated" in s else None
+        lines.append(
+            f"| {part} | {s['blocks']}, {s['epochs']} | {s['seconds']:.0f} | {s['fit_over_limit']:.1f} | "
+            f"{s['gpu_busy']:.0%} | {peak} | {'-' if whole is None else f'{whole:.0f} min'} |"
+        )
+    return lines
+
+
+def growth() -> list[str]:
+    """How the time of a step grows."""
+    lines = ["| axis | exponent of time | of the largest two | of operations |", "|---|---|---|---|"]
+    for axis, row in read("calibration-h100")["metrics"]["growth"].items():
+        lines.append(f"| {axis} | {' | '.join(f'{value:.2f}' for value in row.values())} |")
+    return lines
+
+
 def clip_start() -> list[str]:
     """Where learned clips start."""
     result = read("clip-start")
@@ -181,6 +235,19 @@ def first_site() -> list[str]:
     return lines
 
 
+def second_site() -> list[str]:
+    """The second one, by its fastest settings."""
+    samples = read("tune-runtime-h100")["samples"]
+    lines = ["| n | tokens | us | moving the bytes, us | times |", "|---|---|---|---|---|"]
+    for what, tokens in dict.fromkeys((s["what"], s["tokens"]) for s in samples):
+        rows = [s for s in samples if (s["what"], s["tokens"]) == (what, tokens)]
+        times = [s["ms"] for s in rows if "ms" in s]
+        n, base = what.split()[1].rstrip(","), rows[0]["baselines"]["bytes"]
+        cells = f"{1e3 * min(times):.1f} | {1e3 * base:.1f} | {min(times) / base:.1f}" if times else "wrong | - | -"
+        lines.append(f"| {n} | {tokens} | {cells} |")
+    return lines
+
+
 def quick_bound() -> list[str]:
     """A step of the quick preset against its products."""
     result = read("quick-bound")
@@ -210,6 +277,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "reference": reference,
     "quick": quick,
     "best": best,
+    "best_again": best_again,
+    "ablation": ablation,
+    "calibration": calibration,
+    "growth": growth,
     "clip_start": clip_start,
     "demo": demo,
     "compared": compared,
@@ -218,6 +289,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "clips": clips,
     "quick_bound": quick_bound,
     "first_site": first_site,
+    "second_site": second_site,
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
 }
