@@ -104,38 +104,23 @@ def _append(
 
 
 @triton.jit
-def _lower(u, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """The lower nibbles of bytes as floats, 128 (bfloat16) or 1024 (float16) too large; float32: as they are.
+def _nibbles(u, UPPER: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """Lower or upper nibbles of bytes as floats, 128 (bfloat16) or 1024 (float16) too large; float32: as they are.
 
     In 16 bit they are the low bits of a number of which they are the units: a conversion takes eight times as long as
     what else happens to a cached byte.
     """
     if dtype == tl.float32:
-        return (u & 0xF).to(tl.float32)
+        return (u >> 4 if UPPER else u & 0xF).to(tl.float32)
     elif EMULATE:  # Triton's interpreter runs no assembly
-        return ((u & 0xF).to(tl.uint16) | (0x4300 if dtype == tl.bfloat16 else 0x6400)).to(dtype, bitcast=True)
-    else:
-        HIGH: tl.constexpr = "0x43434343" if dtype == tl.bfloat16 else "0x64646464"
-        ASM: tl.constexpr = (
-            "{ .reg .b32 t; and.b32 t, $2, 0x0F0F0F0F; prmt.b32 $0, t, " + HIGH + ", 0x4140;"
-            " prmt.b32 $1, t, " + HIGH + ", 0x4342; }"
-        )
-        bits = tl.inline_asm_elementwise(ASM, "=r,=r,r", [u], dtype=tl.uint16, is_pure=True, pack=4)
+        bits = (u >> 4 if UPPER else u & 0xF).to(tl.uint16) | (0x4300 if dtype == tl.bfloat16 else 0x6400)
         return bits.to(dtype, bitcast=True)
-
-
-@triton.jit
-def _upper(u, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """The same of the upper nibbles."""
-    if dtype == tl.float32:
-        return (u >> 4).to(tl.float32)
-    elif EMULATE:
-        return _lower(u >> 4, dtype, EMULATE)
     else:
+        SHIFT: tl.constexpr = "4" if UPPER else "0"
         HIGH: tl.constexpr = "0x43434343" if dtype == tl.bfloat16 else "0x64646464"
         ASM: tl.constexpr = (
-            "{ .reg .b32 t; shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F; prmt.b32 $0, t, " + HIGH + ", 0x4140;"
-            " prmt.b32 $1, t, " + HIGH + ", 0x4342; }"
+            "{ .reg .b32 t; shr.u32 t, $2, " + SHIFT + "; and.b32 t, t, 0x0F0F0F0F;"
+            " prmt.b32 $0, t, " + HIGH + ", 0x4140; prmt.b32 $1, t, " + HIGH + ", 0x4342; }"
         )
         bits = tl.inline_asm_elementwise(ASM, "=r,=r,r", [u], dtype=tl.uint16, is_pure=True, pack=4)
         return bits.to(dtype, bitcast=True)
@@ -180,8 +165,8 @@ def _attend(
         k_zero = tl.load(kz_ptr + base + s, mask=some, other=0).to(tl.float32) + OFFSET
         v_scale = tl.load(vs_ptr + base + s, mask=some, other=0.0)
         v_zero = tl.load(vz_ptr + base + s, mask=some, other=0).to(tl.float32) + OFFSET
-        score = tl.dot(q_even, tl.trans(_lower(k, dtype, EMULATE)), input_precision="ieee")
-        score = tl.dot(q_odd, tl.trans(_upper(k, dtype, EMULATE)), score, input_precision="ieee")  # (GP, B)
+        score = tl.dot(q_even, tl.trans(_nibbles(k, False, dtype, EMULATE)), input_precision="ieee")
+        score = tl.dot(q_odd, tl.trans(_nibbles(k, True, dtype, EMULATE)), score, input_precision="ieee")  # (GP, B)
         score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * scaling)
         score = tl.where(some[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, axis=1))
@@ -190,8 +175,8 @@ def _attend(
         total = total * shrink + tl.sum(p, axis=1)
         p = (p * v_scale[None, :]).to(dtype)  # rounded before both sums, of which the difference counts
         zeros = zeros * shrink + tl.sum(p.to(tl.float32) * v_zero[None, :], axis=1)
-        even = tl.dot(p, _lower(v, dtype, EMULATE), even * shrink[:, None], input_precision="ieee")
-        odd = tl.dot(p, _upper(v, dtype, EMULATE), odd * shrink[:, None], input_precision="ieee")
+        even = tl.dot(p, _nibbles(v, False, dtype, EMULATE), even * shrink[:, None], input_precision="ieee")
+        odd = tl.dot(p, _nibbles(v, True, dtype, EMULATE), odd * shrink[:, None], input_precision="ieee")
         top = new
     some = total > 0
     total = tl.where(some, total, 1.0)
