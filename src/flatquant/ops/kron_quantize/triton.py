@@ -9,8 +9,8 @@ shared memory. A thread then holds pairs of columns that are eight apart; P2's c
 that makes of them neighbours, so that integers are packed in registers and leave 16 bytes at a time.
 
 Operands are bfloat16, sums float32: no range of activations overflows, so that no token waits for its largest
-magnitude before its first product, and a model's own bfloat16 goes from memory to the matrix units untouched. What the
-eight bits cost, about 0.02 of a step of the grid, is a four-hundredth of what rounding to that grid costs anyway.
+magnitude before its first product, and a model's own bfloat16 goes from memory to the matrix units untouched. Four
+roundings of at most 2^-9 are hundredths of a step of the grid that follows, which itself rounds by a quarter on average.
 
 What scales a whole token only moves its scale: of a norm, the gain is applied to the tile, the rms to the scale.
 """
