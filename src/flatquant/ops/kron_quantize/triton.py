@@ -10,7 +10,7 @@ that makes of them neighbours, so that integers are packed in registers and leav
 
 Operands are bfloat16, sums float32: no range of activations overflows, so that no token waits for its largest
 magnitude before its first product, and a model's own bfloat16 goes from memory to the matrix units untouched. Four
-roundings of at most 2^-9 are hundredths of a step of the grid that follows, which itself rounds by a quarter on average.
+roundings of at most 2^-9 are hundredths of a step of the grid that follows, which rounds by a quarter on average.
 
 What scales a whole token only moves its scale: of a norm, the gain is applied to the tile, the rms to the scale.
 """
