@@ -156,10 +156,11 @@ class ProductCase(Case):
             sizes = ((8, 256, 4), (4, 256, 2), (4, 256, 4), (2, 512, 4), (2, 1024, 8), (8, 512, 8), (16, 128, 4))
             return [{}, *({"rows": r, "words": k, "warps": w} for r, k, w in sizes)]
         if self.tokens <= 16:
-            sizes = ((16, 256, 4, 4), (16, 256, 2, 4), (32, 128, 4, 5), (32, 512, 8, 3), (64, 256, 4, 3))
+            sizes = ((32, 128, 4, 5, 1), (32, 256, 4, 4, 1), (64, 128, 4, 4, None), (64, 256, 4, 4, None))
         else:
-            sizes = ((64, 128, 4, 3), (32, 64, 4, 5), (64, 64, 4, 4), (16, 128, 4, 4), (32, 256, 4, 3))
-        few = [{"rows": r, "bytes": k, "warps": w, "stages": s} for r, k, w, s in sizes]
+            sizes = ((64, 256, 4, 3, None), (64, 64, 4, 4, None), (128, 128, 8, 3, None), (32, 256, 4, 3, None))
+        few: list[Variant] = [{"parts": n} for n in (1, 2, 4, 8)]
+        few += [{"rows": r, "bytes": k, "warps": w, "stages": s, "parts": n} for r, k, w, s, n in sizes]
         return [{}, *few, {"expanded": True}][: None if self.tokens >= 16 else -1]
 
     def prepare(self, device: torch.device, small: bool) -> Prepared:
@@ -234,9 +235,9 @@ class AttentionCase(Case):
     def variants(self) -> list[Variant]:
         heads = self.tokens * self.keys
         parts = [max(1, min(self.places // 128, programs // heads)) for programs in (528, 264, 1056)]
-        sizes = ((64, 4, 3), (32, 4, 3), (64, 4, 2), (128, 4, 2), (64, 8, 3), (32, 2, 3))
+        sizes = ((64, 4, 2), (32, 4, 2), (64, 4, 3), (128, 4, 2), (64, 8, 2), (32, 2, 2))
         grid = [{"parts": p, "block": b, "warps": w, "stages": s} for p in parts[:1] for b, w, s in sizes]
-        grid += [{"parts": p, "block": 64, "warps": 4, "stages": 3} for p in parts[1:]]
+        grid += [{"parts": p, "block": 64, "warps": 4, "stages": 2} for p in parts[1:]]
         return [v for i, v in enumerate(grid) if v not in grid[:i]]
 
     def prepare(self, device: torch.device, small: bool) -> Prepared:
@@ -269,6 +270,50 @@ class AttentionCase(Case):
         return Prepared(count, call, error, baselines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AppendCase(Case):
+    queries: int
+    keys: int
+    head_dim: int
+
+    def variants(self) -> list[Variant]:
+        sizes = ((64, 1, 8), (64, 2, 8), (64, 4, 4), (64, 1, 4), (32, 1, 4), (32, 4, 4), (16, 4, 4), (128, 1, 8))
+        return [{}, *({"rows": r, "group": g, "warps": w} for r, g, w in sizes if self.keys % g == 0)]
+
+    def prepare(self, device: torch.device, small: bool) -> Prepared:
+        from flatquant import bench
+
+        t, hq, hk, d = self.tokens, self.queries, self.keys, self.head_dim
+        moved = t * (4 * (hq + 2 * hk) * d + hk * (d + 10))  # dense in and out, integers with their scales out
+        count = 1 if small else bench.copies(moved)
+        inputs = [torch.randn(1, t, (hq + 2 * hk) * d, device=device, dtype=_dtype(device)) for _ in range(count)]
+        angle = torch.rand(1, t, d // 2, device=device).repeat(1, 1, 2) * 6
+        cos, sin = angle.cos().to(_dtype(device)), angle.sin().to(_dtype(device))
+        matrices = torch.linalg.qr(torch.randn(2, d, d, device=device)).Q.contiguous()
+        heads = cache_reference.Heads(hq, hk, d, matrices, torch.full((2, 2), 0.95, device=device))
+
+        def store() -> cache_reference.Store:
+            shape = (1, hk, t)
+            packed = torch.zeros((*shape, d // 2), device=device, dtype=torch.uint8)
+            zero = torch.zeros(shape, device=device, dtype=torch.uint8)
+            return cache_reference.Store(packed, torch.ones(shape, device=device), zero)
+
+        keys, values = store(), store()
+        at = torch.zeros(1, device=device, dtype=torch.int64)
+
+        def call(i: int, variant: Variant) -> tuple[Tensor, Tensor, Tensor]:
+            return caching.append(inputs[i], cos, sin, heads, keys, values, at, dense=True, **variant)
+
+        def error(variant: Variant) -> float:
+            got = call(0, variant)
+            want = cache_reference.append(inputs[0].float(), cos.float(), sin.float(), heads, store(), store(), at)
+            # Keys and values may be the next integer; queries are rounded, no more.
+            return max(((g - w).abs().max() / w.abs().max()).item() for g, w in zip(got[:1], want[:1], strict=True))
+
+        baselines = {} if small else {"bytes": bench.moves(moved, count, device)}
+        return Prepared(count, call, error, baselines)
+
+
 # ---------------------------------------------------------------------------------------------- running
 
 
@@ -295,6 +340,7 @@ def cases(tiny: bool) -> list[Case]:
             *(ProductCase(what="product", o=32, n=64, tokens=t, limit=PRODUCT_ERROR) for t in (1, 4)),
             ExpandCase(what="expand", o=32, n=64, tokens=0, limit=0),
             AttentionCase(what="attention", queries=4, keys=2, head_dim=16, places=256, tokens=2, limit=0.02),
+            AppendCase(what="append", queries=4, keys=4, head_dim=16, tokens=40, limit=0.02),
         ]
     first, others = (4096, 11008, 14336), (5120, 8192, 18944, 28672)
 
@@ -321,6 +367,10 @@ def cases(tiny: bool) -> list[Case]:
             )
             for name, (q, k) in heads.items()
             for b in (1, 16, 64)
+        ),
+        *(
+            AppendCase(what=f"append {name}", queries=q, keys=k, head_dim=128, tokens=2048, limit=0.02)
+            for name, (q, k) in heads.items()
         ),
         site(4096, 1, "norm", "planes"),
         site(14336, 1, "gate", "planes"),

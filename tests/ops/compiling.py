@@ -104,7 +104,7 @@ def main() -> None:
         importlib.import_module(f"flatquant.ops.{op}.triton") for op in ("kron_quantize", "int4_linear", "kv_cache")
     )
     for module in (sites, products, caching):
-        module.early = lambda x: True  # as on an H100
+        module.early = lambda x, tokens: tokens == 1  # as on an H100
     heads_of = importlib.import_module("flatquant.ops.kv_cache").Heads
     store_of = importlib.import_module("flatquant.ops.kv_cache").Store
     found: dict[str, Usage] = {}
@@ -130,25 +130,28 @@ def main() -> None:
         kernel = record(products, name)
         launch = kernel[(1,)]
         o, n = 4096, 14336
-        words = {"words": n // 8} if name == "_vector" else {"T": tokens, "N": n}
-        kind = torch.int32 if name == "_vector" else torch.int8
+        vector = name == "_vector"
+        words = {"words": n // 8} if vector else {"T": tokens, "N": n}
+        kind = torch.int32 if vector else torch.int8
         given: dict[str, Any] = {
             "x_ptr": meta(tokens, n, dtype=kind),
             "xs_ptr": meta(tokens, dtype=torch.float32),
-            "w_ptr": meta(o, n, dtype=torch.int32 if name == "_vector" else torch.uint8),
+            "w_ptr": meta(o, n, dtype=torch.int32 if vector else torch.uint8),
             "ws_ptr": meta(o, dtype=torch.float32),
             "bias_ptr": None,
             "residual_ptr": meta(tokens, o),
             "y_ptr": meta(tokens, o),
+            "sums_ptr": meta(4, 64, tokens, dtype=torch.int32),
+            "done_ptr": meta(64, dtype=torch.int32),
             "O": o,
             **words,
         }
-        sizes = {"R": 4, "K": 512} if name == "_vector" else {"R": 32, "TP": tokens, "K": 128}
+        few = {"R": 64, "TP": tokens, "K": 256 if tokens <= 16 else 128, "PARTS": 4}
+        sizes = {"R": 4, "K": 512, "EARLY": True} if vector else few
         ordered = [given[a] for a in kernel.kernel.arg_names if a in given]
         launch(
-            *ordered, num_warps=4, num_stages=4, launch_pdl=True, BIAS=False, RESIDUAL=True, EMULATE=False, EARLY=True,
-            **sizes,
-        )  # fmt: skip
+            *ordered, num_warps=4, num_stages=3, launch_pdl=vector, BIAS=False, RESIDUAL=True, EMULATE=False, **sizes
+        )
         found[f"{name[1:]} {tokens}"] = kernel.found[-1]
         setattr(products, name, kernel.kernel)
     kernel = record(products, "_expand")

@@ -1,5 +1,6 @@
 """Products with packed 4-bit weights are exact, whatever the number of tokens."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -49,15 +50,16 @@ def make(tokens: int, o: int, n: int, bias: bool, residual: bool, dtype: torch.d
     bias=st.booleans(),
     residual=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    parts=st.sampled_from((None, 1, 2, 3, 5)),
     seed=st.integers(0, 99),
 )
 def test_products_are_exact(
-    tokens: int, o: int, n: int, bias: bool, residual: bool, dtype: torch.dtype, seed: int
+    tokens: int, o: int, n: int, bias: bool, residual: bool, dtype: torch.dtype, parts: int | None, seed: int
 ) -> None:
     args = make(tokens, o, n, bias, residual, dtype, torch.Generator().manual_seed(seed))
     want = reference.int4_linear(*args, torch.float32)
-    kernels = [fused.few] if tokens > 1 else [fused.few, fused.vector]
-    for kernel in kernels:
+    few = partial(fused.few, bytes=32, parts=parts)
+    for kernel in [few] if tokens > 1 else [few, fused.few, fused.vector]:
         y = kernel(*args, dtype)
         assert y.dtype == dtype
         # Sums are integers; what follows are three roundings of float32, and one of the result's type.

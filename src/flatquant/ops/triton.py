@@ -1,7 +1,8 @@
 """What kernels have in common.
 
-A kernel is launched while the one before still runs (programmatic dependent launch, from Hopper on): it may load what
-no kernel writes, weights and factors, and then waits until all that came before is done and seen.
+A kernel of one token is launched while the one before still runs (programmatic dependent launch, from Hopper on): it
+may load what no kernel writes, weights and factors, and then waits until all that came before is done and seen. Not
+so with more tokens: programs that wait crowd the multiprocessors which the last kernel has left, others stay empty.
 """
 
 from functools import cache
@@ -29,9 +30,9 @@ def wait(EARLY: tl.constexpr):
         gdc_wait()
 
 
-def early(x: Tensor) -> bool:
-    """Whether the device of x launches a kernel before the last one is done."""
-    return x.is_cuda and _capability(x.device) >= (9, 0)
+def early(x: Tensor, tokens: int) -> bool:
+    """Whether a kernel of so many tokens on the device of x is launched before the last one is done."""
+    return tokens == 1 and x.is_cuda and _capability(x.device) >= (9, 0)
 
 
 @cache

@@ -9,7 +9,8 @@ from flatquant.ops import HAS_TRITON
 from flatquant.ops.int4_linear import reference
 from flatquant.ops.kron_quantize.reference import Form
 
-_scratch: dict[torch.device, Tensor] = {}  # one buffer a device for the weights of whatever layer is running
+# A buffer a device for the weights of whatever layer is running, the last of a list: graphs know those before it.
+_scratch: dict[torch.device, list[Tensor]] = {}
 
 
 def form(tokens: int, device: torch.device) -> Form:
@@ -64,7 +65,7 @@ def int4_linear(
 def _buffer(packed: Tensor) -> Tensor:
     """Room for a weight as float8.  # (o, n)"""
     size = 2 * packed.numel()
-    held = _scratch.get(packed.device)
-    if held is None or held.numel() < size:
-        held = _scratch[packed.device] = torch.empty(size, dtype=torch.float8_e4m3fn, device=packed.device)
-    return held[:size].view(packed.shape[0], -1)
+    held = _scratch.setdefault(packed.device, [])
+    if not held or held[-1].numel() < size:
+        held.append(torch.empty(size, dtype=torch.float8_e4m3fn, device=packed.device))
+    return held[-1][:size].view(packed.shape[0], -1)

@@ -8,7 +8,8 @@ are loaded before the wait for it, and all others one step ahead.
 A few tokens (`_few`): the same walk with the matrix units, which need 16 columns: W (R rows, from registers) times X^T,
 even and odd channels apart, as the nibbles lie and as the site wrote them. A weight stays the upper nibble of its byte,
 where flipping its top bit is all that a sign takes: four bytes at once in one or two instructions, and sums are 16
-times too large. Integers are int8, sums int32: exact.
+times too large. Integers are int8, sums int32: exact. Where there are fewer rows than keep the memory busy, several
+programs share them, each with a part of the channels, and the last to be done adds up.
 
 Many tokens: `_expand` writes the weights as float8 into a buffer that all layers share - one that the next layer
 overwrites while it is still in the cache costs little traffic to memory - and the float8 matrix units, which hold
@@ -23,6 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.triton import early, wait
+
+_SLOTS = 264  # programs of `_few` that an H100 runs at once: two a multiprocessor
+_sums: dict[torch.device, tuple[Tensor, Tensor]] = {}  # see `_shared`
 
 
 @triton.jit
@@ -97,17 +101,18 @@ def _lower(w, EMULATE: tl.constexpr):
 
 @triton.jit
 def _few(
-    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, residual_ptr, y_ptr, T, O, N,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EMULATE: tl.constexpr, EARLY: tl.constexpr, R: tl.constexpr,
-    TP: tl.constexpr, K: tl.constexpr,
+    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, residual_ptr, y_ptr, sums_ptr, done_ptr, T, O, N,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EMULATE: tl.constexpr, R: tl.constexpr, TP: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    wait(EARLY)
-    r = tl.program_id(0) * R + tl.arange(0, R)
+    block, part = tl.program_id(0), tl.program_id(1)
+    r = block * R + tl.arange(0, R)
     t = tl.arange(0, TP)
     rows, tokens = r < O, t < T
     half = N // 2
+    size = tl.cdiv(tl.cdiv(half, K), PARTS) * K
     acc = tl.zeros((R, TP), tl.int32)
-    for start in range(0, half, K):
+    for start in range(part * size, tl.minimum(part * size + size, half), K):
         k = start + tl.arange(0, K)
         some = k < half
         w = tl.load(w_ptr + r[:, None].to(tl.int64) * half + k[None, :], mask=rows[:, None] & some[None, :], other=0)
@@ -117,6 +122,16 @@ def _few(
         odd = tl.load(at + half, mask=mask, other=0)
         acc = tl.dot(_lower(w, EMULATE), even, acc, out_dtype=tl.int32)
         acc = tl.dot(_upper(w, EMULATE), odd, acc, out_dtype=tl.int32)
+    if PARTS > 1:
+        at = sums_ptr + (tl.arange(0, R) * TP)[:, None] + t[None, :]
+        tl.store(at + (block * PARTS + part) * (R * TP), acc)
+        tl.debug_barrier()  # all threads' sums are there before it is said that they are
+        last = tl.atomic_add(done_ptr + block, 1, mask=block * R < O) == PARTS - 1
+        rows = r < tl.where(last, O, 0)
+        acc = tl.zeros_like(acc)
+        for i in range(PARTS):
+            acc += tl.load(at + (block * PARTS + i) * (R * TP), mask=rows[:, None], other=0, cache_modifier=".cg")
+        tl.store(done_ptr + block, 0, mask=last)  # as the next product wants it
     y = (acc >> 4).to(tl.float32) * tl.load(ws_ptr + r, mask=rows, other=0.0)[:, None]
     y *= tl.load(xs_ptr + t, mask=tokens, other=0.0)[None, :]
     if BIAS:
@@ -129,10 +144,9 @@ def _few(
 
 
 @triton.jit
-def _expand(w_ptr, y_ptr, bytes, EARLY: tl.constexpr, B: tl.constexpr):
+def _expand(w_ptr, y_ptr, bytes, B: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     w = tl.load(w_ptr + i, mask=i < bytes, other=0)
-    wait(EARLY)
     pair = tl.join((w & 0xF).to(tl.float32) - 8.0, (w >> 4).to(tl.float32) - 8.0)  # (B, 2)
     j = 2 * i[:, None] + tl.arange(0, 2)[None, :]
     tl.store(y_ptr + j, pair.to(tl.float8e4nv), mask=j < 2 * bytes)
@@ -154,35 +168,47 @@ def vector(
     y = torch.empty((1, o), dtype=dtype, device=x.device)
     _vector[(triton.cdiv(o, rows),)](
         x.view(torch.int32), x_scale, packed.view(torch.int32), scale, bias, residual, y, o, size,
-        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, EARLY=early(x),
-        launch_pdl=early(x), R=rows, K=min(words, triton.next_power_of_2(size)), num_warps=warps,
+        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, EARLY=early(x, 1),
+        launch_pdl=early(x, 1), R=rows, K=min(words, triton.next_power_of_2(size)), num_warps=warps,
     )  # fmt: skip
     return y
 
 
 def few(
     x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    dtype: torch.dtype, *, rows: int | None = None, bytes: int | None = None, warps: int = 4, stages: int = 4,
+    dtype: torch.dtype, *, rows: int = 64, bytes: int | None = None, warps: int = 4, stages: int | None = None,
+    parts: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """`reference.int4_linear` of at most `FEW` tokens, `bytes` of a row at a time.  # x: int8, (T, n)"""
+    """`reference.int4_linear` of at most `FEW` tokens, `bytes` of a row at a time.  # x: int8, (T, n)
+
+    Args:
+        parts: programs that share the rows of one.
+    """
     (o, half), tokens = packed.shape, x.shape[0]
-    # Every program reads all tokens: where they are many, fewer programs, if those still fill the GPU.
-    rows = rows or (64 if tokens > 16 and o >= 8192 else 32)
     y = torch.empty((tokens, o), dtype=dtype, device=x.device)
-    bytes = bytes or (256 if tokens <= 16 else 128)
-    _few[(triton.cdiv(o, rows),)](
-        x, x_scale, packed, scale, bias, residual, y, tokens, o, 2 * half,
-        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, EARLY=early(x),
-        launch_pdl=early(x), R=rows, TP=max(16, triton.next_power_of_2(tokens)),
-        K=min(bytes, max(32, triton.next_power_of_2(half))), num_warps=warps, num_stages=stages,
+    bytes = min(bytes or (256 if tokens <= 16 else 128), max(32, triton.next_power_of_2(half)))
+    blocks, padded = triton.cdiv(o, rows), max(16, triton.next_power_of_2(tokens))
+    parts = parts or max(1, min(_SLOTS // blocks, half // (4 * bytes)))  # each long enough to be worth its start
+    sums, done = _shared(x.device, blocks * parts * rows * padded, blocks) if parts > 1 else (None, None)
+    _few[(blocks, parts)](
+        x, x_scale, packed, scale, bias, residual, y, sums, done, tokens, o, 2 * half,
+        BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, R=rows, TP=padded, K=bytes,
+        PARTS=parts, num_warps=warps, num_stages=stages or (4 if tokens > 16 and blocks * parts <= _SLOTS else 3),
     )  # fmt: skip
     return y
+
+
+def _shared(device: torch.device, sums: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """Room for sums of programs that share rows, and how many of them are done: 0, before and after.  # int32"""
+    held = _sums.get(device)
+    if held is None or held[0].numel() < sums or held[1].numel() < blocks:
+        sizes = max(sums, _SLOTS * 64 * 64), max(blocks, _SLOTS)
+        held = _sums[device] = tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes)
+    return held
 
 
 def expand(packed: Tensor, out: Tensor, *, block: int = 4096, warps: int = 8) -> Tensor:
     """`reference.expand` into `out`, float8.  # (o, n)"""
     size = packed.numel()
-    _expand[(triton.cdiv(size, block),)](
-        packed, out, size, EARLY=early(packed), launch_pdl=early(packed), B=block, num_warps=warps
-    )
+    _expand[(triton.cdiv(size, block),)](packed, out, size, B=block, num_warps=warps)
     return out

@@ -253,13 +253,15 @@ def settings(source: str, shape: tuple[int, int], tokens: int, sms: int) -> Sett
     m, c = _padded(shape[0]), sum(size for _, size in _tiles(shape, 16)[1])
     warps, full = min(16, max(4, m // 16)), m * c > 1 << 13
     if m * c > 1 << 14:  # one program fills a multiprocessor
-        staged = Settings(warps, stages=2)
-        return staged if source == "plain" and _bytes(shape, staged) <= _SHARED else Settings(warps)
+        staged = Settings(warps, ahead=True, stages=2)
+        if _bytes(shape, staged) > _SHARED:
+            return Settings(warps, grain=64)
+        return staged if source == "plain" else Settings(warps)
     if tokens <= sms:  # all at once: nothing to share a multiprocessor with
         return Settings(warps, ahead=source != "merge")
     # Two programs of eight warps have 128 registers a thread: none for a gate ahead of time.
     ahead = source != "merge" and not (full and source == "gate")
-    return Settings(warps, min(8, 1 + (1 << 14) // (m * c)), ahead, registers=128 if full else None)
+    return Settings(warps, min(8, 1 - -(1 << 14) // (m * c)), ahead, registers=128 if full else None)
 
 
 def pieces(n: int, grain: int = 16) -> tuple[tuple[int, int], ...]:
@@ -333,7 +335,7 @@ def launch(
         x.shape[2] if source == "merge" else 1,
         SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, FORM=_FORMS[form],
         QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, M=_padded(n1), ROWS=rows, COLUMNS=columns, AHEAD=how.ahead,
-        EARLY=early(x), launch_pdl=early(x), num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
+        EARLY=early(x, tokens), launch_pdl=early(x, tokens), num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
     )  # fmt: skip
     return out, scale
 

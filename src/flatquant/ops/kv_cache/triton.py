@@ -188,25 +188,29 @@ def _attend(
 
 
 def append(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor, *, dense: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor, *, dense: bool = True,
+    rows: int | None = None, group: int | None = None, warps: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `reference.append`; without `dense`, the keys and values returned are empty.
 
     What is returned lies as attention wants it: heads of a token side by side. Matrices are taken in qkv's dtype.
+
+    Args:
+        rows, group: tokens, and heads of one kind, that a program takes; the group divides the heads of each kind.
     """
     b, t, _ = qkv.shape
     h, d = heads, heads.head_dim
     q = torch.empty((b, t, h.queries, d), dtype=qkv.dtype, device=qkv.device)
     size = (b, t if dense else 0, h.keys, d)
     k, v = (torch.empty(size, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
-    rows = 16 if b * t <= 16 else 64
-    group = math.gcd(h.queries, h.keys, 4) if b * t > 1024 else 1  # few tokens: heads side by side
+    rows = rows or (16 if b * t <= 16 else 64)
+    group = group or (math.gcd(h.queries, h.keys, 4) if b * t > 1024 else 1)  # few tokens: heads side by side
     _append[(triton.cdiv(b * t, rows), (h.queries + 2 * h.keys) // group)](
         qkv, cos, sin, h.matrices, h.ratios, at, *keys, *values, q, k, v,
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
         DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense, R=rows, GROUP=group,
-        EARLY=early(qkv), launch_pdl=early(qkv),
-        num_warps=4 if rows == 16 else 8, num_stages=1,
+        EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
+        num_warps=warps or (4 if rows == 16 else 8), num_stages=1,
         enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -224,7 +228,7 @@ def attend(
     parts: int,
     block: int = 64,
     warps: int = 4,
-    stages: int = 3,
+    stages: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attend`; in `parts` parts."""
     b, hq, d = q.shape
@@ -235,7 +239,7 @@ def attend(
     _attend[(b * hk, parts)](
         q, *keys, *values, out, lse, last, start, s if window is None else window, scaling, s, parts,
         HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, HALF=max(16, triton.next_power_of_2(d // 2)),
-        B=block, EARLY=early(q), EMULATE=not q.is_cuda, launch_pdl=early(q), num_warps=warps, num_stages=stages,
+        B=block, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
         maxnreg=512 // warps,  # of a thread: four programs of four warps fill a multiprocessor
     )  # fmt: skip
     return out, lse
