@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from flatquant.runtime import fused
 from flatquant.spec import DataSpec
 
 NAME = "runtime-h100"
+_CUTS = 4  # ways to cut the text into windows
 _PROFILED: dict[str, Any] = {"blocks": 4, "prompt": 2048, "batches": (1, 16, 64)}
 
 
@@ -39,12 +41,13 @@ def parity(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Perplexity of one quantised model, by references and by kernels, and how fast it writes.
 
     Two ways to sum round some activations to other integers, and every such step is chance for what follows. How far
-    chance goes is seen between the references in float32 and in the model's dtype.
+    chance goes is seen between the references in float32 and in the model's dtype, and from window to window; the text
+    is cut into windows at several places, so that the mean difference is known better than from one.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(args.model, dtype=dtype)
     texts = Path(args.data) / "wikitext-2-raw"
-    samples, seqlen, windows, steps = (4, 64, 2, 1) if args.tiny else (128, 2048, None, 100)
+    samples, seqlen, windows, steps = (4, 64, 3, 1) if args.tiny else (128, 2048, None, 100)
     recipe = recipe_of("w4a4kv4", preset="best")
     assert recipe.end_to_end is not None
     end = dataclasses.replace(recipe.end_to_end, steps=steps)
@@ -57,13 +60,26 @@ def parity(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         plain = {d: flatquant.load(f"{folder}/out", device=device, dtype=d) for d in (torch.float32, dtype)}
     for loaded in plain.values():
         fused.attach(loaded, ())
-    found = {f"reference_{str(d)[6:]}": perplexity(m, test, batch_size=8).value for d, m in plain.items()}
-    del plain
     if device.type != "cuda":
         fused.attach(served, ("cpu",))
-    found["kernels"] = perplexity(served, test, batch_size=8).value
-    print(found, flush=True)
     assert fused.runtime(served) is not None
+    sides = {f"reference_{str(d)[6:]}": m for d, m in plain.items()} | {"kernels": served}
+    text = test.flatten()
+    starts = [i * seqlen // _CUTS for i in range(_CUTS)]
+    cuts = [text[s : s + (len(text) - s) // seqlen * seqlen].view(-1, seqlen) for s in starts]
+    measured = {side: [perplexity(m, cut, batch_size=8) for cut in cuts] for side, m in sides.items()}
+    found: dict[str, Any] = {side: perplexities[0].value for side, perplexities in measured.items()}
+    nll = {side: [x for p in perplexities for x in p.nll] for side, perplexities in measured.items()}
+    first = next(iter(nll))
+    for side in list(nll)[1:]:
+        more = [a - b for a, b in zip(nll[side], nll[first], strict=True)]
+        found[f"{side}_minus_{first}"] = {
+            "nats": statistics.mean(more),
+            "standard_error": statistics.stdev(more) / len(more) ** 0.5,
+            "windows": len(more),
+        }
+    print(found, flush=True)
+    del plain, sides
     rates = {}
     ids = test[:1, :32].to(device)
     for _ in range(2):  # the first call compiles and records
@@ -146,12 +162,14 @@ def main() -> None:
                     for kernel in one["kernels"][:12]:
                         print(f"{kernel['us']:10.1f} us {kernel['calls']:6.1f} x  {kernel['kernel'][:90]}", flush=True)
         else:
-            shapes = ["tiny"] if args.tiny else args.shapes
-            made, memory = bench.run(device, (part,), shapes, tiny=args.tiny)
-            for row in made:
-                print(row, row.ratio, flush=True)
-            rows += [row.json() for row in made]
-            metrics["memory"] |= memory
+            shapes = [] if part == "sites" else ["tiny"] if args.tiny else args.shapes
+            for which in [[shape] for shape in shapes] or [[]]:
+                made, memory = bench.run(device, (part,), which, tiny=args.tiny)
+                for row in made:
+                    print(row, row.ratio, flush=True)
+                rows += [row.json() for row in made]
+                metrics["memory"] |= memory
+                write_result(Path(args.out) / f"{NAME}.json", NAME, seeds=[0], metrics=metrics, samples=rows)
         print(part, round(time.perf_counter() - start, 1), "s", flush=True)
         write_result(Path(args.out) / f"{NAME}.json", NAME, seeds=[0], metrics=metrics, samples=rows)
 
