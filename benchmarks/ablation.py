@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cross entropy": {"objective": "cross_entropy"},
     "block-wise, 3 epochs": {"epochs": 3, "steps": 0},
     "nothing trained": {"steps": 0},
+    "20 steps": {"steps": 20},
+    "20 steps, Hadamard factors": {"steps": 20, "kron": "hadamard"},
 }
 
 
@@ -54,7 +56,7 @@ def recipe_of(name: str, *, tiny: bool = False) -> Recipe:
     assert end is not None
     steps = min(end.steps, 1) if tiny else end.steps
     end = dataclasses.replace(end, steps=steps, batch_size=BATCH, objective=objective, eps=5e-6)
-    data = DataSpec(samples=4, seqlen=32) if tiny else DataSpec(samples=STEPS * BATCH, seqlen=SEQLEN)
+    data = DataSpec(samples=4, seqlen=32) if tiny else DataSpec(samples=max(STEPS, steps) * BATCH, seqlen=SEQLEN)
     fit = made.fit and dataclasses.replace(made.fit, batch_size=BATCH, epochs=min(made.fit.epochs, 1 if tiny else 99))
     return dataclasses.replace(made, fit=fit, end_to_end=_or_none(end), data=data)
 

@@ -119,15 +119,14 @@ def ablation() -> list[str]:
 def calibration() -> list[str]:
     """What a calibration costs, and what the whole preset would."""
     samples = {s["part"]: s for s in read("calibration-h100")["samples"] if "error" not in s}
-    head = ("", "blocks, epochs", "seconds", "times its arithmetic", "GPU busy", "peak GiB", "estimate", "whole preset")
+    head = ("", "blocks, epochs", "seconds", "times its arithmetic", "GPU busy", "peak GiB", "estimate")
+    head += ("reserved", "limit", "whole preset")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for part, s in samples.items():
         if "peak_device_bytes" not in s or s["part"] == "growth":
             continue
-        peak = f"{s['peak_device_bytes'] / 2**30:.1f} | {s['estimate']['device'] / 2**30:.1f}"
-        if not s["alone"]:
-            lines.append(f"| {part} | {s['blocks']}, {s['epochs']} | - | - | - | {peak} | - |")
-            continue
+        sizes = (s["peak_device_bytes"], s["estimate"]["device"], s["reserved_device_bytes"], s.get("max_memory"))
+        peak = " | ".join("-" if size is None else f"{size / 2**30:.1f}" for size in sizes)
         whole = s["extrapolated"]["model_seconds"] / 60 if "extrapolated" in s else None
         lines.append(
             f"| {part} | {s['blocks']}, {s['epochs']} | {s['seconds']:.0f} | {s['fit_over_limit']:.1f} | "
