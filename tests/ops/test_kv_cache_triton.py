@@ -119,6 +119,29 @@ def test_a_prompt_of_many_tokens_takes_several_heads_at_once(matrix: bool) -> No
     torch.testing.assert_close(got[2], want[2], rtol=0, atol=0)
 
 
+@settings(deadline=None, max_examples=500 if CUDA else 20)
+@given(
+    exponent=st.sampled_from((-140, -126, -100, -61, -60, -1, 0, 60, 61, 120)),
+    whole=st.sampled_from((1, 2, 7, 30, 1000)),
+    seed=st.integers(0, 99),
+)
+def test_values_are_divided_as_a_division_rounds(exponent: int, whole: int, seed: int) -> None:
+    """Numbers of few values, of which many lie in the middle between two integers of the grid, of any size."""
+    g = torch.Generator().manual_seed(seed)
+    heads = Heads(1, 1, 32, None, torch.ones(2, 2, device=DEVICE))
+    rows = torch.randint(-whole, whole + 1, (1, 20, 3 * 32), generator=g).float()
+    qkv = rows.mul(0.5).ldexp(torch.tensor(exponent)).to(DEVICE)
+    cos, sin = angles(1, 20, 32, g)
+    stores = [store(1, 1, 32, g) for _ in range(2)]
+    copies = [Store(*(t.clone() for t in s)) for s in stores]
+    place = torch.tensor([0], device=DEVICE)
+    fused.append(qkv, cos, sin, heads, *stores, place)
+    reference.append(qkv, cos, sin, heads, *copies, place)
+    for name in ("packed", "zero", "scale"):
+        got, want = (getattr(s[1], name)[:, :, :20] for s in (stores, copies))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 @settings(deadline=None, max_examples=2500 if CUDA else 10)
 @given(
     shape=shapes,

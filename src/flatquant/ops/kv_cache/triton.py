@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kv_cache.reference import Heads, Store
-from flatquant.ops.triton import early, round_half_even, wait
+from flatquant.ops.triton import MAGIC, early, round_half_even, wait
 
 
 @triton.jit
@@ -29,8 +29,23 @@ def _grid(x, low_ratio, high_ratio):
     high = tl.where(empty, 1.0, high)
     scale = tl.div_rn(high - low, tl.full(high.shape, 15.0, tl.float32))
     zero = round_half_even(tl.div_rn(-low, scale))
-    q = round_half_even(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))) + zero[:, None]
+    q = round_half_even(_ratio(x, scale)) + zero[:, None]
     return scale, zero, tl.minimum(tl.maximum(q, 0.0), 15.0)
+
+
+@triton.jit
+def _ratio(x, scale):
+    """x / scale as it is rounded by a division, which takes four times as long.  # (R, C), (R,)
+
+    With the rounded inverse of a divisor, the remainder of an approximate quotient corrects it to the nearest (Markstein,
+    IBM J. Res. Dev. 34, 1990). A power of two keeps the inverse, and the remainder's last bits, among normal numbers.
+    """
+    power = tl.where(scale < 2.0**-60, 2.0**66, tl.where(scale > 2.0**60, 2.0**-66, 1.0))
+    x, scale = x * power[:, None], scale * power
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
+    near = x * inverse
+    rest = tl.fma(-near, tl.broadcast_to(scale[:, None], x.shape), x)
+    return tl.fma(rest, tl.broadcast_to(inverse, x.shape), near)
 
 
 @triton.jit
@@ -45,7 +60,8 @@ def _put(
     even, odd = tl.split(tl.reshape(q, (R, DP // 2, 2)))
     j = tl.arange(0, DP // 2)[None, :]
     mask = inside[:, None] & (j < D // 2)
-    tl.store(packed_ptr + place[:, None] * (D // 2) + j, even.to(tl.uint8) | (odd.to(tl.uint8) << 4), mask=mask)
+    byte = (even + odd * 16 + MAGIC).to(tl.int32, bitcast=True).to(tl.uint8)
+    tl.store(packed_ptr + place[:, None] * (D // 2) + j, byte, mask=mask)
     if DENSE:
         c = tl.arange(0, DP)[None, :]
         value = (q - zero[:, None]) * scale[:, None]
@@ -59,7 +75,7 @@ def _append(
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr, DENSE: tl.constexpr,
     R: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`R` tokens, of whatever sequences, and `GROUP` heads of one kind: angles and a matrix are loaded once."""
+    """`R` tokens, of whatever sequences, and `GROUP` heads of one kind: a matrix is loaded once."""
     dtype = qkv_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # b T + t
     group = tl.program_id(1) * GROUP
@@ -67,40 +83,46 @@ def _append(
     b, t = row // T, row % T
     c = tl.arange(0, DP)
     mask = inside[:, None] & (c < D)[None, :]
+    m = 0.0
     if MATRIX:
         k = tl.arange(0, DP)[:, None]
         m_ptr = matrix_ptr + (group >= HQ).to(tl.int32) * (D * D)
-        some = (k < D) & (c < D)[None, :]
+        some = (k < tl.where(group < HQ + HK, D, 0)) & (c < D)[None, :]  # none for values
         m = tl.load(m_ptr + k * D + c[None, :], mask=some, other=0.0).to(dtype)
     wait(EARLY)
-    first = tl.load(at_ptr)
+    place = b * (HK * S) + tl.load(at_ptr) + t  # of the first head
     x_ptr = qkv_ptr + row[:, None] * ((HQ + 2 * HK) * D)
-    if group >= HQ + HK:
-        for i in tl.static_range(GROUP):
-            head = group + i
-            h = head - HQ - HK
-            x = tl.load(x_ptr + head * D + c[None, :], mask=mask, other=0.0).to(tl.float32)  # (R, DP)
-            place = (b * HK + h) * S + first + t
-            _put(x, ratio_ptr + 2, vp_ptr, vs_ptr, vz_ptr, v_ptr, place, row * HK + h, inside, D, DP, DENSE, R)
+    angle = tl.where(shared != 0, t, row)[:, None] * D + c[None, :]
+    cos_ptr += angle
+    sin_ptr += angle
+    if group < HQ:
+        for head in range(group, group + GROUP):
+            x = _turned(x_ptr + head * D, cos_ptr, sin_ptr, m, c, mask, D, MATRIX)
+            out = q_ptr + (row * HQ + head)[:, None] * D + c[None, :]
+            tl.store(out, x.to(dtype), mask=mask)
+    elif group < HQ + HK:
+        for head in range(group, group + GROUP):
+            x = _turned(x_ptr + head * D, cos_ptr, sin_ptr, m, c, mask, D, MATRIX)
+            h = head - HQ
+            _put(x, ratio_ptr, kp_ptr, ks_ptr, kz_ptr, k_ptr, place + h * S, row * HK + h, inside, D, DP, DENSE, R)
     else:
-        angle = tl.where(shared != 0, t, row)[:, None] * D + c[None, :]
-        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)
-        sin = tl.where((c < D // 2)[None, :], -sin, sin)
-        partner = tl.where(c < D // 2, c + D // 2, c - D // 2)
-        for i in tl.static_range(GROUP):
-            head = group + i
-            x = tl.load(x_ptr + head * D + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            x = x * cos + tl.load(x_ptr + head * D + partner[None, :], mask=mask, other=0.0).to(tl.float32) * sin
-            if MATRIX:
-                x = tl.dot(x.to(dtype), m, input_precision="ieee")
-            if head < HQ:
-                out = q_ptr + (row * HQ + head)[:, None] * D + c[None, :]
-                tl.store(out, x.to(q_ptr.dtype.element_ty), mask=mask)
-            else:
-                h = head - HQ
-                place = (b * HK + h) * S + first + t
-                _put(x, ratio_ptr, kp_ptr, ks_ptr, kz_ptr, k_ptr, place, row * HK + h, inside, D, DP, DENSE, R)
+        for head in range(group, group + GROUP):
+            x = tl.load(x_ptr + head * D + c[None, :], mask=mask, other=0.0).to(tl.float32)  # (R, DP)
+            h = head - HQ - HK
+            _put(x, ratio_ptr + 2, vp_ptr, vs_ptr, vz_ptr, v_ptr, place + h * S, row * HK + h, inside, D, DP, DENSE, R)
+
+
+@triton.jit
+def _turned(x_ptr, cos_ptr, sin_ptr, m, c, mask, D: tl.constexpr, MATRIX: tl.constexpr):
+    """A head's rows, turned by their positions, times m.  # (R, DP)"""
+    partner = tl.where(c < D // 2, c + D // 2, c - D // 2)[None, :]
+    # Angles come from the cache for every head: kept, they would take half of a thread's registers.
+    cos = tl.load(cos_ptr, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(x_ptr + partner, mask=mask, other=0.0).to(tl.float32)
+    x = x * cos + other * tl.where((c < D // 2)[None, :], -sin, sin)
+    return tl.dot(x.to(m.dtype), m, input_precision="ieee") if MATRIX else x
 
 
 @triton.jit
@@ -210,7 +232,7 @@ def append(
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
         DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense, R=rows, GROUP=group,
         EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
-        num_warps=warps or (4 if rows == 16 else 8), num_stages=1,
+        num_warps=warps or (4 if rows == 16 else 8), num_stages=1, maxnreg=128,
         enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
