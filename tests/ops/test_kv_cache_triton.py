@@ -121,7 +121,7 @@ def test_a_prompt_of_many_tokens_takes_several_heads_at_once(matrix: bool) -> No
 
 @settings(deadline=None, max_examples=500 if CUDA else 20)
 @given(
-    exponent=st.sampled_from((-126, -100, -80, -61, -1, 0, 41, 42, 60, 100)),
+    exponent=st.sampled_from((-147, -140, -126, -79, -78, 0, 40, 104)),
     seed=st.integers(0, 99),
 )
 def test_values_are_divided_as_a_division_rounds(exponent: int, seed: int) -> None:

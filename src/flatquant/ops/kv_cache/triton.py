@@ -38,9 +38,9 @@ def _ratio(x, scale):
     """x / scale as it is rounded by a division, which takes four times as long.  # (R, C), (R,)
 
     With the rounded inverse of a divisor, the remainder of an approximate quotient corrects it to the nearest (Markstein,
-    IBM J. Res. Dev. 34, 1990). A power of two keeps the inverse, and the remainder's last bits, among normal numbers.
+    IBM J. Res. Dev. 34, 1990). A power of two keeps the remainder's last bits, and the inverse, among float32's numbers.
     """
-    power = tl.where(scale < 2.0**-60, 2.0**66, tl.where(scale > 2.0**60, 2.0**-66, 1.0))
+    power = tl.where(scale < 2.0**-60, 2.0**66, 1.0)
     x, scale = x * power[:, None], scale * power
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
     near = x * inverse
