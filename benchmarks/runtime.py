@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,8 +94,16 @@ def parity(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def profile(shape: str, device: torch.device, *, blocks: int, prompt: int, batches: Sequence[int]) -> dict[str, Any]:
     """Microseconds of every kernel in a prompt and in a step of decoding, and of the whole as a graph."""
+    calls = _calls(shape, "kronecker", device, blocks, prompt, batches)
+    return {"blocks": blocks, "prompt": prompt, **{what: _profiled(call, device) for what, call in calls}}
+
+
+def _calls(
+    shape: str, transform: str, device: torch.device, blocks: int, prompt: int, batches: Sequence[int]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A prompt, and a step of decoding after it for every batch, by name."""
     config = bench.config_of(shape, blocks)
-    runtime = fused.runtime(bench.packed_model(config, device))
+    runtime = fused.runtime(bench.packed_model(config, device, transform))
     assert runtime is not None
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
     positions = torch.arange(prompt, device=device)[None]
@@ -102,16 +113,30 @@ def profile(shape: str, device: torch.device, *, blocks: int, prompt: int, batch
         empty.rewind(0)
         runtime.prefill(ids, positions, empty, 1)
 
-    found = {"prefill": _profiled(prefill, device)}
+    yield "prefill", prefill
     for batch in batches:
         cache = runtime.new_cache(batch, prompt + 1)
         for store in (store for layer in cache.packed for store in layer.stores):
             store.packed.random_(0, 256)
         cache.rewind(prompt)
         token = torch.zeros((batch, 1), dtype=torch.int64, device=device)
-        step = partial(_step, runtime, token, prompt, cache)
-        found[f"decode {batch}"] = _profiled(step, device)
-    return {"blocks": blocks, "prompt": prompt, **found}
+        yield f"decode {batch}", partial(_step, runtime, token, prompt, cache)
+
+
+@torch.no_grad()
+def _compile(shape: str, transform: str) -> None:
+    """Run in a process of its own: what is compiled stays in Triton's cache."""
+    for _, call in _calls(shape, transform, torch.device("cuda"), 1, 2048, (1, 4, 16, 64)):
+        call()
+    torch.cuda.synchronize()
+
+
+def compile_all(shapes: Sequence[str], workers: int) -> None:
+    """Fill Triton's cache: one after another, kernels take longer to compile than all there is to measure."""
+    # Forked processes could not use the GPU.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for job in [pool.submit(_compile, shape, transform) for shape in shapes for transform in bench.TRANSFORMS]:
+            job.result()
 
 
 def _step(runtime: fused.Fused, token: torch.Tensor, place: int, cache: Any) -> torch.Tensor:
@@ -142,6 +167,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parts", nargs="*", default=["parity", "sites", "products", "models", "profile"])
     parser.add_argument("--shapes", nargs="*", default=["llama-2-7b", "llama-3-8b"])
+    parser.add_argument("--workers", type=int, default=min(6, os.cpu_count() or 1), help="that compile")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
     args = parser.parse_args()
@@ -162,6 +188,9 @@ def main() -> None:
                     for kernel in one["kernels"][:12]:
                         print(f"{kernel['us']:10.1f} us {kernel['calls']:6.1f} x  {kernel['kernel'][:90]}", flush=True)
         else:
+            if part == "models" and device.type == "cuda":
+                compile_all(args.shapes, args.workers)
+                print("compiled", round(time.perf_counter() - start, 1), "s", flush=True)
             shapes = [] if part == "sites" else ["tiny"] if args.tiny else args.shapes
             for which in [[shape] for shape in shapes] or [[]]:
                 made, memory = bench.run(device, (part,), which, tiny=args.tiny)

@@ -62,6 +62,19 @@ def test_a_wrong_block_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(row.correct for row in rows)
 
 
+@pytest.mark.parametrize("kernel", ["norm", "gate", "plain"])
+def test_a_slightly_wrong_kernel_of_a_block_has_no_time(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(kron_quantize, kernel)
+
+    def wrong(*args):
+        values, scale = right(*args)
+        return values, scale * 1.02
+
+    monkeypatch.setattr(kron_quantize, kernel, wrong)
+    rows, _ = bench.models("tiny", CPU, prompt=16, batches=(1,))
+    assert not any(row.correct for row in rows)
+
+
 def test_transforms_are_what_the_row_says() -> None:
     config = bench.config_of("tiny")
     factors = {}

@@ -335,7 +335,8 @@ def launch(
         x.shape[2] if source == "merge" else 1,
         SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, FORM=_FORMS[form],
         QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, M=_padded(n1), ROWS=rows, COLUMNS=columns, AHEAD=how.ahead,
-        EARLY=early(x, tokens), launch_pdl=early(x, tokens), num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
+        EARLY=early(x, tokens), launch_pdl=early(x, tokens), num_warps=how.warps, num_stages=how.stages,
+        maxnreg=how.registers,
     )  # fmt: skip
     return out, scale
 

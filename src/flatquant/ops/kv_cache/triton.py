@@ -37,8 +37,9 @@ def _grid(x, low_ratio, high_ratio):
 def _ratio(x, scale):
     """x / scale as it is rounded by a division, which takes four times as long.  # (R, C), (R,)
 
-    With the rounded inverse of a divisor, the remainder of an approximate quotient corrects it to the nearest (Markstein,
-    IBM J. Res. Dev. 34, 1990). A power of two keeps the remainder's last bits, and the inverse, among float32's numbers.
+    With the rounded inverse of a divisor, the remainder of an approximate quotient corrects it to the nearest one
+    (Markstein, IBM J. Res. Dev. 34, 1990). A power of two keeps the inverse, and the remainder's last bits, among the
+    numbers that float32 has.
     """
     power = tl.where(scale < 2.0**-60, 2.0**66, 1.0)
     x, scale = x * power[:, None], scale * power
