@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/experiments.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/experiments.md", "docs/benchmarks.md", "docs/runtime.md")
 # The original implementation in the same setting; see docs/experiments.md, "Fidelity to the paper".
 ORIGINAL_PERPLEXITY, ORIGINAL_SECONDS = 29.32, 842
 LABELS = {
@@ -236,7 +236,7 @@ def first_site() -> list[str]:
 
 def second_site() -> list[str]:
     """The second one, by its fastest settings."""
-    samples = read("tune-runtime-h100")["samples"]
+    samples = read("second-site-kernel")["samples"]
     lines = ["| n | tokens | us | moving the bytes, us | times |", "|---|---|---|---|---|"]
     for what, tokens in dict.fromkeys((s["what"], s["tokens"]) for s in samples):
         rows = [s for s in samples if (s["what"], s["tokens"]) == (what, tokens)]
@@ -244,6 +244,63 @@ def second_site() -> list[str]:
         n, base = what.split()[1].rstrip(","), rows[0]["baselines"]["bytes"]
         cells = f"{1e3 * min(times):.1f} | {1e3 * base:.1f} | {min(times) / base:.1f}" if times else "wrong | - | -"
         lines.append(f"| {n} | {tokens} | {cells} |")
+    return lines
+
+
+def third_site() -> list[str]:
+    """The third one, by its fastest settings."""
+    lines = ["| n | 1 token, us | 8192 tokens, us | moving the bytes, us | times |", "|---|---|---|---|---|"]
+    samples = [s for s in read("tune-runtime-h100")["samples"] if "ms" in s]
+    for n in (4096, 5120, 8192, 11008, 14336, 18944, 28672):
+        one, many = (
+            min((s for s in samples if (s["what"], s["tokens"]) == (f"plain {n}, packed", tokens)), key=_ms)
+            for tokens in (1, 8192)
+        )
+        base = many["baselines"]["bytes"]
+        cells = f"{1e3 * one['ms']:.1f} | {1e3 * many['ms']:.0f} | {1e3 * base:.0f} | {many['ms'] / base:.2f}"
+        lines.append(f"| {n} | {cells} |")
+    return lines
+
+
+def _ms(sample: dict[str, Any]) -> float:
+    return sample["ms"]
+
+
+def few_tokens() -> list[str]:
+    """Products with packed weights, of few tokens: how many times faster than bfloat16."""
+    rows = [s for s in read("tune-runtime-h100")["samples"] if s["today"] and s["what"].startswith("product")]
+    counts = sorted({s["tokens"] for s in rows})
+    tokens = " | ".join(f"{t} token{'s' if t > 1 else ''}" for t in counts)
+    lines = [f"| weights | {tokens} | one token, times moving the bytes |", "|---" * (len(counts) + 2) + "|"]
+    for what in dict.fromkeys(s["what"] for s in rows):
+        found = {s["tokens"]: s for s in rows if s["what"] == what}
+        cells = " | ".join(f"{found[t]['baselines']['bf16'] / found[t]['ms']:.1f}" for t in counts)
+        one = found[1]["ms"] / found[1]["baselines"]["bytes"]
+        lines.append(f"| {what.removeprefix('product ')} | {cells} | {one:.2f} |")
+    return lines
+
+
+_PARTS = {  # of a block, by what their kernels' names begin with
+    "products": ("nvjet", "_vector", "_few"),
+    "weights to float8": ("_expand",),
+    "sites": ("_kernel",),
+    "attention": ("cudnn", "_attend"),
+    "into the cache": ("_append",),
+    "sums": ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add",),
+}
+
+
+def where() -> list[str]:
+    """Where the time of a block goes."""
+    profile = read("runtime-h100")["metrics"]["profile"]["llama-3-8b"]
+    blocks, columns = profile["blocks"], {k: v for k, v in profile.items() if isinstance(v, dict)}
+    lines = [f"| us a block | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for part, names in _PARTS.items():
+        times = [
+            sum(k["us"] for k in one["kernels"] if k["calls"] >= blocks and k["kernel"].startswith(names)) / blocks
+            for one in columns.values()
+        ]
+        lines.append(f"| {part} | {' | '.join(f'{t:.0f}' if t else '-' for t in times)} |")
     return lines
 
 
@@ -289,6 +346,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "quick_bound": quick_bound,
     "first_site": first_site,
     "second_site": second_site,
+    "third_site": third_site,
+    "few_tokens": few_tokens,
+    "where": where,
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
 }

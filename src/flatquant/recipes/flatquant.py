@@ -5,6 +5,8 @@ output; inside heads for keys and queries (section 3.2, figure 3); learned clipp
 block by block (section 4.1); round to nearest by default.
 """
 
+from typing import Literal
+
 from flatquant.errors import SpecError
 from flatquant.spec import (
     DataSpec,
@@ -19,19 +21,20 @@ from flatquant.spec import (
 
 PAPER_SCALE = TransformSpec(kind="diagonal", init="absmax", alpha=0.3)
 BALANCED_SCALE = TransformSpec(kind="diagonal", init="second_moment")
-KRON = TransformSpec(kind="kronecker", init="orthogonal")
 SHORT_FIT_CLIP = 1.75  # sigmoid(1.75) = 0.85
-HEAD = TransformSpec(kind="matrix", init="orthogonal")
 
 
-def transforms(scale: TransformSpec) -> dict[str, Transforms]:
-    """What sits where (figure 3 of the paper), for one start of the per-channel scales."""
+def transforms(
+    scale: TransformSpec, factors: Literal["orthogonal", "hadamard"] = "orthogonal"
+) -> dict[str, Transforms]:
+    """What sits where (figure 3 of the paper), for one start of the per-channel scales and one of all factors."""
+    kron, head = TransformSpec(kind="kronecker", init=factors), TransformSpec(kind="matrix", init=factors)
     return {
-        "attn_in": (scale, KRON),
-        "attn_out": (KRON,),
-        "mlp_in": (scale, KRON),
-        "mlp_mid": (scale, KRON),
-        "qk": (HEAD,),
+        "attn_in": (scale, kron),
+        "attn_out": (kron,),
+        "mlp_in": (scale, kron),
+        "mlp_mid": (scale, kron),
+        "qk": (head,),
     }
 
 
@@ -43,8 +46,8 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
     (docs/experiments.md, "What the `best` preset is made of"). It keeps all blocks on the device: 16 bytes a weight.
 
     `quick` sees too little text for block-wise reconstruction, which then fits noise: it starts from scales that
-    balance second moments and clips near where they end, and spends its minutes on end-to-end steps
-    (docs/experiments.md, "The quick preset").
+    balance second moments, Hadamard factors and clips near where they end, and spends its minutes on end-to-end steps
+    (docs/experiments.md, "The quick preset", "One change at a time").
 
     Raises:
         SpecError: an unknown preset or a scheme that is none.
@@ -72,7 +75,7 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
         return Recipe(
             name="flatquant",
             scheme=Scheme.parse(scheme, clip_start=SHORT_FIT_CLIP) if isinstance(scheme, str) else scheme,
-            transforms=transforms(BALANCED_SCALE),
+            transforms=transforms(BALANCED_SCALE, "hadamard"),
             end_to_end=EndToEndSpec(
                 steps=20, batch_size=2, lr=3e-3, clip_lr=3e-2, final_lr=0.1, eps=5e-6, checkpoint=False
             ),
