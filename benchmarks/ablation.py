@@ -44,21 +44,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nothing trained": {"steps": 0},
     "20 steps": {"steps": 20},
     "20 steps, Hadamard factors": {"steps": 20, "kron": "hadamard"},
+    "20 steps, Hadamard factors, weights trained, 1e-4": {"steps": 20, "kron": "hadamard", "weight_lr": 1e-4},
+    "asymmetric activations": {"symmetric": False},
+    "OAC": {"solver": "gptq", "hessian": "output_adaptive"},
+    "block-wise, 3 epochs, quantised inputs": {"epochs": 3, "steps": 0, "inputs": "quantised"},
 }
 
 
 def recipe_of(name: str, *, tiny: bool = False) -> Recipe:
     """A variant, of few short windows."""
     settings = BASE | VARIANTS[name]
-    objective = settings.pop("objective", "kl")
+    objective, symmetric = settings.pop("objective", "kl"), settings.pop("symmetric", True)
+    hessian, inputs = settings.pop("hessian", "input_gram"), settings.pop("inputs", "original")
     made, _, _ = variant(**settings)
     end = made.end_to_end
     assert end is not None
     steps = min(end.steps, 1) if tiny else end.steps
     end = dataclasses.replace(end, steps=steps, batch_size=BATCH, objective=objective, eps=5e-6)
     data = DataSpec(samples=4, seqlen=32) if tiny else DataSpec(samples=max(STEPS, steps) * BATCH, seqlen=SEQLEN)
-    fit = made.fit and dataclasses.replace(made.fit, batch_size=BATCH, epochs=min(made.fit.epochs, 1 if tiny else 99))
-    return dataclasses.replace(made, fit=fit, end_to_end=_or_none(end), data=data)
+    epochs = min(made.fit.epochs, 1 if tiny else 99) if made.fit else 0
+    grid = made.scheme.activations
+    assert grid is not None
+    return dataclasses.replace(
+        made,
+        scheme=dataclasses.replace(made.scheme, activations=dataclasses.replace(grid, symmetric=symmetric)),
+        fit=made.fit and dataclasses.replace(made.fit, batch_size=BATCH, epochs=epochs, inputs=inputs),
+        end_to_end=_or_none(end),
+        solver=dataclasses.replace(made.solver, hessian=hessian),
+        data=data,
+    )
 
 
 def _or_none(end: EndToEndSpec) -> EndToEndSpec | None:

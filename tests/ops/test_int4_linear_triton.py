@@ -67,6 +67,14 @@ def test_products_are_exact(
         torch.testing.assert_close(y.float(), want, rtol=torch.finfo(dtype).eps, atol=least)
 
 
+def test_a_larger_buffer_leaves_the_smaller_one_to_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_scratch", {})
+    small, large = (op._buffer(torch.zeros(rows, 8, dtype=torch.uint8)) for rows in (4, 8))
+    held = [t.data_ptr() for buffers in op._scratch.values() for t in buffers]
+    assert held == [small.data_ptr(), large.data_ptr()]
+    assert op._buffer(torch.zeros(2, 8, dtype=torch.uint8)).data_ptr() == large.data_ptr()
+
+
 def test_extreme_integers_do_not_overflow() -> None:
     n = 2048
     for value in (-8, 7):
