@@ -57,18 +57,18 @@ def recipe_of(name: str, *, tiny: bool = False) -> Recipe:
     objective, symmetric = settings.pop("objective", "kl"), settings.pop("symmetric", True)
     hessian, inputs = settings.pop("hessian", "input_gram"), settings.pop("inputs", "original")
     made, _, _ = variant(**settings)
-    end = made.end_to_end
+    end, fit, grid = made.end_to_end, made.fit, made.scheme.activations
     assert end is not None
+    assert fit is not None
+    assert grid is not None
     steps = min(end.steps, 1) if tiny else end.steps
     end = dataclasses.replace(end, steps=steps, batch_size=BATCH, objective=objective, eps=5e-6)
     data = DataSpec(samples=4, seqlen=32) if tiny else DataSpec(samples=max(STEPS, steps) * BATCH, seqlen=SEQLEN)
-    epochs = min(made.fit.epochs, 1 if tiny else 99) if made.fit else 0
-    grid = made.scheme.activations
-    assert grid is not None
+    epochs = min(fit.epochs, 1) if tiny else fit.epochs
     return dataclasses.replace(
         made,
         scheme=dataclasses.replace(made.scheme, activations=dataclasses.replace(grid, symmetric=symmetric)),
-        fit=made.fit and dataclasses.replace(made.fit, batch_size=BATCH, epochs=epochs, inputs=inputs),
+        fit=dataclasses.replace(fit, batch_size=BATCH, epochs=epochs, inputs=inputs),
         end_to_end=_or_none(end),
         solver=dataclasses.replace(made.solver, hessian=hessian),
         data=data,

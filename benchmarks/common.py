@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,13 @@ def started(transforms: Mapping[str, Transforms], diagonal: str, others: str) ->
         site: tuple(dataclasses.replace(t, init=diagonal if t.kind == "diagonal" else others) for t in parts)
         for site, parts in transforms.items()
     }
+
+
+def spawned(work: Callable[..., Any], jobs: list[tuple], workers: int) -> list[BaseException | None]:
+    """Call `work` with each job's arguments, in processes of their own side by side; what went wrong in each."""
+    # Forked processes could not use the GPU.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [future.exception() for future in [pool.submit(work, *job) for job in jobs]]
 
 
 def run_jobs(

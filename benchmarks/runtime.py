@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from typing import Any
 import torch
 
 import flatquant
-from benchmarks.common import write_result
+from benchmarks.common import spawned, write_result
 from flatquant import bench
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate.perplexity import perplexity
@@ -106,21 +104,9 @@ def _calls(
     runtime = fused.runtime(bench.packed_model(config, device, transform))
     assert runtime is not None
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
-    positions = torch.arange(prompt, device=device)[None]
-    empty = runtime.new_cache(1, prompt)
-
-    def prefill() -> None:
-        empty.rewind(0)
-        runtime.prefill(ids, positions, empty, 1)
-
-    yield "prefill", prefill
+    yield "prefill", partial(bench.prefill, runtime, ids, runtime.new_cache(1, prompt))
     for batch in batches:
-        cache = runtime.new_cache(batch, prompt + 1)
-        for store in (store for layer in cache.packed for store in layer.stores):
-            store.packed.random_(0, 256)
-        cache.rewind(prompt)
-        token = torch.zeros((batch, 1), dtype=torch.int64, device=device)
-        yield f"decode {batch}", partial(_step, runtime, token, prompt, cache)
+        yield f"decode {batch}", bench.decoding(runtime, runtime.new_cache(batch, prompt + 1), prompt)
 
 
 @torch.no_grad()
@@ -133,14 +119,9 @@ def _compile(shape: str, transform: str) -> None:
 
 def compile_all(shapes: Sequence[str], workers: int) -> None:
     """Fill Triton's cache: one after another, kernels take longer to compile than all there is to measure."""
-    # Forked processes could not use the GPU.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for job in [pool.submit(_compile, shape, transform) for shape in shapes for transform in bench.TRANSFORMS]:
-            job.result()
-
-
-def _step(runtime: fused.Fused, token: torch.Tensor, place: int, cache: Any) -> torch.Tensor:
-    return runtime.head(runtime.hidden(token, token + place, cache, {}))
+    for problem in spawned(_compile, [(shape, t) for shape in shapes for t in bench.TRANSFORMS], workers):
+        if problem is not None:
+            raise problem
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -253,17 +254,15 @@ def third_site() -> list[str]:
     samples = [s for s in read("tune-runtime-h100")["samples"] if "ms" in s]
     for n in (4096, 5120, 8192, 11008, 14336, 18944, 28672):
         one, many = (
-            min((s for s in samples if (s["what"], s["tokens"]) == (f"plain {n}, packed", tokens)), key=_ms)
+            min(
+                (s for s in samples if (s["what"], s["tokens"]) == (f"plain {n}, packed", tokens)), key=itemgetter("ms")
+            )
             for tokens in (1, 8192)
         )
         base = many["baselines"]["bytes"]
         cells = f"{1e3 * one['ms']:.1f} | {1e3 * many['ms']:.0f} | {1e3 * base:.0f} | {many['ms'] / base:.2f}"
         lines.append(f"| {n} | {cells} |")
     return lines
-
-
-def _ms(sample: dict[str, Any]) -> float:
-    return sample["ms"]
 
 
 def few_tokens() -> list[str]:

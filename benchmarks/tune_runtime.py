@@ -11,12 +11,10 @@ the baselines.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import write_result
+from benchmarks.common import spawned, write_result
 from flatquant.ops import int4_linear
 from flatquant.ops.int4_linear import reference as product_reference
 from flatquant.ops.int4_linear import triton as products
@@ -124,7 +122,10 @@ class SiteCase(Case):
 
         def error(variant: Variant) -> float:
             x, other = pairs[0]
-            integers = _integers(call(0, variant)[0][:64], self.form, self.n)
+            integers = call(0, variant)[0][:64]
+            if self.form == "packed":
+                integers = unpack_bits(integers, 4, self.n).double() - 8
+            integers = bench.in_order(integers, self.form)
             y = x[:64].double()
             if self.source == "gate" and other is not None:
                 y = gated(x[:64], other[:64]).double()
@@ -134,13 +135,6 @@ class SiteCase(Case):
 
         baselines = {} if small else {"bytes": bench.moves(moved, count, device)}
         return Prepared(count, call, error, baselines)
-
-
-def _integers(values: Tensor, form: Form, n: int) -> Tensor:
-    """In order.  # float64, (T, n)"""
-    if form == "packed":
-        return unpack_bits(values, 4, n).double() - 8
-    return values.double().unflatten(-1, (2, -1)).mT.flatten(-2) if form == "planes" else values.double()
 
 
 # --------------------------------------------------------------------------------------------- products
@@ -168,7 +162,7 @@ class ProductCase(Case):
 
         packed, dense, scale = _weights(self.o, self.n, device, small)
         x = torch.randint(-8, 8, (self.tokens, self.n), device=device, dtype=torch.int8)
-        ordered = _integers(x, "planes", self.n).to(torch.float8_e4m3fn)
+        ordered = bench.in_order(x, "planes").to(torch.float8_e4m3fn)
         s = torch.rand(self.tokens, 1, device=device) + 0.5
         y = torch.randn(self.tokens, self.n, device=device, dtype=_dtype(device))
 
@@ -180,7 +174,7 @@ class ProductCase(Case):
 
         def error(variant: Variant) -> float:
             want = product_reference.int4_linear(x, s, packed[0], scale, None, None, torch.float32)
-            return ((call(0, variant).float() - want).abs().max() / want.abs().max()).item()
+            return bench.relative_error(call(0, variant), want)
 
         linear = torch.nn.functional.linear
         products_bf16 = [partial(linear, y, w) for w in dense]
@@ -263,8 +257,7 @@ class AttentionCase(Case):
         def error(variant: Variant) -> float:
             keys, values = (cache_reference.Store(*(t[:1] for t in held)) for held in stores[0])
             want = merged(*cache_reference.attend(q[:1], keys, values, last, start[:1], None, d**-0.5))
-            got = merged(*call(0, variant))[:1]
-            return ((got - want).abs().max() / want.abs().max()).item()
+            return bench.relative_error(merged(*call(0, variant))[:1], want)
 
         baselines = {} if small else {"bytes": bench.moves(moved, count, device)}
         return Prepared(count, call, error, baselines)
@@ -305,10 +298,8 @@ class AppendCase(Case):
             return caching.append(inputs[i], cos, sin, heads, keys, values, at, dense=True, **variant)
 
         def error(variant: Variant) -> float:
-            got = call(0, variant)
             want = cache_reference.append(inputs[0].float(), cos.float(), sin.float(), heads, store(), store(), at)
-            # Keys and values may be the next integer; queries are rounded, no more.
-            return max(((g - w).abs().max() / w.abs().max()).item() for g, w in zip(got[:1], want[:1], strict=True))
+            return bench.relative_error(call(0, variant)[0], want[0])  # of queries: a key may be the next integer
 
         baselines = {} if small else {"bytes": bench.moves(moved, count, device)}
         return Prepared(count, call, error, baselines)
@@ -400,10 +391,7 @@ def compile_all(found: list[Case], workers: int) -> None:
         few = replace(case, tokens=min(case.tokens, 16)) if isinstance(case, SiteCase) else case
         for variant in case.variants():
             jobs[(few.what, few.tokens, str(variant))] = (few, variant)
-    # Forked processes could not use the GPU.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for job in [pool.submit(_compile, *job) for job in jobs.values()]:
-            job.exception()
+    spawned(_compile, list(jobs.values()), workers)
     print(f"compiled {len(jobs)} kernels", flush=True)
 
 

@@ -226,6 +226,17 @@ def site_error(x: Tensor, integers: Tensor, site: Site) -> float:
     return (integers - exact).abs().max().item()
 
 
+def in_order(integers: Tensor, form: str) -> Tensor:
+    """What a site gives, one a byte, in the order of channels.  # float64, (T, n)"""
+    values = integers.double()
+    return values.unflatten(-1, (2, -1)).mT.flatten(-2) if form == "planes" else values
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """The largest difference, of the largest element."""
+    return ((got.float() - want).abs().max() / want.abs().max()).item()
+
+
 def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> list[Row]:
     """Products with packed weights, against bfloat16."""
     rows = []
@@ -240,8 +251,7 @@ def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Se
                 x = x.float().to(torch.float8_e4m3fn)
             s = torch.rand(t, 1, device=device) + 0.5
             want = product_reference.int4_linear(x, s, packed[0], scale, None, None, torch.float32)
-            got = int4_linear.int4_linear(x, s, packed[0], scale, None, None, torch.bfloat16).float()
-            error = ((got - want).abs().max() / want.abs().max()).item()
+            error = relative_error(int4_linear.int4_linear(x, s, packed[0], scale, None, None, torch.bfloat16), want)
             y = torch.randn(t, n, device=device, dtype=torch.bfloat16)
             base = measure([partial(F.linear, y, w) for w in dense], device)
             calls = [partial(int4_linear.int4_linear, x, s, w, scale, None, None, torch.bfloat16) for w in packed]
@@ -377,7 +387,7 @@ def models(
         cache = runtime.new_cache(1, prompt)
 
         what = f"{shape} prefill, {transform}"
-        calls = [partial(_prefill, runtime, ids, cache)]
+        calls = [partial(prefill, runtime, ids, cache)]
         rows.append(_row(what, prompt, error, error <= 1, calls, device, "bfloat16", base_prefill.median))
         for b in batches:
             cache = runtime.new_cache(b, prompt + 1)
@@ -400,7 +410,8 @@ def _if_it_fits(run: Callable[[], Times], device: torch.device) -> Times | None:
     return None
 
 
-def _prefill(runtime: fused.Fused, ids: Tensor, cache: Any) -> Tensor:
+def prefill(runtime: fused.Fused, ids: Tensor, cache: Any) -> Tensor:
+    """Logits of a prompt's last token, from an empty cache.  # (1, T) -> (1, 1, V)"""
     cache.rewind(0)
     return runtime.prefill(ids, torch.arange(ids.shape[1], device=ids.device)[None], cache, 1)
 
@@ -415,18 +426,20 @@ def _decode_row(
     base: Times | None,
     device: torch.device,
 ) -> Row:
+    what = f"{shape} decode, {transform}"
+    baseline = "bfloat16" if base else "bfloat16 (does not fit)"
+    calls = [decoding(runtime, cache, prompt)]
+    return _row(what, cache.batch, error, error <= 1, calls, device, baseline, base and base.median)
+
+
+def decoding(runtime: fused.Fused, cache: Any, prompt: int) -> Callable[[], Tensor]:
+    """A step of decoding after a prompt of random keys and values, which can be repeated.  # -> (B, 1, V)"""
     for layer in cache.packed:
         for store in layer.stores:
             store.packed.random_(0, 256)
-    ids = torch.zeros((cache.batch, 1), dtype=torch.int64, device=device)
+    ids = torch.zeros((cache.batch, 1), dtype=torch.int64, device=runtime.device)
     cache.rewind(prompt)
-
-    def decode() -> Tensor:
-        return runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
-
-    what = f"{shape} decode, {transform}"
-    baseline = "bfloat16" if base else "bfloat16 (does not fit)"
-    return _row(what, cache.batch, error, error <= 1, [decode], device, baseline, base and base.median)
+    return lambda: runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
 
 
 def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.device) -> Times:
@@ -463,11 +476,8 @@ def _kernels_error(runtime: fused.Fused) -> float:
                 norm = block.norms[name == "mlp_in"]
                 exact = site_reference.rms_norm(x, norm.gain, norm.eps)
                 integers, scale = kron_quantize.norm(x, norm.gain, norm.eps, site, form)
-            values = integers.double()
-            if form == "planes":
-                values = values.unflatten(-1, (2, -1)).mT.flatten(-2)
             want = site_reference.kron_quantize(exact, site.left, site.right, site.ratios, site.bits, "float8")[1]
-            shares.append(site_error(exact, values, site) / SITE_ERROR)
+            shares.append(site_error(exact, in_order(integers, form), site) / SITE_ERROR)
             shares.append(((scale - want) / want).abs().max().item() / SCALE_ERROR)
         for product in block.products.values():
             x = torch.randint(-8, 8, (tokens, 2 * product.packed.shape[1]), device=device, dtype=torch.int8)
@@ -475,8 +485,7 @@ def _kernels_error(runtime: fused.Fused) -> float:
             s = torch.rand(tokens, 1, device=device) + 0.5
             weights = (product.packed, product.scale, product.bias)
             exact = product_reference.int4_linear(x, s, *weights, None, torch.float32)
-            got = int4_linear.int4_linear(x, s, *weights, None, dtype)
-            shares.append(((got - exact).abs().max() / exact.abs().max()).item() / PRODUCT_ERROR)
+            shares.append(relative_error(int4_linear.int4_linear(x, s, *weights, None, dtype), exact) / PRODUCT_ERROR)
     return max(shares)
 
 

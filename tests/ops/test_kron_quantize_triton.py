@@ -19,9 +19,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and cuts instead of rounding.
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if CUDA else []))
 EPS = 1e-5
-ROUNDING = (
-    2.0**-9 if CUDA else 2.0**-18
-)  # of an operand: to bfloat16, or to float32 in the interpreter, and of its sums
+# Of an operand: to bfloat16, or to float32 in the interpreter, and of its sums.
+ROUNDING = 2.0**-9 if CUDA else 2.0**-18
 
 # Of the last two, columns are cut into tiles, or rows and columns.
 SHAPES = ((24, 24), (9, 32), (1, 64), (8, 20), (11, 6), (4, 144), (66, 36))

@@ -35,7 +35,7 @@ def _grid(x, low_ratio, high_ratio):
 
 @triton.jit
 def _ratio(x, scale):
-    """x / scale as it is rounded by a division, which takes four times as long.  # (R, C), (R,)
+    """x / scale as it is rounded by a division, which is many more instructions.  # (R, C), (R,)
 
     With the rounded inverse of a divisor, the remainder of an approximate quotient corrects it to the nearest one
     (Markstein, IBM J. Res. Dev. 34, 1990). A power of two keeps the inverse, and the remainder's last bits, among the
