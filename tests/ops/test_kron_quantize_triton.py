@@ -44,8 +44,11 @@ def make(shape: tuple[int, int], transform: str, g: torch.Generator) -> Site:
     return Site(shape, left if transform != "none" else None, right if transform == "both" else None, ratios, 4)
 
 
-def inputs(source: str, tokens: int, shape: tuple[int, int], dtype: torch.dtype, g: torch.Generator):
-    n1, n2 = shape
+def inputs(
+    source: str, tokens: int, shape: tuple[int, int], dtype: torch.dtype, g: torch.Generator, across: bool = False
+):
+    """`across`: heads are not the rows of the transform."""
+    n1, n2 = shape[::-1] if across else shape
     n = n1 * n2
     spread = torch.randn(n, generator=g).mul(1.5).exp()  # outlier channels, as activations have
     x = torch.randn(tokens, n, generator=g) * spread
@@ -107,15 +110,23 @@ def reach(y: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     shape=st.sampled_from(SHAPES),
     transform=st.sampled_from(("both", "left", "none")),
     tokens=st.integers(1, 6),
+    across=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
 def test_it_equals_the_reference(
-    shape: tuple[int, int], source: str, transform: str, form: Form, tokens: int, dtype: torch.dtype, seed: int
+    shape: tuple[int, int],
+    source: str,
+    transform: str,
+    form: Form,
+    tokens: int,
+    across: bool,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     site = make(shape, transform, g)
-    x, other = inputs(source, tokens, shape, dtype, g)
+    x, other = inputs(source, tokens, shape, dtype, g, across)
     assert site.unsupported() is None
     values, scale = fused.launch(
         x, other, source, shape, *site.factors, site.ratios, 4, form, EPS if source == "norm" else 0.0

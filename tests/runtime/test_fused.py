@@ -74,9 +74,9 @@ def quantised(config, scheme: str = "w4a4kv4", method: str = "flatquant") -> Pre
     return model.eval().to(DEVICE)
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=[*CONFIGS, "without transforms"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    made = quantised(CONFIGS[request.param])
+    made = quantised(CONFIGS[request.param]) if request.param in CONFIGS else quantised(CONFIGS["llama"], method="rtn")
     fused.attach(made, (DEVICE,))
     assert fused.runtime(made) is not None
     return made
@@ -243,8 +243,10 @@ def test_a_model_without_kernels_runs_and_says_why_once(scheme: str, method: str
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there, all other tests run the kernels")
-@pytest.mark.parametrize("name", ["llama", "biases", "mistral"])
-def test_kernels_serve_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"), [("llama", "flatquant"), ("biases", "flatquant"), ("mistral", "flatquant"), ("llama", "rtn")]
+)
+def test_kernels_serve_a_model(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter: a prompt with padding, then token by token."""
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     from flatquant.ops import int4_linear, kron_quantize, kv_cache
@@ -261,7 +263,7 @@ def test_kernels_serve_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         used.add("vector" if len(x) == 1 else "few")
         return (products.vector if len(x) == 1 else products.few)(x, *args)
 
-    model = quantised(CONFIGS[name])
+    model = quantised(CONFIGS[name], method=method)
     ids = texts(1, 8)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0

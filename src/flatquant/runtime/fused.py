@@ -39,6 +39,7 @@ from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite, PackedLinear
 from flatquant.runtime.packedcache import PackedCache, PackedLayer
 from flatquant.seams import attached
+from flatquant.transforms import kronecker_split
 
 # Families whose blocks are: x + attention(norm(x)), then x + down(silu(gate) up) of its norm; no other scale anywhere.
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -279,7 +280,9 @@ def _block(layer: Any, index: int, config: Any, device: torch.device) -> Block:
     for name, paths in _READERS.items():
         linears[name] = [_linear(layer.get_submodule(path), f"{index}.{path}") for path in paths]
         n = linears[name][0].n
-        sites[name] = _site(frozen[name], n, f"{index}.{name}", device)
+        # Without factors any rows will do: heads, or about as many as columns, which come in pairs.
+        rows = n // layer.self_attn.head_dim if name == "attn_out" else kronecker_split(n // 2)[0]
+        sites[name] = _site(frozen[name], n, rows, f"{index}.{name}", device)
         for linear in linears[name]:
             reason = int4_linear.unsupported(len(linear.packed), n, device)
             if reason is not None:
@@ -308,7 +311,8 @@ def _linear(module: nn.Module, where: str) -> PackedLinear:
     return module
 
 
-def _site(site: FrozenSite, n: int, where: str, device: torch.device) -> Site:
+def _site(site: FrozenSite, n: int, rows: int, where: str, device: torch.device) -> Site:
+    """A site as kernels take it; what no factor cuts into rows is cut into so many."""
     grid = site.activations
     if not isinstance(grid, Dynamic) or not grid.spec.symmetric:
         raise Unsupported(f"the activations of {where} are not on a symmetric grid a token")
@@ -316,7 +320,9 @@ def _site(site: FrozenSite, n: int, where: str, device: torch.device) -> Site:
         raise Unsupported(f"{where} has a low-rank branch")
     if site.shift is not None:
         raise Unsupported(f"{where} is shifted")
-    n1 = 1 if site.left is None else site.left.shape[0]
+    n1 = rows if site.right is None else 1
+    if site.left is not None:
+        n1 = site.left.shape[0]
     if site.right is not None and site.right.shape[0] * n1 != n:
         raise Unsupported(f"{where}: factors of another size")
     made = Site((n1, n // n1), site.left, site.right, _ratios(grid, device), grid.spec.bits)
@@ -337,7 +343,7 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
         raise Unsupported(f"keys and values of block {index} are not both quantised")
     if any(grid.spec.bits != 4 or grid.spec.symmetric for grid in (kv.keys, kv.values)):
         raise Unsupported(f"keys and values of block {index} are not on asymmetric 4-bit grids")
-    if head_dim % 2 or head_dim > 256:
+    if head_dim % 4 or head_dim > 256:
         raise Unsupported(f"heads of {head_dim} channels")
     matrices = None
     if kv.query_matrix is not None and kv.key_matrix is not None:

@@ -53,10 +53,16 @@ def _gather(x, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _merge(parts_ptr, lse_ptr, token, r, c, mask, PARTS, N1: tl.constexpr, N2: tl.constexpr):
-    """Attention over all tokens, from parts (T, N1, PARTS, N2).  # r (R, 1), c (1, C)"""
-    row = (token * N1 + r) * PARTS  # (R, 1)
-    inside = r < N1
+def _merge(
+    parts_ptr, lse_ptr, token, r, c, mask, PARTS, N1: tl.constexpr, N2: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Attention over all tokens, from parts (T, N1 N2 / D, PARTS, D).  # r (R, 1), c (1, C)"""
+    H: tl.constexpr = N1 * N2 // D
+    head, d = r, c  # (R, 1), (1, C)
+    if D != N2:  # the tile's rows are not heads
+        head, d = (r * N2 + c) // D, (r * N2 + c) % D  # (R, C)
+    inside = head < H
+    row = (token * H + head) * PARTS
     top = tl.load(lse_ptr + row, mask=inside, other=0.0)
     for part in range(1, PARTS):
         top = tl.maximum(top, tl.load(lse_ptr + row + part, mask=inside, other=0.0))
@@ -65,14 +71,14 @@ def _merge(parts_ptr, lse_ptr, token, r, c, mask, PARTS, N1: tl.constexpr, N2: t
     for part in range(PARTS):
         weight = tl.exp(tl.load(lse_ptr + row + part, mask=inside, other=0.0) - top)
         total += weight
-        y += weight * tl.load(parts_ptr + (row + part) * N2 + c, mask=mask, other=0.0)
+        y += weight * tl.load(parts_ptr + (row + part) * D + d, mask=mask, other=0.0)
     return y / total
 
 
 @triton.jit
 def _take(
     x_ptr, other_ptr, stride, token, tokens, PARTS, SOURCE: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A token's tiles as they are in memory, each with its gate, or twice."""
     tiles = ()
@@ -85,7 +91,7 @@ def _take(
             mask = (r < end) & (c < N2)
             at = r * N2 + c
             if SOURCE == _MERGE:
-                x = _merge(x_ptr, other_ptr, tl.minimum(row, tokens - 1), r, c, mask, PARTS, N1, N2)
+                x = _merge(x_ptr, other_ptr, tl.minimum(row, tokens - 1), r, c, mask, PARTS, N1, N2, D)
                 x = tl.where(mask, x, 0.0)
             else:
                 x = tl.load(x_ptr + row * stride + at, mask=mask, other=0.0)
@@ -130,7 +136,7 @@ def _put(
 def _kernel(
     x_ptr, other_ptr, left_ptr, right_ptr, ratio_ptr, out_ptr, scale_ptr, tokens, stride, eps, PARTS,
     SOURCE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, FORM: tl.constexpr, QMAX: tl.constexpr,
-    N1: tl.constexpr, N2: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, D: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = N1 * N2
@@ -152,10 +158,10 @@ def _kernel(
     low_ratio, high_ratio = tl.load(ratio_ptr), tl.load(ratio_ptr + 1)
     wait(EARLY)
     if AHEAD:
-        tiles = _take(x_ptr, other_ptr, stride, first, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
+        tiles = _take(x_ptr, other_ptr, stride, first, tokens, PARTS, SOURCE, N1, N2, D, ROWS, COLUMNS)
     for token in range(first, tokens, tl.num_programs(0)):
         if not AHEAD:
-            tiles = _take(x_ptr, other_ptr, stride, token, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
+            tiles = _take(x_ptr, other_ptr, stride, token, tokens, PARTS, SOURCE, N1, N2, D, ROWS, COLUMNS)
         xs = ()
         unit = 1.0
         squares = 0.0
@@ -195,7 +201,7 @@ def _kernel(
             zs = ys
         if AHEAD:  # the next token's way through memory, while this one's integers are made
             after = token + tl.num_programs(0)
-            tiles = _take(x_ptr, other_ptr, stride, after, tokens, PARTS, SOURCE, N1, N2, ROWS, COLUMNS)
+            tiles = _take(x_ptr, other_ptr, stride, after, tokens, PARTS, SOURCE, N1, N2, D, ROWS, COLUMNS)
 
         lows, highs = tl.reduce((zs[0], zs[0]), 1, _ends)  # (M,)
         for j in tl.static_range(1, CUTS):
@@ -334,9 +340,9 @@ def launch(
         x, x if other is None else other, left, right, ratios, out, scale, tokens, x.stride(0), eps,
         x.shape[2] if source == "merge" else 1,
         SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, FORM=_FORMS[form],
-        QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, M=_padded(n1), ROWS=rows, COLUMNS=columns, AHEAD=how.ahead,
-        EARLY=early(x, tokens), launch_pdl=early(x, tokens), num_warps=how.warps, num_stages=how.stages,
-        maxnreg=how.registers,
+        QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, D=x.shape[-1] if source == "merge" else n2, M=_padded(n1),
+        ROWS=rows, COLUMNS=columns, AHEAD=how.ahead, EARLY=early(x, tokens), launch_pdl=early(x, tokens),
+        num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
     )  # fmt: skip
     return out, scale
 
