@@ -18,6 +18,8 @@ from torch import Tensor
 from flatquant.ops.kv_cache.reference import Heads, Store
 from flatquant.ops.triton import MAGIC, early, round_half_even, wait
 
+_PROGRAMS = 528  # of prompts that an H100 does in two turns
+
 
 @triton.jit
 def _grid(x, low_ratio, high_ratio):
@@ -127,32 +129,31 @@ def _turned(x_ptr, cos_ptr, sin_ptr, m, c, mask, D: tl.constexpr, MATRIX: tl.con
 
 
 @triton.jit
-def _nibbles(u, UPPER: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """Lower or upper nibbles of bytes as floats, 128 (bfloat16) or 1024 (float16) too large; float32: as they are.
+def _nibble(u, I: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """Nibble I of words of 16 bits as floats, 128 (bfloat16) or 1024 (float16) too large; float32: as it is.
 
-    In 16 bit they are the low bits of a number of which they are the units: a conversion takes eight times as long as
-    what else happens to a cached byte.
+    In 16 bit it is the low bits of a number of which they are the units: a conversion takes eight times as long as what
+    else happens to a cached byte. Two words at a time.
     """
     if dtype == tl.float32:
-        return (u >> 4 if UPPER else u & 0xF).to(tl.float32)
+        return ((u >> 4 * I) & 0xF).to(tl.float32)
     elif EMULATE:  # Triton's interpreter runs no assembly
-        bits = (u >> 4 if UPPER else u & 0xF).to(tl.uint16) | (0x4300 if dtype == tl.bfloat16 else 0x6400)
+        bits = ((u >> 4 * I) & 0xF).to(tl.uint16) | (0x4300 if dtype == tl.bfloat16 else 0x6400)
         return bits.to(dtype, bitcast=True)
     else:
-        SHIFT: tl.constexpr = "4" if UPPER else "0"
-        HIGH: tl.constexpr = "0x43434343" if dtype == tl.bfloat16 else "0x64646464"
+        SHIFT: tl.constexpr = ("0", "4", "8", "12")[I]
+        HIGH: tl.constexpr = "0x43004300" if dtype == tl.bfloat16 else "0x64006400"
         ASM: tl.constexpr = (
-            "{ .reg .b32 t; shr.u32 t, $2, " + SHIFT + "; and.b32 t, t, 0x0F0F0F0F;"
-            " prmt.b32 $0, t, " + HIGH + ", 0x4140; prmt.b32 $1, t, " + HIGH + ", 0x4342; }"
+            "{ .reg .b32 t; shr.u32 t, $1, " + SHIFT + "; lop3.b32 $0, t, 0x000F000F, " + HIGH + ", 0xEA; }"
         )
-        bits = tl.inline_asm_elementwise(ASM, "=r,=r,r", [u], dtype=tl.uint16, is_pure=True, pack=4)
+        bits = tl.inline_asm_elementwise(ASM, "=r,r", [u], dtype=tl.uint16, is_pure=True, pack=2)
         return bits.to(dtype, bitcast=True)
 
 
 @triton.jit
 def _attend(
     q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, out_ptr, lse_ptr, last_ptr, start_ptr, window, scaling, S,
-    PARTS, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
+    PARTS, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, B: tl.constexpr,
     EARLY: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
@@ -163,51 +164,63 @@ def _attend(
     size = tl.cdiv(tl.cdiv(length - first, PARTS), B) * B
     begin = first + part * size
     end = tl.minimum(begin + size, length)
-    g, j = tl.arange(0, GP), tl.arange(0, HALF)
-    rows = (g < G)[:, None] & (j < D // 2)[None, :]
-    at = (bh * G + g)[:, None] * D + 2 * j[None, :]
-    q_even = tl.load(q_ptr + at, mask=rows, other=0.0)  # (GP, HALF)
-    q_odd = tl.load(q_ptr + at + 1, mask=rows, other=0.0)
-    q_sum = tl.sum(q_even.to(tl.float32) + q_odd.to(tl.float32), axis=1)  # (GP,)
-    dtype: tl.constexpr = q_even.dtype
+    g, j = tl.arange(0, GP), tl.arange(0, W)
+    rows = (g < G)[:, None] & (j < D // 4)[None, :]
+    at = (bh * G + g)[:, None] * D + 4 * j[None, :]
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    qs, sums = (), ()
+    q_sum = tl.zeros((GP,), tl.float32)
+    for i in tl.static_range(4):
+        q = tl.load(q_ptr + at + i, mask=rows, other=0.0)  # (GP, W)
+        q_sum += tl.sum(q.to(tl.float32), axis=1)
+        qs = qs + (q,)
+        sums = sums + (tl.zeros((GP, W), tl.float32),)
+    LOG2_E: tl.constexpr = 1.4426950408889634
     OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0 if dtype == tl.float16 else 0.0
     top = tl.full((GP,), -1e30, tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    even = tl.zeros((GP, HALF), tl.float32)
-    odd = tl.zeros((GP, HALF), tl.float32)
-    zeros = tl.zeros((GP,), tl.float32)
+    totals, zeros = tl.zeros((GP, B), tl.float32), tl.zeros((GP, B), tl.float32)  # summed over B in the end
     base = bh.to(tl.int64) * S
+    # Zero points are bytes, which Triton does not load ahead of time by itself.
+    s = begin + tl.arange(0, B)
+    k_next = tl.load(kz_ptr + base + s, mask=s < end, other=0)
+    v_next = tl.load(vz_ptr + base + s, mask=s < end, other=0)
     for s0 in range(begin, end, B):
         s = s0 + tl.arange(0, B)
         some = s < end
-        cell = (base + s)[:, None] * (D // 2) + j[None, :]
-        mask = some[:, None] & (j < D // 2)[None, :]
-        k = tl.load(kp_ptr + cell, mask=mask, other=0)  # (B, HALF)
+        k_zero, v_zero = k_next.to(tl.float32) + OFFSET, v_next.to(tl.float32) + OFFSET
+        k_next = tl.load(kz_ptr + base + s + B, mask=s + B < end, other=0)
+        v_next = tl.load(vz_ptr + base + s + B, mask=s + B < end, other=0)
+        cell = (base + s)[:, None] * (D // 4) + j[None, :]
+        mask = some[:, None] & (j < D // 4)[None, :]
+        k = tl.load(kp_ptr + cell, mask=mask, other=0)  # (B, W)
         v = tl.load(vp_ptr + cell, mask=mask, other=0)
         k_scale = tl.load(ks_ptr + base + s, mask=some, other=0.0)
-        k_zero = tl.load(kz_ptr + base + s, mask=some, other=0).to(tl.float32) + OFFSET
         v_scale = tl.load(vs_ptr + base + s, mask=some, other=0.0)
-        v_zero = tl.load(vz_ptr + base + s, mask=some, other=0).to(tl.float32) + OFFSET
-        score = tl.dot(q_even, tl.trans(_nibbles(k, False, dtype, EMULATE)), input_precision="ieee")
-        score = tl.dot(q_odd, tl.trans(_nibbles(k, True, dtype, EMULATE)), score, input_precision="ieee")  # (GP, B)
-        score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * scaling)
+        score = tl.dot(qs[0], tl.trans(_nibble(k, 0, dtype, EMULATE)), input_precision="ieee")
+        for i in tl.static_range(1, 4):
+            score = tl.dot(qs[i], tl.trans(_nibble(k, i, dtype, EMULATE)), score, input_precision="ieee")  # (GP, B)
+        score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * (scaling * LOG2_E))
         score = tl.where(some[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, axis=1))
-        shrink = tl.exp(top - new)
-        p = tl.exp(score - new[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
+        shrink = tl.exp2(top - new)
+        p = tl.exp2(score - new[:, None])
+        totals = totals * shrink[:, None] + p
         p = (p * v_scale[None, :]).to(dtype)  # rounded before both sums, of which the difference counts
-        zeros = zeros * shrink + tl.sum(p.to(tl.float32) * v_zero[None, :], axis=1)
-        even = tl.dot(p, _nibbles(v, False, dtype, EMULATE), even * shrink[:, None], input_precision="ieee")
-        odd = tl.dot(p, _nibbles(v, True, dtype, EMULATE), odd * shrink[:, None], input_precision="ieee")
+        zeros = zeros * shrink[:, None] + p.to(tl.float32) * v_zero[None, :]
+        more = ()
+        for i in tl.static_range(4):
+            y = tl.dot(p, _nibble(v, i, dtype, EMULATE), sums[i] * shrink[:, None], input_precision="ieee")  # (GP, W)
+            more = more + (y,)
+        sums = more
         top = new
+    total, zero = tl.sum(totals, axis=1), tl.sum(zeros, axis=1)
     some = total > 0
     total = tl.where(some, total, 1.0)
     cell = ((bh * G + g) * PARTS + part).to(tl.int64)
-    at = cell[:, None] * D + 2 * j[None, :]
-    tl.store(out_ptr + at, (even - zeros[:, None]) / total[:, None], mask=rows)
-    tl.store(out_ptr + at + 1, (odd - zeros[:, None]) / total[:, None], mask=rows)
-    tl.store(lse_ptr + cell, tl.where(some, top + tl.log(total), float("-inf")), mask=g < G)
+    at = cell[:, None] * D + 4 * j[None, :]
+    for i in tl.static_range(4):
+        tl.store(out_ptr + at + i, (sums[i] - zero[:, None]) / total[:, None], mask=rows)
+    tl.store(lse_ptr + cell, tl.where(some, (top + tl.log2(total)) / LOG2_E, float("-inf")), mask=g < G)
 
 
 def append(
@@ -227,8 +240,11 @@ def append(
     size = (b, t if dense else 0, h.keys, d)
     k, v = (torch.empty(size, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
     rows = rows or (16 if b * t <= 16 else 64)
-    group = group or (math.gcd(h.queries, h.keys, 4) if b * t > 1024 else 1)  # few tokens: heads side by side
-    _append[(triton.cdiv(b * t, rows), (h.queries + 2 * h.keys) // group)](
+    blocks = triton.cdiv(b * t, rows)
+    if group is None:  # as many heads as leave programs for all multiprocessors twice over
+        group = math.gcd(h.queries, h.keys, 4 if blocks * (h.queries + 2 * h.keys) > 4 * _PROGRAMS else 2)
+        group = group if b * t > 1024 else 1
+    _append[(blocks, (h.queries + 2 * h.keys) // group)](
         qkv, cos, sin, h.matrices, h.ratios, at, *keys, *values, q, k, v,
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
         DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense, R=rows, GROUP=group,
@@ -251,7 +267,7 @@ def attend(
     parts: int,
     block: int = 64,
     warps: int = 4,
-    stages: int = 2,
+    stages: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attend`; in `parts` parts."""
     b, hq, d = q.shape
@@ -260,9 +276,14 @@ def attend(
     lse = torch.empty((b, hq, parts), dtype=torch.float32, device=q.device)
     group = hq // hk
     _attend[(b * hk, parts)](
-        q, *keys, *values, out, lse, last, start, s if window is None else window, scaling, s, parts,
-        HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, HALF=max(16, triton.next_power_of_2(d // 2)),
+        q, *_words(keys), *_words(values), out, lse, last, start, s if window is None else window, scaling, s, parts,
+        HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, W=max(16, triton.next_power_of_2(d // 4)),
         B=block, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
         maxnreg=512 // warps,  # of a thread: four programs of four warps fill a multiprocessor
     )  # fmt: skip
     return out, lse
+
+
+def _words(store: Store) -> Store:
+    """Integers four at a time.  # int16, (B, H, S, head_dim / 4)"""
+    return store._replace(packed=store.packed.view(torch.int16))
