@@ -35,6 +35,8 @@ from flatquant.spec import DataSpec
 
 NAME = "runtime-h100"
 _CUTS = 4  # ways to cut the text into windows
+_BATCHES = (1, 4, 16, 64)
+_CHECKS = "checks"
 _PROFILED: dict[str, Any] = {"blocks": 4, "prompt": 2048, "batches": (1, 16, 64)}
 
 
@@ -101,8 +103,7 @@ def _calls(
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """A prompt, and a step of decoding after it for every batch, by name."""
     config = bench.config_of(shape, blocks)
-    runtime = fused.runtime(bench.packed_model(config, device, transform))
-    assert runtime is not None
+    runtime = bench.runtime_of(bench.packed_model(config, device, transform))
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
     yield "prefill", partial(bench.prefill, runtime, ids, runtime.new_cache(1, prompt))
     for batch in batches:
@@ -110,16 +111,21 @@ def _calls(
 
 
 @torch.no_grad()
-def _compile(shape: str, transform: str) -> None:
+def _compile(shape: str, transform: str, what: str) -> None:
     """Run in a process of its own: what is compiled stays in Triton's cache."""
-    for _, call in _calls(shape, transform, torch.device("cuda"), 1, 2048, (1, 4, 16, 64)):
-        call()
+    device = torch.device("cuda")
+    if what == _CHECKS:
+        bench.kernels_error(bench.runtime_of(bench.packed_model(bench.config_of(shape, 1), device, transform)))
+    else:
+        dict(_calls(shape, transform, device, 1, 2048, _BATCHES))[what]()
     torch.cuda.synchronize()
 
 
 def compile_all(shapes: Sequence[str], workers: int) -> None:
     """Fill Triton's cache: one after another, kernels take longer to compile than all there is to measure."""
-    for problem in spawned(_compile, [(shape, t) for shape in shapes for t in bench.TRANSFORMS], workers):
+    parts = (_CHECKS, "prefill", *(f"decode {batch}" for batch in _BATCHES))
+    jobs = [(shape, transform, part) for part in parts for shape in shapes for transform in bench.TRANSFORMS]
+    for problem in spawned(_compile, jobs, workers):
         if problem is not None:
             raise problem
 
@@ -148,7 +154,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parts", nargs="*", default=["parity", "sites", "products", "models", "profile"])
     parser.add_argument("--shapes", nargs="*", default=["llama-2-7b", "llama-3-8b"])
-    parser.add_argument("--workers", type=int, default=min(6, os.cpu_count() or 1), help="that compile")
+    parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="that compile")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
     args = parser.parse_args()

@@ -93,9 +93,9 @@ class SiteCase(Case):
             more += [today._replace(programs=today.programs + i) for i in (-1, 1)]
             more += [today._replace(warps=8), today._replace(registers=None if today.registers else 128)]
         elif today.registers:
-            more += [Settings(8, 2, False, 2, 128), Settings(8, 1, True), Settings(8, 1, False, 2)]
+            more += [Settings(8, 2, False, 2, 128), Settings(8, 1, True), today._replace(grain=64)]
         else:
-            more += [Settings(8, ahead=True), Settings(8, grain=64), Settings(8, stages=2, grain=64), Settings(16)]
+            more += [Settings(8, ahead=True), Settings(8, grain=64), Settings(8, ahead=True, stages=2)]
         return [{"how": how} for how in dict.fromkeys([today, *more])]
 
     def prepare(self, device: torch.device, small: bool) -> Prepared:
@@ -229,9 +229,9 @@ class AttentionCase(Case):
     def variants(self) -> list[Variant]:
         heads = self.tokens * self.keys
         parts = [max(1, min(self.places // 128, programs // heads)) for programs in (528, 264, 1056)]
-        sizes = ((64, 4, 2), (32, 4, 2), (64, 4, 3), (128, 4, 2), (64, 8, 2), (32, 2, 2))
+        sizes = ((64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 2, 3), (32, 2, 4), (64, 2, 3), (32, 1, 3), (128, 8, 3))
         grid = [{"parts": p, "block": b, "warps": w, "stages": s} for p in parts[:1] for b, w, s in sizes]
-        grid += [{"parts": p, "block": 64, "warps": 4, "stages": 2} for p in parts[1:]]
+        grid += [{"parts": p, "block": 64, "warps": 4, "stages": 4} for p in parts[1:]]
         return [v for i, v in enumerate(grid) if v not in grid[:i]]
 
     def prepare(self, device: torch.device, small: bool) -> Prepared:
@@ -442,12 +442,14 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=150, help="seconds after which no case is started")
     parser.add_argument("--seconds", type=float, default=0.1, help="that one measurement takes")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="that compile")
-    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases whose names begin with one of these, in order")
+    parser.add_argument("--tokens", nargs="*", type=int, help="cases of so many tokens alone")
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
     args = parser.parse_args()
     start = time.perf_counter()
     device = torch.device(args.device)
-    found = [case for case in cases(args.tiny) if case.what.startswith(args.only)]
+    found = [case for only in args.only for case in cases(args.tiny) if case.what.startswith(only)]
+    found = [case for case in found if args.tokens is None or case.tokens in args.tokens]
     if device.type == "cuda":
         compile_all(found, args.workers)
     rows: list[dict[str, Any]] = []

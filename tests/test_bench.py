@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from flatquant import bench
 from flatquant.cli import app
 from flatquant.errors import SpecError
-from flatquant.ops import int4_linear, kron_quantize
+from flatquant.ops import int4_linear, kron_quantize, kv_cache
 
 CPU = torch.device("cpu")
 
@@ -18,14 +18,18 @@ CPU = torch.device("cpu")
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few runs, of one set of inputs."""
     monkeypatch.setattr(bench, "_PAST_CACHE", 1)
-    monkeypatch.setattr(bench, "_repeat", lambda run, calls, seconds: bench.Times(run() / calls, 0.0, 1.0))
+
+    def in_turn(sides, device, *, seconds: float = 0.3) -> list[bench.Times]:
+        return [bench.Times(bench._wall(calls), 0.0, 1.0) for calls in sides]
+
+    monkeypatch.setattr(bench, "in_turn", in_turn)
 
 
 def test_everything_tiny() -> None:
     rows, memory = bench.run(CPU, ("sites", "products", "models"), ("tiny",), tiny=True)
     assert all(row.correct and row.ms is not None and row.ms > 0 and row.ratio is not None for row in rows)
     assert [row.what for row in rows if "prefill" in row.what] == [f"tiny prefill, {t}" for t in bench.TRANSFORMS]
-    assert [row.tokens for row in rows if "decode" in row.what] == 3 * [1, 2]
+    assert [row.tokens for row in rows if "decode" in row.what] == [1] * 3 + [2] * 3
     assert {row.what for row in rows if row.what.startswith("product")} == {
         "product 128 x 64",
         "product 64 x 64",
@@ -62,7 +66,7 @@ def test_a_wrong_block_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(row.correct for row in rows)
 
 
-@pytest.mark.parametrize("kernel", ["norm", "gate", "plain"])
+@pytest.mark.parametrize("kernel", ["norm", "gate", "plain", "merge"])
 def test_a_slightly_wrong_kernel_of_a_block_has_no_time(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(kron_quantize, kernel)
 
@@ -73,6 +77,23 @@ def test_a_slightly_wrong_kernel_of_a_block_has_no_time(kernel: str, monkeypatch
     monkeypatch.setattr(kron_quantize, kernel, wrong)
     rows, _ = bench.models("tiny", CPU, prompt=16, batches=(1,))
     assert not any(row.correct for row in rows)
+
+
+def test_wrong_attention_over_the_cache_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = kv_cache.attend
+    monkeypatch.setattr(kv_cache, "attend", lambda q, k, v, last, *rest: attend(q, k, v, last - 1, *rest))
+    rows, _ = bench.models("tiny", CPU, prompt=16, batches=(1,))
+    assert not any(row.correct for row in rows)
+
+
+def test_sides_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    order = []
+    sides = [[lambda: order.append("a"), lambda: order.append("b")], [lambda: order.append("c")]]
+    times = bench.in_turn(sides, CPU, seconds=0)
+    assert len(times) == 2
+    assert order == ["a", "b", "c"] * (len(order) // 3)
+    assert len(order) >= 30
 
 
 def test_transforms_are_what_the_row_says() -> None:

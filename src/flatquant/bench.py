@@ -11,6 +11,7 @@ import contextlib
 import gc
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,16 +19,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from flatquant import seams
 from flatquant.errors import SpecError
-from flatquant.ops import int4_linear, kron_quantize
+from flatquant.ops import int4_linear, kron_quantize, kv_cache
 from flatquant.ops.int4_linear import reference as product_reference
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.ops.kron_quantize import Site
 from flatquant.ops.kron_quantize import reference as site_reference
+from flatquant.ops.kv_cache import reference as cache_reference
 from flatquant.recipes import flatquant
 from flatquant.runtime import fused
 from flatquant.runtime.build import install
@@ -74,6 +77,13 @@ SCALE_ERROR = 2**-7  # of a token: four roundings to bfloat16
 # which makes of an error e one of about its root, leave 0.15 without transforms and 0.34 with them. A wrong block is
 # off by 1.
 _BLOCK_ERROR = 0.5
+_ATTENTION_ERROR = 0.02  # of the largest element
+_SDPA = "flatquant_bench"  # the baseline's attention, as transformers knows it
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +126,26 @@ def measure(calls: Sequence[Callable[[], Any]], device: torch.device, *, seconds
         calls: the same work on different data.
         seconds: to spend on it.
     """
-    if device.type != "cuda":
-        for call in calls:
-            call()
-        return _repeat(lambda: _wall(calls), len(calls), seconds)
+    return in_turn([calls], device, seconds=seconds)[0]
+
+
+def in_turn(sides: Sequence[Sequence[Callable[[], Any]]], device: torch.device, *, seconds: float = 0.3) -> list[Times]:
+    """`measure` for each of several sides, run one after the other again and again: none meets a warmer device."""
+    runs = [_recorded(calls, device) if device.type == "cuda" else partial(_wall, calls) for calls in sides]
+    for _ in range(3 if device.type == "cuda" else 1):
+        for run in runs:
+            run()
+    times: list[list[float]] = [[] for _ in sides]
+    until = time.perf_counter() + seconds * len(sides)
+    while len(times[0]) < 10 or (time.perf_counter() < until and len(times[0]) < 1000):
+        for run, calls, taken in zip(runs, sides, times, strict=True):
+            taken.append(run() / len(calls))
+    deciles = [statistics.quantiles(taken, n=10) for taken in times]
+    return [Times(statistics.median(t), d[0], d[-1]) for t, d in zip(times, deciles, strict=True)]
+
+
+def _recorded(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
+    """Calls as one graph; it gives the milliseconds of a replay."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -140,9 +166,7 @@ def measure(calls: Sequence[Callable[[], Any]], device: torch.device, *, seconds
         end.synchronize()
         return start.elapsed_time(end)
 
-    for _ in range(3):
-        replay()
-    return _repeat(replay, len(calls), seconds)
+    return replay
 
 
 def _wall(calls: Sequence[Callable[[], Any]]) -> float:
@@ -150,15 +174,6 @@ def _wall(calls: Sequence[Callable[[], Any]]) -> float:
     for call in calls:
         call()
     return 1e3 * (time.perf_counter() - start)
-
-
-def _repeat(run: Callable[[], float], calls: int, seconds: float) -> Times:
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < 10 or (time.perf_counter() < until and len(times) < 1000):
-        times.append(run() / calls)
-    deciles = statistics.quantiles(times, n=10)
-    return Times(statistics.median(times), deciles[0], deciles[-1])
 
 
 def copies(bytes_each: int) -> int:
@@ -272,9 +287,14 @@ def _row(
     baseline: str,
     baseline_ms: float | None,
 ) -> Row:
-    if not correct:
+    times = measure(calls, device) if correct else None
+    return _made(what, tokens, error, times, baseline, baseline_ms)
+
+
+def _made(what: str, tokens: int, error: float, times: Times | None, baseline: str, baseline_ms: float | None) -> Row:
+    """A row; of what failed its check there are no times."""
+    if times is None:
         return Row(what=what, tokens=tokens, error=error, correct=False, baseline=baseline)
-    times = measure(calls, device)
     return Row(
         what=what,
         tokens=tokens,
@@ -364,72 +384,94 @@ def models(
 ) -> tuple[list[Row], dict[str, int]]:
     """Prefill and decoding of a whole model against bfloat16, with transforms, with Hadamard ones, and without.
 
+    The baseline has whichever of PyTorch's attention kernels is fastest, without a mask, which none of these needs.
+
     Returns:
         The rows, and bytes of weights and cache.
     """
     config = config_of(shape, layers)
+    AttentionInterface.register(_SDPA, _attention)
     with device:  # random numbers are drawn where they are needed
-        baseline: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        baseline: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=_SDPA)
     baseline = baseline.to(device).eval().requires_grad_(False)
-    ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
-    base_prefill = measure([partial(baseline, ids, use_cache=False, logits_to_keep=1)], device, seconds=1)
-    base_decode = {b: _if_it_fits(partial(_base_decode, baseline, b, prompt, device), device) for b in batches}
+    base_decode = {b: _base_decode(baseline, b, prompt, device) for b in batches}
     sizes = {"bf16_weights": sum(p.nbytes for p in baseline.parameters())}
     sizes["bf16_cache"] = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * prompt
-    baseline = None  # its memory is for the next one
-    _release(device)
-    rows: list[Row] = []
-    for transform in TRANSFORMS:
-        model = packed_model(config, device, transform)
-        runtime = fused.runtime(model)
-        assert runtime is not None
-        error = max(_kernels_error(runtime), _block_error(model, runtime) / _BLOCK_ERROR)
-        cache = runtime.new_cache(1, prompt)
 
-        what = f"{shape} prefill, {transform}"
-        calls = [partial(prefill, runtime, ids, cache)]
-        rows.append(_row(what, prompt, error, error <= 1, calls, device, "bfloat16", base_prefill.median))
-        for b in batches:
-            cache = runtime.new_cache(b, prompt + 1)
-            rows.append(_decode_row(shape, transform, runtime, cache, prompt, error, base_decode[b], device))
-        if transform == "kronecker":
-            sizes["weights"] = sum(t.nbytes for t in model.state_dict().values())
-            cache = runtime.new_cache(1, prompt)
-            cache.rewind(prompt)
-            sizes["cache"] = cache.nbytes()
-        del model, runtime, cache, calls
+    packed = {transform: packed_model(config, device, transform) for transform in TRANSFORMS}
+    runtimes = {transform: runtime_of(model) for transform, model in packed.items()}
+    errors = {t: max(kernels_error(r), _block_error(packed[t], r) / _BLOCK_ERROR) for t, r in runtimes.items()}
+    right = [t for t in TRANSFORMS if errors[t] <= 1]
+    rows: list[Row] = []
+
+    def add(what: str, tokens: int, base: tuple[str, Times] | None, times: Sequence[Times]) -> None:
+        name, ms = (f"bfloat16, {base[0]}", base[1].median) if base else ("bfloat16 (does not fit)", None)
+        for t in TRANSFORMS:
+            taken = times[right.index(t)] if t in right else None
+            rows.append(_made(f"{shape} {what}, {t}", tokens, errors[t], taken, name, ms))
+
+    ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
+    base = _available(partial(baseline, ids, use_cache=False, logits_to_keep=1))
+    ours = [partial(prefill, runtimes[t], ids, runtimes[t].new_cache(1, prompt)) for t in right]
+    times = in_turn([[call] for call in (*base.values(), *ours)], device, seconds=0.5)
+    add("prefill", prompt, _fastest(dict(zip(base, times, strict=False))), times[len(base) :])
+    baseline, base = None, {}  # their memory is for the next ones
+    _release(device)
+    for b in batches:
+        caches = [runtimes[t].new_cache(b, prompt + 1) for t in right]
+        steps = [[decoding(runtimes[t], cache, prompt)] for t, cache in zip(right, caches, strict=True)]
+        add("decode", b, base_decode[b], in_turn(steps, device, seconds=0.5))
+        del caches, steps
         _release(device)
+    cache = runtimes["kronecker"].new_cache(1, prompt)
+    cache.rewind(prompt)
+    sizes["weights"] = sum(t.nbytes for t in packed["kronecker"].state_dict().values())
+    sizes["cache"] = cache.nbytes()
+    del packed, runtimes, cache, ours
+    _release(device)
     return rows, sizes
 
 
-def _if_it_fits(run: Callable[[], Times], device: torch.device) -> Times | None:
-    """None where the memory of the GPU does not hold it."""
-    with contextlib.suppress(torch.OutOfMemoryError):
-        return run()
-    _release(device)
-    return None
+def runtime_of(model: PreTrainedModel) -> fused.Fused:
+    """The fused runtime of a `packed_model`."""
+    runtime = fused.runtime(model)
+    assert runtime is not None
+    return runtime
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """All keys up to one's own, which of one new token are all there are.  # (B, H, T, D) -> (B, T, H, D)"""
+    grouped = query.shape[1] != key.shape[1]
+    y = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, enable_gqa=grouped)
+    return y.transpose(1, 2), None
+
+
+def _available(call: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """The call with each of PyTorch's attention kernels that can serve it, and for which there is memory."""
+
+    def bound(backend: SDPBackend) -> Any:
+        with sdpa_kernel(backend):
+            return call()
+
+    found = {}
+    for name, backend in _BACKENDS.items():
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # reasons why not
+            bound(backend)
+            found[name] = partial(bound, backend)
+    return found
+
+
+def _fastest(times: dict[str, Times]) -> tuple[str, Times] | None:
+    return min(times.items(), key=lambda item: item[1].median, default=None)
 
 
 def prefill(runtime: fused.Fused, ids: Tensor, cache: Any) -> Tensor:
     """Logits of a prompt's last token, from an empty cache.  # (1, T) -> (1, 1, V)"""
     cache.rewind(0)
     return runtime.prefill(ids, torch.arange(ids.shape[1], device=ids.device)[None], cache, 1)
-
-
-def _decode_row(
-    shape: str,
-    transform: str,
-    runtime: fused.Fused,
-    cache: Any,
-    prompt: int,
-    error: float,
-    base: Times | None,
-    device: torch.device,
-) -> Row:
-    what = f"{shape} decode, {transform}"
-    baseline = "bfloat16" if base else "bfloat16 (does not fit)"
-    calls = [decoding(runtime, cache, prompt)]
-    return _row(what, cache.batch, error, error <= 1, calls, device, baseline, base and base.median)
 
 
 def decoding(runtime: fused.Fused, cache: Any, prompt: int) -> Callable[[], Tensor]:
@@ -442,24 +484,30 @@ def decoding(runtime: fused.Fused, cache: Any, prompt: int) -> Callable[[], Tens
     return lambda: runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
 
 
-def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.device) -> Times:
-    cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
-    ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
-    places = torch.full((batch, 1), prompt, dtype=torch.int64, device=device)
-    model(ids, past_key_values=cache, use_cache=True)  # makes room
-    used: Any = [layer.cumulative_length for layer in cache.layers]  # pyright: ignore[reportAttributeAccessIssue]
-    full = [torch.full_like(length, prompt) for length in used]
+def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.device) -> tuple[str, Times] | None:
+    """A step of decoding by the fastest attention; None where the memory of the GPU does not hold it."""
+    found: dict[str, Times] = {}
+    with contextlib.suppress(torch.OutOfMemoryError):
+        cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
+        ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        places = torch.full((batch, 1), prompt, dtype=torch.int64, device=device)
+        model(ids, past_key_values=cache, use_cache=True)  # makes room
+        used: Any = [layer.cumulative_length for layer in cache.layers]  # pyright: ignore[reportAttributeAccessIssue]
+        full = [torch.full_like(length, prompt) for length in used]
 
-    def decode() -> Any:
-        torch._foreach_copy_(used, full)  # pyright: ignore[reportPrivateImportUsage] - every step writes to the same place
-        return model(ids, past_key_values=cache, position_ids=places, use_cache=True).logits
+        def decode() -> Any:
+            torch._foreach_copy_(used, full)  # pyright: ignore[reportPrivateImportUsage] - all steps write to one place
+            return model(ids, past_key_values=cache, position_ids=places, use_cache=True).logits
 
-    times = measure([decode], device, seconds=1)
+        for name, call in _available(decode).items():
+            with contextlib.suppress(torch.OutOfMemoryError):
+                found[name] = measure([call], device, seconds=0.5)
+            _release(device)
     _release(device)
-    return times
+    return _fastest(found)
 
 
-def _kernels_error(runtime: fused.Fused) -> float:
+def kernels_error(runtime: fused.Fused) -> float:
     """How far sites and products of the first block lie from their references on the same inputs, in what they may."""
     block, device, dtype = runtime.blocks[0], runtime.device, runtime.norm.gain.dtype
     shares = []
@@ -469,16 +517,23 @@ def _kernels_error(runtime: fused.Fused) -> float:
             n = site.shape[0] * site.shape[1]
             x, gate = (torch.randn(tokens, n, device=device, dtype=dtype) for _ in range(2))
             if name == "attn_out":
-                exact, (integers, scale) = x, kron_quantize.plain(x, site, form)
+                parts = torch.randn(tokens, block.heads.queries, 3, block.heads.head_dim, device=device)
+                lse = torch.randn(parts.shape[:3], device=device)
+                calls = [
+                    (x, kron_quantize.plain(x, site, form)),
+                    (site_reference.merged(parts, lse), kron_quantize.merge(parts, lse, site, form)),
+                ]
             elif name == "mlp_mid":
-                exact, (integers, scale) = site_reference.gated(x, gate), kron_quantize.gate(x, gate, site, form)
+                calls = [(site_reference.gated(x, gate), kron_quantize.gate(x, gate, site, form))]
             else:
                 norm = block.norms[name == "mlp_in"]
                 exact = site_reference.rms_norm(x, norm.gain, norm.eps)
-                integers, scale = kron_quantize.norm(x, norm.gain, norm.eps, site, form)
-            want = site_reference.kron_quantize(exact, site.left, site.right, site.ratios, site.bits, "float8")[1]
-            shares.append(site_error(exact, in_order(integers, form), site) / SITE_ERROR)
-            shares.append(((scale - want) / want).abs().max().item() / SCALE_ERROR)
+                calls = [(exact, kron_quantize.norm(x, norm.gain, norm.eps, site, form))]
+            for exact, (integers, scale) in calls:
+                want = site_reference.kron_quantize(exact, site.left, site.right, site.ratios, site.bits, "float8")[1]
+                shares.append(site_error(exact, in_order(integers, form), site) / SITE_ERROR)
+                shares.append(((scale - want) / want).abs().max().item() / SCALE_ERROR)
+        shares.append(_attention_error(block, device, dtype) / _ATTENTION_ERROR)
         for product in block.products.values():
             x = torch.randint(-8, 8, (tokens, 2 * product.packed.shape[1]), device=device, dtype=torch.int8)
             x = x.float().to(torch.float8_e4m3fn) if form == "float8" else x
@@ -487,6 +542,22 @@ def _kernels_error(runtime: fused.Fused) -> float:
             exact = product_reference.int4_linear(x, s, *weights, None, torch.float32)
             shares.append(relative_error(int4_linear.int4_linear(x, s, *weights, None, dtype), exact) / PRODUCT_ERROR)
     return max(shares)
+
+
+def _attention_error(block: fused.Block, device: torch.device, dtype: torch.dtype) -> float:
+    """How far one token's attention over 300 places of two sequences lies from the reference's."""
+    heads, places = block.heads, 300
+
+    def store() -> kv_cache.Store:
+        packed = torch.randint(0, 256, (2, heads.keys, places, heads.head_dim // 2), device=device, dtype=torch.uint8)
+        zero = torch.randint(0, 16, packed.shape[:3], device=device, dtype=torch.uint8)
+        return kv_cache.Store(packed, torch.rand(packed.shape[:3], device=device) * 0.1, zero)
+
+    q = torch.randn(2, heads.queries, heads.head_dim, device=device, dtype=dtype)
+    last, start = torch.tensor([places - 1], device=device), torch.tensor([0, 7], device=device)
+    given = (q, store(), store(), last, start, block.window, block.scaling)
+    want = site_reference.merged(*cache_reference.attend(*given))
+    return relative_error(site_reference.merged(*kv_cache.attend(*given, 3)), want)
 
 
 def _block_error(model: PreTrainedModel, runtime: fused.Fused) -> float:
