@@ -229,9 +229,9 @@ class AttentionCase(Case):
     def variants(self) -> list[Variant]:
         heads = self.tokens * self.keys
         parts = [max(1, min(self.places // 128, programs // heads)) for programs in (528, 264, 1056)]
-        sizes = ((64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 2, 3), (32, 2, 4), (64, 2, 3), (32, 1, 3), (128, 8, 3))
+        sizes = ((64, 2, 3), (64, 2, 2), (64, 2, 4), (64, 4, 4), (64, 4, 3), (32, 2, 3), (32, 1, 3), (128, 4, 3))
         grid = [{"parts": p, "block": b, "warps": w, "stages": s} for p in parts[:1] for b, w, s in sizes]
-        grid += [{"parts": p, "block": 64, "warps": 4, "stages": 4} for p in parts[1:]]
+        grid += [{"parts": p, "block": 64, "warps": 2, "stages": 3} for p in parts[1:]]
         return [v for i, v in enumerate(grid) if v not in grid[:i]]
 
     def prepare(self, device: torch.device, small: bool) -> Prepared:

@@ -105,7 +105,7 @@ def main() -> None:
         importlib.import_module(f"flatquant.ops.{op}.triton") for op in ("kron_quantize", "int4_linear", "kv_cache")
     )
     for module in (sites, products, caching):
-        module.early = lambda x, tokens: tokens == 1  # as on an H100
+        module.early = lambda x, tokens, programs=0: tokens == 1 or 0 < programs < tokens  # as on an H100
     heads_of = importlib.import_module("flatquant.ops.kv_cache").Heads
     store_of = importlib.import_module("flatquant.ops.kv_cache").Store
     found: dict[str, Usage] = {}

@@ -1,8 +1,9 @@
 """What kernels have in common.
 
 A kernel of one token is launched while the one before still runs (programmatic dependent launch, from Hopper on): it
-may load what no kernel writes, weights and factors, and then waits until all that came before is done and seen. Not
-so with more tokens: programs that wait crowd the multiprocessors which the last kernel has left, others stay empty.
+may load what no kernel writes, weights and factors, and then waits until all that came before is done and seen. So is
+one whose programs fill the device and walk over tokens. Not what lies between: programs that wait crowd the
+multiprocessors which the last kernel has left, others stay empty.
 """
 
 from functools import cache
@@ -30,9 +31,14 @@ def wait(EARLY: tl.constexpr):
         gdc_wait()
 
 
-def early(x: Tensor, tokens: int) -> bool:
-    """Whether a kernel of so many tokens on the device of x is launched before the last one is done."""
-    return tokens == 1 and x.is_cuda and _capability(x.device) >= (9, 0)
+def early(x: Tensor, tokens: int, programs: int = 0) -> bool:
+    """Whether a kernel on the device of x is launched before the last one is done.
+
+    Args:
+        tokens: that it has to do.
+        programs: that walk over them, if any do: as many as the device runs at once.
+    """
+    return (tokens == 1 or 0 < programs < tokens) and x.is_cuda and _capability(x.device) >= (9, 0)
 
 
 @cache

@@ -336,12 +336,14 @@ def launch(
     sms = _sms(x)
     how = how or settings(source, shape, tokens, sms)
     rows, columns = _tiles(shape, how.grain) if left is not None else (((0, _padded(n)),) for n in shape)
-    _kernel[(min(tokens, how.programs * sms),)](
+    programs = how.programs * sms
+    soon = early(x, tokens, programs)
+    _kernel[(min(tokens, programs),)](
         x, x if other is None else other, left, right, ratios, out, scale, tokens, x.stride(0), eps,
         x.shape[2] if source == "merge" else 1,
         SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, FORM=_FORMS[form],
         QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, D=x.shape[-1] if source == "merge" else n2, M=_padded(n1),
-        ROWS=rows, COLUMNS=columns, AHEAD=how.ahead, EARLY=early(x, tokens), launch_pdl=early(x, tokens),
+        ROWS=rows, COLUMNS=columns, AHEAD=how.ahead, EARLY=soon, launch_pdl=soon,
         num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
     )  # fmt: skip
     return out, scale

@@ -266,8 +266,8 @@ def attend(
     *,
     parts: int,
     block: int = 64,
-    warps: int = 4,
-    stages: int = 4,
+    warps: int = 2,
+    stages: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attend`; in `parts` parts."""
     b, hq, d = q.shape
@@ -279,7 +279,6 @@ def attend(
         q, *_words(keys), *_words(values), out, lse, last, start, s if window is None else window, scaling, s, parts,
         HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, W=max(16, triton.next_power_of_2(d // 4)),
         B=block, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
-        maxnreg=512 // warps,  # of a thread: four programs of four warps fill a multiprocessor
     )  # fmt: skip
     return out, lse
 
