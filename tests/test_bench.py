@@ -86,6 +86,30 @@ def test_wrong_attention_over_the_cache_has_no_time(monkeypatch: pytest.MonkeyPa
     assert not any(row.correct for row in rows)
 
 
+def test_the_baseline_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which PyTorch's fast kernels do not take; and none of the packed models' attention."""
+    masks = []
+    attention = bench._attention
+    monkeypatch.setattr(bench, "_attention", lambda *args, **kw: masks.append(args[4]) or attention(*args, **kw))
+    in_turn = bench.in_turn
+
+    def measured(sides, device, *, seconds: float = 0.3) -> list[bench.Times]:
+        before = len(masks)
+        made = in_turn(sides, device, seconds=seconds)
+        seen.append(len(masks) - before)
+        return made
+
+    seen: list[int] = []
+    monkeypatch.setattr(bench, "in_turn", measured)
+    bench.models("tiny", CPU, prompt=16, batches=(1,))
+    assert masks
+    assert all(mask is None for mask in masks)
+    decode, *_, prefill, ours = seen
+    assert decode == 2  # blocks
+    assert prefill == 2
+    assert ours == 0
+
+
 def test_sides_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     order = []

@@ -8,6 +8,7 @@ are medians with the tenth and ninetieth percentile. Weights are random, of the 
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import statistics
 import time
@@ -333,7 +334,8 @@ def packed_model(config: Any, device: torch.device, transform: str = "kronecker"
             on queries and keys; or "none".
     """
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
+        own = copy.deepcopy(config)  # which names the attention
+        model: Any = LlamaForCausalLM(own).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
     seams.use_attention(model)
     arch = arch_of(config)
     plan = make_plan(flatquant("w4a4kv4"), arch, Geometry.of(config), model.model.layers)
