@@ -122,6 +122,11 @@ def main() -> None:
             other = {"gate": x, "norm": meta(n1 * n2), "plain": None}[source]
             sites.launch(x, other, source, (n1, n2), left, right, ratios, 4, form, 1e-5)
             found[f"{source} {n1} x {n2}, {tokens} tokens, {form}"] = kernel.found[-1]
+    for n1, n2 in ((86, 128), (128, 224)):
+        for tokens, form in ((4, "planes"), (4096, "float8")):
+            x = meta(tokens, n1 * n2)
+            sites.launch(x, x, "gate", (n1, n2), None, None, ratios, 4, form)
+            found[f"gate {n1} x {n2}, {tokens} tokens, {form}, no factors"] = kernel.found[-1]
     parts, lse = meta(1, 32, 8, 128, dtype=torch.float32), meta(1, 32, 8, dtype=torch.float32)
     sites.launch(parts, lse, "merge", (32, 128), meta(32, 32), None, ratios, 4, "planes")
     found["merge 32 x 128"] = kernel.found[-1]

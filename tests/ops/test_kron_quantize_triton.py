@@ -213,3 +213,12 @@ def test_halves_of_a_fused_projection_need_no_copy() -> None:
     want = fused.launch(up.contiguous(), gate.contiguous(), "gate", (8, 16), *site.factors, site.ratios, 4, "packed")
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (86, 128), (112, 128), (128, 148), (128, 224)])
+@pytest.mark.parametrize("tokens", [1, 2048])
+def test_without_factors_no_thread_has_more_channels_than_registers(shape: tuple[int, int], tokens: int) -> None:
+    how = fused.settings("gate", shape, tokens, 132, transformed=False)
+    channels = fused._padded(shape[0]) * fused._padded(shape[1])
+    assert channels <= 64 * 32 * how.warps
+    assert how.programs * how.warps * 32 * (how.registers or 255) <= 1 << 16

@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -281,6 +283,14 @@ def test_kernels_serve_a_model(name: str, method: str, monkeypatch: pytest.Monke
     got += [model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits for i in (6, 7)]
     close(torch.cat(got, 1)[:, 2:], want[:, 2:])
     assert used == {"attend", "vector", "few"}
+
+
+@given(n=st.integers(1, 2048))
+def test_without_factors_rows_have_an_even_number_of_columns(n: int) -> None:
+    channels = 32 * n
+    rows = fused._rows(channels)
+    assert channels % (2 * rows) == 0
+    assert rows <= channels // rows
 
 
 def test_other_devices_are_left_alone() -> None:

@@ -280,9 +280,8 @@ def _block(layer: Any, index: int, config: Any, device: torch.device) -> Block:
     for name, paths in _READERS.items():
         linears[name] = [_linear(layer.get_submodule(path), f"{index}.{path}") for path in paths]
         n = linears[name][0].n
-        # Without factors any rows will do: heads, or about as many as columns, which come in pairs.
-        rows = n // layer.self_attn.head_dim if name == "attn_out" else kronecker_split(n // 2)[0]
-        sites[name] = _site(frozen[name], n, rows, f"{index}.{name}", device)
+        heads = n // layer.self_attn.head_dim if name == "attn_out" else None
+        sites[name] = _site(frozen[name], n, heads, f"{index}.{name}", device)
         for linear in linears[name]:
             reason = int4_linear.unsupported(len(linear.packed), n, device)
             if reason is not None:
@@ -311,8 +310,8 @@ def _linear(module: nn.Module, where: str) -> PackedLinear:
     return module
 
 
-def _site(site: FrozenSite, n: int, rows: int, where: str, device: torch.device) -> Site:
-    """A site as kernels take it; what no factor cuts into rows is cut into so many."""
+def _site(site: FrozenSite, n: int, heads: int | None, where: str, device: torch.device) -> Site:
+    """A site as kernels take it. Without factors any rows will do: heads, or as many as factors would have."""
     grid = site.activations
     if not isinstance(grid, Dynamic) or not grid.spec.symmetric:
         raise Unsupported(f"the activations of {where} are not on a symmetric grid a token")
@@ -320,9 +319,10 @@ def _site(site: FrozenSite, n: int, rows: int, where: str, device: torch.device)
         raise Unsupported(f"{where} has a low-rank branch")
     if site.shift is not None:
         raise Unsupported(f"{where} is shifted")
-    n1 = rows if site.right is None else 1
     if site.left is not None:
         n1 = site.left.shape[0]
+    else:
+        n1 = 1 if site.right is not None else heads or _rows(n)
     if site.right is not None and site.right.shape[0] * n1 != n:
         raise Unsupported(f"{where}: factors of another size")
     made = Site((n1, n // n1), site.left, site.right, _ratios(grid, device), grid.spec.bits)
@@ -330,6 +330,12 @@ def _site(site: FrozenSite, n: int, rows: int, where: str, device: torch.device)
     if reason is not None:
         raise Unsupported(f"there is no kernel for {reason} ({where})")
     return made
+
+
+def _rows(n: int) -> int:
+    """How many rows n channels make that have an even number of columns."""
+    n1, n2 = kronecker_split(n)
+    return n1 if n2 % 2 == 0 else kronecker_split(n // 2)[0]
 
 
 def _ratios(grid: Dynamic, device: torch.device) -> Tensor:

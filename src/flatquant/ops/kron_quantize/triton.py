@@ -254,8 +254,11 @@ class Settings(NamedTuple):
     grain: int = 16
 
 
-def settings(source: str, shape: tuple[int, int], tokens: int, sms: int) -> Settings:
+def settings(source: str, shape: tuple[int, int], tokens: int, sms: int, transformed: bool = True) -> Settings:
     """What is launched where nothing else is said."""
+    if not transformed:  # 64 channels to a thread at most, 512 threads to a multiprocessor
+        warps = min(16, max(4, _padded(shape[0]) * _padded(shape[1]) >> 11))
+        return Settings(warps, 1 if tokens <= sms else 16 // warps, registers=128)
     m, c = _padded(shape[0]), sum(size for _, size in _tiles(shape, 16)[1])
     warps, full = min(16, max(4, m // 16)), m * c > 1 << 13
     if m * c > 1 << 14:  # one program fills a multiprocessor
@@ -334,7 +337,7 @@ def launch(
     out = torch.empty((tokens, size), dtype=dtype, device=x.device)
     scale = torch.empty((tokens, 1), dtype=torch.float32, device=x.device)
     sms = _sms(x)
-    how = how or settings(source, shape, tokens, sms)
+    how = how or settings(source, shape, tokens, sms, left is not None)
     rows, columns = _tiles(shape, how.grain) if left is not None else (((0, _padded(n)),) for n in shape)
     programs = how.programs * sms
     soon = early(x, tokens, programs)
