@@ -46,16 +46,17 @@ def angles(b: int, t: int, d: int, g: torch.Generator):
     return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
 
 
-shapes = st.sampled_from(((1, 1, 16), (4, 2, 20), (3, 3, 32), (6, 2, 64)))
+SHAPES = ((1, 1, 16), (4, 2, 20), (3, 3, 32), (6, 2, 64))
 
 
-@settings(deadline=None, max_examples=2500 if CUDA else 10)
+# Shape and matrix are parameters, not draws: kernels of all kinds are compiled, side by side where there are cores.
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("matrix", [True, False])
+@settings(deadline=None, max_examples=320 if CUDA else 2)
 @given(
-    shape=shapes,
     batch=st.integers(1, 2),
     tokens=st.sampled_from((1, 5, 20)),
     at=st.integers(0, 20),
-    matrix=st.booleans(),
     shared=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
@@ -145,7 +146,7 @@ def test_values_are_divided_as_a_division_rounds(exponent: int, seed: int) -> No
 
 @settings(deadline=None, max_examples=2500 if CUDA else 10)
 @given(
-    shape=shapes,
+    shape=st.sampled_from(SHAPES),
     batch=st.integers(1, 3),
     length=st.integers(1, PLACES),
     parts=st.integers(1, 4),
