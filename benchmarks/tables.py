@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -248,37 +247,105 @@ def second_site() -> list[str]:
     return lines
 
 
+def _runtime_rows(start: str) -> list[dict[str, Any]]:
+    return [s for s in read("runtime-h100")["samples"] if s["what"].startswith(start)]
+
+
 def third_site() -> list[str]:
-    """The third one, by its fastest settings."""
+    """The third one, as it is launched."""
     lines = ["| n | 1 token, us | 8192 tokens, us | moving the bytes, us | times |", "|---|---|---|---|---|"]
-    samples = [s for s in read("tune-runtime-h100")["samples"] if "ms" in s]
-    for n in (4096, 5120, 8192, 11008, 14336, 18944, 28672):
-        one, many = (
-            min(
-                (s for s in samples if (s["what"], s["tokens"]) == (f"plain {n}, packed", tokens)), key=itemgetter("ms")
-            )
-            for tokens in (1, 8192)
-        )
-        base = many["baselines"]["bytes"]
-        cells = f"{1e3 * one['ms']:.1f} | {1e3 * many['ms']:.0f} | {1e3 * base:.0f} | {many['ms'] / base:.2f}"
-        lines.append(f"| {n} | {cells} |")
+    rows = _runtime_rows("transform and quantise")
+    for what in dict.fromkeys(s["what"] for s in rows):
+        one, many = (next(s for s in rows if (s["what"], s["tokens"]) == (what, tokens)) for tokens in (1, 8192))
+        ms, base = many["ms"], many["baseline_ms"]
+        cells = f"{1e3 * one['ms']:.1f} | {1e3 * ms:.0f} | {1e3 * base:.0f} | {ms / base:.2f}"
+        lines.append(f"| {what.removeprefix('transform and quantise ')} | {cells} |")
     return lines
 
 
 def few_tokens() -> list[str]:
-    """Products with packed weights, of few tokens: how many times faster than bfloat16."""
-    rows = [s for s in read("tune-runtime-h100")["samples"] if s["today"] and s["what"].startswith("product")]
+    """Products with packed weights: how many times faster than bfloat16."""
+    rows = _runtime_rows("product")
     counts = sorted({s["tokens"] for s in rows})
     tokens = " | ".join(f"{t} token{'s' if t > 1 else ''}" for t in counts)
-    lines = [f"| weights | {tokens} | one token, times moving the bytes |", "|---" * (len(counts) + 2) + "|"]
+    lines = [f"| weights | {tokens} |", "|---" * (len(counts) + 1) + "|"]
     for what in dict.fromkeys(s["what"] for s in rows):
-        found = {s["tokens"]: s for s in rows if s["what"] == what}
-        cells = " | ".join(f"{found[t]['baselines']['bf16'] / found[t]['ms']:.1f}" for t in counts)
-        one = found[1]["ms"] / found[1]["baselines"]["bytes"]
-        lines.append(f"| {what.removeprefix('product ')} | {cells} | {one:.2f} |")
+        cells = " | ".join(
+            f"{next(s['ratio'] for s in rows if (s['what'], s['tokens']) == (what, t)):.1f}" for t in counts
+        )
+        lines.append(f"| {what.removeprefix('product ')} | {cells} |")
     return lines
 
 
+def attention() -> list[str]:
+    """One token's attention over the packed cache: before, after, and moving its bytes."""
+    lines = ["| heads of | sequences | before, us | after, us | moving the bytes, us | times |", "|---" * 6 + "|"]
+    before, after = (
+        [s for s in read(name)["samples"] if s["what"].startswith("attention") and "ms" in s]
+        for name in ("tune-runtime-h100", "tune-attention-h100")
+    )
+    for old in (s for s in before if s["today"]):
+        same = [s for s in after if (s["what"], s["tokens"]) == (old["what"], old["tokens"])]
+        launched = {"parts": old["settings"]["parts"], "block": 64, "warps": 2, "stages": 3}
+        new = next(s for s in same if s["settings"] == launched)
+        times = [1e3 * t for t in (old["ms"], new["ms"], new["baselines"]["bytes"])]
+        cells = " | ".join(f"{t:.1f}" for t in times)
+        lines.append(f"| {SHAPES[old['what'].split()[1]]} | {old['tokens']} | {cells} | {times[1] / times[2]:.1f} |")
+    return lines
+
+
+def whole_models() -> list[str]:
+    """Prefill and decoding of whole models: milliseconds, and how many times faster than bfloat16."""
+    lines = ["| | sequences | bfloat16, ms | packed, ms | times faster |", "|---" * 5 + "|"]
+    for shape, label in SHAPES.items():
+        for row in _runtime_rows(shape):
+            if row["what"].endswith("kronecker"):
+                part = "prefill" if "prefill" in row["what"] else "decode"
+                sequences = 1 if part == "prefill" else row["tokens"]
+                times = f"{row['baseline_ms']:.2f} | {row['ms']:.2f} | {row['ratio']:.2f}"
+                lines.append(f"| {label}, {part} | {sequences} | {times} |")
+    return lines
+
+
+def transforms_cost() -> list[str]:
+    """How many times faster than bfloat16, by transform."""
+    kinds = {"kronecker": "FlatQuant's", "hadamard": "Hadamard", "none": "none"}
+    lines = [f"| | {' | '.join(kinds.values())} | FlatQuant's, if sites only moved their bytes |", "|---" * 5 + "|"]
+    for shape, label in SHAPES.items():
+        for tokens, part in ((2048, "prefill"), (1, "decode")):
+            found = {
+                kind: next(r for r in _runtime_rows(f"{shape} {part}, {kind}") if r["tokens"] == tokens)
+                for kind in kinds
+            }
+            bound = f"{_without_transforms(shape, found['kronecker']):.2f}" if part == "prefill" else "-"
+            cells = " | ".join(f"{row['ratio']:.2f}" for row in found.values())
+            lines.append(f"| {label}, {part} | {cells} | {bound} |")
+    return lines
+
+
+def _without_transforms(shape: str, row: dict[str, Any]) -> float:
+    """Times faster than bfloat16 if a prompt's site kernels took as long as moving their bytes."""
+    profile = read("runtime-h100")["metrics"]["profile"][shape]
+    blocks = profile["blocks"]
+    sites = sum(k["us"] for k in profile["prefill"]["kernels"] if k["kernel"] == "_kernel") / blocks
+    bytes_ = {int(s["what"].split()[3]): s["baseline_ms"] for s in _runtime_rows("transform") if s["tokens"] == 2048}
+    hidden, inner = 4096, {"llama-2-7b": 11008, "llama-3-8b": 14336}[shape]
+    # What was moved there is two bytes and a half a channel; a float8 integer is a byte, and a gate two more.
+    moved = 1e3 * (3 * bytes_[hidden] * 3 / 2.5 + bytes_[inner] * 5 / 2.5)
+    return row["baseline_ms"] / (row["ms"] - 32 * (sites - moved) / 1e3)
+
+
+def memory() -> list[str]:
+    """Bytes of weights and cache."""
+    lines = ["| | weights, GiB | of bfloat16 | cache of 2,048 tokens, GiB | of bfloat16 |", "|---" * 5 + "|"]
+    for shape, m in read("runtime-h100")["metrics"]["memory"].items():
+        weights = f"{m['weights'] / 2**30:.2f} | {m['weights'] / m['bf16_weights']:.2f}"
+        cache = f"{m['cache'] / 2**30:.2f} | {m['cache'] / m['bf16_cache']:.2f}"
+        lines.append(f"| {SHAPES[shape]} | {weights} | {cache} |")
+    return lines
+
+
+SHAPES = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B"}
 _PARTS = {  # of a block, by what their kernels' names begin with
     "products": ("nvjet", "_vector", "_few"),
     "weights to float8": ("_expand",),
@@ -291,9 +358,13 @@ _PARTS = {  # of a block, by what their kernels' names begin with
 
 def where() -> list[str]:
     """Where the time of a block goes."""
-    profile = read("runtime-h100")["metrics"]["profile"]["llama-3-8b"]
+    return [line for shape in SHAPES for line in (*_where(shape), "")][:-1]
+
+
+def _where(shape: str) -> list[str]:
+    profile = read("runtime-h100")["metrics"]["profile"][shape]
     blocks, columns = profile["blocks"], {k: v for k, v in profile.items() if isinstance(v, dict)}
-    lines = [f"| us a block | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| {SHAPES[shape]}, us a block | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for part, names in _PARTS.items():
         times = [
             sum(k["us"] for k in one["kernels"] if k["calls"] >= blocks and k["kernel"].startswith(names)) / blocks
@@ -347,6 +418,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "second_site": second_site,
     "third_site": third_site,
     "few_tokens": few_tokens,
+    "attention": attention,
+    "whole_models": whole_models,
+    "transforms_cost": transforms_cost,
+    "memory": memory,
     "where": where,
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
