@@ -110,6 +110,28 @@ def test_the_baseline_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours == 0
 
 
+def test_where_memory_is_short_sides_are_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_turn, together = bench.in_turn, []
+
+    def measured(sides, device, *, seconds: float = 0.3) -> list[bench.Times]:
+        together.append(len(sides))
+        if len(sides) > 1:
+            raise torch.OutOfMemoryError
+        return in_turn(sides, device, seconds=seconds)
+
+    monkeypatch.setattr(bench, "_BACKENDS", {"flash": bench._BACKENDS["flash"]})
+    monkeypatch.setattr(bench, "TRANSFORMS", ("kronecker",))
+    monkeypatch.setattr(bench, "_free", lambda device: 0)
+    monkeypatch.setattr(bench, "in_turn", measured)
+    rows, _ = bench.models("tiny", CPU, prompt=16, batches=(1,))
+    assert together == [1, 1, 1, 1]  # decoding and a prompt of the baseline, then of ours
+    assert [row.correct and row.ratio is not None for row in rows] == [True, True]
+    together.clear()
+    sides = [lambda: lambda: None for _ in range(3)]
+    assert len(bench._in_turn_or_alone(sides, CPU)) == 3
+    assert together == [3, 1, 1, 1]
+
+
 def test_sides_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     order = []
@@ -118,6 +140,7 @@ def test_sides_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(times) == 2
     assert order == ["a", "b", "c"] * (len(order) // 3)
     assert len(order) >= 30
+    assert bench.in_turn([], CPU) == []
 
 
 def test_transforms_are_what_the_row_says() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 import statistics
 import time
 import warnings
@@ -138,7 +139,7 @@ def in_turn(sides: Sequence[Sequence[Callable[[], Any]]], device: torch.device, 
             run()
     times: list[list[float]] = [[] for _ in sides]
     until = time.perf_counter() + seconds * len(sides)
-    while len(times[0]) < 10 or (time.perf_counter() < until and len(times[0]) < 1000):
+    while times and (len(times[0]) < 10 or (time.perf_counter() < until and len(times[0]) < 1000)):
         for run, calls, taken in zip(runs, sides, times, strict=True):
             taken.append(run() / len(calls))
     deciles = [statistics.quantiles(taken, n=10) for taken in times]
@@ -401,6 +402,14 @@ def models(
     sizes = {"bf16_weights": sum(p.nbytes for p in baseline.parameters())}
     sizes["bf16_cache"] = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * prompt
 
+    ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
+    base = _available(partial(baseline, ids, use_cache=False, logits_to_keep=1))
+    names, base_times = list(base), []
+    if _free(device) < 1.5 * sizes["bf16_weights"]:  # three packed models, and what they work with, are less
+        base_times = in_turn([[call] for call in base.values()], device, seconds=0.5)
+        baseline, base = None, {}
+        _release(device)
+
     packed = {transform: packed_model(config, device, transform) for transform in TRANSFORMS}
     runtimes = {transform: runtime_of(model) for transform, model in packed.items()}
     errors = {t: max(kernels_error(r), _block_error(packed[t], r) / _BLOCK_ERROR) for t, r in runtimes.items()}
@@ -413,26 +422,41 @@ def models(
             taken = times[right.index(t)] if t in right else None
             rows.append(_made(f"{shape} {what}, {t}", tokens, errors[t], taken, name, ms))
 
-    ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
-    base = _available(partial(baseline, ids, use_cache=False, logits_to_keep=1))
     ours = [partial(prefill, runtimes[t], ids, runtimes[t].new_cache(1, prompt)) for t in right]
     times = in_turn([[call] for call in (*base.values(), *ours)], device, seconds=0.5)
-    add("prefill", prompt, _fastest(dict(zip(base, times, strict=False))), times[len(base) :])
-    baseline, base = None, {}  # their memory is for the next ones
+    base_times, times = base_times + times[: len(base)], times[len(base) :]
+    add("prefill", prompt, _fastest(dict(zip(names, base_times, strict=True))), times)
+    baseline, base, ours = None, {}, []  # their memory is for the next ones
     _release(device)
     for b in batches:
-        caches = [runtimes[t].new_cache(b, prompt + 1) for t in right]
-        steps = [[decoding(runtimes[t], cache, prompt)] for t, cache in zip(right, caches, strict=True)]
-        add("decode", b, base_decode[b], in_turn(steps, device, seconds=0.5))
-        del caches, steps
-        _release(device)
+        steps = [partial(_decoding_from, runtimes[t], b, prompt) for t in right]
+        add("decode", b, base_decode[b], _in_turn_or_alone(steps, device))
     cache = runtimes["kronecker"].new_cache(1, prompt)
     cache.rewind(prompt)
     sizes["weights"] = sum(t.nbytes for t in packed["kronecker"].state_dict().values())
     sizes["cache"] = cache.nbytes()
-    del packed, runtimes, cache, ours
+    del packed, runtimes, cache, steps
     _release(device)
     return rows, sizes
+
+
+def _in_turn_or_alone(sides: Sequence[Callable[[], Callable[[], Any]]], device: torch.device) -> list[Times]:
+    """`in_turn` for sides that are made for it; one after the other where there is no memory for all at once."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        times = in_turn([[make()] for make in sides], device, seconds=0.5)
+        _release(device)
+        return times
+    times = []
+    for make in sides:
+        _release(device)
+        times += in_turn([[make()]], device, seconds=0.5)
+    _release(device)
+    return times
+
+
+def _free(device: torch.device) -> float:
+    """Bytes of memory that a model may take."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def runtime_of(model: PreTrainedModel) -> fused.Fused:
@@ -475,6 +499,10 @@ def prefill(runtime: fused.Fused, ids: Tensor, cache: Any) -> Tensor:
     """Logits of a prompt's last token, from an empty cache.  # (1, T) -> (1, 1, V)"""
     cache.rewind(0)
     return runtime.prefill(ids, torch.arange(ids.shape[1], device=ids.device)[None], cache, 1)
+
+
+def _decoding_from(runtime: fused.Fused, batch: int, prompt: int) -> Callable[[], Tensor]:
+    return decoding(runtime, runtime.new_cache(batch, prompt + 1), prompt)
 
 
 def decoding(runtime: fused.Fused, cache: Any, prompt: int) -> Callable[[], Tensor]:
