@@ -217,7 +217,7 @@ def sites(device: torch.device, sizes: Sequence[int], tokens: Sequence[int]) -> 
             moved = t * n * 5 // 2  # x in 16 bit, integers in 4
             inputs = [torch.randn(t, n, device=device, dtype=torch.bfloat16) for _ in range(copies(moved))]
             ends = torch.arange(t, device=device)[[*range(min(t, 64)), *range(-min(t, 64), 0)]]
-            integers = kron_quantize.plain(inputs[0], site, "float8")[0][ends].double()
+            integers = in_order(kron_quantize.plain(inputs[0], site, "planes")[0][ends], "planes")
             error = site_error(inputs[0][ends], integers, site)
             bytes_ = measure(moves(moved, len(inputs), device), device)
             rows.append(

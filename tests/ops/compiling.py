@@ -1,4 +1,4 @@
-"""Compiles the runtime's kernels for an H100, which needs none: what they launch with is recorded on meta tensors.
+"""Compiles the runtime's kernels for a GPU, and needs none: what they launch with is recorded on meta tensors.
 
 Run by `test_compiles.py` in a process of its own, since Triton decides at its import whether kernels are interpreted.
 Prints a JSON object: by kernel and shape, the bytes of shared memory, and of registers that were spilled.
@@ -19,7 +19,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGET = GPUTarget("cuda", 90, 32)
+CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+TARGET = GPUTarget("cuda", CAPABILITY, 32)
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}[CAPABILITY]  # bytes that a program may have
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -105,25 +107,29 @@ def main() -> None:
         importlib.import_module(f"flatquant.ops.{op}.triton") for op in ("kron_quantize", "int4_linear", "kv_cache")
     )
     for module in (sites, products, caching):
-        module.early = lambda x, tokens, programs=0: tokens == 1 or 0 < programs < tokens  # as on an H100
+        module.early = lambda x, tokens, programs=0: CAPABILITY >= 90 and (tokens == 1 or 0 < programs < tokens)
     heads_of = importlib.import_module("flatquant.ops.kv_cache").Heads
     store_of = importlib.import_module("flatquant.ops.kv_cache").Store
     found: dict[str, Usage] = {}
 
+    sites.shared_memory = lambda device: SHARED
+    many = "float8" if CAPABILITY >= 89 else "planes"
     kernel = record(sites, "_kernel")
     ratios = meta(2, dtype=torch.float32)
     for n1, n2 in ((64, 64), (64, 80), (86, 128), (112, 128), (128, 148), (128, 224)):
+        if sites.supports((n1, n2), True, True, 4, SHARED):
+            continue
         left, right = (meta(n, n) for n in (n1, n2))
-        kinds = ((1, "planes", "gate"), (4096, "float8", "gate"), (4096, "packed", "plain"))
+        kinds = ((1, "planes", "gate"), (4096, many, "gate"), (4096, "packed", "plain"))
         if n1 == 64:
-            kinds += ((1, "planes", "norm"), (4096, "float8", "norm"))
+            kinds += ((1, "planes", "norm"), (4096, many, "norm"))
         for tokens, form, source in kinds:
             x = meta(tokens, n1 * n2)
             other = {"gate": x, "norm": meta(n1 * n2), "plain": None}[source]
             sites.launch(x, other, source, (n1, n2), left, right, ratios, 4, form, 1e-5)
             found[f"{source} {n1} x {n2}, {tokens} tokens, {form}"] = kernel.found[-1]
     for n1, n2 in ((86, 128), (128, 224)):
-        for tokens, form in ((4, "planes"), (4096, "float8")):
+        for tokens, form in ((4, "planes"), (4096, many)):
             x = meta(tokens, n1 * n2)
             sites.launch(x, x, "gate", (n1, n2), None, None, ratios, 4, form)
             found[f"gate {n1} x {n2}, {tokens} tokens, {form}, no factors"] = kernel.found[-1]
@@ -153,16 +159,28 @@ def main() -> None:
             **words,
         }
         few = {"R": 64, "TP": tokens, "K": 256 if tokens <= 16 else 128, "PARTS": 4}
-        sizes = {"R": 4, "K": 512, "EARLY": True} if vector else few
+        sizes = {"R": 4, "K": 512, "EARLY": CAPABILITY >= 90} if vector else few
         ordered = [given[a] for a in kernel.kernel.arg_names if a in given]
         launch(
-            *ordered, num_warps=4, num_stages=3, launch_pdl=vector, BIAS=False, RESIDUAL=True, EMULATE=False, **sizes
+            *ordered,
+            num_warps=4,
+            num_stages=3,
+            launch_pdl=vector and CAPABILITY >= 90,
+            BIAS=False,
+            RESIDUAL=True,
+            EMULATE=False,
+            **sizes,
         )
         found[f"{name[1:]} {tokens}"] = kernel.found[-1]
         setattr(products, name, kernel.kernel)
     kernel = record(products, "_expand")
-    products.expand(meta(64, 64, dtype=torch.uint8), meta(64, 128, dtype=torch.float8_e4m3fn))
+    wide = torch.float8_e4m3fn if many == "float8" else torch.int8
+    products.expand(meta(64, 64, dtype=torch.uint8), meta(64, 128, dtype=wide))
     found["expand"] = kernel.found[-1]
+    kernel = record(products, "_scaled")
+    sums, x_scale, scale = meta(80, 64, dtype=torch.int32), *(meta(n, dtype=torch.float32) for n in (80, 64))
+    products.scaled(sums, x_scale, scale, None, meta(80, 64), torch.bfloat16)
+    found["scaled"] = kernel.found[-1]
 
     pair = meta(2, 128, 128)
     heads = heads_of(32, 8, 128, pair, meta(2, 2, dtype=torch.float32))

@@ -24,10 +24,11 @@ DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if CUDA else []))
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh tensors hold NaN, so that an element that is not written shows."""
+    """Fresh tensors hold NaN, or another wrong number, so that an element that is not written shows."""
 
-    def full(size: int | tuple[int, ...], **kwargs: Any) -> torch.Tensor:
-        return torch.full((size,) if isinstance(size, int) else size, float("nan"), **kwargs)
+    def full(size: int | tuple[int, ...], dtype: torch.dtype, **kwargs: Any) -> torch.Tensor:
+        wrong = float("nan") if dtype.is_floating_point else 0x77
+        return torch.full((size,) if isinstance(size, int) else size, wrong, dtype=dtype, **kwargs)
 
     monkeypatch.setattr(fused.torch, "empty", full)
 
@@ -69,10 +70,12 @@ def test_products_are_exact(
 
 def test_a_larger_buffer_leaves_the_smaller_one_to_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "_scratch", {})
-    small, large = (op._buffer(torch.zeros(rows, 8, dtype=torch.uint8)) for rows in (4, 8))
+    small, large = (op._buffer(torch.zeros(rows, 8, dtype=torch.uint8), torch.int8) for rows in (4, 8))
     held = [t.data_ptr() for buffers in op._scratch.values() for t in buffers]
     assert held == [small.data_ptr(), large.data_ptr()]
-    assert op._buffer(torch.zeros(2, 8, dtype=torch.uint8)).data_ptr() == large.data_ptr()
+    last = op._buffer(torch.zeros(2, 8, dtype=torch.uint8), torch.float8_e4m3fn)
+    assert last.data_ptr() == large.data_ptr()
+    assert last.dtype == torch.float8_e4m3fn
 
 
 def test_extreme_integers_do_not_overflow() -> None:
@@ -87,13 +90,41 @@ def test_extreme_integers_do_not_overflow() -> None:
 
 
 @settings(deadline=None, max_examples=500 if CUDA else 8)
-@given(o=st.integers(1, 9), half=st.integers(1, 700), seed=st.integers(0, 99))
-def test_expanded_weights_are_the_integers(o: int, half: int, seed: int) -> None:
+@given(
+    o=st.integers(1, 9),
+    half=st.integers(1, 700),
+    dtype=st.sampled_from((torch.int8, torch.float8_e4m3fn)),
+    seed=st.integers(0, 99),
+)
+def test_expanded_weights_are_the_integers(o: int, half: int, dtype: torch.dtype, seed: int) -> None:
     packed = torch.randint(0, 256, (o, half), generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.uint8)
-    out = torch.full((o, 2 * half), 0x7F, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    out = torch.full((o, 2 * half), 0x7F, dtype=torch.uint8, device=DEVICE).view(dtype)
     got = fused.expand(packed, out)
-    assert torch.equal(got.float(), reference.expand(packed).float())
+    assert torch.equal(got.float(), reference.expand(packed, dtype).float())
     assert {-8.0, 7.0} >= {got.float().min().item(), got.float().max().item()} or o * half < 100
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (True, True)])
+def test_many_tokens_without_float8_units(
+    dtype: torch.dtype, bias: bool, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(7)
+    x, x_scale, packed, *rest = make(reference.FEW + 3, 48, 96, bias, residual, dtype, g)
+    assert x is not None
+    assert x_scale is not None
+    assert packed is not None
+    want = reference.int4_linear(x, x_scale, packed, *rest, torch.float32)
+    if CUDA:
+        monkeypatch.setattr(op, "_has_float8", lambda device: False)
+        assert op.form(len(x), x.device) == "planes"
+        y = op.int4_linear(x, x_scale, packed, *rest, dtype)
+    else:
+        weight = fused.expand(packed, torch.zeros(48, 96, dtype=torch.int8))
+        y = fused.scaled(torch._int_mm(x, weight.mT), x_scale, *rest, dtype)
+    assert y.dtype == dtype
+    least = 4 * torch.finfo(torch.float32).eps * want.abs().max().item()
+    torch.testing.assert_close(y.float(), want, rtol=torch.finfo(dtype).eps, atol=least)
 
 
 def test_shapes_without_a_kernel_have_a_reason() -> None:

@@ -199,6 +199,8 @@ def test_what_it_cannot_do_has_a_reason() -> None:
     square = torch.eye(512)
     ratios = torch.ones(2)
     assert "factors" in str(Site((512, 512), square, square, ratios, 4).unsupported())
+    assert fused.supports((112, 128), True, True, 4, 99 << 10) is None
+    assert "factors" in str(fused.supports((128, 148), True, True, 4, 99 << 10))
     assert "full matrix" in str(Site((1, 64), None, torch.eye(64), ratios, 4).unsupported())
     assert "8-bit" in str(Site((4, 4), None, None, ratios, 8).unsupported())
     assert "bytes" in str(Site((4, 5), None, None, ratios, 4).unsupported())

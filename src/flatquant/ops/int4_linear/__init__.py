@@ -1,6 +1,8 @@
-"""Products of 4-bit integers; on CUDA in kernels that read packed weights, or expand them for the float8 units."""
+"""Products of 4-bit integers; on CUDA in kernels that read packed weights, or expand them for float8 or int8 units."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,7 +17,12 @@ _scratch: dict[torch.device, list[Tensor]] = {}
 
 def form(tokens: int, device: torch.device) -> Form:
     """The form in which a product of this many tokens wants its integers."""
-    return "float8" if device.type == "cuda" and tokens > reference.FEW else "planes"
+    return "float8" if device.type == "cuda" and tokens > reference.FEW and _has_float8(device) else "planes"
+
+
+@cache
+def _has_float8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def unsupported(o: int, n: int, device: torch.device) -> str | None:
@@ -24,8 +31,8 @@ def unsupported(o: int, n: int, device: torch.device) -> str | None:
         return None
     if not HAS_TRITON:
         return "Triton is not installed"
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        return "the GPU has no float8 units"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU has no bfloat16 units"
     from flatquant.ops.int4_linear import triton
 
     return triton.supports(o, n)
@@ -45,10 +52,13 @@ def int4_linear(
         return reference.int4_linear(x, x_scale, packed, scale, bias, residual, dtype)
     from flatquant.ops.int4_linear import triton
 
-    if x.dtype == torch.int8:
+    if x.dtype == torch.int8 and x.shape[0] <= reference.FEW:
         kernel = triton.vector if x.shape[0] == 1 else triton.few
         return kernel(x, x_scale, packed, scale, bias, residual, dtype)
-    weight = triton.expand(packed, _buffer(packed))
+    weight = triton.expand(packed, _buffer(packed, x.dtype))
+    if x.dtype == torch.int8:
+        sums = torch._int_mm(x, weight.mT)  # pyright: ignore[reportPrivateImportUsage]
+        return triton.scaled(sums, x_scale, scale, bias, residual, dtype)
     # Its result is bfloat16 wherever rows have scales.
     y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x,
@@ -62,10 +72,10 @@ def int4_linear(
     return (y if residual is None else y + residual).to(dtype)
 
 
-def _buffer(packed: Tensor) -> Tensor:
-    """Room for a weight as float8.  # (o, n)"""
+def _buffer(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a weight at a byte an element.  # (o, n)"""
     size = 2 * packed.numel()
     held = _scratch.setdefault(packed.device, [])
     if not held or held[-1].numel() < size:
-        held.append(torch.empty(size, dtype=torch.float8_e4m3fn, device=packed.device))
-    return held[-1][:size].view(packed.shape[0], -1)
+        held.append(torch.empty(size, dtype=torch.uint8, device=packed.device))
+    return held[-1][:size].view(dtype).view(packed.shape[0], -1)

@@ -44,6 +44,10 @@ def int4_linear(
     return (y if residual is None else y + residual.float()).to(dtype)
 
 
-def expand(packed: Tensor) -> Tensor:
-    """Weights as float8 (e4m3), in which -8..7 are exact.  # (o, n / 2) -> (o, n)"""
-    return (unpack_bits(packed, 4, 2 * packed.shape[-1]).float() - 8).to(torch.float8_e4m3fn)
+def expand(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights at a byte each: float8 (e4m3), in which -8..7 are exact, or int8 with even channels before odd ones.
+
+    (o, n / 2) -> (o, n)
+    """
+    w = unpack_bits(packed, 4, 2 * packed.shape[-1]).float() - 8
+    return (torch.cat((w[:, ::2], w[:, 1::2]), -1) if dtype == torch.int8 else w).to(dtype)

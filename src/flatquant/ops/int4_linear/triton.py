@@ -13,7 +13,8 @@ programs share them, each with a part of the channels, and the last to be done a
 
 Many tokens: `_expand` writes the weights as float8 into a buffer that all layers share - one that the next layer
 overwrites while it is still in the cache costs little traffic to memory - and the float8 matrix units, which hold
--8..7 exactly, do the rest at twice the rate of bfloat16.
+-8..7 exactly, do the rest at twice the rate of bfloat16. GPUs that have none take int8 instead, even channels before
+odd ones; scales follow in a kernel of their own (`_scaled`).
 """
 
 from __future__ import annotations
@@ -144,12 +145,35 @@ def _few(
 
 
 @triton.jit
-def _expand(w_ptr, y_ptr, bytes, B: tl.constexpr):
+def _expand(w_ptr, y_ptr, bytes, half, PLANES: tl.constexpr, B: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     w = tl.load(w_ptr + i, mask=i < bytes, other=0)
-    pair = tl.join((w & 0xF).to(tl.float32) - 8.0, (w >> 4).to(tl.float32) - 8.0)  # (B, 2)
-    j = 2 * i[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(y_ptr + j, pair.to(tl.float8e4nv), mask=j < 2 * bytes)
+    if PLANES:
+        at = i + i // half * half  # a row of n bytes for one of n / 2
+        tl.store(y_ptr + at, (w & 0xF).to(tl.int8) - 8, mask=i < bytes)
+        tl.store(y_ptr + at + half, (w >> 4).to(tl.int8) - 8, mask=i < bytes)
+    else:
+        pair = tl.join((w & 0xF).to(tl.float32) - 8.0, (w >> 4).to(tl.float32) - 8.0)  # (B, 2)
+        j = 2 * i[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(y_ptr + j, pair.to(tl.float8e4nv), mask=j < 2 * bytes)
+
+
+@triton.jit
+def _scaled(
+    sums_ptr, xs_ptr, ws_ptr, bias_ptr, residual_ptr, y_ptr, O, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    B: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * B + tl.arange(0, B)
+    inside = o < O
+    at = token * O + o
+    y = tl.load(sums_ptr + at, mask=inside, other=0).to(tl.float32) * tl.load(ws_ptr + o, mask=inside, other=0.0)
+    y *= tl.load(xs_ptr + token)
+    if BIAS:
+        y += tl.load(bias_ptr + o, mask=inside, other=0.0)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def supports(o: int, n: int) -> str | None:
@@ -208,7 +232,21 @@ def _shared(device: torch.device, sums: int, blocks: int) -> tuple[Tensor, Tenso
 
 
 def expand(packed: Tensor, out: Tensor, *, block: int = 4096, warps: int = 8) -> Tensor:
-    """`reference.expand` into `out`, float8.  # (o, n)"""
+    """`reference.expand` into `out`, float8 or int8.  # (o, n)"""
     size = packed.numel()
-    _expand[(triton.cdiv(size, block),)](packed, out, size, B=block, num_warps=warps)
+    planes = out.dtype == torch.int8
+    _expand[(triton.cdiv(size, block),)](packed, out, size, packed.shape[1], PLANES=planes, B=block, num_warps=warps)
     return out
+
+
+def scaled(
+    sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What sums of integers stand for, with bias and residual; see `reference.int4_linear`.  # int32, (T, o)"""
+    tokens, o = sums.shape
+    y = torch.empty((tokens, o), dtype=dtype, device=sums.device)
+    block = min(2048, triton.next_power_of_2(o))
+    _scaled[(tokens, triton.cdiv(o, block))](
+        sums, x_scale, scale, bias, residual, y, o, BIAS=bias is not None, RESIDUAL=residual is not None, B=block,
+    )  # fmt: skip
+    return y

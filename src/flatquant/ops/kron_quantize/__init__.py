@@ -45,7 +45,8 @@ class Site:
             return "Triton is not installed"
         from flatquant.ops.kron_quantize import triton
 
-        return triton.supports(self.shape, self.left is not None, self.right is not None, self.bits)
+        shared = triton.shared_memory(self.ratios.device)
+        return triton.supports(self.shape, self.left is not None, self.right is not None, self.bits, shared)
 
     def _fused(self, x: Tensor) -> bool:
         return x.is_cuda and self.unsupported() is None

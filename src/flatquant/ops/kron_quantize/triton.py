@@ -17,6 +17,7 @@ What scales a whole token only moves its scale: of a norm, the gain is applied t
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -220,14 +221,14 @@ def _kernel(
             )  # fmt: skip
 
 
-def supports(shape: tuple[int, int], left: bool, right: bool, bits: int) -> str | None:
-    """Why the kernel cannot do a site, or None if it can."""
+def supports(shape: tuple[int, int], left: bool, right: bool, bits: int, shared: int = _SHARED) -> str | None:
+    """Why the kernel cannot do a site with so much shared memory a program, or None if it can."""
     n1, n2 = shape
     if n2 % 2:
         return f"rows of {n2} do not pack into bytes"
     if right and not left:
         return "a full matrix"
-    if left and (max(n1, n2) > 256 or _bytes(shape, Settings()) > _SHARED):
+    if left and (max(n1, n2) > 256 or _bytes(shape, Settings()) > shared):
         return f"factors of {n1} and {n2}"
     if bits != 4:
         return f"{bits}-bit activations"
@@ -254,7 +255,9 @@ class Settings(NamedTuple):
     grain: int = 16
 
 
-def settings(source: str, shape: tuple[int, int], tokens: int, sms: int, transformed: bool = True) -> Settings:
+def settings(
+    source: str, shape: tuple[int, int], tokens: int, sms: int, transformed: bool = True, shared: int = _SHARED
+) -> Settings:
     """What is launched where nothing else is said."""
     if not transformed:  # 64 channels to a thread at most, 512 threads to a multiprocessor
         warps = min(16, max(4, _padded(shape[0]) * _padded(shape[1]) >> 11))
@@ -263,8 +266,8 @@ def settings(source: str, shape: tuple[int, int], tokens: int, sms: int, transfo
     warps, full = min(16, max(4, m // 16)), m * c > 1 << 13
     if m * c > 1 << 14:  # one program fills a multiprocessor
         staged = Settings(warps, ahead=True, stages=2)
-        if _bytes(shape, staged) > _SHARED:
-            return Settings(warps, grain=64)
+        if _bytes(shape, staged) > shared:
+            return Settings(warps, grain=64 if _bytes(shape, Settings(grain=64)) <= shared else 16)
         return staged if source == "plain" else Settings(warps)
     if tokens <= sms:  # all at once: nothing to share a multiprocessor with
         return Settings(warps, ahead=source != "merge")
@@ -297,11 +300,10 @@ def _padded(n: int) -> int:
 
 
 def _bytes(shape: tuple[int, int], how: Settings) -> int:
-    """Shared memory: both factors, and tokens on their way, or else one tile, whose place the next one takes."""
+    """Shared memory: both factors, and a token, or those on their way."""
     rows, columns = _tiles(shape, how.grain)
     k, c = (sum(size for _, size in cut) for cut in (rows, columns))
-    held = rows[0][1] * columns[0][1] if how.stages == 1 else how.stages * k * c + 4096
-    return 2 * (_padded(shape[0]) * k + c * c + held)
+    return 2 * (_padded(shape[0]) * k + c * c + how.stages * k * c + (4096 if how.stages > 1 else 0))
 
 
 def launch(
@@ -337,7 +339,7 @@ def launch(
     out = torch.empty((tokens, size), dtype=dtype, device=x.device)
     scale = torch.empty((tokens, 1), dtype=torch.float32, device=x.device)
     sms = _sms(x)
-    how = how or settings(source, shape, tokens, sms, left is not None)
+    how = how or settings(source, shape, tokens, sms, left is not None, shared_memory(x.device))
     rows, columns = _tiles(shape, how.grain) if left is not None else (((0, _padded(n)),) for n in shape)
     programs = how.programs * sms
     soon = early(x, tokens, programs)
@@ -354,3 +356,11 @@ def launch(
 
 def _sms(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type != "cuda":
+        return _SHARED
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
