@@ -107,7 +107,7 @@ def _calls(
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
     yield "prefill", partial(bench.prefill, runtime, ids, runtime.new_cache(1, prompt))
     for batch in batches:
-        yield f"decode {batch}", bench.decoding(runtime, runtime.new_cache(batch, prompt + 1), prompt)
+        yield f"decode {batch}", bench.decoding(runtime, batch, prompt)
 
 
 @torch.no_grad()

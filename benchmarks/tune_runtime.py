@@ -32,7 +32,6 @@ from flatquant.ops.kron_quantize.reference import Form, gated, merged, rms_norm
 from flatquant.ops.kron_quantize.triton import Settings
 from flatquant.ops.kv_cache import reference as cache_reference
 from flatquant.ops.kv_cache import triton as caching
-from flatquant.ops.pack.reference import unpack_bits
 
 NAME = "tune-runtime-h100"
 CONTEXT = 2048
@@ -122,10 +121,7 @@ class SiteCase(Case):
 
         def error(variant: Variant) -> float:
             x, other = pairs[0]
-            integers = call(0, variant)[0][:64]
-            if self.form == "packed":
-                integers = unpack_bits(integers, 4, self.n).double() - 8
-            integers = bench.in_order(integers, self.form)
+            integers = bench.in_order(call(0, variant)[0][:64], self.form)
             y = x[:64].double()
             if self.source == "gate" and other is not None:
                 y = gated(x[:64], other[:64]).double()
@@ -241,12 +237,7 @@ class AttentionCase(Case):
         moved = 2 * b * self.keys * s * (d // 2 + 5)
         count = 1 if small else bench.copies(moved)
 
-        def store() -> cache_reference.Store:
-            packed = torch.randint(0, 256, (b, self.keys, s, d // 2), device=device, dtype=torch.uint8)
-            zero = torch.randint(0, 16, packed.shape[:3], device=device, dtype=torch.uint8)
-            return cache_reference.Store(packed, torch.rand(packed.shape[:3], device=device) * 0.1, zero)
-
-        stores = [(store(), store()) for _ in range(count)]
+        stores = [[bench.random_store(b, self.keys, s, d, device) for _ in range(2)] for _ in range(count)]
         q = torch.randn(b, self.queries, d, device=device, dtype=_dtype(device))
         last = torch.tensor([s - 1], device=device)
         start = torch.zeros(b, device=device, dtype=torch.int64)

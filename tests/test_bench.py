@@ -46,7 +46,7 @@ def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(x, site, form):
         values, scale = right(x, site, form)
-        return (values.neg() if form == "planes" else values), scale
+        return (255 - values if form == "packed" else values), scale
 
     monkeypatch.setattr(kron_quantize, "plain", wrong)
     monkeypatch.setattr(int4_linear, "int4_linear", lambda *args: product(*args) * 1.1)
@@ -121,7 +121,7 @@ def test_where_memory_is_short_sides_are_measured_alone(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(bench, "_BACKENDS", {"flash": bench._BACKENDS["flash"]})
     monkeypatch.setattr(bench, "TRANSFORMS", ("kronecker",))
-    monkeypatch.setattr(bench, "_free", lambda device: 0)
+    monkeypatch.setattr(bench, "free_device", lambda device: 0)
     monkeypatch.setattr(bench, "in_turn", measured)
     rows, _ = bench.models("tiny", CPU, prompt=16, batches=(1,))
     assert together == [1, 1, 1, 1]  # decoding and a prompt of the baseline, then of ours

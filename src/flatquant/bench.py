@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import math
 import statistics
 import time
 import warnings
@@ -26,13 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from flatquant import seams
+from flatquant.calibrate.memory import free_device
 from flatquant.errors import SpecError
 from flatquant.ops import int4_linear, kron_quantize, kv_cache
 from flatquant.ops.int4_linear import reference as product_reference
 from flatquant.ops.kron.reference import kron_matmul
-from flatquant.ops.kron_quantize import Site
+from flatquant.ops.kron_quantize import Form, Site
 from flatquant.ops.kron_quantize import reference as site_reference
 from flatquant.ops.kv_cache import reference as cache_reference
+from flatquant.ops.pack.reference import unpack_bits
 from flatquant.recipes import flatquant
 from flatquant.runtime import fused
 from flatquant.runtime.build import install
@@ -217,7 +218,7 @@ def sites(device: torch.device, sizes: Sequence[int], tokens: Sequence[int]) -> 
             moved = t * n * 5 // 2  # x in 16 bit, integers in 4
             inputs = [torch.randn(t, n, device=device, dtype=torch.bfloat16) for _ in range(copies(moved))]
             ends = torch.arange(t, device=device)[[*range(min(t, 64)), *range(-min(t, 64), 0)]]
-            integers = in_order(kron_quantize.plain(inputs[0], site, "planes")[0][ends], "planes")
+            integers = in_order(kron_quantize.plain(inputs[0], site, "packed")[0][ends], "packed")
             error = site_error(inputs[0][ends], integers, site)
             bytes_ = measure(moves(moved, len(inputs), device), device)
             rows.append(
@@ -244,10 +245,15 @@ def site_error(x: Tensor, integers: Tensor, site: Site) -> float:
     return (integers - exact).abs().max().item()
 
 
-def in_order(integers: Tensor, form: str) -> Tensor:
-    """What a site gives, one a byte, in the order of channels.  # float64, (T, n)"""
-    values = integers.double()
-    return values.unflatten(-1, (2, -1)).mT.flatten(-2) if form == "planes" else values
+def in_order(integers: Tensor, form: Form) -> Tensor:
+    """What a site gives, one by one in the order of channels.  # float64, (T, n)"""
+    match form:
+        case "packed":
+            return unpack_bits(integers, 4, 2 * integers.shape[-1]).double() - 8
+        case "planes":
+            return integers.double().unflatten(-1, (2, -1)).mT.flatten(-2)
+        case "float8":
+            return integers.double()
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -404,39 +410,37 @@ def models(
 
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
     base = _available(partial(baseline, ids, use_cache=False, logits_to_keep=1))
-    names, base_times = list(base), []
-    if _free(device) < 1.5 * sizes["bf16_weights"]:  # three packed models, and what they work with, are less
-        base_times = in_turn([[call] for call in base.values()], device, seconds=0.5)
+    base_prefill: dict[str, Times] = {}
+    free = free_device(device)
+    if free is not None and free < 1.5 * sizes["bf16_weights"]:  # three packed models, and what they need, are less
+        base_prefill = dict(zip(base, in_turn([[call] for call in base.values()], device, seconds=0.5), strict=True))
         baseline, base = None, {}
         _release(device)
 
     packed = {transform: packed_model(config, device, transform) for transform in TRANSFORMS}
     runtimes = {transform: runtime_of(model) for transform, model in packed.items()}
     errors = {t: max(kernels_error(r), _block_error(packed[t], r) / _BLOCK_ERROR) for t, r in runtimes.items()}
-    right = [t for t in TRANSFORMS if errors[t] <= 1]
+    right = {t: runtime for t, runtime in runtimes.items() if errors[t] <= 1}
     rows: list[Row] = []
 
     def add(what: str, tokens: int, base: tuple[str, Times] | None, times: Sequence[Times]) -> None:
         name, ms = (f"bfloat16, {base[0]}", base[1].median) if base else ("bfloat16 (does not fit)", None)
-        for t in TRANSFORMS:
-            taken = times[right.index(t)] if t in right else None
-            rows.append(_made(f"{shape} {what}, {t}", tokens, errors[t], taken, name, ms))
+        taken = dict(zip(right, times, strict=True))
+        rows.extend(_made(f"{shape} {what}, {t}", tokens, errors[t], taken.get(t), name, ms) for t in TRANSFORMS)
 
-    ours = [partial(prefill, runtimes[t], ids, runtimes[t].new_cache(1, prompt)) for t in right]
+    ours = [partial(prefill, runtime, ids, runtime.new_cache(1, prompt)) for runtime in right.values()]
     times = in_turn([[call] for call in (*base.values(), *ours)], device, seconds=0.5)
-    base_times, times = base_times + times[: len(base)], times[len(base) :]
-    add("prefill", prompt, _fastest(dict(zip(names, base_times, strict=True))), times)
+    base_prefill |= dict(zip(base, times, strict=False))
+    add("prefill", prompt, _fastest(base_prefill), times[len(base) :])
     baseline, base, ours = None, {}, []  # their memory is for the next ones
     _release(device)
     for b in batches:
-        steps = [partial(_decoding_from, runtimes[t], b, prompt) for t in right]
+        steps = [partial(decoding, runtime, b, prompt) for runtime in right.values()]
         add("decode", b, base_decode[b], _in_turn_or_alone(steps, device))
     cache = runtimes["kronecker"].new_cache(1, prompt)
     cache.rewind(prompt)
     sizes["weights"] = sum(t.nbytes for t in packed["kronecker"].state_dict().values())
     sizes["cache"] = cache.nbytes()
-    del packed, runtimes, cache, steps
-    _release(device)
     return rows, sizes
 
 
@@ -452,11 +456,6 @@ def _in_turn_or_alone(sides: Sequence[Callable[[], Callable[[], Any]]], device: 
         times += in_turn([[make()]], device, seconds=0.5)
     _release(device)
     return times
-
-
-def _free(device: torch.device) -> float:
-    """Bytes of memory that a model may take."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def runtime_of(model: PreTrainedModel) -> fused.Fused:
@@ -501,16 +500,13 @@ def prefill(runtime: fused.Fused, ids: Tensor, cache: Any) -> Tensor:
     return runtime.prefill(ids, torch.arange(ids.shape[1], device=ids.device)[None], cache, 1)
 
 
-def _decoding_from(runtime: fused.Fused, batch: int, prompt: int) -> Callable[[], Tensor]:
-    return decoding(runtime, runtime.new_cache(batch, prompt + 1), prompt)
-
-
-def decoding(runtime: fused.Fused, cache: Any, prompt: int) -> Callable[[], Tensor]:
+def decoding(runtime: fused.Fused, batch: int, prompt: int) -> Callable[[], Tensor]:
     """A step of decoding after a prompt of random keys and values, which can be repeated.  # -> (B, 1, V)"""
+    cache = runtime.new_cache(batch, prompt + 1)
     for layer in cache.packed:
         for store in layer.stores:
             store.packed.random_(0, 256)
-    ids = torch.zeros((cache.batch, 1), dtype=torch.int64, device=runtime.device)
+    ids = torch.zeros((batch, 1), dtype=torch.int64, device=runtime.device)
     cache.rewind(prompt)
     return lambda: runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
 
@@ -541,7 +537,7 @@ def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.
 def kernels_error(runtime: fused.Fused) -> float:
     """How far sites and products of the first block lie from their references on the same inputs, in what they may."""
     block, device, dtype = runtime.blocks[0], runtime.device, runtime.norm.gain.dtype
-    shares = []
+    shares = [_attention_error(block, device, dtype) / _ATTENTION_ERROR]
     for tokens in (1, 16, 80):  # each has its own kernel of a product
         form = int4_linear.form(tokens, device)
         for name, site in block.sites.items():
@@ -564,7 +560,6 @@ def kernels_error(runtime: fused.Fused) -> float:
                 want = site_reference.kron_quantize(exact, site.left, site.right, site.ratios, site.bits, "float8")[1]
                 shares.append(site_error(exact, in_order(integers, form), site) / SITE_ERROR)
                 shares.append(((scale - want) / want).abs().max().item() / SCALE_ERROR)
-        shares.append(_attention_error(block, device, dtype) / _ATTENTION_ERROR)
         for product in block.products.values():
             x = torch.randint(-8, 8, (tokens, 2 * product.packed.shape[1]), device=device, dtype=torch.int8)
             x = x.float().to(torch.float8_e4m3fn) if form == "float8" else x
@@ -575,18 +570,21 @@ def kernels_error(runtime: fused.Fused) -> float:
     return max(shares)
 
 
+def random_store(batch: int, heads: int, places: int, head_dim: int, device: torch.device) -> kv_cache.Store:
+    """Keys or values of random integers."""
+    shape = (batch, heads, places)
+    packed = torch.randint(0, 256, (*shape, head_dim // 2), device=device, dtype=torch.uint8)
+    zero = torch.randint(0, 16, shape, device=device, dtype=torch.uint8)
+    return kv_cache.Store(packed, torch.rand(shape, device=device) * 0.1, zero)
+
+
 def _attention_error(block: fused.Block, device: torch.device, dtype: torch.dtype) -> float:
     """How far one token's attention over 300 places of two sequences lies from the reference's."""
     heads, places = block.heads, 300
-
-    def store() -> kv_cache.Store:
-        packed = torch.randint(0, 256, (2, heads.keys, places, heads.head_dim // 2), device=device, dtype=torch.uint8)
-        zero = torch.randint(0, 16, packed.shape[:3], device=device, dtype=torch.uint8)
-        return kv_cache.Store(packed, torch.rand(packed.shape[:3], device=device) * 0.1, zero)
-
+    keys, values = (random_store(2, heads.keys, places, heads.head_dim, device) for _ in range(2))
     q = torch.randn(2, heads.queries, heads.head_dim, device=device, dtype=dtype)
     last, start = torch.tensor([places - 1], device=device), torch.tensor([0, 7], device=device)
-    given = (q, store(), store(), last, start, block.window, block.scaling)
+    given = (q, keys, values, last, start, block.window, block.scaling)
     want = site_reference.merged(*cache_reference.attend(*given))
     return relative_error(site_reference.merged(*kv_cache.attend(*given, 3)), want)
 
@@ -645,4 +643,5 @@ def run(
             options: dict[str, Any] = {"prompt": 16, "batches": (1, 2)} if tiny else {}
             made, memory[shape] = models(shape, device, **options)
             rows += made
+            _release(device)
     return rows, memory

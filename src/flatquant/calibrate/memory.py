@@ -226,7 +226,7 @@ def estimate(
     if not on_gpu:  # all is the host's
         given = [limit for limit in (limits.device, limits.host) if limit is not None]
         limits = Limits(host=min(given, default=None))
-    device_limit = _free_device(device) if limits.device is None else limits.device
+    device_limit = free_device(device) if limits.device is None else limits.device
     host_limit = free_host_bytes() if limits.host is None else limits.host
     least: Estimate | None = None
     # What is given up first varies fastest.
@@ -384,7 +384,8 @@ def return_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 18)
 
 
-def _free_device(device: torch.device) -> int | None:
+def free_device(device: torch.device) -> int | None:
+    """Bytes that tensors on a CUDA device may still take; None on the host."""
     if device.type != "cuda":
         return None
     ours = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, and free again

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+SHARED = 227 << 10  # bytes that a program may have on an H100
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 near it has no fraction, and its low bits are an integer
 
 
@@ -44,3 +45,11 @@ def early(x: Tensor, tokens: int, programs: int = 0) -> bool:
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on a device; in the interpreter, as many as on an H100."""
+    if device.type != "cuda":
+        return SHARED
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,6 @@ def form(tokens: int, device: torch.device) -> Form:
     return "float8" if device.type == "cuda" and tokens > reference.FEW and _has_float8(device) else "planes"
 
 
-@cache
 def _has_float8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 

@@ -17,7 +17,6 @@ What scales a whole token only moves its scale: of a norm, the gain is applied t
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,14 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kron_quantize.reference import Form
-from flatquant.ops.triton import MAGIC, early, wait
+from flatquant.ops.triton import MAGIC, SHARED, early, shared_memory, wait
 
 # What the input is, and how integers leave.
 _PLAIN, _NORM, _GATE, _MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _PLANES, _FLOAT8, _PACKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _SOURCES = {"plain": 0, "norm": 1, "gate": 2, "merge": 3}
 _FORMS = {"planes": 0, "float8": 1, "packed": 2}
-_SHARED = 227 << 10  # bytes that a program may have on an H100
 
 
 @triton.jit
@@ -221,7 +219,7 @@ def _kernel(
             )  # fmt: skip
 
 
-def supports(shape: tuple[int, int], left: bool, right: bool, bits: int, shared: int = _SHARED) -> str | None:
+def supports(shape: tuple[int, int], left: bool, right: bool, bits: int, shared: int = SHARED) -> str | None:
     """Why the kernel cannot do a site with so much shared memory a program, or None if it can."""
     n1, n2 = shape
     if n2 % 2:
@@ -256,7 +254,7 @@ class Settings(NamedTuple):
 
 
 def settings(
-    source: str, shape: tuple[int, int], tokens: int, sms: int, transformed: bool = True, shared: int = _SHARED
+    source: str, shape: tuple[int, int], tokens: int, sms: int, transformed: bool = True, shared: int = SHARED
 ) -> Settings:
     """What is launched where nothing else is said."""
     if not transformed:  # 64 channels to a thread at most, 512 threads to a multiprocessor
@@ -356,11 +354,3 @@ def launch(
 
 def _sms(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have."""
-    if device.type != "cuda":
-        return _SHARED
-    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]

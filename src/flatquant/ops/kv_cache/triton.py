@@ -241,9 +241,9 @@ def append(
     k, v = (torch.empty(size, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
     rows = rows or (16 if b * t <= 16 else 64)
     blocks = triton.cdiv(b * t, rows)
-    if group is None:  # as many heads as leave programs for all multiprocessors twice over
-        group = math.gcd(h.queries, h.keys, 4 if blocks * (h.queries + 2 * h.keys) > 4 * _PROGRAMS else 2)
-        group = group if b * t > 1024 else 1
+    if group is None:  # of many tokens, as many heads as leave programs for all multiprocessors twice over
+        most = 1 if b * t <= 1024 else 4 if blocks * (h.queries + 2 * h.keys) > 4 * _PROGRAMS else 2
+        group = math.gcd(h.queries, h.keys, most)
     _append[(blocks, (h.queries + 2 * h.keys) // group)](
         qkv, cos, sin, h.matrices, h.ratios, at, *keys, *values, q, k, v,
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
