@@ -132,6 +132,16 @@ def test_where_memory_is_short_sides_are_measured_alone(monkeypatch: pytest.Monk
     assert together == [3, 1, 1, 1]
 
 
+def test_a_model_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def models(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "models", models)
+    done = CliRunner().invoke(app, ["bench", "models", "--shapes", "tiny", "--device", "cpu"])
+    assert done.exit_code == 1
+    assert done.stderr == "error: tiny needs more memory than cpu has; name another with --shapes\n"
+
+
 def test_sides_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     order = []

@@ -628,6 +628,9 @@ def run(
 
     Returns:
         Rows, and for every model the bytes of its weights and of its cache.
+
+    Raises:
+        SpecError: an unknown shape, or one for which the device has no memory.
     """
     rows: list[Row] = []
     memory: dict[str, dict[str, int]] = {}
@@ -641,7 +644,10 @@ def run(
             rows += products(device, matrices, (1, 5) if tiny else (1, 4, 16, 64, 2048))
         if "models" in what:
             options: dict[str, Any] = {"prompt": 16, "batches": (1, 2)} if tiny else {}
-            made, memory[shape] = models(shape, device, **options)
+            try:
+                made, memory[shape] = models(shape, device, **options)
+            except torch.OutOfMemoryError as error:
+                raise SpecError(f"{shape} needs more memory than {device} has; name another with --shapes") from error
             rows += made
             _release(device)
     return rows, memory
