@@ -17,6 +17,7 @@ from flatquant.calibrate.pipeline import calibrate
 from flatquant.recipes import flatquant
 from flatquant.runtime.build import install
 from flatquant.runtime.experts import open_experts
+from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, Scheme, Transforms, TransformSpec
 from flatquant.transforms import Factor
 from flatquant.transforms.factor import cayley
@@ -191,7 +192,7 @@ def decoded(model: PreTrainedModel, tokens: Tensor, steps: int = 3) -> Tensor:
     start = tokens.shape[1] - steps
     with inputs_of(model.model.norm) as seen:
         for piece in (tokens[:, :start], *tokens[:, start:].split(1, dim=1)):
-            model(piece, past_key_values=cache, use_cache=True)
+            model(piece, **{CACHE: cache}, use_cache=True)
     return torch.cat(seen, dim=1)
 
 

@@ -14,6 +14,7 @@ from flatquant.errors import FlatQuantError, SpecError
 from flatquant.models import load_model
 from flatquant.recipes import RECIPES, recipe
 from flatquant.runtime.kvcache import QuantizedCache
+from flatquant.seams import CACHE
 from flatquant.spec import Scheme
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.cost import online_flops
@@ -142,7 +143,7 @@ def test_a_row_is_what_quantising_and_evaluating_gives(place: Path, tmp_path: Pa
     assert row["bits_per_weight"] == found.bits_per_quantised_weight
     cache = QuantizedCache(made.model)
     with torch.no_grad():
-        made.model(torch.zeros(1, 5, dtype=torch.int64), past_key_values=cache)
+        made.model(torch.zeros(1, 5, dtype=torch.int64), **{CACHE: cache})
     assert row["kv_bytes_per_token"] * 5 == cache.nbytes()
     assert result["original"]["bytes_per_token"] == 2 * sum(p.numel() for p in model.parameters())
 

@@ -19,6 +19,7 @@ from flatquant.recipes import RECIPES, rtn
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.experts import open_experts
 from flatquant.runtime.kvcache import QuantizedCache
+from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, Recipe, Scheme, TransformSpec
 from flatquant.wiring.apply import fold_block, wrap_block
 from flatquant.wiring.arch import Arch, Edge, Geometry, logits, submodule
@@ -157,8 +158,8 @@ def test_saved_loaded_and_generating(name: str, tmp_path: Path) -> None:
     written = [
         theirs.generate(tokens[:, :4], max_new_tokens=6, do_sample=False, **options)
         for options in (
-            {"past_key_values": DynamicCache(config=model.config)},
-            {"past_key_values": QuantizedCache(theirs)},
+            {CACHE: DynamicCache(config=model.config)},
+            {CACHE: QuantizedCache(theirs)},
         )
     ]
     assert torch.equal(*written)

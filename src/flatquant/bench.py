@@ -518,13 +518,13 @@ def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.
         cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
         ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         places = torch.full((batch, 1), prompt, dtype=torch.int64, device=device)
-        model(ids, past_key_values=cache, use_cache=True)  # makes room
+        model(ids, use_cache=True, **{seams.CACHE: cache})  # makes room
         used: Any = [layer.cumulative_length for layer in cache.layers]  # pyright: ignore[reportAttributeAccessIssue]
         full = [torch.full_like(length, prompt) for length in used]
 
         def decode() -> Any:
             torch._foreach_copy_(used, full)  # pyright: ignore[reportPrivateImportUsage] - all steps write to one place
-            return model(ids, past_key_values=cache, position_ids=places, use_cache=True).logits
+            return model(ids, position_ids=places, use_cache=True, **{seams.CACHE: cache}).logits
 
         for name, call in _available(decode).items():
             with contextlib.suppress(torch.OutOfMemoryError):

@@ -21,6 +21,7 @@ from typing import cast
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from flatquant import seams
 from flatquant.errors import DataError
 
 Progress = Callable[[int, int], None]
@@ -291,7 +292,7 @@ def _sample_from(
         columns = [first]
         step, cache = torch.cat([prefix, first[:, None]], dim=1), DynamicCache(config=model.config)
         while len(columns) < length:
-            logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = model(input_ids=step, use_cache=True, logits_to_keep=1, **{seams.CACHE: cache}).logits[:, -1]
             columns.append(_draw(logits.float().index_fill(1, banned, -torch.inf), generator))  # (rows,)
             step = columns[-1][:, None]  # (rows, 1)
             if progress is not None:

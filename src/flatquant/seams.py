@@ -2,11 +2,15 @@
 
 Keys, values and queries are reached after RoPE without copying any modeling file:
 
-- every attention module hands its keys and values to `past_key_values.update(...)`. A forward pre-hook puts
-  `_CacheSeam` there (around the caller's cache, or alone if there is none), which transforms and quantises them, so
-  that a cache only ever holds quantised keys and values;
 - every attention module calls the attention function named in its config. Ours, registered as "flatquant", maps the
-  queries into the keys' basis and calls scaled-dot-product attention.
+  queries into the keys' basis and calls scaled-dot-product attention;
+- an attention module that is given a cache hands its keys and values to `cache.update(...)` first. A forward pre-hook
+  puts `_CacheSeam` around every cache among the module's arguments, whatever the argument is called. The seam
+  transforms and quantises keys and values, so that a cache only ever holds quantised ones. Without a cache, the
+  attention function does it.
+
+Nothing here relies on transformers calling back: a forward hook checks that queries, keys and values of one forward
+pass all went through the seam, and raises a ModelError otherwise. Numbers in mixed bases look plausible.
 
 What was given up: attention implementations other than ours (eager, flash) on a quantised model; asking for one fails
 loudly instead of reading keys in the wrong basis.
@@ -14,18 +18,50 @@ loudly instead of reading keys in the wrong basis.
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from flatquant.errors import ModelError
 
 ATTENTION = "flatquant"
+TESTED = ("5.17", "5.24")  # the oldest and the newest minor release of transformers that the test suite passes with
 _SLOT = "flatquant_kv"
+_HOOKS = "flatquant_hooks"
+
+
+def broken(what: str) -> ModelError:
+    """The error for an assumption about transformers that does not hold."""
+    low, high = TESTED
+    return ModelError(
+        f"{what}: transformers {transformers.__version__} works differently from the tested releases, {low} to {high}; "
+        f"install one of them: pip install 'transformers>={low},<={high}.*'"
+    )
+
+
+def _cache_keyword() -> str:
+    """What transformers calls the cache in calls of a model and in its outputs: `past_key_values` up to 5.23."""
+    names = [f.name for f in dataclasses.fields(CausalLMOutputWithPast) if Cache.__name__ in str(f.type)]
+    if len(names) != 1:
+        raise broken("a causal language model's output has no one field for the cache")
+    return names[0]
+
+
+CACHE = _cache_keyword()
+
+
+def is_cache(value: object) -> bool:
+    """Whether an argument of a forward pass is a cache of keys and values."""
+    return isinstance(value, Cache | _CacheSeam) or (hasattr(value, "update") and hasattr(value, "get_seq_length"))
 
 
 class KeyValue(nn.Module, ABC):
@@ -51,46 +87,102 @@ class KeyValue(nn.Module, ABC):
 class _CacheSeam:
     """Stands where an attention module expects its cache; quantises what goes in, forwards the rest."""
 
-    def __init__(self, kv: KeyValue, cache: Any) -> None:
-        self._kv = kv
+    def __init__(self, call: _Call, cache: Any) -> None:
+        self._call = call
         self._cache = cache
 
     def update(self, k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self._cache is None:
-            return self._kv.key(k), self._kv.value(v)
-        return self._kv.store(self._cache, k, v, layer, *args, **kwargs)
+        self._call.stored = True
+        return self._call.kv.store(self._cache, k, v, layer, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-def _hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+class _Call:
+    """One forward pass of one attention module, and which of its tensors have passed through the seam."""
+
+    def __init__(self, module: nn.Module, kv: KeyValue) -> None:
+        self.module, self.kv = module, kv
+        self.cached = self.stored = self.attended = False
+
+    def wrapped(self, value: Any) -> Any:
+        """An argument of the module; a cache is replaced by a seam."""
+        if not is_cache(value):
+            return value
+        self.cached = True
+        return _CacheSeam(self, value._cache if isinstance(value, _CacheSeam) else value)
+
+    def enter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention gets them."""
+        self.attended = True
+        if self.cached:
+            if not self.stored:
+                raise broken(f"{_name(self.module)} did not hand its keys and values to the cache's update()")
+            return self.kv.query(q), k, v
+        return self.kv.query(q), self.kv.key(k), self.kv.value(v)
+
+
+class _Open(threading.local):
+    """The forward passes of attached modules that this thread is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+
+    def of(self, module: nn.Module) -> _Call | None:
+        return self.calls[-1] if self.calls and self.calls[-1].module is module else None
+
+
+_open = _Open()
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__name__} of block {getattr(module, 'layer_idx', '?')}"
+
+
+def _begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook."""
     implementation = getattr(module.config, "_attn_implementation", None)
     if implementation != ATTENTION:
         raise ModelError(
             f"this model's keys and values are quantised for attention implementation {ATTENTION!r}, "
             f"but {implementation!r} is set; leave attn_implementation alone"
         )
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, _CacheSeam):
-        return args, kwargs
-    return args, {**kwargs, "past_key_values": _CacheSeam(getattr(module, _SLOT), cache)}
+    call = _Call(module, getattr(module, _SLOT))
+    args = tuple(map(call.wrapped, args))
+    kwargs = {name: call.wrapped(value) for name, value in kwargs.items()}
+    _open.calls.append(call)
+    return args, kwargs
+
+
+def _end(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook; also called, with None for an output, where the forward pass ended in an exception."""
+    call = _open.of(module)
+    if call is None:
+        return
+    _open.calls.pop()
+    if output is not None and not call.attended:
+        raise broken(f"{_name(module)} did not call the attention function {ATTENTION!r}")
 
 
 def attach(attention: nn.Module, kv: KeyValue) -> None:
     """Route one attention module's queries, keys and values through `kv`, replacing what was attached before."""
     detach(attention)
     setattr(attention, _SLOT, kv)
-    handle = attention.register_forward_pre_hook(_hook, with_kwargs=True)
-    attention._flatquant_hook = handle  # type: ignore[assignment]
+    hooks = (
+        attention.register_forward_pre_hook(_begin, with_kwargs=True),
+        attention.register_forward_hook(_end, always_call=True),
+    )
+    setattr(attention, _HOOKS, hooks)  # pyright: ignore[reportArgumentType]
 
 
 def detach(attention: nn.Module) -> None:
     """Undo `attach`; nothing happens if nothing is attached."""
     if hasattr(attention, _SLOT):
-        attention._flatquant_hook.remove()  # type: ignore[union-attr]
+        for hook in getattr(attention, _HOOKS):
+            hook.remove()
         delattr(attention, _SLOT)
-        del attention._flatquant_hook
+        delattr(attention, _HOOKS)
 
 
 def attached(attention: nn.Module) -> KeyValue | None:
@@ -99,14 +191,23 @@ def attached(attention: nn.Module) -> KeyValue | None:
 
 
 def use_attention(model: PreTrainedModel) -> None:
-    """Make the model call our attention function; unattached modules keep plain scaled-dot-product attention."""
+    """Make the model call our attention function; unattached modules keep plain scaled-dot-product attention.
+
+    Raises:
+        ModelError: transformers no longer has our functions in its tables.
+    """
+    if ALL_ATTENTION_FUNCTIONS.get(ATTENTION) is not _attention or ATTENTION not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise broken(f"the attention function or the mask function {ATTENTION!r} is not registered")
     model.config._attn_implementation = ATTENTION
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
     kv = attached(module)
     if kv is not None:
-        query = kv.query(query)
+        call = _open.of(module)
+        if call is None:
+            raise broken(f"the forward hooks of {_name(module)} were passed by")
+        query, key, value = call.enter(query, key, value)
     if kwargs.get("softcap") is not None:
         return _capped(query, key, value, attention_mask, kwargs["scaling"], kwargs["softcap"]), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)

@@ -23,6 +23,7 @@ from flatquant.runtime.artifact import check_output, inspect, load, save
 from flatquant.runtime.folder import check_name, content_hash, plan_from_json, plan_to_json
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
+from flatquant.seams import CACHE
 from tests.tiny_models import tiny_tokenizer
 
 SCHEMES = ["w4a4kv4", "w3a16", "w4g2a8", "k4v4", "w16a4", "k3", "w4a4kv4,mlp_mid=w8a8,1.attn_in=w16a16"]
@@ -99,7 +100,7 @@ def test_half_precision_and_generation(quantised, tmp_path: Path) -> None:
     assert torch.equal(loaded(q.tokens).logits, q.model(q.tokens).logits)
     ours, memory = (m.generate(q.tokens[:, :5], max_new_tokens=6, do_sample=False) for m in (loaded, q.model))
     assert torch.equal(ours, memory)
-    cached = loaded.generate(q.tokens[:, :5], max_new_tokens=6, do_sample=False, past_key_values=QuantizedCache(loaded))
+    cached = loaded.generate(q.tokens[:, :5], max_new_tokens=6, do_sample=False, **{CACHE: QuantizedCache(loaded)})
     assert torch.equal(cached, memory)
 
 
@@ -427,7 +428,7 @@ def test_inspection_counts(quantised, whole: Path) -> None:
     assert 4 < found.bits_per_quantised_weight < 16
     assert found.compression == pytest.approx(16 / found.bits_per_parameter)
     cache = QuantizedCache(q.model)
-    q.model(q.tokens, past_key_values=cache)
+    q.model(q.tokens, **{CACHE: cache})
     assert found.kv_bytes_per_token * q.tokens.numel() == cache.nbytes()
     assert found.kv_bytes_per_token_16bit == 2 * 2 * 2 * 10 * 2
     assert found.scheme == "w4a4kv4"

@@ -22,6 +22,7 @@ from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
 from flatquant.runtime.packedcache import PackedCache
+from flatquant.seams import CACHE
 from tests.tiny_models import randomised
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,7 +148,7 @@ def test_a_text_in_pieces_is_the_same_text(model: PreTrainedModel, pieces: list[
     runtime = fused.runtime(model)
     assert runtime is not None
     cache = runtime.new_cache(6, 13)
-    got = [model(part, past_key_values=cache).logits for part in ids.split(pieces, dim=1)]
+    got = [model(part, **{CACHE: cache}).logits for part in ids.split(pieces, dim=1)]
     assert cache.get_seq_length() == 13
     agree(torch.cat(got, 1), plainly(model, ids).logits)
 
@@ -157,7 +158,7 @@ def test_a_cache_that_is_full_grows(model: PreTrainedModel) -> None:
     ids = texts(6, 13)
     heads = model.config.num_key_value_heads
     cache = PackedCache(blocks=2, batch=6, heads=heads, places=4, head_dim=16, device=ids.device)
-    got = [model(part, past_key_values=cache).logits for part in ids.split(1, dim=1)]
+    got = [model(part, **{CACHE: cache}).logits for part in ids.split(1, dim=1)]
     assert cache.places >= 13
     agree(torch.cat(got, 1), plainly(model, ids).logits)
 
@@ -171,7 +172,7 @@ def test_generate_writes_the_same_text(model: PreTrainedModel, sample: bool) -> 
     written = []
     for cache in (None, QuantizedCache(model)):
         torch.manual_seed(0)
-        written.append(model.generate(ids, past_key_values=cache, **options))
+        written.append(model.generate(ids, **{CACHE: cache}, **options))
     same = (written[0] == written[1]).float()
     assert same.all(1).float().mean() >= 2 / 3 if DEVICE == "cpu" else same[:, :10].mean() > 0.9  # see `agree`
 
@@ -182,7 +183,7 @@ def test_a_cache_is_used_again_unless_the_caller_has_it(model: PreTrainedModel) 
     ids = texts(1, 5)
     first = model.generate(ids, max_new_tokens=4, do_sample=False)
     spare = runtime._spare
-    kept = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True).past_key_values
+    kept = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)[CACHE]
     assert isinstance(kept, PackedCache)
     assert kept is not spare
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), first)
@@ -193,7 +194,7 @@ def test_a_cache_is_used_again_unless_the_caller_has_it(model: PreTrainedModel) 
 def test_what_it_cannot_do_goes_the_other_way(model: PreTrainedModel) -> None:
     ids = texts(2, 9)
     beams = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
-    want = model.generate(ids, past_key_values=DynamicCache(config=model.config), **beams)
+    want = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **beams)
     assert torch.equal(model.generate(ids, **beams), want)
     right = torch.ones_like(ids)
     right[0, -3:] = 0
@@ -206,9 +207,9 @@ def test_what_it_cannot_do_goes_the_other_way(model: PreTrainedModel) -> None:
     runtime = fused.runtime(model)
     assert runtime is not None
     with pytest.raises(ModelError, match="padding on the left"):
-        model(ids, attention_mask=right, past_key_values=runtime.new_cache(2, 20))
+        model(ids, attention_mask=right, **{CACHE: runtime.new_cache(2, 20)})
     with pytest.raises(ModelError, match="made for 3 sequences, not 2"):
-        model(ids, past_key_values=runtime.new_cache(3, 20))
+        model(ids, **{CACHE: runtime.new_cache(3, 20)})
 
 
 def test_nothing_is_held_twice(model: PreTrainedModel) -> None:
@@ -279,8 +280,8 @@ def test_kernels_serve_a_model(name: str, method: str, monkeypatch: pytest.Monke
     runtime = fused.runtime(model)
     assert runtime is not None
     cache = runtime.new_cache(1, 8)
-    got = [model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache).logits]
-    got += [model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits for i in (6, 7)]
+    got = [model(ids[:, :6], attention_mask=mask[:, :6], **{CACHE: cache}).logits]
+    got += [model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], **{CACHE: cache}).logits for i in (6, 7)]
     close(torch.cat(got, 1)[:, 2:], want[:, 2:])
     assert used == {"attend", "vector", "few"}
 

@@ -8,6 +8,7 @@ from flatquant.calibrate.pipeline import calibrate
 from flatquant.errors import ModelError
 from flatquant.recipes import rtn
 from flatquant.runtime.kvcache import QuantizedCache, token_bytes
+from flatquant.seams import CACHE
 from flatquant.spec import QuantSpec
 
 SCHEMES = ["w4a4kv4", "k4v4", "k3", "k16v2", "k8v5"]
@@ -25,7 +26,7 @@ def test_generation_equals_that_of_a_plain_cache(quantised, scheme: str, dtype: 
             q.model.generate(
                 q.tokens[:, :9],
                 attention_mask=mask,
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=12,
                 min_new_tokens=12,
                 do_sample=False,
@@ -45,7 +46,7 @@ def test_decoding_equals_the_uncached_forward(quantised, scheme: str) -> None:
     q = quantised(scheme)
     want = q.model(q.tokens).logits
     cache = QuantizedCache(q.model)
-    steps = [q.model(part, past_key_values=cache).logits for part in q.tokens.split([5, 1, 1, 4, 5], dim=1)]
+    steps = [q.model(part, **{CACHE: cache}).logits for part in q.tokens.split([5, 1, 1, 4, 5], dim=1)]
     torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-4, atol=1e-4)
 
 
@@ -53,7 +54,7 @@ def test_beams(quantised) -> None:
     q = quantised("w4a4kv4")
     beams = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
     plain, ours = (
-        q.model.generate(q.tokens[:2, :6], past_key_values=cache, **beams)
+        q.model.generate(q.tokens[:2, :6], **{CACHE: cache}, **beams)
         for cache in (DynamicCache(config=q.model.config), QuantizedCache(q.model))
     )
     assert torch.equal(plain, ours)
@@ -62,7 +63,7 @@ def test_beams(quantised) -> None:
 def filled(q, tokens) -> tuple[QuantizedCache, DynamicCache]:
     caches = QuantizedCache(q.model), DynamicCache(config=q.model.config)
     for cache in caches:
-        q.model(tokens, past_key_values=cache)
+        q.model(tokens, **{CACHE: cache})
     return caches
 
 
@@ -85,7 +86,7 @@ def test_changes_do_what_they_do_to_a_plain_cache(quantised, change) -> None:
     assert ours.get_seq_length() == plain.get_seq_length()
     assert ours.get_mask_sizes(2, 0) == plain.get_mask_sizes(2, 0)
     new = torch.tensor([[5, 6]]).expand(plain.layers[0].keys.shape[0], -1)
-    assert torch.equal(q.model(new, past_key_values=ours).logits, q.model(new, past_key_values=plain).logits)
+    assert torch.equal(q.model(new, **{CACHE: ours}).logits, q.model(new, **{CACHE: plain}).logits)
 
 
 def test_reset_starts_over(quantised) -> None:
@@ -95,8 +96,8 @@ def test_reset_starts_over(quantised) -> None:
     assert cache.nbytes() == cache.get_seq_length() == 0
     assert not cache.is_initialized
     assert torch.equal(
-        q.model(q.tokens, past_key_values=cache).logits,
-        q.model(q.tokens, past_key_values=QuantizedCache(q.model)).logits,
+        q.model(q.tokens, **{CACHE: cache}).logits,
+        q.model(q.tokens, **{CACHE: QuantizedCache(q.model)}).logits,
     )
 
 
@@ -138,6 +139,6 @@ def test_sliding_windows() -> None:
     logits = []
     for cache in (DynamicCache(config=config), QuantizedCache(model)):
         parts = tokens.split([9, 1, 1, 5], dim=1)
-        logits.append(torch.cat([model(part, past_key_values=cache).logits for part in parts], 1))
+        logits.append(torch.cat([model(part, **{CACHE: cache}).logits for part in parts], 1))
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1], model(tokens).logits, rtol=1e-4, atol=1e-4)

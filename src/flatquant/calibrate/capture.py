@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flatquant import seams
 from flatquant.calibrate.activations import K, Kept, mapped
 from flatquant.spec import by_expert
 from flatquant.transforms import Factor
@@ -112,7 +113,7 @@ def capture(
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if k != "past_key_values"}
+    return {k: v for k, v in kwargs.items() if not seams.is_cache(v)}
 
 
 class _Moments:

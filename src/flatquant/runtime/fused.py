@@ -38,7 +38,7 @@ from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite, PackedLinear
 from flatquant.runtime.packedcache import PackedCache, PackedLayer
-from flatquant.seams import attached
+from flatquant.seams import CACHE, attached
 from flatquant.transforms import kronecker_split
 
 # Families whose blocks are: x + attention(norm(x)), then x + down(silu(gate) up) of its norm; no other scale anywhere.
@@ -376,7 +376,8 @@ def _window(attention: Any, config: Any) -> int | None:
 # Beside the models, not on them: a copy of a model finds its own.
 _made: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, Fused | None]] = WeakKeyDictionary()
 _DEVICES = "flatquant_fused_devices"
-_KNOWN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
+_KNOWN = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict")
+_FORMER_CACHE = "past_key_values"  # what callers may still say
 
 
 def attach(model: PreTrainedModel, devices: tuple[str, ...] = ("cuda",)) -> None:
@@ -398,11 +399,11 @@ def attach(model: PreTrainedModel, devices: tuple[str, ...] = ("cuda",)) -> None
     ) -> Any:
         fused = runtime(self) if serves(self) else None
         plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.num_return_sequences == 1
-        given = model_kwargs.get("past_key_values") is not None or config.cache_implementation is not None
+        given = model_kwargs.get(CACHE) is not None or config.cache_implementation is not None
         if fused is None or not plain or given or config.use_cache is False:
             return prepare(self, config, model_kwargs, mode, batch_size, max_cache_length)
         kept = bool(config.return_dict_in_generate)  # the caller gets to see the cache, and may keep it
-        model_kwargs["past_key_values"] = fused.cache_for(batch_size, max_cache_length, kept=kept)
+        model_kwargs[CACHE] = fused.cache_for(batch_size, max_cache_length, kept=kept)
         return None
 
     setattr(ours, _DEVICES, devices)
@@ -432,7 +433,9 @@ def runtime(model: PreTrainedModel) -> Fused | None:
 def _forward(model: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """What transformers' forward pass would return, or None where it has to be asked."""
     given = {name: value for name, value in kwargs.items() if value is not None}
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    if _FORMER_CACHE in given:
+        given[CACHE] = given.pop(_FORMER_CACHE)
+    cache, mask = given.get(CACHE), given.get("attention_mask")
     mine = isinstance(cache, PackedCache)
     simple = input_ids is not None and not args and not model.training and set(given) <= set(_KNOWN)
     simple &= mask is None or (mask.ndim == 2 and ((mine and cache.length > 0) or _padded_left(mask)))
@@ -464,7 +467,7 @@ def _forward(model: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: 
         logits = fused.prefill(input_ids, positions, cache, 0 if whole else keep)
         logits = logits[:, keep] if whole else logits
     use_cache = given.get("use_cache", model.config.use_cache)
-    output = CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)  # type: ignore[arg-type]
+    output = CausalLMOutputWithPast(logits=logits, **{CACHE: cache if use_cache else None})  # type: ignore[arg-type]
     return output if given.get("return_dict", True) else output.to_tuple()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from flatquant import seams
 from flatquant.errors import DataError, FlatQuantError, ModelError
 from flatquant.runtime import fused
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -71,9 +72,9 @@ def generate_text(
             out = model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
                 generation_config=config,
                 streamer=streamer,
+                **{seams.CACHE: cache},
             )
         except RuntimeError as error:
             if "probability tensor" not in str(error):
