@@ -110,8 +110,10 @@ def test_a_batch_in_parts_fits_as_the_whole_does() -> None:
 
 
 def test_an_end_to_end_fit_in_parts_is_that_of_the_whole() -> None:
+    # Activations stay off their grids: a value that lies between two integers falls to either side with the order of a
+    # sum, and the gradients of a whole block follow it.
     model = family("llama", dtype=torch.float64)
-    recipe = quick("w4a4kv4", end_to_end=EndToEndSpec(steps=4, batch_size=4))
+    recipe = quick("w4", end_to_end=EndToEndSpec(steps=4, batch_size=4))
     whole, parts = (
         calibrated(model, recipe, layout=layout(model, recipe, windows=w), dtype=torch.float64)[2] for w in (4, 1)
     )
