@@ -1,0 +1,109 @@
+"""A run as a user starts it, and what it says of itself: exit code, verdict, blame, proposal, and what that costs.
+
+    python -m benchmarks.proof --model MODEL --name NAME --data DATA --out benchmarks/results [--propose] -- OPTIONS
+
+The command line quantises MODEL with OPTIONS (`--preset reference --key-offset none`, ...) in a process of its own. With
+`--propose`, a second run takes the scheme that the first one proposes. The perplexity of WikiText-2's test text follows,
+which no run has seen. Each run is added to `NAME.json` with its report's verdict and its seconds by stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import environment, read_samples, write_result
+from flatquant import load
+from flatquant.data import evaluation_windows
+from flatquant.evaluate.perplexity import perplexity
+from flatquant.models import load_tokenizer
+from flatquant.runtime.folder import REPORT_FILE, read_json
+
+TEXT = "wikitext-2-raw/wiki.test.raw"
+OVERHEAD = ("preflight", "verdict")  # stages that only prove a run
+
+
+def run(model: str, options: list[str], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One call of the command line, and what it left."""
+    command = [sys.executable, "-m", "flatquant", "quantize", model, "--output", str(folder), *options]
+    start = time.perf_counter()
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "FLATQUANT_DATA": args.data}, check=False
+    )
+    seconds = time.perf_counter() - start
+    print(done.stdout, done.stderr[-4000:], f"exit {done.returncode}, {seconds:.1f} s", sep="\n", flush=True)
+    sample: dict[str, Any] = {"options": options, "exit": done.returncode, "seconds": seconds, "said": done.stdout}
+    if not (folder / REPORT_FILE).is_file():
+        return sample | {"error": done.stderr.splitlines()[-1:]}
+    report = read_json(folder / REPORT_FILE)
+    timing = report["timing"]
+    sample |= {"verdict": report["verdict"], "timing": timing, "losses": [b.get("losses") for b in report["blocks"]]}
+    quantised = load(folder, device=args.device)
+    windows = evaluation_windows(
+        Path(args.data) / TEXT, load_tokenizer(folder), seqlen=args.seqlen, windows=args.windows
+    )
+    sample["wikitext2"] = {"perplexity": perplexity(quantised, windows, batch_size=4).value, "windows": len(windows)}
+    print(json.dumps({k: sample[k] for k in ("exit", "seconds", "verdict", "timing", "wikitext2")}), flush=True)
+    return sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--name", required=True, help="of the results file")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--windows", type=int, help="of the test text; by default all")
+    parser.add_argument("--propose", action="store_true", help="run again with the scheme that the verdict proposes")
+    parser.add_argument("options", nargs="*", help="of flatquant quantize, after --")
+    args = parser.parse_args()
+    file = args.out / f"{args.name}.json"
+    samples = read_samples(file)
+
+    def keep(sample: dict[str, Any]) -> dict[str, Any]:
+        samples.append(sample | {"commit": environment()["commit"]})
+        write_result(file, args.name, seeds=[0], samples=samples, metrics=metrics(samples))
+        return sample
+
+    with tempfile.TemporaryDirectory() as scratch:
+        first = keep(run(args.model, args.options, Path(scratch) / "first", args))
+        proposal = (first.get("verdict") or {}).get("proposal")
+        if args.propose and proposal:
+            keep(run(args.model, [*args.options, "--scheme", proposal["scheme"]], Path(scratch) / "second", args))
+
+
+def metrics(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the documents show of each run."""
+    rows = []
+    for sample in samples:
+        verdict, timing = sample.get("verdict") or {}, sample.get("timing") or {}
+        spent = sum(timing.get("seconds", {}).get(stage, 0.0) for stage in OVERHEAD)
+        rows.append(
+            {
+                "options": " ".join(sample["options"]),
+                "exit": sample["exit"],
+                "word": verdict.get("word"),
+                "kl": verdict.get("kl"),
+                "blame": verdict.get("blame"),
+                "proposal": verdict.get("proposal"),
+                "wikitext2": (sample.get("wikitext2") or {}).get("perplexity"),
+                "total seconds": timing.get("total"),
+                "proving, share of the rest": spent / (timing["total"] - spent) if timing.get("total") else None,
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
