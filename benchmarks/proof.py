@@ -2,8 +2,8 @@
 
     python -m benchmarks.proof --model MODEL --name NAME --data DATA --out benchmarks/results [--propose] -- OPTIONS
 
-The command line quantises MODEL with OPTIONS (`--preset reference --key-offset none`, ...) in a process of its own. With
-`--propose`, a second run takes the scheme that the first one proposes. The perplexity of WikiText-2's test text follows,
+The command line quantises MODEL with OPTIONS (`--preset reference`, ...) in a process of its own. With
+`--propose`, a second run takes the scheme that the first one proposes. The perplexity of WikiText-2 test text follows,
 which no run has seen. Each run is added to `NAME.json` with its report's verdict and its seconds by stage.
 """
 
