@@ -9,8 +9,9 @@ Keys, values and queries are reached after RoPE without copying any modeling fil
   transforms and quantises keys and values, so that a cache only ever holds quantised ones. Without a cache, the
   attention function does it.
 
-Nothing here relies on transformers calling back: a forward hook checks that queries, keys and values of one forward
-pass all went through the seam, and raises a ModelError otherwise. Numbers in mixed bases look plausible.
+Nothing here relies on transformers calling back: forward hooks check that queries, keys and values of one forward
+pass all went through the seam, and that the model took its mask from ours, and raise a ModelError otherwise. Numbers in
+mixed bases look plausible, and so do those of padding that is attended to.
 
 What was given up: attention implementations other than ours (eager, flash) on a quantised model; asking for one fails
 loudly instead of reading keys in the wrong basis.
@@ -19,12 +20,13 @@ loudly instead of reading keys in the wrong basis.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -32,20 +34,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from flatquant.errors import ModelError
+from flatquant.versions import broken
 
 ATTENTION = "flatquant"
-TESTED = ("5.17", "5.24")  # the oldest and the newest minor release of transformers that the test suite passes with
 _SLOT = "flatquant_kv"
 _HOOKS = "flatquant_hooks"
-
-
-def broken(what: str) -> ModelError:
-    """The error for an assumption about transformers that does not hold."""
-    low, high = TESTED
-    return ModelError(
-        f"{what}: transformers {transformers.__version__} works differently from the tested releases, {low} to {high}; "
-        f"install one of them: pip install 'transformers>={low},<={high}.*'"
-    )
+_WATCHED = "flatquant_masks_watched"
 
 
 def _cache_keyword() -> str:
@@ -124,10 +118,19 @@ class _Call:
 
 
 class _Open(threading.local):
-    """The forward passes of attached modules that this thread is in, innermost last."""
+    """What this thread is in: forward passes of attached modules, innermost last; whether our mask was asked for."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
+        self.masked = False
+
+    def begin(self, call: _Call) -> None:
+        """Open a forward pass. No module is inside itself: a pass of it that is still open was interrupted."""
+        for i, other in enumerate(self.calls):
+            if other.module is call.module:
+                del self.calls[i:]
+                break
+        self.calls.append(call)
 
     def of(self, module: nn.Module) -> _Call | None:
         return self.calls[-1] if self.calls and self.calls[-1].module is module else None
@@ -151,7 +154,7 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     call = _Call(module, getattr(module, _SLOT))
     args = tuple(map(call.wrapped, args))
     kwargs = {name: call.wrapped(value) for name, value in kwargs.items()}
-    _open.calls.append(call)
+    _open.begin(call)
     return args, kwargs
 
 
@@ -191,14 +194,49 @@ def attached(attention: nn.Module) -> KeyValue | None:
 
 
 def use_attention(model: PreTrainedModel) -> None:
-    """Make the model call our attention function; unattached modules keep plain scaled-dot-product attention.
+    """Make the model call our attention and mask functions; unattached modules keep plain attention.
+
+    From now on a forward pass of the model that does not take its mask from ours raises a ModelError.
 
     Raises:
         ModelError: transformers no longer has our functions in its tables.
     """
-    if ALL_ATTENTION_FUNCTIONS.get(ATTENTION) is not _attention or ATTENTION not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise broken(f"the attention function or the mask function {ATTENTION!r} is not registered")
+    if ALL_ATTENTION_FUNCTIONS.get(ATTENTION) is not _attention:
+        raise broken(f"the attention function {ATTENTION!r} is not registered")
+    if ALL_MASK_ATTENTION_FUNCTIONS.get(ATTENTION) is not _mask:
+        raise broken(f"the mask function {ATTENTION!r} is not registered")
     model.config._attn_implementation = ATTENTION
+    decoder = model.base_model
+    if not hasattr(decoder, _WATCHED):
+        decoder.register_forward_pre_hook(_begin_masks)
+        decoder.register_forward_hook(_check_masks, with_kwargs=True)
+        setattr(decoder, _WATCHED, True)
+
+
+def _begin_masks(decoder: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of a decoder."""
+    _open.masked = False
+
+
+def _check_masks(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """Forward hook of a decoder. Finished masks, four-dimensional or one a kind of layer, are taken as they are."""
+    if _open.masked or getattr(decoder.config, "_attn_implementation", None) != ATTENTION:
+        return
+    if not any(isinstance(value, dict) or getattr(value, "ndim", 0) == 4 for value in (*args, *kwargs.values())):
+        raise broken(f"{type(decoder).__name__} did not call the mask function {ATTENTION!r}")
+
+
+def generation_cache_hook(kind: type[PreTrainedModel]) -> Callable[..., Any]:
+    """The method of a model's class with which `generate` makes a cache.
+
+    Raises:
+        ModelError: transformers no longer has it, or no longer calls it in `generate`.
+    """
+    name = "_prepare_cache_for_generation"
+    generate = inspect.unwrap(getattr(kind, "generate"))  # noqa: B009 - not every class that pyright sees has it
+    if not hasattr(kind, name) or name not in generate.__code__.co_names:
+        raise broken(f"generate() of {kind.__name__} does not call {name}")
+    return getattr(kind, name)
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
@@ -211,6 +249,12 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     if kwargs.get("softcap") is not None:
         return _capped(query, key, value, attention_mask, kwargs["scaling"], kwargs["softcap"]), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of scaled-dot-product attention."""
+    _open.masked = True
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, cap: float) -> Tensor:
@@ -226,4 +270,4 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)

@@ -38,7 +38,7 @@ from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite, PackedLinear
 from flatquant.runtime.packedcache import PackedCache, PackedLayer
-from flatquant.seams import CACHE, attached
+from flatquant.seams import CACHE, attached, generation_cache_hook
 from flatquant.transforms import kronecker_split
 
 # Families whose blocks are: x + attention(norm(x)), then x + down(silu(gate) up) of its norm; no other scale anywhere.
@@ -386,7 +386,7 @@ def attach(model: PreTrainedModel, devices: tuple[str, ...] = ("cuda",)) -> None
     Whether it can is found out at the first call there; a model that it cannot serve stays as it is, after a warning.
     """
     ours: Any = model
-    forward, prepare = type(ours).forward, type(ours)._prepare_cache_for_generation
+    forward, prepare = type(ours).forward, generation_cache_hook(type(ours))
 
     @functools.wraps(forward)
     def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -34,11 +34,18 @@ from flatquant.runtime.folder import (
     plan_to_json,
 )
 from flatquant.spec import Plan
+from flatquant.versions import broken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+# Methods of its quantisers that transformers calls, and we override. 5.17 shows the config to the first of two, later
+# releases to the second.
+_CONFIG_HOOKS = ("update_tp_plan", "update_attn_implementation")
+_HOOKS = ("_process_model_before_weight_loading", "_process_model_after_weight_loading", "update_weight_conversions")
 
 
 class FlatQuantConfig(QuantizationConfigMixin):
@@ -91,6 +98,19 @@ class FlatQuantizer(HfQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self.folder: Folder | None = None
+        self.prepared = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """What transformers calls first when it loads a quantised folder.
+
+        Raises:
+            ModelError: it will not call what we need to put serving modules in place.
+        """
+        lost = [name for name in _HOOKS if not hasattr(HfQuantizer, name)]
+        if not any(hasattr(HfQuantizer, name) for name in _CONFIG_HOOKS):
+            lost.append(" or ".join(_CONFIG_HOOKS))
+        if lost:
+            raise broken(f"a quantiser of transformers has no {lost[0]}")
 
     def _prepare(self, config: Any) -> Any:
         """The one look at the model's config before it is built and before any file is looked for."""
@@ -109,6 +129,7 @@ class FlatQuantizer(HfQuantizer):
             # transformers reads the index before it asks anyone, and stumbles over what is wrong with it.
             folder = Folder.open(Path(local))
             folder.check_files([name for name in folder.files if name != INDEX_FILE])
+        self.prepared = True
         return config
 
     def update_tp_plan(self, config: Any) -> Any:  # what transformers 5.17 calls
@@ -126,6 +147,8 @@ class FlatQuantizer(HfQuantizer):
     ) -> None:
         from flatquant.runtime import artifact
 
+        if not self.prepared:
+            raise broken(f"from_pretrained called neither {' nor '.join(_CONFIG_HOOKS)}")
         if not checkpoint_files:
             raise ArtifactError("a quantised model is read from its folder; state_dict= cannot be given")
         self.folder = Folder.open(Path(checkpoint_files[0]).parent)
@@ -137,7 +160,8 @@ class FlatQuantizer(HfQuantizer):
         from flatquant import seams
         from flatquant.runtime import fused
 
-        assert self.folder is not None
+        if self.folder is None:
+            raise broken(f"from_pretrained did not call {_HOOKS[0]}")
         places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ModelError(
@@ -162,6 +186,8 @@ class FlatQuantizer(HfQuantizer):
 # Called, not put on top of the classes: their decorator hides what it decorates from type checkers.
 register_quantization_config(METHOD)(FlatQuantConfig)
 register_quantizer(METHOD)(FlatQuantizer)
+if AUTO_QUANTIZER_MAPPING.get(METHOD) is not FlatQuantizer:
+    raise broken("register_quantizer did not register ours")
 
 
 def adopt(
