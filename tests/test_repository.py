@@ -5,9 +5,16 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from flatquant.versions import TESTED, bounds
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "flatquant"
@@ -59,6 +66,71 @@ def test_contracts_name_existing_modules() -> None:
     existing = {".".join(("flatquant", *m.relative_to(PACKAGE).with_suffix("").parts)) for m in MODULES}
     existing |= {name.removesuffix(".__init__") for name in existing}
     assert not named - existing, sorted(named - existing)
+
+
+# ------------------------------------------------------------------------------------------ releases of others
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """What pyproject.toml asks for: of the package, under "", and of every extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {extra: [Requirement(text) for text in texts] for extra, texts in lists.items()}
+
+
+def pins(name: str) -> dict[str, str]:
+    """The lines of a file of pins."""
+    lines = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "a line that is no plain pin"
+    return {canonicalize_name(pin): version for pin, version in (line.split("==") for line in lines)}
+
+
+def test_the_range_of_transformers_is_the_one_that_errors_name() -> None:
+    (asked,) = (r.specifier for r in requirements()[""] if r.name == "transformers")
+    assert asked == SpecifierSet(bounds())
+    assert Version(pins("requirements.lock")["transformers"]).release[:2] == Version(TESTED[1]).release
+
+
+def test_the_lock_satisfies_pyproject() -> None:
+    locked = pins("requirements.lock") | pins("constraints.txt")
+    for extra, asked in requirements().items():
+        for r in asked:
+            assert r.specifier.contains(locked[canonicalize_name(r.name)]), f"{r} ({extra}): run make lock"
+
+
+MACHINES = [("linux", "Linux", "x86_64"), ("linux", "Linux", "aarch64"), ("darwin", "Darwin", "arm64")]
+ENVIRONMENTS = [
+    {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": platform,
+        "platform_system": system,
+        "platform_machine": machine,
+    }
+    for python in ("3.11", "3.12", "3.13")
+    for platform, system, machine in MACHINES
+]
+
+
+def test_the_lock_pins_what_is_needed_on_any_machine_indirectly_too() -> None:
+    """As far as this environment has the packages, and can say what they depend on."""
+    locked = pins("requirements.lock") | pins("constraints.txt")
+    todo = [(canonicalize_name(r.name), e) for asked in requirements().values() for r in asked for e in ("", *r.extras)]
+    seen: set[tuple[str, str]] = set()
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in seen or name.startswith(("nvidia-", "cuda-")):  # the latter come with torch
+            continue
+        seen.add((name, extra))
+        assert name in locked, f"{name}: run make lock"
+        try:
+            needed = [Requirement(text) for text in metadata.requires(name) or ()]
+        except metadata.PackageNotFoundError:
+            continue
+        for r in needed:
+            if r.marker is None or any(r.marker.evaluate({**machine, "extra": extra}) for machine in ENVIRONMENTS):
+                todo += [(canonicalize_name(r.name), of) for of in ("", *r.extras)]
+    assert len(seen) > 50
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
