@@ -271,7 +271,7 @@ def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Se
         dense = [torch.randn(o, n, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * o * n))]
         for t in tokens:
             x = torch.randint(-8, 8, (t, n), device=device, dtype=torch.int8)
-            if int4_linear.form(t, device) == "float8":
+            if int4_linear.form(t, device, torch.bfloat16) == "float8":
                 x = x.float().to(torch.float8_e4m3fn)
             s = torch.rand(t, 1, device=device) + 0.5
             want = product_reference.int4_linear(x, s, packed[0], scale, None, None, torch.float32)
@@ -438,7 +438,7 @@ def models(
         steps = [partial(decoding, runtime, b, prompt) for runtime in right.values()]
         add("decode", b, base_decode[b], _in_turn_or_alone(steps, device))
     cache = runtimes["kronecker"].new_cache(1, prompt)
-    cache.rewind(prompt)
+    cache.room.rewind(prompt)
     sizes["weights"] = sum(t.nbytes for t in packed["kronecker"].state_dict().values())
     sizes["cache"] = cache.nbytes()
     return rows, sizes
@@ -496,7 +496,7 @@ def _fastest(times: dict[str, Times]) -> tuple[str, Times] | None:
 
 def prefill(runtime: fused.Fused, ids: Tensor, cache: Any) -> Tensor:
     """Logits of a prompt's last token, from an empty cache.  # (1, T) -> (1, 1, V)"""
-    cache.rewind(0)
+    cache.room.rewind(0)
     return runtime.prefill(ids, torch.arange(ids.shape[1], device=ids.device)[None], cache, 1)
 
 
@@ -507,7 +507,7 @@ def decoding(runtime: fused.Fused, batch: int, prompt: int) -> Callable[[], Tens
         for store in layer.stores:
             store.packed.random_(0, 256)
     ids = torch.zeros((batch, 1), dtype=torch.int64, device=runtime.device)
-    cache.rewind(prompt)
+    cache.room.rewind(prompt)
     return lambda: runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
 
 
@@ -539,7 +539,7 @@ def kernels_error(runtime: fused.Fused) -> float:
     block, device, dtype = runtime.blocks[0], runtime.device, runtime.norm.gain.dtype
     shares = [_attention_error(block, device, dtype) / _ATTENTION_ERROR]
     for tokens in (1, 16, 80):  # each has its own kernel of a product
-        form = int4_linear.form(tokens, device)
+        form = int4_linear.form(tokens, device, dtype)
         for name, site in block.sites.items():
             n = site.shape[0] * site.shape[1]
             x, gate = (torch.randn(tokens, n, device=device, dtype=dtype) for _ in range(2))

@@ -117,7 +117,7 @@ def test_many_tokens_without_float8_units(
     want = reference.int4_linear(x, x_scale, packed, *rest, torch.float32)
     if CUDA:
         monkeypatch.setattr(op, "_has_float8", lambda device: False)
-        assert op.form(len(x), x.device) == "planes"
+        assert op.form(len(x), x.device, dtype) == "planes"
         y = op.int4_linear(x, x_scale, packed, *rest, dtype)
     else:
         weight = fused.expand(packed, torch.zeros(48, 96, dtype=torch.int8))
@@ -139,7 +139,7 @@ def test_every_number_of_tokens_has_a_kernel(tokens: int) -> None:
     g = torch.Generator().manual_seed(tokens)
     x, *rest = make(tokens, 96, 1056, True, True, torch.bfloat16, g)
     want = reference.int4_linear(x, *rest, torch.float32)
-    if op.form(tokens, x.device) == "float8":  # in order, where int8 has even channels first
+    if op.form(tokens, x.device, torch.bfloat16) == "float8":  # in order, where int8 has even channels first
         x = x.unflatten(-1, (2, -1)).mT.flatten(-2).float().to(torch.float8_e4m3fn)
     y = op.int4_linear(x, *rest, torch.bfloat16)
     torch.testing.assert_close(y.float(), want, rtol=2**-7, atol=2**-7 * want.abs().mean().item())

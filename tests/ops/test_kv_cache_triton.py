@@ -171,8 +171,8 @@ def test_attention_equals_the_reference(
     q = torch.randn(batch, queries, d, generator=g).to(DEVICE, dtype)
     start = torch.randint(0, length, (batch,), generator=g).to(DEVICE)
     arguments = (q, *stores, torch.tensor([length - 1], device=DEVICE), start, window, d**-0.5)
-    out, lse = fused.attend(*arguments, parts=parts, block=16)
-    assert out.shape == (batch, queries, parts, d)
+    out, lse = fused.attend(*arguments, parts=parts, least=16, block=16)
+    assert out.shape == (batch, queries, min(parts, -(-PLACES // 16)), d)
     assert not out.isnan().any()
     got = merged(out, lse)
     want = merged(*reference.attend(*arguments))
@@ -187,7 +187,7 @@ def test_padding_and_places_not_yet_used_do_not_count() -> None:
         s.scale[:, :, 4:9] = 0.5
     q = torch.randn(1, 1, 16, generator=g).to(DEVICE)
     last, start = torch.tensor([8], device=DEVICE), torch.tensor([4], device=DEVICE)
-    out, lse = fused.attend(q, keys, values, last, start, None, 0.25, parts=2, block=16)
+    out, lse = fused.attend(q, keys, values, last, start, None, 0.25, parts=2, least=16, block=16)
     rows = values.read(9)[0, 0, 4:]
     scores = (keys.read(9)[0, 0, 4:] @ q[0, 0]) * 0.25
     torch.testing.assert_close(merged(out, lse)[0], scores.softmax(0) @ rows, rtol=1e-4, atol=1e-4)

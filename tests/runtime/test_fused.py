@@ -1,10 +1,13 @@
 """The fused runtime against the modules that transformers calls one by one: the same model, whatever is asked of it."""
 
+import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
     DynamicCache,
@@ -16,12 +19,13 @@ from transformers import (
 
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.errors import ModelError
+from flatquant.ops import int4_linear
 from flatquant.recipes import recipe
 from flatquant.runtime import fused
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
-from flatquant.runtime.packedcache import PackedCache
+from flatquant.runtime.packedcache import PackedCache, Room
 from flatquant.seams import CACHE
 from tests.tiny_models import randomised
 
@@ -157,9 +161,9 @@ def test_a_text_in_pieces_is_the_same_text(model: PreTrainedModel, pieces: list[
 def test_a_cache_that_is_full_grows(model: PreTrainedModel) -> None:
     ids = texts(6, 13)
     heads = model.config.num_key_value_heads
-    cache = PackedCache(blocks=2, batch=6, heads=heads, places=4, head_dim=16, device=ids.device)
+    cache = PackedCache(Room(blocks=2, batch=6, heads=heads, places=4, head_dim=16, device=ids.device))
     got = [model(part, **{CACHE: cache}).logits for part in ids.split(1, dim=1)]
-    assert cache.places >= 13
+    assert cache.room.places >= 13
     agree(torch.cat(got, 1), plainly(model, ids).logits)
 
 
@@ -182,13 +186,15 @@ def test_a_cache_is_used_again_unless_the_caller_has_it(model: PreTrainedModel) 
     assert runtime is not None
     ids = texts(1, 5)
     first = model.generate(ids, max_new_tokens=4, do_sample=False)
-    spare = runtime._spare
+    room = runtime._spare[-1]
     kept = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)[CACHE]
     assert isinstance(kept, PackedCache)
-    assert kept is not spare
+    assert kept.room is room
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), first)
-    assert runtime._spare is spare
     assert kept.get_seq_length() == 8
+    del kept
+    assert room in runtime._spare
+    assert len(runtime._spare) == 2
 
 
 def test_what_it_cannot_do_goes_the_other_way(model: PreTrainedModel) -> None:
@@ -204,12 +210,14 @@ def test_what_it_cannot_do_goes_the_other_way(model: PreTrainedModel) -> None:
         assert model(inputs_embeds=embeds).logits.equal(plainly(model, inputs_embeds=embeds).logits)
         assert len(model(ids, output_hidden_states=True).hidden_states) == 3
     assert model(ids, labels=ids).loss.isfinite()
+    written = model.generate(inputs_embeds=embeds, max_new_tokens=3, do_sample=False)
+    assert torch.equal(written, model.generate(ids, max_new_tokens=3, do_sample=False)[:, 9:])
     runtime = fused.runtime(model)
     assert runtime is not None
-    with pytest.raises(ModelError, match="padding on the left"):
-        model(ids, attention_mask=right, **{CACHE: runtime.new_cache(2, 20)})
-    with pytest.raises(ModelError, match="made for 3 sequences, not 2"):
-        model(ids, **{CACHE: runtime.new_cache(3, 20)})
+    for keyword in ("input_ids", "inputs_embeds"):
+        given = {keyword: ids if keyword == "input_ids" else embeds}
+        with pytest.raises(ModelError, match="made for 3 sequences, not 2"):
+            model(**given, **{CACHE: runtime.new_cache(3, 20)})
 
 
 def test_nothing_is_held_twice(model: PreTrainedModel) -> None:
@@ -260,7 +268,7 @@ def test_kernels_serve_a_model(name: str, method: str, monkeypatch: pytest.Monke
 
     def attend(*args, parts: int):
         used.add("attend")
-        return caching.attend(*args, parts=2, block=16)
+        return caching.attend(*args, parts=2, least=16, block=16)
 
     def product(x: torch.Tensor, *args):
         used.add("vector" if len(x) == 1 else "few")
@@ -301,3 +309,458 @@ def test_other_devices_are_left_alone() -> None:
     with torch.no_grad():
         assert model(ids).logits.equal(plainly(model, ids).logits)
     assert model not in fused._made
+
+# --------------------------------------------------------------------------------------- stepping aside
+
+
+def served(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which of the fused runtime's two passes ran, call by call from now on."""
+    runtime, calls = fused.runtime(model), []
+    assert runtime is not None
+    for name in ("prefill", "decode"):
+        passed = getattr(runtime, name)
+        monkeypatch.setattr(runtime, name, lambda *a, name=name, passed=passed: calls.append(name) or passed(*a))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    """A model of which a test may be rough with the modules, if it mends them."""
+    made = quantised(CONFIGS["llama"])
+    fused.attach(made, (DEVICE,))
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["forward", "pre", "everywhere", "replaced"])
+def test_hooks_of_submodules_are_called(llama: PreTrainedModel, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the next call on, whatever cache it has; without them the kernels run again."""
+    ids = texts(2, 9)
+    want = plainly(llama, ids).logits
+    llama(ids)
+    calls = served(llama, monkeypatch)
+    mlp, seen = llama.model.layers[1].mlp, []
+    cache = llama(ids[:, :4], use_cache=True)[CACHE]
+    assert calls.pop() == "prefill"
+    if kind == "forward":
+        handle = mlp.register_forward_hook(lambda *a: seen.append(a))
+    elif kind == "pre":
+        handle = mlp.register_forward_pre_hook(lambda *a: seen.append(a))
+    elif kind == "everywhere":
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *a: seen.append(a))
+    else:
+        forward = mlp.forward
+        monkeypatch.setattr(mlp, "forward", lambda *a: seen.append(a) or forward(*a))
+        handle = None
+    assert torch.equal(llama(ids).logits, want)
+    assert seen
+    seen.clear()
+    agree(llama(ids[:, 4:], **{CACHE: cache}).logits, want[:, 4:])  # the modules read the packed cache
+    assert seen
+    seen.clear()
+    llama.generate(ids, max_new_tokens=3, do_sample=False)
+    assert len(seen) >= 3
+    assert calls == []
+    if handle is None:
+        monkeypatch.delattr(mlp, "forward")
+    else:
+        handle.remove()
+    seen.clear()
+    llama.generate(ids, max_new_tokens=3, do_sample=False)
+    assert calls[0] == "prefill"
+    assert len(calls) == 3
+    assert not seen
+
+
+@torch.no_grad()
+def test_a_hook_between_two_tokens_is_called(llama: PreTrainedModel) -> None:
+    ids, seen = texts(2, 9), []
+    cache = llama(ids[:, :7], use_cache=True)[CACHE]
+    llama(ids[:, 7:8], **{CACHE: cache})
+    handle = llama.lm_head.register_forward_hook(lambda *a: seen.append(a))
+    try:
+        agree(llama(ids[:, 8:], **{CACHE: cache}).logits, plainly(llama, ids).logits[:, 8:])
+    finally:
+        handle.remove()
+    assert len(seen) == 2
+
+
+@torch.no_grad()
+def test_hidden_states_by_config_and_by_keyword(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = texts(2, 9)
+    want = plainly(llama, ids, output_hidden_states=True)
+    calls = served(llama, monkeypatch)
+    assert len(llama(ids, output_hidden_states=True).hidden_states) == 3
+    assert llama(ids).hidden_states is None
+    assert calls == ["prefill"]  # transformers' own hooks stay behind, and do nothing
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    assert len(llama.generate(ids, output_hidden_states=True, **options).hidden_states) == 3
+    monkeypatch.setattr(llama.config, "output_hidden_states", True)
+    for got, expected in zip(llama(ids).hidden_states, want.hidden_states, strict=True):
+        assert torch.equal(got, expected)
+    llama.generate(ids, **options)
+    assert calls == ["prefill"]
+    assert llama(ids, output_hidden_states=False).hidden_states is None
+    assert len(calls) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(llama.config, "return_dict", False)
+    assert isinstance(llama(ids), tuple)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hole", [[1, 1, 1, 1, 0, 0, 1], [0, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
+def test_padding_in_the_middle_is_masked(llama: PreTrainedModel, hole: list[int]) -> None:
+    """A prefix of 4 tokens, then 3 more, then one by one; also where the row below it has no padding."""
+    ids = texts(6, 10)
+    mask = torch.ones_like(ids)
+    mask[::2, :7] = torch.tensor(hole)
+    runtime = fused.runtime(llama)
+    assert runtime is not None
+    ours, plain = runtime.new_cache(6, 20), DynamicCache(config=llama.config)
+    for first, last in ((0, 4), (4, 7), (7, 8), (8, 9), (9, 10)):
+        rows = mask[:, first:last].bool()
+        got, want = (
+            f(ids[:, first:last], attention_mask=mask[:, :last], **{CACHE: cache}).logits
+            for f, cache in ((llama, ours), (lambda *a, **k: plainly(llama, *a, **k), plain))
+        )
+        agree(got * rows[..., None], want * rows[..., None])
+
+
+@torch.no_grad()
+def test_the_mask_of_each_call_counts(llama: PreTrainedModel) -> None:
+    """What one call masks, the next one sees again unless it is told otherwise: a cache remembers no padding."""
+    ids = texts(6, 9)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    runtime = fused.runtime(llama)
+    assert runtime is not None
+    ours, plain = runtime.new_cache(6, 20), DynamicCache(config=llama.config)
+    for first, last, given_ in ((0, 6, None), (6, 7, mask), (7, 8, None), (8, 9, mask)):
+        part, now = ids[:, first:last], None if given_ is None else given_[:, :last]
+        got = llama(part, attention_mask=now, **{CACHE: ours}).logits
+        agree(got, plainly(llama, part, attention_mask=now, **{CACHE: plain}).logits)
+
+
+def test_gradients_come_from_the_modules(llama: PreTrainedModel) -> None:
+    norm = llama.model.norm.weight.requires_grad_()
+    try:
+        llama(texts(1, 5)).logits.sum().backward()
+        assert norm.grad is not None
+    finally:
+        norm.requires_grad_(False)
+        norm.grad = None
+
+
+@torch.no_grad()
+def test_changed_weights_and_replaced_modules_are_seen(llama: PreTrainedModel) -> None:
+    ids = texts(6, 9)
+    before = llama(ids).logits
+    saved = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    other = {name: t.flip(0) if name.endswith(".left") else t for name, t in saved.items()}
+    llama.load_state_dict(other)
+    agree(llama(ids).logits, plainly(llama, ids).logits)
+    llama.load_state_dict(saved)
+    assert torch.equal(llama(ids).logits, before)
+    norm = llama.model.norm
+    llama.model.norm = type(norm)(64).to(DEVICE)
+    llama.model.norm.weight.fill_(2)
+    agree(llama(ids).logits, plainly(llama, ids).logits)
+    llama.model.norm = norm
+    assert torch.equal(llama(ids).logits, before)
+
+
+@torch.no_grad()
+def test_other_precisions(llama: PreTrainedModel) -> None:
+    ids = texts(6, 9)
+    before = llama(ids).logits
+    try:
+        for dtype in (torch.bfloat16, torch.float16):
+            llama.to(dtype)
+            got = llama(ids).logits
+            assert got.dtype == dtype
+            close(got.float(), plainly(llama, ids).logits.float())
+    finally:
+        llama.float()
+    close(llama(ids).logits, before)
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu", "silu"])
+def test_other_activations_than_silu(act: str) -> None:
+    """Of a config that asks for another, kernels would compute SiLU's numbers."""
+    model = quantised(LlamaConfig(**SHAPE, hidden_act=act), method="rtn")
+    fused.attach(model, (DEVICE,))
+    ids = texts(2, 9)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        got = model(ids).logits
+        assert (fused.runtime(model) is not None) == (act == "silu")
+        agree(got, plainly(model, ids).logits)
+    assert [act.lower() in str(w.message).lower() for w in caught] == [True] * (act != "silu")
+
+
+# ------------------------------------------------------------------------------------ threads, caches, graphs
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_threads_generate_at_once(llama: PreTrainedModel, sample: bool) -> None:
+    """Each has a cache, and a graph, of its own; buffers of products are used by one at a time."""
+    prompts = [texts(1 + i % 2 * 3, 5 + 20 * i, seed=i) for i in range(4)]
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": sample, "pad_token_id": 0}
+    options |= {"top_k": 1} if sample else {}
+
+    def write(ids: torch.Tensor) -> torch.Tensor:
+        return torch.stack([llama.generate(ids, **options) for _ in range(3)])
+
+    want = [write(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for got, expected in zip(pool.map(write, prompts), want, strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no streams")
+def test_threads_on_streams_of_their_own(llama: PreTrainedModel) -> None:
+    prompts = [texts(4, 60 + 10 * i, seed=i) for i in range(4)]
+
+    def write(ids: torch.Tensor, stream: torch.cuda.Stream | None = None) -> torch.Tensor:
+        with torch.cuda.stream(stream):
+            return llama.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0).cpu()
+
+    want = [write(ids) for ids in prompts]
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for got, expected in zip(pool.map(write, prompts, [torch.cuda.Stream() for _ in prompts]), want, strict=True):
+                assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_a_call_within_a_call_has_a_cache_of_its_own(llama: PreTrainedModel) -> None:
+    ids, other = texts(1, 9), texts(1, 20, seed=5)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    want = llama.generate(ids, **options)
+
+    def between(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        llama.generate(other, **options)
+        return scores
+
+    assert torch.equal(llama.generate(ids, logits_processor=[between], **options), want)
+
+
+def test_one_graph_a_cache(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that take turns are recorded once each; graphs are bounded in number and go with their cache."""
+    runtime, recorded = fused.Fused(llama), []
+
+    class Step:
+        def __init__(self, fused: fused.Fused, cache: PackedCache) -> None:
+            self.moved = cache.room.moved
+            recorded.append(cache)
+
+    monkeypatch.setattr(fused, "_Step", Step)
+    caches = [runtime.new_cache(1, 8) for _ in range(2)]
+    for _ in range(5):
+        for cache in caches:
+            assert runtime._step(cache) is not None
+    assert recorded == caches
+    caches[0].room.reserve(1000)  # addresses change
+    assert runtime._step(caches[0]) is not None
+    assert recorded == [*caches, caches[0]]
+    many = [runtime.new_cache(1, 8) for _ in range(fused._GRAPHS + 3)]
+    for _ in range(5):
+        for cache in many:
+            runtime._step(cache)
+    assert len(runtime._steps) == fused._GRAPHS
+    assert len(recorded) == 1 + fused._GRAPHS  # the others' turn never lasts
+    assert runtime._step(many[-1]) is runtime._step(many[-1])
+    assert many[-1] in recorded  # two tokens in a row
+    del many, cache, caches
+    recorded.clear()
+    assert len(runtime._steps) == 0
+
+
+@torch.no_grad()
+def test_alternating_caches(llama: PreTrainedModel) -> None:
+    ids = [texts(2, 12, seed=i) for i in range(3)]
+    runtime = fused.runtime(llama)
+    assert runtime is not None
+
+    def steps(*which: int) -> list[torch.Tensor]:
+        caches = [runtime.new_cache(2, 8) for _ in which]
+        for i, cache in zip(which, caches, strict=True):
+            llama(ids[i][:, :4], **{CACHE: cache})
+        made = [
+            [llama(ids[i][:, t : t + 1], **{CACHE: c}).logits for i, c in zip(which, caches, strict=True)]
+            for t in range(4, 12)
+        ]
+        return [torch.cat(rows, 1) for rows in zip(*made, strict=True)]
+
+    for got, i in zip(steps(0, 1, 2), range(3), strict=True):
+        assert torch.equal(got, steps(i)[0])
+
+
+@torch.no_grad()
+def test_a_long_prompt_before_changes_no_bit(llama: PreTrainedModel) -> None:
+    """The place of sums depends on the text, not on the room of the cache that happens to be there."""
+    ids = texts(1, 9)
+    options = {"max_new_tokens": 30, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    before = llama.generate(ids, **options)
+    llama.generate(texts(1, 150), max_new_tokens=90, do_sample=False)
+    after = llama.generate(ids, **options)
+    assert after[CACHE].room.places > before[CACHE].room.places
+    assert all(map(torch.equal, before.logits, after.logits))
+
+
+@torch.no_grad()
+def test_grad_inference_and_no_grad_modes_share_a_cache(llama: PreTrainedModel) -> None:
+    ids = texts(1, 9)
+    with torch.inference_mode():
+        want = llama.generate(ids, max_new_tokens=5, do_sample=False)
+        cache = llama(ids, use_cache=True)[CACHE]
+        llama(ids[:, :1], **{CACHE: cache})
+    assert torch.equal(llama.generate(ids, max_new_tokens=5, do_sample=False), want)
+    llama(ids[:, :1], **{CACHE: cache})
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("tokens", [9, 80])
+def test_the_second_gpu_while_the_first_is_current(llama: PreTrainedModel, tokens: int) -> None:
+    ids = texts(2, tokens)
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    want = llama.generate(ids, **options)
+    other = copy.deepcopy(llama).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(other.generate(ids.to("cuda:1"), **options).cpu(), want.cpu())
+    assert torch.cuda.current_device() == 0
+
+
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has one product")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_precision_on_both_sides_of_64_tokens(dtype: torch.dtype) -> None:
+    """A row of a product has the same number among 64 tokens and among 65."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-8, 8, (65, 96), generator=g).to(DEVICE)
+    packed = torch.randint(0, 256, (64, 48), generator=g, dtype=torch.uint8).to(DEVICE)
+    scale = torch.rand(64, generator=g).to(DEVICE)
+    x_scale = torch.rand(65, 1, generator=g).to(DEVICE)
+
+    def product(tokens: int) -> torch.Tensor:
+        form = int4_linear.form(tokens, x.device, dtype)
+        rows = x[:tokens]
+        if form == "float8":
+            rows = rows.to(torch.float8_e4m3fn)
+        else:
+            rows = torch.cat((rows[:, ::2], rows[:, 1::2]), -1).to(torch.int8)
+        return int4_linear.int4_linear(rows, x_scale[:tokens], packed, scale, None, None, dtype)
+
+    torch.testing.assert_close(product(64), product(65)[:64], rtol=torch.finfo(dtype).eps, atol=0)
+
+
+# ------------------------------------------------------------------------------------------- any sequence
+
+
+@dataclass
+class Text:
+    """A text so far, in our cache and in transformers' own."""
+
+    ours: PackedCache
+    plain: DynamicCache
+    mask: torch.Tensor  # of what is in the caches, (ROWS, length)
+
+
+ROWS = 6
+
+
+class Sequences:
+    """Calls in any order, each through the fused runtime and through the plain modules."""
+
+    def __init__(self, model: PreTrainedModel, draw) -> None:
+        self.model, self.draw = model, draw
+        runtime = fused.runtime(model)
+        assert runtime is not None
+        self.runtime = runtime
+        self.texts: list[Text] = []
+
+    def some(self, low: int, high: int) -> int:
+        return self.draw(st.integers(low, high))
+
+    def start(self) -> None:
+        ours = self.runtime.new_cache(ROWS, self.some(1, 20))
+        made = Text(ours, DynamicCache(), torch.ones(ROWS, 0, dtype=torch.int64, device=DEVICE))
+        self.texts.append(made)
+        self.feed(made)
+
+    def feed(self, text: Text | None = None) -> None:
+        text = text or self.draw(st.sampled_from(self.texts))
+        tokens, kind = self.some(1, 4), self.draw(st.sampled_from(("none", "ones", "ones", "left", "any")))
+        if kind == "none" and not text.mask.all():  # keys of padding, which nobody may see, are anything
+            kind = "ones"
+        ids = texts(ROWS, tokens, seed=self.some(0, 99))
+        new = torch.ones_like(ids)
+        if kind == "left" and not text.mask.shape[1]:
+            for row in range(ROWS):
+                new[row, : self.some(0, tokens - 1)] = 0
+        elif kind == "any":
+            new[self.some(0, ROWS - 1), self.some(0, tokens - 1)] = 0
+        text.mask = torch.cat((text.mask, new), 1)
+        options = {"attention_mask": None if kind == "none" else text.mask}
+        options |= {"output_hidden_states": True} if self.some(0, 5) == 0 else {}
+        hook = self.model.model.layers[0].mlp.register_forward_hook(lambda *a: None) if self.some(0, 5) == 0 else None
+        got = self.model(ids, **options, **{CACHE: text.ours})
+        if hook is not None:
+            hook.remove()
+        want = plainly(self.model, ids, **options, **{CACHE: text.plain})
+        assert (got.hidden_states is None) == (want.hidden_states is None)
+        counts = (new if options["attention_mask"] is not None else torch.ones_like(new))[..., None]
+        agree(got.logits * counts, want.logits * counts)
+        self.same(text)
+
+    def same(self, text: Text) -> None:
+        """Both caches hold the same; single roundings that went the other way must not add up from call to call."""
+        length = text.mask.shape[1]
+        assert text.ours.get_seq_length() == text.plain.get_seq_length() == length
+        for packed, layer in zip(text.ours.packed, text.plain.layers, strict=True):
+            keys, values = (store.read(length) for store in packed.stores)
+            if length and "keys" in vars(layer) and layer.keys.shape == keys.shape:
+                layer.keys, layer.values = keys.to(layer.keys.dtype), values.to(layer.values.dtype)
+
+    def crop(self) -> None:
+        text = self.draw(st.sampled_from(self.texts))
+        gone = self.some(0, text.mask.shape[1] - 1)
+        text.ours.crop(-gone)
+        text.plain.crop(-gone)
+        text.mask = text.mask[:, : text.mask.shape[1] - gone]
+
+    def reorder(self) -> None:
+        text = self.draw(st.sampled_from(self.texts))
+        index = torch.tensor([self.some(0, ROWS - 1) for _ in range(ROWS)], device=DEVICE)
+        text.ours.reorder_cache(index)
+        text.plain.reorder_cache(index)
+        text.mask = text.mask[index]
+
+    def fork(self) -> None:
+        text = self.draw(st.sampled_from(self.texts))
+        self.texts.append(Text(copy.deepcopy(text.ours), copy.deepcopy(text.plain), text.mask))
+
+    def generate(self) -> None:
+        ids = texts(ROWS, self.some(1, 9), seed=self.some(0, 99))
+        mask = torch.ones_like(ids)
+        for row in range(ROWS):
+            mask[row, : self.some(0, ids.shape[1] - 1)] = 0
+        options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        got = self.model.generate(ids, **options)
+        want = self.model.generate(ids, **options, **{CACHE: DynamicCache()})
+        width = min(got.shape[1], want.shape[1])
+        same = (got[:, :width] == want[:, :width]).all(1).float().mean()
+        assert same >= 2 / 3
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_sequence_of_calls_gives_what_the_modules_give(model: PreTrainedModel, data: st.DataObject) -> None:
+    if DEVICE == "cuda" and model.config.model_type != "llama":
+        pytest.skip("one family is enough where single roundings differ")
+    with torch.no_grad():
+        calls = Sequences(model, data.draw)
+        calls.start()
+        for _ in range(calls.some(1, 8)):
+            data.draw(st.sampled_from([calls.start, *[calls.feed] * 4, calls.crop, calls.reorder, calls.fork, calls.generate]))()

@@ -6,7 +6,10 @@ one whose programs fill the device and walk over tokens. Not what lies between: 
 multiprocessors which the last kernel has left, others stay empty.
 """
 
+import functools
+from collections.abc import Callable
 from functools import cache
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -14,8 +17,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 SHARED = 227 << 10  # bytes that a program may have on an H100
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 near it has no fraction, and its low bits are an integer
+
+
+def on_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Make the device of the first tensor argument the current one meanwhile: Triton launches on the current device."""
+
+    @functools.wraps(launch)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+            return launch(*args, **kwargs)
+
+    return guarded
 
 
 @triton.jit

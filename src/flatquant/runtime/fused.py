@@ -2,7 +2,12 @@
 
 It takes over where it can serve exactly what the model is - a Llama-like block, 4-bit weights with one scale a row,
 symmetric 4-bit activations, asymmetric 4-bit keys and values - and where it can serve what was asked for. Everything
-else runs through the modules that transformers calls, one by one; a warning says once why.
+else runs through the modules that transformers calls, one by one. Of a model without kernels, a warning says once why.
+A call steps aside (`_takes`) for forward hooks on submodules, hidden states, masks other than padding on the left, and
+gradients; its modules go on with the same `PackedCache`.
+
+Threads and streams: the buffers of `ops` are one a device, so one call at a time runs there (`_Turn`). A cache handed
+out by `cache_for` belongs to its caller; its room and graph serve again once the caller has dropped it.
 
 A block, for one token:
 
@@ -15,9 +20,14 @@ Prompts take the same way, but for attention, which is PyTorch's, over the numbe
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
+import threading
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -26,18 +36,20 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flatquant.errors import ModelError
+from flatquant import seams
 from flatquant.ops import int4_linear, kron_quantize, kv_cache
 from flatquant.ops.kron_quantize import Site
 from flatquant.quantizers import Dynamic
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite, PackedLinear
-from flatquant.runtime.packedcache import PackedCache, PackedLayer
+from flatquant.runtime.packedcache import PackedCache, PackedLayer, Room, stream_of
 from flatquant.seams import CACHE, attached, generation_cache_hook
 from flatquant.transforms import kronecker_split
 
@@ -52,8 +64,10 @@ _READERS = {
 }
 Masks = Mapping[int | None, Tensor]  # by window
 
-_PART = 128  # places of the cache that a part of attention reads at least
+_PLACES = 128  # caches have a multiple of
 _PROGRAMS = 528  # that an H100 runs at once: four a multiprocessor
+_SPARE = 2  # rooms kept for later calls
+_GRAPHS = 16  # recorded steps kept: each holds the memory of a step
 
 
 class Unsupported(Exception):
@@ -119,22 +133,22 @@ class Block:
             cos, sin: (B or 1, T, head_dim).
             masks: see `Fused.masks`.
         """
-        mask = masks.get(self.window)
+        mask, room = masks.get(self.window), cache.room
         b, t, _ = x.shape
-        form = int4_linear.form(b * t, x.device)
+        form = int4_linear.form(b * t, x.device, x.dtype)
         rows = x.flatten(0, 1)
         y = kron_quantize.norm(rows, self.norms[0].gain, self.norms[0].eps, self.sites["attn_in"], form)
         qkv = self.products["attn_in"](*y, None, x.dtype).view(b, t, -1)
         keys, values = layer.stores
-        q, k, v = kv_cache.append(qkv, cos, sin, self.heads, keys, values, cache.used, dense=t > 1)
+        q, k, v = kv_cache.append(qkv, cos, sin, self.heads, keys, values, room.used, dense=t > 1)
         site = self.sites["attn_out"]
         if t == 1:
-            count = max(1, min(cache.places // _PART, _PROGRAMS // (b * self.heads.keys)))
-            parts = kv_cache.attend(q[:, :, 0], keys, values, cache.used, cache.start, self.window, self.scaling, count)
-            y = kron_quantize.merge(*parts, site, form)
+            parts = max(1, _PROGRAMS // (b * self.heads.keys))
+            z = kv_cache.attend(q[:, :, 0], keys, values, room.used, room.start, self.window, self.scaling, parts)
+            y = kron_quantize.merge(*z, site, form)
         else:
-            if cache.length:  # a prompt that goes on: what came before counts too
-                k, v = (s.read(cache.length + t).to(x.dtype) for s in (keys, values))
+            if room.length:  # a prompt that goes on: what came before counts too
+                k, v = (s.read(room.length + t).to(x.dtype) for s in (keys, values))
             if mask is not None:  # of the fast kernels, none takes both a mask and fewer heads of keys than of queries
                 k, v = (s.repeat_interleave(q.shape[1] // s.shape[1], dim=1) for s in (k, v))
             z = F.scaled_dot_product_attention(
@@ -175,28 +189,48 @@ class Fused:
         head: Any = model.get_output_embeddings()
         self.head: nn.Linear = head
         self.blocks = [_block(layer, i, config, self.device) for i, layer in enumerate(base.layers)]
-        self._step: _Step | None = None
-        self._spare: PackedCache | None = None
+        self.modules = _Modules(model)  # last: products have become the linears' tensors
+        self._turn = _turn(self.device)
+        self._steps: WeakKeyDictionary[Room, _Step] = WeakKeyDictionary()  # the latest last
+        self._latest: weakref.ref[Room] | None = None  # that a step was taken for
+        self._spare: deque[Room] = deque(maxlen=_SPARE)  # the latest last
 
-    def cache_for(self, batch: int, places: int, *, kept: bool) -> PackedCache:
-        """An empty cache; unless it is `kept`, that of an earlier call where it fits, along with its graph."""
-        spare = self._spare
-        if kept or spare is None or spare.batch != batch or spare.places < places:
-            made = self.new_cache(batch, places)
-            if not kept:
-                self._spare = made
-            return made
-        spare.rewind(0)
-        return spare
+    def cache_for(self, batch: int, places: int) -> PackedCache:
+        """An empty cache, if possible in the room of a cache that was dropped, where its graph is still good."""
+        with self._turn:
+            room = self._take(batch, places) or self._room(batch, places)
+        cache = PackedCache(room)
+        weakref.finalize(cache, self._spare.append, room).atexit = False
+        return cache
 
     def new_cache(self, batch: int, places: int) -> PackedCache:
-        """An empty cache that fits."""
+        """An empty cache that fits, in a room of its own."""
+        return PackedCache(self._room(batch, places))
+
+    def _take(self, batch: int, places: int) -> Room | None:
+        """A spare room that fits. Those of as many sequences that are too small are dropped.
+
+        Rooms come back from any thread, also in the middle of this: a deque's own operations are atomic.
+        """
+        for _ in range(len(self._spare)):
+            try:
+                room = self._spare.pop()
+            except IndexError:
+                return None
+            if room.batch != batch or room.stream != stream_of(self.device):
+                self._spare.appendleft(room)
+            elif room.places >= places:
+                room.rewind(0)
+                return room
+        return None
+
+    def _room(self, batch: int, places: int) -> Room:
         heads = self.blocks[0].heads
-        return PackedCache(
+        return Room(
             blocks=len(self.blocks),
             batch=batch,
             heads=heads.keys,
-            places=-(-places // _PART) * _PART,
+            places=-(-places // _PLACES) * _PLACES,
             head_dim=heads.head_dim,
             device=self.device,
         )
@@ -211,61 +245,205 @@ class Fused:
 
     def prefill(self, ids: Tensor, positions: Tensor, cache: PackedCache, keep: int) -> Tensor:
         """Logits of the last `keep` tokens (0: of all), and their keys and values into the cache.  # (B, keep, V)"""
-        x = self.hidden(ids, positions, cache, self.masks(ids.shape[1], cache))
-        cache.advance(ids.shape[1])
-        return self.head(x[:, -keep:])
+        with self._turn:
+            return self._eager(ids, positions, cache, keep)
 
     def decode(self, ids: Tensor, positions: Tensor, cache: PackedCache) -> Tensor:
         """Logits of one token a sequence; on CUDA by replaying a graph.  # (B, 1) -> (B, 1, V)"""
-        if ids.device.type != "cuda":
-            return self.prefill(ids, positions, cache, 1)
-        if self._step is None or self._step.cache is not cache or self._step.places != cache.places:
-            self._step = _Step(self, cache)
-        return self._step(ids, positions)
+        with self._turn:
+            step = self._step(cache) if ids.device.type == "cuda" else None
+            return self._eager(ids, positions, cache, 1) if step is None else step(ids, positions, cache.room)
 
-    def masks(self, tokens: int, cache: PackedCache) -> Masks:
-        """Which places each of several tokens to come sees, by the window of a block; not where all up to its own are.
+    def _eager(self, ids: Tensor, positions: Tensor, cache: PackedCache, keep: int) -> Tensor:
+        x = self.hidden(ids, positions, cache, self.masks(ids.shape[1], cache.room))
+        cache.room.advance(ids.shape[1])
+        return self.head(x[:, -keep:])
+
+    def _step(self, cache: PackedCache) -> _Step | None:
+        """The recorded step of a cache, recorded now where there is none.
+
+        None where as many are kept as may be, and the last token was another cache's: of many caches that take turns,
+        recording for each token would take longer than all kernels.
+        """
+        room, latest = cache.room, self._latest
+        self._latest = weakref.ref(room)
+        step = self._steps.pop(room, None)
+        if step is None or step.moved != room.moved:
+            if len(self._steps) >= _GRAPHS:
+                if latest is None or latest() is not room:
+                    return None
+                self._steps.pop(next(iter(self._steps), room), None)
+            with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
+                step = _Step(self, cache)
+        self._steps[room] = step
+        return step
+
+    def masks(self, tokens: int, room: Room) -> Masks:
+        """Boolean attention masks of the next tokens, by the window of a block; none where causality is all there is.
 
         Padding sees itself: a softmax over nothing would be NaN, and spread.  # bool, (B or 1, 1, T, length + T)
         """
-        if tokens == 1:  # reads the cache, which knows
+        if tokens == 1:  # attention over the cache needs no mask
             return {}
-        total = cache.length + tokens
+        total = room.length + tokens
         windows = {block.window for block in self.blocks}
-        if not cache.length and not cache.padded:
+        if not room.length and not room.padded:
             windows = {window for window in windows if window is not None and window < total}
-        query = torch.arange(cache.length, total, device=self.device)[:, None]
+        query = torch.arange(room.length, total, device=self.device)[:, None]
         place = torch.arange(total, device=self.device)[None]
-        counts = (place <= query) & (place[None] >= cache.start[:, None, None])  # (B, T, S)
+        counts = (place <= query) & (place[None] >= room.start[:, None, None])  # (B, T, S)
         masks = {w: counts if w is None else counts & (place > query - w) for w in windows}
         return {window: (mask | (place == query))[:, None] for window, mask in masks.items()}
 
 
 class _Step:
-    """A decode step for one cache, recorded once and replayed."""
+    """A decode step for one cache, recorded once and replayed. It holds no cache: it goes when the cache's room goes."""
 
     def __init__(self, fused: Fused, cache: PackedCache) -> None:
-        self.cache, self.places = cache, cache.places
-        self.ids = torch.zeros((cache.batch, 1), dtype=torch.int64, device=fused.device)
+        device = fused.device
+        self.moved = cache.room.moved
+        self.ids = torch.zeros((cache.room.batch, 1), dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.ids)
         # Kernels are compiled and tuned outside of the recording; what these runs write, the first replay overwrites.
-        stream = torch.cuda.Stream(fused.device)
-        stream.wait_stream(torch.cuda.current_stream(fused.device))
+        now, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        stream.wait_stream(now)
         with torch.cuda.stream(stream):
             for _ in range(2):
                 fused.head(fused.hidden(self.ids, self.positions, cache, {}))
-        torch.cuda.current_stream(fused.device).wait_stream(stream)
+        now.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with _recording(self.graph, stream):
             self.logits = fused.head(fused.hidden(self.ids, self.positions, cache, {}))
-            cache.used += 1
+            cache.room.used += 1
 
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, room: Room) -> Tensor:
         self.ids.copy_(ids)
         self.positions.copy_(positions.expand_as(self.ids))
         self.graph.replay()
-        self.cache.length += 1
+        room.length += 1
         return self.logits.clone()
+
+
+@contextlib.contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """`torch.cuda.graph` beside threads that allocate memory and sample meanwhile.
+
+    A recording takes part in the device's generator of random numbers: whoever else draws from it then gets an error.
+    A step draws nothing, so it takes part in another generator.
+    """
+    torch.cuda.synchronize(stream.device)
+    gc.collect()
+    generator = torch.cuda.default_generators[stream.device.index]
+    state = generator.graphsafe_get_state()
+    with torch.cuda.stream(stream):
+        generator.graphsafe_set_state(torch.Generator(stream.device))
+        try:
+            graph.capture_begin(capture_error_mode="thread_local")
+        finally:
+            generator.graphsafe_set_state(state)
+        try:
+            yield
+        finally:
+            graph.capture_end()
+
+
+class _Turn:
+    """One fused call at a time on a device, in the order of the device's streams, with the device as the current one.
+
+    Buffers of `ops` are one a device: two calls at once would write over each other's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.RLock()
+        self._last: torch.cuda.Stream | None = None
+        self._outer: list[int] = []  # the devices that were current
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._device.type == "cuda":
+            self._outer.append(torch.cuda.current_device())
+            torch.cuda.set_device(self._device)
+            stream = torch.cuda.current_stream(self._device)
+            # A recording of the caller's may not wait for work outside of it.
+            if stream != self._last and not torch.cuda.is_current_stream_capturing():
+                if self._last is not None:
+                    stream.wait_stream(self._last)
+                self._last = stream
+
+    def __exit__(self, *_: object) -> None:
+        if self._outer:
+            torch.cuda.set_device(self._outer.pop())
+        self._lock.release()
+
+
+@functools.cache
+def _turn(device: torch.device) -> _Turn:
+    return _Turn(device)
+
+
+class _Modules:
+    """The modules that kernels stand for: whether anyone listens to one, and whether they are still the same."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._children = [
+            (module._modules, name, child)
+            for module in (model, *_below(model))
+            for name, child in module._modules.items()
+        ]
+        self._tensors = [
+            (owner, name, tensor, _version(tensor))
+            for module in _below(model)
+            for owner in (module._buffers, module._parameters)
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
+        self._below = _below(model)
+        self._seen = -1  # number of hooks ever registered, when last looked at
+        self._heard = False
+
+    def changed(self) -> bool:
+        """Whether a module or a tensor was replaced, or a tensor written to."""
+        return any(owner.get(name) is not child for owner, name, child in self._children) or any(
+            owner.get(name) is not tensor or _version(tensor) != version
+            for owner, name, tensor, version in self._tensors
+        )
+
+    def heard(self, *, again: bool = False) -> bool:
+        """Whether a forward hook would not be called, or a replaced `forward`.
+
+        Args:
+            again: look even if no hook was registered anywhere since the last look.
+        """
+        registered = RemovableHandle.next_id  # that each hook of PyTorch's counts up
+        if again or self._heard or registered != self._seen:
+            self._heard = _hooked_everywhere() or any(map(_hooked, self._below))
+            self._seen = registered
+        return self._heard
+
+
+def _below(model: nn.Module) -> list[nn.Module]:
+    """All modules but the model itself, whose own hooks are called as ever."""
+    return list(model.modules())[1:]
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+# Hooks that do nothing where the fused runtime serves: ours of attention modules, and transformers' own, which collect
+# hidden states and attentions only in calls that ask for them.
+_IDLE_HOOKS = (seams.__name__, "transformers.utils.output_capturing")
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return "forward" in vars(module) or any(getattr(hook, "__module__", None) not in _IDLE_HOOKS for hook in hooks)
+
+
+def _hooked_everywhere() -> bool:
+    shared = torch.nn.modules.module
+    return bool(shared._global_forward_pre_hooks or shared._global_forward_hooks)
 
 
 # --------------------------------------------------------------------------------- from a model's modules
@@ -286,6 +464,8 @@ def _block(layer: Any, index: int, config: Any, device: torch.device) -> Block:
             reason = int4_linear.unsupported(len(linear.packed), n, device)
             if reason is not None:
                 raise Unsupported(f"there is no kernel for {reason} in block {index}")
+    if type(layer.mlp.act_fn) is not type(ACT2FN["silu"]):
+        raise Unsupported(f"the MLP of block {index} has {type(layer.mlp.act_fn).__name__} where kernels have SiLU")
     attention = layer.self_attn
     norms = (_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm))
     return Block(
@@ -374,9 +554,11 @@ def _window(attention: Any, config: Any) -> int | None:
 # --------------------------------------------------------------------------------- into a model
 
 # Beside the models, not on them: a copy of a model finds its own.
-_made: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, Fused | None]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, torch.dtype, Fused | None]] = WeakKeyDictionary()
+_making = threading.RLock()
 _DEVICES = "flatquant_fused_devices"
 _KNOWN = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict")
+_OUTPUTS = ("output_hidden_states", "output_attentions")  # asked for by keyword or by config
 _FORMER_CACHE = "past_key_values"  # what callers may still say
 
 
@@ -390,20 +572,23 @@ def attach(model: PreTrainedModel, devices: tuple[str, ...] = ("cuda",)) -> None
 
     @functools.wraps(forward)
     def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = _forward(self, *args, **kwargs) if serves(self) else None
+        output = _forward(self, *args, **kwargs) if serves(self) and not _trained(self) else None
         return forward(self, *args, **kwargs) if output is None else output
 
     @functools.wraps(prepare)
     def fused_prepare(
         self: Any, config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
-        fused = runtime(self) if serves(self) else None
+        fused = runtime(self, again=True) if serves(self) else None
         plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.num_return_sequences == 1
-        given = model_kwargs.get(CACHE) is not None or config.cache_implementation is not None
-        if fused is None or not plain or given or config.use_cache is False:
+        plain &= config.cache_implementation is None and config.use_cache is not False
+        given = {name for name, value in model_kwargs.items() if value is not None}
+        asked = any(getattr(config, name, False) for name in _OUTPUTS) or _asked(self, {})
+        if fused is None or not plain or not given <= set(_KNOWN) - {CACHE} or asked or fused.modules.heard(again=True):
             return prepare(self, config, model_kwargs, mode, batch_size, max_cache_length)
-        kept = bool(config.return_dict_in_generate)  # the caller gets to see the cache, and may keep it
-        model_kwargs[CACHE] = fused.cache_for(batch_size, max_cache_length, kept=kept)
+        cache = fused.cache_for(batch_size, max_cache_length)
+        cache.masks_grow = not config.return_dict_in_generate  # who gets to see the cache may give it any mask
+        model_kwargs[CACHE] = cache
         return None
 
     setattr(ours, _DEVICES, devices)
@@ -416,61 +601,91 @@ def serves(model: PreTrainedModel) -> bool:
     return model.device.type in getattr(model, _DEVICES, ())
 
 
-def runtime(model: PreTrainedModel) -> Fused | None:
-    """The fused runtime of a model, made at the first call; None for one that it cannot serve, after one warning."""
+def runtime(model: PreTrainedModel, *, again: bool = False) -> Fused | None:
+    """The fused runtime of a model, made at the first call; None for one that it cannot serve, after one warning.
+
+    Args:
+        again: make it anew if the model's modules or tensors have changed.
+    """
     known = _made.get(model)
-    if known is None or known[0] != model.device:
-        try:
-            known = (model.device, Fused(model))
-        except Unsupported as reason:
-            warnings.warn(f"slow: this model runs without fused kernels, since {reason}", stacklevel=2)
-            known = (model.device, None)
-        _made[model] = known
-    return known[1]
+    if known is not None and known[:2] == (model.device, model.dtype):
+        if not again or known[2] is None or not known[2].modules.changed():
+            return known[2]
+    with _making:
+        if _made.get(model) is known:  # nobody else has made it meanwhile
+            _made[model] = (model.device, model.dtype, _fused(model))
+        return _made[model][2]
+
+
+def _fused(model: PreTrainedModel) -> Fused | None:
+    try:
+        return Fused(model)
+    except Unsupported as reason:
+        warnings.warn(f"slow: this model runs without fused kernels, since {reason}", stacklevel=4)
+        return None
+
+
+def _trained(model: PreTrainedModel) -> bool:
+    """Whether a forward pass now has gradients, of which the kernels have none."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+
+
+def _asked(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call with such arguments returns hidden states or attentions."""
+    return any(kwargs.get(name, getattr(model.config, name, False)) for name in _OUTPUTS)
 
 
 @torch.no_grad()
 def _forward(model: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """What transformers' forward pass would return, or None where it has to be asked."""
-    given = {name: value for name, value in kwargs.items() if value is not None}
+    given = {name: value for name, value in kwargs.items() if value is not None and name not in _OUTPUTS}
     if _FORMER_CACHE in given:
         given[CACHE] = given.pop(_FORMER_CACHE)
-    cache, mask = given.get(CACHE), given.get("attention_mask")
-    mine = isinstance(cache, PackedCache)
-    simple = input_ids is not None and not args and not model.training and set(given) <= set(_KNOWN)
-    simple &= mask is None or (mask.ndim == 2 and ((mine and cache.length > 0) or _padded_left(mask)))
-    fused = runtime(model) if simple and (cache is None or mine) else None
-    if fused is None or input_ids is None:
-        if mine:
-            raise ModelError(
-                "a PackedCache serves token ids with padding on the left, and nothing else; give a QuantizedCache"
-            )
+    cache = given.get(CACHE)
+    if isinstance(cache, PackedCache) and input_ids is not None:
+        cache.check(len(input_ids), input_ids.device)
+    elif cache is not None or input_ids is None:
+        return None
+    if args or model.training or not set(given) <= set(_KNOWN) or _asked(model, kwargs):
         return None
     batch, tokens = input_ids.shape
+    length = 0 if cache is None else cache.room.length
+    one = tokens == 1 and length > 0
+    fused = runtime(model, again=not one)
+    if fused is None or fused.modules.heard(again=not one):
+        return None
     if cache is None:
         cache = fused.new_cache(batch, tokens)
-    elif cache.batch != batch:
-        raise ModelError(f"the cache was made for {cache.batch} sequences, not {batch}")
-    if cache.length + tokens > cache.places:
-        cache.reserve(2 * (cache.length + tokens))
-    if not cache.length and mask is not None:
-        cache.start.copy_((mask == 0).sum(1))
-        cache.padded = bool(cache.start.any())
+    if not _masked(cache, given.get("attention_mask"), length + tokens):
+        return None
+    if length + tokens > cache.room.places:
+        cache.room.reserve(2 * (length + tokens))
     positions = given.get("position_ids")
     if positions is None:
-        positions = torch.arange(cache.length, cache.length + tokens, device=input_ids.device)[None]
-    if tokens == 1 and cache.length:
+        positions = torch.arange(length, length + tokens, device=input_ids.device)[None]
+    if one:
         logits = fused.decode(input_ids, positions, cache)
     else:
         keep = given.get("logits_to_keep", 0)
         whole = isinstance(keep, Tensor)
         logits = fused.prefill(input_ids, positions, cache, 0 if whole else keep)
         logits = logits[:, keep] if whole else logits
-    use_cache = given.get("use_cache", model.config.use_cache)
-    output = CausalLMOutputWithPast(logits=logits, **{CACHE: cache if use_cache else None})  # type: ignore[arg-type]
-    return output if given.get("return_dict", True) else output.to_tuple()
+    kept = CACHE in given or given.get("use_cache", model.config.use_cache)
+    output = CausalLMOutputWithPast(logits=logits, **{CACHE: cache if kept else None})  # type: ignore[arg-type]
+    return output if given.get("return_dict", model.config.return_dict) else output.to_tuple()
 
 
-def _padded_left(mask: Tensor) -> bool:
-    """Whether every row is zeros, then ones, and not zeros alone."""
-    return bool((mask[:, 1:] >= mask[:, :-1]).all()) and bool(mask[:, -1].all())
+def _masked(cache: PackedCache, mask: Tensor | None, total: int) -> bool:
+    """Note in a cache what padding a mask says; False for a mask of anything but padding on the left."""
+    room = cache.room
+    if mask is not None and mask.shape != (room.batch, total):
+        return False
+    if mask is not None and cache.masks_grow and room.length:
+        return True
+    if mask is None or bool(mask.all()):
+        room.pad(None)
+        return True
+    if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
+        return False
+    room.pad((mask == 0).sum(1))
+    return True

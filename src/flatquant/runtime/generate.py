@@ -93,7 +93,9 @@ def _cache(model: PreTrainedModel, places: int) -> DynamicCache | QuantizedCache
     """The smallest cache that serves the model on its device."""
     runtime = fused.runtime(model) if fused.serves(model) else None
     if runtime is not None:
-        return runtime.cache_for(1, places, kept=False)
+        cache = runtime.cache_for(1, places)
+        cache.masks_grow = True
+        return cache
     quantised = any(isinstance(m, FrozenKeyValue) and (m.keys or m.values) for m in model.modules())
     return QuantizedCache(model) if quantised else DynamicCache(config=model.config)
 

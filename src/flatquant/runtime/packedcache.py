@@ -2,11 +2,15 @@
 
 A CUDA graph replays kernels on the addresses that it was recorded with. So places are allocated once, and how many are
 in use is a number on the device, which the graph itself counts up; the number on the host follows it.
+
+A `Room` holds the tensors, a `PackedCache` is what callers and transformers hold. When the last reference to a cache
+goes, its room can serve the next one (`Fused.cache_for`). Modules that transformers calls one by one read and write the
+same integers through `PackedCache.append`, so that a text may change between them and the fused runtime at any token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from typing import Any
 
 import torch
@@ -16,67 +20,26 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from flatquant.errors import ModelError
 from flatquant.ops.kv_cache import Store
+from flatquant.qtensor import QTensor
+from flatquant.runtime.keyvalue import IntegerStore
 
 
-class PackedLayer(DynamicLayer):
-    """One layer of a `PackedCache`. transformers asks it for its length; the fused runtime alone fills it."""
-
-    def __init__(self, cache: PackedCache, stores: tuple[Store, Store]) -> None:
-        super().__init__()
-        self._cache = cache
-        self.is_initialized = True
-        self.stores = stores  # keys, values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ModelError("a PackedCache belongs to the fused runtime; give other forward passes a QuantizedCache")
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare."""
-
-    def get_seq_length(self) -> int:
-        return self._cache.length
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> None:
-        """Replace the contents of every tensor, in place."""
-        for store in self.stores:
-            for t in store:
-                t.copy_(f(t))
-
-    def reset(self) -> None:
-        self._cache.rewind(0)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-n` tokens for n < 0; for n > 0 (as older versions of transformers call it) keep n."""
-        n = tokens_to_remove
-        length = self._cache.length
-        self._cache.rewind(max(length + n, 0) if n < 0 else min(n, length))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise ModelError("a PackedCache has a fixed number of sequences; give a QuantizedCache")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise ModelError("a PackedCache has a fixed number of sequences; give a QuantizedCache")
-
-    def offload(self) -> None:
-        """Stays where it is."""
-
-    def prefetch(self) -> None:
-        """Stays where it is."""
-
-
-class PackedCache(Cache):
-    """Room for `places` tokens of `batch` sequences.
+class Room:
+    """Places for tokens.
 
     Attributes:
+        batch: number of sequences.
+        places: of each sequence.
         length: places in use, the same for all sequences.
         used: the same number on the device, int64, (1,).
         start: each sequence's first place that is not padding, int64, (batch,).
         padded: whether any sequence has padding.
+        stores: keys and values of each block.
+        moved: how often addresses have changed.
+        stream: on which the tensors were allocated, None on a CPU.
     """
 
+    @torch.inference_mode(False)  # a later call, in another mode, could not write to inference tensors
     def __init__(
         self, *, blocks: int, batch: int, heads: int, places: int, head_dim: int, device: torch.device
     ) -> None:
@@ -86,40 +49,202 @@ class PackedCache(Cache):
         self.used = torch.zeros(1, dtype=torch.int64, device=device)
         self.start = torch.zeros(batch, dtype=torch.int64, device=device)
         self.padded = False
+        self.moved = 0
+        self.stream = stream_of(device)
 
         def store() -> Store:
             shape = (batch, heads, places)
             packed = torch.zeros((*shape, head_dim // 2), dtype=torch.uint8, device=device)
             return Store(packed, torch.ones(shape, device=device), torch.zeros(shape, dtype=torch.uint8, device=device))
 
-        self.packed = [PackedLayer(self, (store(), store())) for _ in range(blocks)]
-        super().__init__(layers=list(self.packed))
+        self.stores = [(store(), store()) for _ in range(blocks)]
 
+    @torch.inference_mode(False)
     def reserve(self, places: int) -> None:
         """Make room for more tokens; addresses change."""
         more = places - self.places
         if more > 0:
-            for layer in self.packed:
-                keys, values = (_longer(store, more) for store in layer.stores)
-                layer.stores = keys, values
+            self.stores = [(_longer(keys, more), _longer(values, more)) for keys, values in self.stores]
             self.places = places
+            self.moved += 1
+
+    @torch.inference_mode(False)
+    def select(self, index: Tensor) -> None:
+        """Sequences `index` instead of all; addresses change if their number does."""
+        index = index.to(self.start.device)
+        fixed = len(index) == self.batch
+
+        def chosen(t: Tensor) -> Tensor:
+            new = t.index_select(0, index)
+            return t.copy_(new) if fixed else new
+
+        self.stores = [
+            (Store(*map(chosen, keys)), Store(*map(chosen, values)))  # one tensor at a time: memory for one more
+            for keys, values in self.stores
+        ]
+        self.start = chosen(self.start)
+        self.batch = len(index)
+        self.moved += not fixed
 
     def rewind(self, length: int) -> None:
         """Keep the first `length` places."""
         self.length = length
         self.used.fill_(length)
         if length == 0:
-            self.start.zero_()
-            self.padded = False
+            self.pad(None)
 
     def advance(self, tokens: int) -> None:
         """Note on both sides that places were filled."""
         self.length += tokens
         self.used += tokens
 
+    def pad(self, start: Tensor | None) -> None:
+        """Set each sequence's first place that is not padding; None: there is no padding.  # integers, (batch,)"""
+        if start is not None:
+            self.start.copy_(start)
+        elif self.padded:
+            self.start.zero_()
+        self.padded = start is not None
+
+    def write(self, block: int, new: tuple[QTensor, QTensor]) -> None:
+        """Put keys and values of one block behind the places in use.  # (batch, heads, T, head_dim)"""
+        for store, q in zip(self.stores[block], new, strict=True):
+            assert q.zero is not None
+            at = slice(self.length, self.length + q.shape[-2])
+            store.packed[:, :, at] = q.packed()
+            store.scale[:, :, at] = q.scale[..., 0]
+            store.zero[:, :, at] = q.zero[..., 0].to(torch.uint8)
+
     def nbytes(self) -> int:
         """Bytes of the places in use."""
-        return sum(t.nbytes for layer in self.packed for s in layer.stores for t in s) * self.length // self.places
+        return sum(t.nbytes for pair in self.stores for s in pair for t in s) * self.length // self.places
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Room:
+        made = copy.copy(self)
+        made.used, made.start, made.stores = copy.deepcopy((self.used, self.start, self.stores), memo)
+        made.stream = stream_of(self.used.device)
+        return made
+
+
+class PackedLayer(DynamicLayer):
+    """One layer of a `PackedCache`, as transformers sees it: its length. The cache does everything else."""
+
+    def __init__(self, room: Room, block: int) -> None:
+        super().__init__()
+        self._room, self._block = room, block
+        self.is_initialized = True
+
+    @property
+    def stores(self) -> tuple[Store, Store]:
+        """Keys, values."""
+        return self._room.stores[self._block]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ModelError("a PackedCache holds 4-bit integers of the model it was made for; give a DynamicCache")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def get_seq_length(self) -> int:
+        return self._room.length
+
+    def reset(self) -> None:
+        raise _whole("reset")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise _whole("crop")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise _whole("reorder_cache")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise _whole("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise _whole("batch_select_indices")
+
+    def offload(self) -> None:
+        """Stays where it is."""
+
+    def prefetch(self) -> None:
+        """Stays where it is."""
+
+
+class PackedCache(Cache, IntegerStore):
+    """The keys and values of a `Room`.
+
+    Attributes:
+        room: where they are.
+        masks_grow: whether each call's attention mask is that of the call before, and ones: then only the first is
+            looked at, since a look waits for the device.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.masks_grow = False
+        self.packed = [PackedLayer(room, block) for block in range(len(room.stores))]
+        super().__init__(layers=list(self.packed))
+
+    def append(self, k: Tensor | QTensor, v: Tensor | QTensor, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See `IntegerStore.append`: what a module of the model computed. Tokens count once the last block has them.
+
+        Raises:
+            ModelError: not what the cache was made for.
+        """
+        room = self.room
+        if not isinstance(k, QTensor) or not isinstance(v, QTensor) or k.zero is None or v.zero is None:
+            raise ModelError("a PackedCache holds asymmetric 4-bit keys and values; give this model a QuantizedCache")
+        self.check(k.shape[0], k.values.device)
+        end = room.length + k.shape[-2]
+        if end > room.places:
+            room.reserve(2 * end)
+        room.write(layer, (k, v))
+        keys, values = (store.read(end).to(dtype) for store in room.stores[layer])
+        if layer == len(room.stores) - 1:
+            room.advance(k.shape[-2])
+        return keys, values
+
+    def check(self, batch: int, device: torch.device) -> None:
+        """Raise a ModelError unless the cache is one for so many sequences on a device."""
+        if self.room.batch != batch:
+            raise ModelError(f"the cache was made for {self.room.batch} sequences, not {batch}")
+        if self.room.used.device != device:
+            raise ModelError(f"the cache is on {self.room.used.device}, the model on {device}; make a new cache")
+
+    def reset(self) -> None:
+        self.room.rewind(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-n` tokens for n < 0; for n > 0 (as older versions of transformers call it) keep n."""
+        n, length = tokens_to_remove, self.room.length
+        if n != 0:
+            self.room.rewind(max(length + n, 0) if n < 0 else min(n, length))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.room.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.room.select(torch.arange(self.room.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.room.select(torch.arange(self.room.batch)[indices.cpu()])
+
+    def nbytes(self) -> int:
+        """Bytes of the places in use."""
+        return self.room.nbytes()
+
+    def __copy__(self) -> PackedCache:
+        """A copy with a room of its own: one room serves one cache."""
+        return copy.deepcopy(self)
+
+
+def stream_of(device: torch.device) -> Any:
+    """The stream that work on a device goes to now, None on a CPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _whole(method: str) -> ModelError:
+    return ModelError(f"all layers of a PackedCache have one length: call {method}() of the cache, not of a layer")
 
 
 def _longer(store: Store, more: int) -> Store:

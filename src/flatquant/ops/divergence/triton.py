@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flatquant.ops.triton import on_device
+
 _TILE = 4096
 _LEAST = tl.constexpr(-1e30)  # of which differences exist, other than of minus infinity
 
@@ -60,6 +62,7 @@ def _backward(t_ptr, s_ptr, lse_ptr, g_ptr, gs_ptr, rows, v, N: tl.constexpr):
 
 class _KL(torch.autograd.Function):
     @staticmethod
+    @on_device
     def forward(ctx, teacher: Tensor, student: Tensor) -> Tensor:
         teacher, student = teacher.contiguous(), student.contiguous()
         v = student.shape[-1]
@@ -71,6 +74,7 @@ class _KL(torch.autograd.Function):
         return kl
 
     @staticmethod
+    @on_device
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         teacher, student, lse = ctx.saved_tensors
         v = student.shape[-1]

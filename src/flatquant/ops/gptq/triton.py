@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flatquant.ops.triton import round_half_even
+from flatquant.ops.triton import on_device, round_half_even
 
 _ROWS = 16
 
@@ -47,6 +47,7 @@ def _kernel(
         tl.store(e_ptr + at, error, mask=live)
 
 
+@on_device
 def round_columns(
     w: Tensor, u: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int
 ) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,13 @@ from flatquant.ops.kron_quantize.reference import Form
 _scratch: dict[torch.device, list[Tensor]] = {}
 
 
-def form(tokens: int, device: torch.device) -> Form:
-    """The form in which a product of this many tokens wants its integers."""
-    return "float8" if device.type == "cuda" and tokens > reference.FEW and _has_float8(device) else "planes"
+def form(tokens: int, device: torch.device, dtype: torch.dtype) -> Form:
+    """The form in which a product of this many tokens, with a result in `dtype`, wants its integers.
+
+    The float8 units round what they return to bfloat16: they serve no finer dtype.
+    """
+    many = device.type == "cuda" and tokens > reference.FEW
+    return "float8" if many and dtype == torch.bfloat16 and _has_float8(device) else "planes"
 
 
 def _has_float8(device: torch.device) -> bool:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flatquant.ops.triton import early, wait
+from flatquant.ops.triton import early, on_device, wait
 
 _SLOTS = 264  # programs of `_few` that an H100 runs at once: two a multiprocessor
 _sums: dict[torch.device, tuple[Tensor, Tensor]] = {}  # see `_shared`
@@ -183,6 +183,7 @@ def supports(o: int, n: int) -> str | None:
     return None
 
 
+@on_device
 def vector(
     x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
     dtype: torch.dtype, *, rows: int = 4, words: int = 512, warps: int = 4,
@@ -198,6 +199,7 @@ def vector(
     return y
 
 
+@on_device
 def few(
     x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
     dtype: torch.dtype, *, rows: int = 64, bytes: int | None = None, warps: int = 4, stages: int | None = None,
@@ -231,6 +233,7 @@ def _shared(device: torch.device, sums: int, blocks: int) -> tuple[Tensor, Tenso
     return held
 
 
+@on_device
 def expand(packed: Tensor, out: Tensor, *, block: int = 4096, warps: int = 8) -> Tensor:
     """`reference.expand` into `out`, float8 or int8.  # (o, n)"""
     size = packed.numel()
@@ -239,6 +242,7 @@ def expand(packed: Tensor, out: Tensor, *, block: int = 4096, warps: int = 8) ->
     return out
 
 
+@on_device
 def scaled(
     sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kron_quantize.reference import Form
-from flatquant.ops.triton import MAGIC, SHARED, early, shared_memory, wait
+from flatquant.ops.triton import MAGIC, SHARED, early, on_device, shared_memory, wait
 
 # What the input is, and how integers leave.
 _PLAIN, _NORM, _GATE, _MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -304,6 +304,7 @@ def _bytes(shape: tuple[int, int], how: Settings) -> int:
     return 2 * (_padded(shape[0]) * k + c * c + how.stages * k * c + (4096 if how.stages > 1 else 0))
 
 
+@on_device
 def launch(
     x: Tensor,
     other: Tensor | None,

@@ -23,7 +23,7 @@ def append(
 def attend(
     q: Tensor, keys: Store, values: Store, last: Tensor, start: Tensor, window: int | None, scaling: float, parts: int
 ) -> tuple[Tensor, Tensor]:
-    """`reference.attend`, or its kernel, which cuts the cache into `parts` parts."""
+    """`reference.attend`, or its kernel, which cuts the tokens that count into at most `parts` parts."""
     if q.is_cuda and HAS_TRITON:
         from flatquant.ops.kv_cache import triton
 

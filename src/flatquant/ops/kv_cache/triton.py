@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kv_cache.reference import Heads, Store
-from flatquant.ops.triton import MAGIC, early, round_half_even, wait
+from flatquant.ops.triton import MAGIC, early, on_device, round_half_even, wait
 
 _PROGRAMS = 528  # of prompts that an H100 does in two turns
 
@@ -153,7 +153,7 @@ def _nibble(u, I: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
 @triton.jit
 def _attend(
     q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, out_ptr, lse_ptr, last_ptr, start_ptr, window, scaling, S,
-    PARTS, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, B: tl.constexpr,
+    PARTS, most, least, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, B: tl.constexpr,
     EARLY: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
@@ -161,7 +161,7 @@ def _attend(
     part = tl.program_id(1)
     length = tl.load(last_ptr).to(tl.int32) + 1
     first = tl.maximum(tl.load(start_ptr + bh // HK).to(tl.int32), length - window)
-    size = tl.cdiv(tl.cdiv(length - first, PARTS), B) * B
+    size = tl.maximum(tl.cdiv(tl.cdiv(length - first, most), B) * B, least)  # of the tokens alone, not of the room
     begin = first + part * size
     end = tl.minimum(begin + size, length)
     g, j = tl.arange(0, GP), tl.arange(0, W)
@@ -223,6 +223,7 @@ def _attend(
     tl.store(lse_ptr + cell, tl.where(some, (top + tl.log2(total)) / LOG2_E, float("-inf")), mask=g < G)
 
 
+@on_device
 def append(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor, *, dense: bool = True,
     rows: int | None = None, group: int | None = None, warps: int | None = None,
@@ -255,6 +256,7 @@ def append(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+@on_device
 def attend(
     q: Tensor,
     keys: Store,
@@ -265,18 +267,27 @@ def attend(
     scaling: float,
     *,
     parts: int,
+    least: int = 128,
     block: int = 64,
     warps: int = 2,
     stages: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.attend`; in `parts` parts."""
+    """See `reference.attend`; in at most `parts` parts.
+
+    Where parts begin and end depends on the tokens that count alone: sums, and so their last bits, do not depend on how
+    many places the cache has. Of as many parts as all places could need, the last ones may be empty.
+
+    Args:
+        least: places of a part, a multiple of `block`.
+    """
     b, hq, d = q.shape
     hk, s = keys.scale.shape[1:]
+    most, parts = parts, max(1, min(parts, triton.cdiv(s, least)))
     out = torch.empty((b, hq, parts, d), dtype=torch.float32, device=q.device)
     lse = torch.empty((b, hq, parts), dtype=torch.float32, device=q.device)
     group = hq // hk
     _attend[(b * hk, parts)](
-        q, *_words(keys), *_words(values), out, lse, last, start, s if window is None else window, scaling, s, parts,
+        q, *_words(keys), *_words(values), out, lse, last, start, s if window is None else window, scaling, s, parts, most, least,
         HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, W=max(16, triton.next_power_of_2(d // 4)),
         B=block, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
     )  # fmt: skip

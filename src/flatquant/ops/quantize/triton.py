@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.quantize.reference import EPS
-from flatquant.ops.triton import round_half_even
+from flatquant.ops.triton import on_device, round_half_even
 
 _TILE = 2048  # elements a program holds, where rows are short
 
@@ -162,6 +162,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 # A product and a sum rounded once would give other bits than the reference, and now and then another integer.
+@on_device
 def _launch(
     kernel, x: Tensor, tensors: tuple[Tensor, ...], ratio: Tensor, low: int, high: int, clamp: bool, eps: float
 ) -> None:
