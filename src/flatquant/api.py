@@ -38,6 +38,7 @@ from flatquant.calibrate.memory import (
     return_freed_memory,
 )
 from flatquant.calibrate.pipeline import Report, calibrate, solved_name
+from flatquant.calibrate.preflight import preflight
 from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded, tensor_bytes
 from flatquant.data import calibration_tokens
 from flatquant.errors import CalibrationError, DataError, ModelError
@@ -244,6 +245,7 @@ class _Run:
         text_seconds = time.perf_counter() - self.start
         original = {"sha256": fingerprint(self.model, self._read), "bytes": stored_bytes(self.model)}
         identity = self._identity(data, original["sha256"])
+        self.preflight = preflight(self.model, self.recipe, device=self.device, checkpoint=self.checkpoint)
         state = None
         if self.place is not None:
             if (finished := self.place.finished(identity)) is not None:
@@ -394,6 +396,8 @@ class _Run:
             "timing": {
                 "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
                 "blocks": [b.get("seconds") for b in calibration.blocks],
+                # Rounding errors, whose last bits depend on the machine.
+                "preflight": None if self.preflight is None else asdict(self.preflight),
                 "total": round(time.perf_counter() - self.start, 3),
                 "peak_device_bytes": calibration.peak_memory,
                 "peak_host_bytes": _peak_host_bytes(),
