@@ -3,12 +3,13 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flatquant.calibrate.optimise import Optimiser, cosine
+from flatquant.calibrate.optimise import EAGER_STEPS, Optimiser, cosine
 from flatquant.modules import GROUPS
 
 
@@ -154,3 +155,142 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(splits: int, relative: 
     assert mean == pytest.approx(loss, rel=1e-12)
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- recorded steps
+
+
+class Recorded:
+    """Stands for CUDA graphs on a CPU: a record does what its function does, or something else."""
+
+    def __init__(self, optimiser: Optimiser, fault: Callable[[Optimiser], None] | None = None) -> None:
+        self.optimiser, self.fault, self.replays = optimiser, fault, 0
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            self.replays += 1
+            function()
+            if self.fault is not None:
+                self.fault(self.optimiser)
+
+        return replay
+
+
+def recorded(fault: Callable[[Optimiser], None] | None = None) -> tuple[list[Tensor], list[float], Recorded]:
+    parameters, optimiser = problem()
+    optimiser.recorder = record = Recorded(optimiser, fault)
+    losses = [float(optimiser.step(b)) for b in batches()]
+    return final(parameters), losses, record
+
+
+def test_a_recorded_step_is_compared_with_its_eager_one_and_changes_nothing() -> None:
+    parameters, eager = problem()
+    want = [float(eager.step(b)) for b in batches()]
+    ends, losses, record = recorded()
+    assert losses == want
+    assert all(torch.equal(a, b) for a, b in zip(ends, final(parameters), strict=True))
+    assert record.replays == 1 + 2 * (12 - EAGER_STEPS)  # one more than steps: the comparison
+
+
+def scale_gradients(optimiser: Optimiser) -> None:
+    for p in optimiser.parameters:
+        if p.grad is not None:
+            p.grad.mul_(1.2)
+
+
+def lose_a_gradient(optimiser: Optimiser) -> None:
+    optimiser.parameters[1].grad = None
+
+
+def another_batch(optimiser: Optimiser) -> None:
+    optimiser.static_loss.copy_(optimiser._backward(batches()[0]))
+
+
+FAULTS = {
+    "its loss is": another_batch,
+    "a gradient's norm is off": scale_gradients,
+    "it has 1 gradients, not 2": lose_a_gradient,
+    "its loss is nan": lambda optimiser: optimiser.static_loss.fill_(math.nan),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_a_record_that_differs_is_dropped_before_it_moves_anything(message: str) -> None:
+    parameters, eager = problem()
+    want = [float(eager.step(b)) for b in batches()]
+    with pytest.warns(UserWarning, match=message) as caught:
+        ends, losses, record = recorded(FAULTS[message])
+    assert len(caught) == record.replays == 1
+    assert losses == want
+    assert all(torch.equal(a, b) for a, b in zip(ends, final(parameters), strict=True))
+
+
+def test_a_replay_that_does_nothing_is_noticed() -> None:
+    _, optimiser = problem()
+    optimiser.recorder = lambda function: lambda: None
+    with pytest.warns(UserWarning, match="its loss is nan"):
+        for batch in batches():
+            optimiser.step(batch)
+
+
+def test_numbers_that_are_not_finite_are_no_fault_of_the_record() -> None:
+    _, optimiser = problem()
+    optimiser.recorder = Recorded(optimiser)
+    assert all(math.isnan(optimiser.step(b * math.inf)) for b in batches())
+    assert optimiser.recorder is not None
+
+
+# ------------------------------------------------------------------------------------------- overflow
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("record", [False, True])
+def test_a_step_that_overflows_changes_nothing_and_says_nan(what: str, record: bool) -> None:
+    def run(broken: int | None) -> tuple[list[Tensor], list[float]]:
+        parameters, optimiser = problem()
+        plain = optimiser.loss_fn
+
+        def loss_fn(x: Tensor) -> tuple[Tensor, Tensor]:
+            objective, loss = plain(x)
+            bad = bool(x.isnan().any())
+            if bad and what == "gradient":
+                w = optimiser.parameters[0]
+                return (w * math.inf).sum() * 0 + w.sum(), torch.ones(())  # a loss that is finite
+            return objective, loss
+
+        optimiser.loss_fn = loss_fn
+        if record:
+            optimiser.recorder = Recorded(optimiser)
+        losses = []
+        for i, batch in enumerate(batches()):
+            if i == broken:
+                before = optimiser.state()
+                losses.append(float(optimiser.step(batch * math.nan)))
+                after = optimiser.state()
+                assert all(torch.equal(before[k], after[k]) for k in before)
+                optimiser.restart(i)
+            losses.append(float(optimiser.step(batch)))
+        return final(parameters), losses
+
+    (ends, losses), (want, good) = run(7), run(None)
+    assert math.isnan(losses.pop(7))
+    assert losses == good
+    assert all(torch.equal(a, b) for a, b in zip(ends, want, strict=True))
+
+
+@pytest.mark.parametrize("losses", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_a_part_without_loss_has_no_gradients(losses: tuple[float, float]) -> None:
+    """A batch in two parts, one of them already right: gradients are those of the other, relative to the whole."""
+    p = nn.Parameter(torch.ones(3))
+    _, optimiser = problem()
+
+    def loss_fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        loss = (x * p).square().sum()
+        return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny), loss
+
+    optimiser.parameters, optimiser.loss_fn = [p], loss_fn
+    optimiser.splits, optimiser.relative = 2, True
+    total = float(optimiser._gradients(torch.tensor(losses)[:, None].expand(2, 3)))
+    assert total == sum(losses) * 3 / 2
+    assert p.grad is not None
+    assert torch.equal(p.grad, torch.full((3,), 2 / 3) if sum(losses) else torch.zeros(3))

@@ -199,6 +199,13 @@ def like(kept: K) -> K:
     return cast(K, torch.empty_like(kept) if isinstance(kept, Tensor) else kept.like())
 
 
+def cyclic(kept: Kept, start: int, count: int) -> Tensor:
+    """`count` rows from `start` on, the first after the last.  # (count, ..)"""
+    start %= kept.shape[0]
+    rows = kept[start : start + count]
+    return rows if len(rows) == count else torch.cat([rows, cyclic(kept, 0, count - len(rows))])
+
+
 def mapped(kept: K, size: int, function: Callable[[Tensor], Tensor]) -> K:
     """`function` of all rows, `size` at a time, kept where they lie.
 

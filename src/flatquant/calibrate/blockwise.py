@@ -6,14 +6,16 @@ the mean squared error divided by its own detached value, which makes the learni
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatquant.calibrate.activations import Kept
+from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
@@ -27,6 +29,23 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`; nothing changes for float32 and float64."""
     enabled = dtype in (torch.float16, torch.bfloat16)
     return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled, cache_enabled=False)
+
+
+def safer(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The dtype for products that overflow in `dtype`; None after float32."""
+    if dtype == torch.float16 and (device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)):
+        return torch.bfloat16
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def named(dtype: torch.dtype) -> str:
+    """`float16` for torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Hidden states as a fit in `dtype` takes them: those kept in 16 bits of another kind, in float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) and x.dtype != dtype else x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +63,14 @@ class BlockFit:
     second: Kept | None = None
 
 
+@dataclass(kw_only=True)
+class Fitted:
+    """How a block's fit went: the mean loss (MSE) of every epoch, and the dtype of its products."""
+
+    dtype: torch.dtype
+    losses: list[float] = field(default_factory=list)
+
+
 def fit_blocks(
     blocks: Sequence[BlockFit],
     spec: FitSpec,
@@ -52,11 +79,12 @@ def fit_blocks(
     graph: bool = True,
     splits: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> list[list[float]]:
+) -> list[Fitted]:
     """Fit wrapped blocks, each on its own, all side by side.
 
     Where inputs are full-precision activations, no block waits for another's fit. A step of a small model
-    leaves most of a GPU idle: on CUDA every block's steps run on a stream of their own.
+    leaves most of a GPU idle: on CUDA every block's steps run on a stream of their own. A block whose loss or gradients
+    overflow `dtype` starts anew in a wider one, with a warning.
 
     Args:
         dtype: of the matrix products (parameters stay float32).
@@ -65,45 +93,81 @@ def fit_blocks(
         progress: called with (epochs done of all blocks, their number).
 
     Returns:
-        Mean loss (MSE) of every epoch, block by block; none for a block without parameters.
+        Block by block; no losses for a block without parameters.
 
     Raises:
-        CalibrationError: a block's loss is not finite.
+        CalibrationError: a block's loss is not finite, in float32 too.
     """
-    running = [
-        (block, _optimiser(block, spec, dtype, graph, splits))
-        for block in blocks
-        if any(block.fit.parameters().values())
-    ]
-    history: dict[int, list[float]] = {block.index: [] for block in blocks}
-    per_epoch = _steps_per_epoch(blocks[0], spec)
-    for epoch in range(spec.epochs if running else 0):
-        for block, _ in running:
+    done: dict[int, Fitted] = {}
+    todo, starts = list(blocks), {}
+    if blocks and safer(dtype, blocks[0].inputs.device) is not None:
+        starts = {block.index: block.fit.state() for block in blocks}
+    while todo:
+        fitted = _Pass(todo, spec, dtype, graph, splits).run(progress)
+        done |= fitted
+        todo = [block for block in todo if block.index not in fitted]
+        if not todo:
+            break
+        progress = None  # it has counted these blocks' epochs
+        wider = safer(dtype, todo[0].inputs.device)
+        for block in todo:
+            overflow = f"block {block.index}: the loss or a gradient in {named(dtype)} is not finite"
+            if wider is None:
+                raise CalibrationError(f"{overflow}; try a lower --lr, or other calibration text")
+            warnings.warn(f"{overflow}; the block is fitted in {named(wider)}", stacklevel=2)
+            block.fit.load_state(starts[block.index])
+            block.fit.block.float()
+        assert wider is not None
+        dtype = wider
+    return [done[block.index] for block in blocks]
+
+
+class _Pass:
+    """One pass of a fit, over blocks side by side, in one dtype."""
+
+    def __init__(self, blocks: Sequence[BlockFit], spec: FitSpec, dtype: torch.dtype, graph: bool, splits: int) -> None:
+        self.blocks, self.spec = blocks, spec
+        self.fitted = {block.index: Fitted(dtype=dtype) for block in blocks}
+        self.running = [
+            (block, _optimiser(block, spec, dtype, graph, splits))
+            for block in blocks
+            if any(block.fit.parameters().values())
+        ]
+
+    def run(self, progress: Callable[[int, int], None] | None) -> dict[int, Fitted]:
+        """All epochs; what came of the blocks whose losses stayed finite."""
+        epochs = self.spec.epochs if self.running else 0
+        for epoch in range(epochs):
+            self._epoch(epoch)
+            if progress:
+                progress((epoch + 1) * len(self.blocks), epochs * len(self.blocks))
+        return self.fitted
+
+    def _epoch(self, epoch: int) -> None:
+        for block, _ in self.running:
             for module in (m for root in block.fit.roots() for m in root.modules()):
                 if isinstance(module, Scheduled):
-                    module.begin_epoch(epoch, spec.epochs)
-        losses: dict[int, list[Tensor]] = {block.index: [] for block, _ in running}
-        for i in range(per_epoch):
-            rows = slice(i * spec.batch_size, (i + 1) * spec.batch_size)
-            for block, optimiser in running:
-                more = () if block.second is None else (block.second[rows],)
-                losses[block.index].append(optimiser.step(block.inputs[rows], block.targets[rows], *more))
-        for block, optimiser in running:
+                    module.begin_epoch(epoch, self.spec.epochs)
+        losses: dict[int, list[Tensor]] = {block.index: [] for block, _ in self.running}
+        steps = _steps_per_epoch(self.blocks[0], self.spec)
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            start, count = step * self.spec.batch_size, self.spec.batch_size
+            for block, optimiser in self.running:
+                kept = (block.inputs, block.targets, *(() if block.second is None else (block.second,)))
+                losses[block.index].append(optimiser.step(*(cyclic(rows, start, count) for rows in kept)))
+        for block, optimiser in self.running:
             optimiser.join()
             mean = float(torch.stack(losses[block.index]).mean())
-            if not mean < float("inf"):
-                raise CalibrationError(
-                    f"block {block.index}: the loss is {mean} in epoch {epoch + 1}; "
-                    "try --dtype float32, a lower --lr, or other calibration text"
-                )
-            history[block.index].append(mean)
-        if progress:
-            progress((epoch + 1) * len(blocks), spec.epochs * len(blocks))
-    return list(history.values())
+            if mean < float("inf"):
+                self.fitted[block.index].losses.append(mean)
+            else:
+                del self.fitted[block.index]
+        self.running = [(block, optimiser) for block, optimiser in self.running if block.index in self.fitted]
 
 
 def _steps_per_epoch(block: BlockFit, spec: FitSpec) -> int:
-    return block.inputs.shape[0] // spec.batch_size
+    """So many that every window is seen; the last batch goes on with the first windows."""
+    return math.ceil(block.inputs.shape[0] / spec.batch_size)
 
 
 def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, splits: int) -> Optimiser:
@@ -111,10 +175,10 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, 
 
     def loss_fn(x: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
         with shared_inverses(fit.roots()), autocast(x.device, dtype):
-            predicted = call(fit.block, x)
+            predicted = call(fit.block, wide(x, dtype))
         fit.forget()  # what a site remembers would be held beside the graph that is captured next
         loss = torch.stack([F.mse_loss(predicted.float(), y.float()) for y in targets]).sum()
-        return loss / loss.detach(), loss
+        return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny), loss  # no error: nothing to learn, not NaN
 
     rates: dict[Group, float] = {
         "transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "rotation": spec.rotation_lr,

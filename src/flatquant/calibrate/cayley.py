@@ -33,7 +33,12 @@ def cayley_step(x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
 
 
 class CayleySGD(torch.optim.Optimizer):
-    """`cayley_step` for every parameter; each is an orthogonal matrix and stays one. `lr` may be a tensor."""
+    """`cayley_step` for every parameter; each is an orthogonal matrix and stays one. `lr` may be a tensor.
+
+    As in torch's fused optimisers, nothing moves where `found_inf`, a scalar on the device, is 1.
+    """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[nn.Parameter] | Iterable[dict], lr: float = 1.5) -> None:
         super().__init__(params, {"lr": lr})
@@ -45,4 +50,5 @@ class CayleySGD(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    p.copy_(cayley_step(p, p.grad, group["lr"]))
+                    turned = cayley_step(p, p.grad, group["lr"])
+                    p.copy_(turned if self.found_inf is None else torch.where(self.found_inf > 0, p, turned))

@@ -8,6 +8,7 @@ pass: its logits are one product away. The other objective, cross entropy with t
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flatquant.calibrate.activations import Kept
-from flatquant.calibrate.blockwise import autocast
+from flatquant.calibrate.activations import Kept, cyclic
+from flatquant.calibrate.blockwise import autocast, named, safer, wide
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
@@ -50,18 +51,22 @@ def fit_end_to_end(
     dtype: torch.dtype,
     graph: bool = True,
     splits: int = 1,
-    start: tuple[int, list[float], dict[str, Tensor]] | None = None,
-    save: Callable[[int, list[float], dict[str, Tensor]], None] | None = None,
+    start: tuple[int, list[float], dict[str, Tensor], torch.dtype] | None = None,
+    save: Callable[[int, list[float], dict[str, Tensor], torch.dtype], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
     """Fit all wrapped blocks together.
+
+    A step whose divergence or gradients overflow `dtype` has changed nothing: it is taken again, and all that follow,
+    in a wider dtype, with a warning.
 
     Args:
         fits, calls: every block and how it is called.
         head: final norm and output embedding, (B, T, h) -> (B, T, V).
         inputs: hidden states before block 0, (N, T, h).
         targets: the original's hidden states after the last block, (N, T, h), or for cross entropy the tokens, (N, T).
-        start: (steps done, losses so far, state) to go on from, as `save` received them.
+        dtype: of the matrix products (parameters stay float32).
+        start: (steps done, losses so far, state, dtype) to go on from, as `save` received them.
         graph: on CUDA, replay steps from a CUDA graph.
         splits: parts that a batch is taken in, to need less memory; it divides the batch size.
         save: keeps the state at the end, and every `SAVE_EVERY` steps unless that would slow the fit by more than a
@@ -72,7 +77,7 @@ def fit_end_to_end(
         KL divergence, or cross entropy, of every step, nats per token.
 
     Raises:
-        CalibrationError: the divergence is not finite.
+        CalibrationError: the divergence is not finite, in float32 too.
     """
     if spec.weight_lr:
         for fit in fits:
@@ -101,8 +106,8 @@ def fit_end_to_end(
             teacher = None
             if spec.objective == "kl":
                 with torch.no_grad():
-                    teacher = head(y)
-            logits = student(x)
+                    teacher = head(wide(y, dtype))
+            logits = student(wide(x, dtype))
         if teacher is None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten())
         else:
@@ -132,27 +137,44 @@ def fit_end_to_end(
     losses: list[float] = []
     done = 0
     if start is not None:
-        done, losses, state = start
+        done, losses, state, reached = start
         optimiser.load_state(done, state)
-    n = inputs.shape[0] // spec.batch_size * spec.batch_size
+        if reached != dtype:
+            dtype = reached
+            _widen(fits)
+
+    def stepped(step: int) -> float:
+        rows = (cyclic(kept, step * spec.batch_size, spec.batch_size) for kept in (inputs, targets))
+        value = optimiser.step(*rows)
+        optimiser.join()
+        return float(value)
+
     saved, cost = time.perf_counter(), 0.0
     for step in range(done, spec.steps):
-        begin = step * spec.batch_size % n
-        rows = slice(begin, begin + spec.batch_size)
-        value = optimiser.step(inputs[rows], targets[rows])
-        optimiser.join()
-        loss = float(value)
-        if not loss < float("inf"):
-            raise CalibrationError(
-                f"the end-to-end divergence is {loss} at step {step + 1}; try --dtype float32 or a lower learning rate"
-            )
+        loss = stepped(step)
+        while not loss < float("inf"):
+            overflow = f"the end-to-end divergence or a gradient in {named(dtype)} is not finite at step {step + 1}"
+            wider = safer(dtype, inputs.device)
+            if wider is None:
+                raise CalibrationError(f"{overflow}; try a lower learning rate, or other calibration text")
+            warnings.warn(f"{overflow}; the fit goes on in {named(wider)}", stacklevel=2)
+            dtype = wider
+            _widen(fits)
+            optimiser.restart(step)
+            loss = stepped(step)
         losses.append(loss)
         now = time.perf_counter()
         due = (step + 1) % SAVE_EVERY == 0 and now - saved > 20 * cost
         if save and (due or step + 1 == spec.steps):
-            save(step + 1, losses, optimiser.state())
+            save(step + 1, losses, optimiser.state(), dtype)
             saved = time.perf_counter()
             cost = saved - now
         if progress:
             progress(step + 1, spec.steps)
     return losses
+
+
+def _widen(fits: Sequence[FitBlock]) -> None:
+    """Have what else blocks hold, norms above all, in float32 as what is fitted is."""
+    for fit in fits:
+        fit.block.float()

@@ -1,16 +1,24 @@
 """One optimiser for every fit: AdamW (Cayley SGD for rotations), a rate per group, a cosine, on a GPU a graph per step.
 
-A calibration step of a small model is bound by launches, not by arithmetic. On CUDA the whole step - forward,
-backward, update - is captured once per block in a CUDA graph and replayed; the first steps run eagerly and are real
-steps, so nothing is warmed up twice. The loss stays on the device until the caller asks.
+A calibration step of a small model is bound by launches, not by arithmetic. On CUDA the whole step is captured once per
+block in two CUDA graphs, forward and backward in one, the update in the other, and replayed; the first steps run
+eagerly and are real steps, so nothing is warmed up twice. The loss stays on the device until the caller asks.
+
+Two things can go wrong in a step, and are told apart. A graph may compute something else than the eager step: when it
+is captured, its loss and gradients are compared with those of an eager pass over the same batch and parameters, before
+anything is updated, and a graph that differs is dropped. And numbers may overflow: a step whose loss or gradients are
+not finite leaves parameters and moments as they are, and its loss is NaN. So the parameters stay good, and a fit can
+go on from them in a wider dtype.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +27,16 @@ from torch import Tensor, nn
 from flatquant.calibrate.cayley import CayleySGD
 from flatquant.modules import Bounded, Group
 
+_foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW; a rotation has none
 EAGER_STEPS = 3  # before capture: lazily made workspaces and optimiser state must exist
+# How far a graph's loss and norms of gradients may be from an eager pass, relative to the loss and to the largest norm.
+# cuBLAS may choose other kernels while a graph is captured, which sum in another order; in 16 bits that is 1e-3.
+SAME_LOSS, SAME_NORMS = 1e-2, 5e-2
+
+# Records what a function does, on tensors at fixed addresses, without doing it; calling the result does it.
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def cosine(step: int, steps: int, warmup: int, lr: float, floor: float) -> float:
@@ -47,6 +63,28 @@ def deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)  # noqa: B010
+
+
+class GraphRecorder:
+    """Records functions in CUDA graphs that share a memory pool: they are replayed in the order of recording."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream, pool=self.pool):
+            function()
+        return graph.replay
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A step: forward and backward pass, and the update."""
+
+    gradients: Callable[[], None]
+    update: Callable[[], None]
 
 
 class Optimiser:
@@ -103,10 +141,13 @@ class Optimiser:
         self.steps, self.warmup = steps, warmup
         self.loss_fn = loss_fn
         self.splits, self.relative = splits, relative
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.static: tuple[Tensor, ...] = ()
-        self.static_loss: Tensor | None = None
         self.stream = torch.cuda.Stream(device) if graph and on_gpu else None
+        self.recorder: Recorder | None = None if self.stream is None else GraphRecorder(self.stream)
+        self.recorded: _Recorded | None = None
+        self.static: tuple[Tensor, ...] = ()
+        self.static_loss = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)  # 1 where this step's loss or gradients are not finite
+        self.fused = on_gpu
         self.reproducible = True
         self.done = 0
         self.eager = 0
@@ -121,40 +162,67 @@ class Optimiser:
         for part in zip(*(b.chunk(self.splits) for b in batch), strict=True):
             objective, loss = self.loss_fn(*part)
             loss = loss.detach()
-            if last is not None and self.relative:
-                self._scale_gradients(last / loss)  # from parts of the last loss to parts of this one
+            if last is not None:
+                self._rescale(last, loss)  # from parts of the last loss to parts of this one
             objective.backward()
-            last, total = loss, loss if total is None else total + loss
+            last = loss if last is None else torch.where(loss > 0, loss, last)
+            total = loss if total is None else total + loss
         assert last is not None
         assert total is not None
-        if self.splits > 1 and self.relative:
-            self._scale_gradients(last / total)
-        return total if self.splits == 1 else total / self.splits
+        if self.splits == 1:
+            return total
+        self._rescale(last, total)
+        return total / self.splits
 
-    def _scale_gradients(self, factor: Tensor) -> None:
+    def _rescale(self, last: Tensor, loss: Tensor) -> None:
+        """Turn gradients of objectives relative to one loss into relative to another; zero has no gradients."""
+        if not self.relative:
+            return
+        factor = torch.where(loss > 0, last / loss, 1.0)
         for p in self.parameters:
             if p.grad is not None:
                 p.grad.mul_(factor)
 
-    def _body(self, *batch: Tensor) -> Tensor:
+    def _backward(self, *batch: Tensor) -> Tensor:
+        """Loss of a batch; gradients are left with the parameters."""
+        self._forget_gradients()
         if self.reproducible:
             try:
                 with deterministic():
-                    loss = self._gradients(*batch)
+                    return self._gradients(*batch)
             except RuntimeError as error:
                 if "deterministic" not in str(error):
                     raise
                 # A family may use an operation without such a kernel: fit it all the same. The first step shows it.
                 self.reproducible = False
                 self._forget_gradients()
-        if not self.reproducible:
-            loss = self._gradients(*batch)
-        for optimiser in self.optimisers:
-            optimiser.step()
-        for module in self.bounded:
-            module.settle()
+        return self._gradients(*batch)
+
+    def _norms(self) -> Tensor:
+        """Of every gradient there is.  # float32, (gradients,)"""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            return torch.zeros(1, device=self.skipped.device)
+        return torch.stack([n.float() for n in _foreach_norm(gradients)])
+
+    @torch.no_grad()
+    def _update(self, loss: Tensor) -> Tensor:
+        """Move the parameters, unless the loss or a gradient is not finite; the loss, NaN in that case."""
+        finite = torch.isfinite(loss) & torch.isfinite(self._norms()).all()
+        self.skipped.copy_(~finite)
+        if self.fused or bool(finite):  # on a CPU one may look; on CUDA that would wait for the device
+            for optimiser in self.optimisers:
+                if self.fused:
+                    optimiser.found_inf = self.skipped  # type: ignore[attr-defined]
+                optimiser.step()
+            for module in self.bounded:
+                module.settle()
+        return torch.where(finite, loss, torch.nan)
+
+    def _body(self, *batch: Tensor) -> Tensor:
+        loss = self._update(self._backward(*batch))
         self._forget_gradients()
-        return loss.detach()
+        return loss
 
     def _forget_gradients(self) -> None:
         for optimiser in self.optimisers:
@@ -163,21 +231,24 @@ class Optimiser:
     def step(self, *batch: Tensor) -> Tensor:
         """One update on a batch; returns its loss, a scalar tensor that later steps do not overwrite.
 
-        With a graph, the step runs on a stream of its own, so that several optimisers share a GPU side by side; `join`
-        before reading losses or parameters.
+        The loss is NaN, and nothing has changed, where it or a gradient is not finite. With a graph, the step runs on a
+        stream of its own, so that several optimisers share a GPU side by side; `join` before reading losses or
+        parameters.
         """
         self.done += 1
         if self.stream is None:
             self._set_rates()
-            return self._body(*batch)
+            return self._run(*batch)
         self.stream.wait_stream(torch.cuda.current_stream())
         for b in batch:
             b.record_stream(self.stream)  # it may be gone for the caller before the copy below has run
         with torch.cuda.stream(self.stream):
             self._set_rates()
-            return self._graphed(*batch)
+            return self._run(*batch)
 
-    def _graphed(self, *batch: Tensor) -> Tensor:
+    def _run(self, *batch: Tensor) -> Tensor:
+        if self.recorder is None:
+            return self._body(*batch)
         if not self.static:
             self.static = tuple(b.clone() for b in batch)
         for static, b in zip(self.static, batch, strict=True):
@@ -185,13 +256,42 @@ class Optimiser:
         if self.eager < EAGER_STEPS:
             self.eager += 1
             return self._body(*self.static)
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.static_loss = self._body(*self.static)
-        self.graph.replay()
-        assert self.static_loss is not None
+        if self.recorded is None:
+            self.recorded = self._record(self.recorder)
+        if self.recorded is None:
+            self.recorder = None
+            return self._body(*self.static)
+        self.recorded.gradients()
+        self.recorded.update()
         return self.static_loss.clone()
+
+    def _record(self, recorder: Recorder) -> _Recorded | None:
+        """Record a step; None, with a warning, if the record computes something else than the step."""
+
+        def gradients() -> None:
+            self.static_loss.copy_(self._backward(*self.static))
+
+        def update() -> None:
+            self.static_loss.copy_(self._update(self.static_loss))
+
+        gradients()
+        want, norms = self.static_loss.clone(), self._norms()
+        self._forget_gradients()
+        replay = recorder(gradients)
+        self.static_loss.fill_(torch.nan)  # what a replay that does nothing would leave is no loss
+        replay()
+        why = _difference(want, self.static_loss, norms, self._norms())
+        if why:
+            self._forget_gradients()
+            warnings.warn(
+                f"a recorded step is not the step it was recorded from ({why}); steps run eagerly", stacklevel=2
+            )
+            return None
+        return _Recorded(replay, recorder(update))
+
+    def restart(self, done: int) -> None:
+        """Go on after `done` steps with a `loss_fn` that computes differently, which is recorded anew."""
+        self.done, self.recorded, self.eager = done, None, 0
 
     def join(self) -> None:
         """Make the current stream wait for all steps so far."""
@@ -217,3 +317,24 @@ class Optimiser:
             moments = {n: state[f"{i}.{n}"].to(p.device, copy=True) for n in MOMENTS if f"{i}.{n}" in state}
             if moments:
                 self.optimisers[0].state[p] = moments
+
+
+def _difference(loss: Tensor, got: Tensor, norms: Tensor, got_norms: Tensor) -> str:
+    """What two passes over one batch differ in; empty if nothing.
+
+    A loss that is not finite is no fault of the record: then nothing is compared, nor is a norm that is not.
+    """
+    if not bool(torch.isfinite(loss)):
+        return ""
+    if not bool((got - loss).abs() <= SAME_LOSS * loss.abs()):
+        return f"its loss is {float(got):.6g}, not {float(loss):.6g}"
+    if len(got_norms) != len(norms):
+        return f"it has {len(got_norms)} gradients, not {len(norms)}"
+    finite = torch.isfinite(norms)
+    off, largest = (
+        (got_norms - norms)[finite].abs(),
+        norms[finite].amax() if bool(finite.any()) else norms.new_zeros(()),
+    )
+    if not bool((off <= SAME_NORMS * largest).all()):
+        return f"a gradient's norm is off by {float(off.max()):.3g}, and the largest norm is {float(largest):.3g}"
+    return ""

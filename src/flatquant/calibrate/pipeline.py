@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flatquant import seams
-from flatquant.calibrate.activations import Kept, room
-from flatquant.calibrate.blockwise import BlockFit, autocast, fit_blocks
+from flatquant.calibrate.activations import Kept, mapped, room
+from flatquant.calibrate.blockwise import BlockFit, Fitted, autocast, fit_blocks, named, safer, wide
 from flatquant.calibrate.capture import BlockCall, Observer, capture, run_block
 from flatquant.calibrate.end2end import fit_end_to_end
 from flatquant.calibrate.gradients import output_hessians
@@ -291,10 +292,7 @@ class _Run:
         block, plan = self._bring(index), self.plan.blocks[index]
         targets, statistics = None, {}
         if hidden is not None:
-            with self.clock("full precision"), autocast(self.device, self.dtype):
-                observer = Observer(block, self.arch)
-                targets = run_block(block, call, hidden, self.batch)
-                statistics = observer.close()
+            targets, statistics = self._full_precision(index, call, hidden)
             self.routed[index] = _routed(statistics)
         if self.state is not None and self.state.has(solved_name(index)):
             return None, targets
@@ -307,9 +305,29 @@ class _Run:
         done = self.state is not None and (self.state.has(fitted_name(index)) or self.state.has(solved_name(index)))
         if quantised is None or self.recipe.fit is None or not self.recipe.fit.both_targets or done:
             return None
-        block = self._bring(index)
-        with self.clock("full precision"), autocast(self.device, self.dtype):
-            return run_block(block, call, quantised, self.batch)
+        self._bring(index)
+        return self._full_precision(index, call, quantised)[0]
+
+    def _full_precision(self, index: int, call: BlockCall, hidden: Kept) -> tuple[Kept, dict[str, InputStatistics]]:
+        """What an original block gives, and its input statistics; in a wider dtype if products overflow the fit's."""
+        block, dtype = self.blocks[index], self.dtype
+        while True:
+            observer = Observer(block, self.arch)
+            run = partial(_in_dtype, dtype, hidden.dtype, partial(call, block))
+            try:
+                with self.clock("full precision"), autocast(self.device, dtype):
+                    return mapped(hidden, self.batch, run), observer.close()
+            except CalibrationError:
+                observer.close()
+                wider = safer(dtype, self.device)
+                if wider is None:
+                    raise
+                warnings.warn(
+                    f"block {index} overflows {named(dtype)}; what it is fitted to is computed in {named(wider)}",
+                    stacklevel=2,
+                )
+                dtype = wider
+                block.float()
 
     def _rotated(self, call: BlockCall) -> BlockCall:
         """How a block is called once it is wrapped."""
@@ -329,15 +347,17 @@ class _Run:
                 continue
             todo.append(w)
         start = time.perf_counter()
-        losses = self._fit_blocks(todo)
+        results = self._fit_blocks(todo)
         seconds = round((time.perf_counter() - start) / max(len(todo), 1), 3)
-        for w, history in zip(todo, losses, strict=True):
-            note = {"block": w.index, "losses": history, "seconds": seconds, **self.routed.get(w.index, {})}
+        for w, fitted in zip(todo, results, strict=True):
+            note = {"block": w.index, "losses": fitted.losses, "seconds": seconds, **self.routed.get(w.index, {})}
+            if fitted.dtype != self.dtype:
+                note["dtype"] = named(fitted.dtype)
             self.notes[w.index] = note
             if self.state is not None and w.fit is not None:
                 self.state.save(fitted_name(w.index), w.fit.state(), note)
 
-    def _fit_blocks(self, todo: list[_Wrapped]) -> list[list[float]]:
+    def _fit_blocks(self, todo: list[_Wrapped]) -> list[Fitted]:
         spec = self.recipe.fit
         blocks = [
             BlockFit(
@@ -352,7 +372,7 @@ class _Run:
             if w.fit is not None and w.inputs is not None and w.targets is not None
         ]
         if spec is None or not blocks:
-            return [[] for _ in todo]
+            return [Fitted(dtype=self.dtype) for _ in todo]
         before, total = blocks[0].index * spec.epochs, spec.epochs * len(self.plan.blocks)
         with self.clock("fit"):
             return fit_blocks(
@@ -370,11 +390,11 @@ class _Run:
         start = None
         if self.state is not None and self.state.has(END_TO_END):
             tensors, note = self.state.load(END_TO_END)
-            start = (note["step"], note["losses"], tensors)
+            start = (note["step"], note["losses"], tensors, getattr(torch, note["dtype"]))
 
-        def save(step: int, losses: list[float], tensors: dict[str, Tensor]) -> None:
+        def save(step: int, losses: list[float], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
             if self.state is not None:
-                self.state.save(END_TO_END, tensors, {"step": step, "losses": losses})
+                self.state.save(END_TO_END, tensors, {"step": step, "losses": losses, "dtype": named(dtype)})
 
         if spec.objective == "cross_entropy":
             assert self.tokens is not None
@@ -403,7 +423,17 @@ class _Run:
         assert isinstance(output, nn.Linear)
         weight = output.weight.to(self.device, self.dtype)  # (V, h)
         bias = None if output.bias is None else output.bias.to(self.device, self.dtype)
-        return lambda x: logits(self.model.config, F.linear(norm(x).to(self.dtype), weight, bias))
+
+        def head(x: Tensor) -> Tensor:
+            dtype = self.dtype
+            if torch.is_autocast_enabled(x.device.type):
+                dtype = torch.get_autocast_dtype(x.device.type)
+            elif dtype != torch.float64:
+                dtype = torch.float32  # a fit that overflowed what the weight is kept in
+            y = F.linear(norm(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            return logits(self.model.config, y)
+
+        return head
 
     def _finish(self, w: _Wrapped, calls: list[BlockCall], quantised: Kept | None) -> Kept | None:
         index, solved = w.index, w.fit is None
@@ -518,6 +548,11 @@ def fitted_name(index: int) -> str:
 def solved_name(index: int) -> str:
     """The state file of a solved block."""
     return f"solved-{index:05d}"
+
+
+def _in_dtype(dtype: torch.dtype, kept: torch.dtype, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Outputs as they are kept, of a block whose products are in `dtype`."""
+    return run(wide(x, dtype)).to(kept)
 
 
 @contextmanager
