@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flatquant
-from flatquant import recipes
+from flatquant import recipes, store
 from flatquant.calibrate.state import RunState
 from flatquant.errors import ArtifactError, CalibrationError, DataError, FlatQuantError, ModelError, SpecError
 from flatquant.spec import DataSpec, FitSpec, Recipe, SolverSpec
@@ -244,6 +244,49 @@ def test_resume_needs_asking_and_the_same_settings(recipe: Recipe, tmp_path: Pat
         with pytest.raises(CalibrationError, match=f"differs in {what};"):
             flatquant.quantize(model, changed, text, output=out, device="cpu", resume=True, **settings)
     flatquant.quantize(tiny_llama(), recipe, tokens(), output=out, device="cpu", resume=True)
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_run_beside_a_live_one_is_refused(recipe: Recipe, tmp_path: Path, resume: bool) -> None:
+    """From its first call to its last, wherever the first run is; and the first ends as if alone."""
+    beside: list[str] = []
+
+    def again(*_: object) -> None:
+        with pytest.raises(CalibrationError, match=f"another run .*process {os.getpid()} .*choose another") as caught:
+            flatquant.quantize(tiny_llama(), recipe, tokens(), output=tmp_path / "out", device="cpu", resume=resume)
+        beside.append(str(caught.value))
+
+    for name, progress in (("out", again), ("whole", None)):
+        flatquant.quantize(
+            tiny_llama(), recipe, tokens(), output=tmp_path / name, device="cpu", progress=progress, resume=resume
+        )
+    assert len(beside) > 3
+    assert "\n" not in beside[0]
+    assert names(tmp_path) == {"out", "whole"}
+    for file in ("config.json", "flatquant.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_the_state_of_a_dead_run_is_gone_on_with_and_swept(recipe: Recipe, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(stage: str, done: int, _: int) -> None:
+        if (stage, done) == ("solve", 1):
+            raise Killed
+
+    options = {"output": tmp_path / "out", "device": "cpu"}
+    with pytest.raises(Killed):
+        flatquant.quantize(tiny_llama(), recipe, tokens(), progress=kill, **options)
+    state = tmp_path / "out.partial"
+    kept = names(state)
+    (state / store.LOCK_FILE).write_text("99999999\n")  # of a process that is no more, and what it was writing
+    (state / ".solved-00001.safetensors.tmp-0123abcd").write_bytes(b"half")
+    with pytest.raises(Killed):
+        flatquant.quantize(tiny_llama(), recipe, tokens(), progress=kill, resume=True, **options)
+    assert names(state) == kept
+    flatquant.quantize(tiny_llama(), recipe, tokens(), resume=True, **options)
     assert names(tmp_path) == {"out"}
 
 

@@ -16,7 +16,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +28,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flatquant import __version__
+from flatquant import __version__, store
 from flatquant.calibrate.memory import (
     Estimate,
     Limits,
@@ -121,6 +122,8 @@ def quantize(
             besides the run's state, which `resume` goes on with.
     """
     place = None if output is None else _Place.of(Path(output))
+    if place is not None:
+        place.refuse_busy()
     if place is not None and not resume:
         artifact.check_output(place.output)
         place.refuse_unfinished()
@@ -239,6 +242,10 @@ class _Run:
         self.start = time.perf_counter()
 
     def __call__(self) -> Quantized:
+        with nullcontext() if self.place is None else self.place.held():
+            return self._quantized()
+
+    def _quantized(self) -> Quantized:
         data, tokens = self._text()
         if self.notice is not None:
             self.notice(self.layout)
@@ -417,6 +424,30 @@ class _Place:
     def of(cls, output: Path) -> _Place:
         return cls(output, state_folder(output))
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs away from the output folder and the state.
+
+        Raises:
+            CalibrationError: another run is at work there, or the state's folder cannot be made.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(store.held(self.state))
+            except BlockingIOError as error:
+                raise CalibrationError(
+                    f"another run is writing {self.output} ({error.strerror}); wait for it, or choose another output"
+                ) from error
+            except OSError as error:
+                raise CalibrationError(f"cannot make {self.state}: {error.strerror or error}") from error
+            yield
+
+    def refuse_busy(self) -> None:
+        """Before any work: another run is writing there."""
+        if self.state.is_dir():
+            with self.held():
+                pass
+
     def refuse_unfinished(self) -> None:
         """Before any work: a run is there that `resume` was not asked to go on with."""
         if (self.state / RUN_FILE).exists():
@@ -517,6 +548,17 @@ def state_folder(output: Path) -> Path:
     """Where a run with this output folder keeps its state."""
     named = output if output.name not in ("", "..") else output.resolve()
     return named.with_name(f"{named.name}.partial")
+
+
+def discard(output: Path) -> None:
+    """Remove what an unfinished run with this output folder has left.
+
+    Raises:
+        CalibrationError: it is still at work.
+    """
+    place = _Place.of(output)
+    with place.held():
+        place.tidy()
 
 
 def stored_bytes(model: nn.Module) -> int:

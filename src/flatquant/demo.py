@@ -65,9 +65,9 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
         FlatQuantError: as `api.quantize`; ArtifactError if something is in the way.
     """
     start, say = time.perf_counter(), progress or (lambda *_: None)
-    _make_room(output, overwrite)
     if overwrite:
-        shutil.rmtree(api.state_folder(output), ignore_errors=True)
+        api.discard(output)
+    _make_room(output, overwrite)
     say("load", 0, 1)
     original, tokenizer = load_model(MODEL)
     say("load", 1, 1)

@@ -2,14 +2,16 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from flatquant import store
 from flatquant.calibrate import state as module
-from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, write_atomic
+from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint
 from flatquant.errors import CalibrationError
 
 IDENTITY = {"recipe": {"name": "flatquant", "bits": [4, 4]}, "seed": 0}
@@ -90,19 +92,24 @@ def test_a_failing_rename_leaves_nothing_half_written(tmp_path: Path, monkeypatc
     def fail(*_) -> None:
         raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(module.os, "replace", fail)
-    with pytest.raises(CalibrationError, match="Permission denied"):
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CalibrationError, match=r"block\.safetensors: Permission denied; .*--resume"):
         run.save("block", TENSORS)
-    with pytest.raises(CalibrationError, match="Permission denied"):
-        write_atomic(tmp_path / "note.json", b"{}")
+    refused(tmp_path / "new", IDENTITY, resume=False, match=r"run\.json: Permission denied")
+    (tmp_path / "new").rmdir()
     assert [p.name for p in tmp_path.iterdir()] == [RUN_FILE]
 
 
 def test_a_killed_writer_s_leftover_does_not_count(tmp_path: Path) -> None:
     run = RunState(tmp_path, IDENTITY, resume=False)
-    (tmp_path / "block.safetensors.tmp").write_bytes(b"half")
+    with pytest.raises(KeyboardInterrupt), store.replacing(tmp_path / "block.safetensors") as temporary:
+        temporary.write_bytes(b"half")
+        leftover = temporary.with_name(temporary.name)
+        raise KeyboardInterrupt
+    leftover.write_bytes(b"half")
     assert not run.has("block")
-    run.save("block", TENSORS)
+    with store.held(tmp_path):
+        run.save("block", TENSORS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["block.safetensors", RUN_FILE]
 
 

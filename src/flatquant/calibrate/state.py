@@ -1,46 +1,27 @@
 """What a run leaves behind after every block, so that a killed run can go on and end with the same bytes.
 
 A state is a folder with one safetensors file per finished piece of work and a `run.json` that says which run it
-belongs to. Files appear by an atomic rename and are complete or absent.
+belongs to. Files are complete or absent. One run at a time may use a state: whoever makes a `RunState` of a folder that
+others could use holds it (`store.held`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flatquant import store
 from flatquant.errors import CalibrationError
 
 RUN_FILE = "run.json"
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is either complete or absent.
-
-    Raises:
-        CalibrationError: the disk is full or the folder not writable; nothing half-written stays.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CalibrationError(
-            f"cannot write {path.name}: {error.strerror or error}; free space and run again with --resume"
-        ) from error
 
 
 def fingerprint(module: nn.Module, read: Callable[[str], Tensor] | None = None) -> str:
@@ -79,6 +60,11 @@ def _read_run(path: Path) -> dict[str, Any]:
     return found
 
 
+def _unwritten(path: Path, error: Exception) -> CalibrationError:
+    reason = getattr(error, "strerror", None) or error
+    return CalibrationError(f"cannot write {path.name}: {reason}; free space and run again with --resume")
+
+
 class RunState:
     """The folder of one run."""
 
@@ -113,7 +99,10 @@ class RunState:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CalibrationError(f"cannot make {folder}: {error.strerror or error}") from error
-        write_atomic(run_file, text.encode())
+        try:
+            store.write(run_file, text.encode())
+        except OSError as error:
+            raise _unwritten(run_file, error) from error
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -125,22 +114,12 @@ class RunState:
     def save(self, name: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
         """Keep a finished piece of work, atomically, with a JSON note."""
         path = self._path(name)
-        temporary = path.with_name(path.name + ".tmp")
+        stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         try:
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-                temporary,
-                metadata={"note": json.dumps(note)},
-            )
-            with open(temporary, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        except Exception as error:
-            temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
-            raise CalibrationError(
-                f"cannot write {path.name}: {reason}; free space and run again with --resume"
-            ) from error
+            with store.replacing(path) as temporary:
+                save_file(stored, temporary, metadata={"note": json.dumps(note)})
+        except (OSError, SafetensorError) as error:
+            raise _unwritten(path, error) from error
 
     def tensor(self, name: str, key: str) -> Tensor:
         """One tensor of a finished piece of work, in memory of its own."""
