@@ -1,5 +1,6 @@
 """Quantised folders in transformers' own hands: from_pretrained, save_pretrained, pipelines, and life without us."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -77,6 +78,29 @@ def test_shards_device_maps_and_dtypes(whole: Path, quantised) -> None:
     assert half.dtype == torch.bfloat16
     assert isinstance(block.mlp.up_proj, PackedLinear)
     assert block.mlp.up_proj.scale.dtype == block.flatquant["mlp_in"].left.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loader", [load, AutoModelForCausalLM.from_pretrained], ids=["load", "from_pretrained"])
+@pytest.mark.parametrize(
+    ("cast", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16), ("float", torch.float32)]
+)
+def test_casts_are_loading_in_that_dtype(whole: Path, quantised, loader, cast: str, dtype: torch.dtype) -> None:
+    """`.half()` as `.to(float16)` as `load(dtype=float16)`: the same tensors, and RoPE's frequencies as they are."""
+    tokens = quantised("w4a4kv4").tokens
+    want = load(whole, dtype=dtype)
+    for model in (getattr(loader(whole), cast)(), loader(whole).to(dtype), getattr(copy.deepcopy(loader(whole)), cast)()):
+        assert model.dtype == dtype
+        for (name, tensor), expected in zip(model.named_buffers(), want.buffers(), strict=True):
+            assert tensor.dtype == expected.dtype, name
+            assert torch.equal(tensor, expected), name
+        assert torch.equal(model(tokens).logits, want(tokens).logits)
+
+
+def test_a_cast_copy_leaves_the_model_alone(whole: Path) -> None:
+    model = load(whole)
+    assert copy.deepcopy(model).half().dtype == torch.float16
+    assert model.dtype == torch.float32
 
 
 def test_pipeline_and_generate(whole: Path) -> None:

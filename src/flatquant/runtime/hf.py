@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
+_CASTS = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64}
 
 # Methods of its quantisers that transformers calls, and we override. 5.17 shows the config to the first of two, later
 # releases to the second.
@@ -198,7 +201,7 @@ def adopt(
     report: Mapping[str, Any],
     source: Folder | None,
 ) -> None:
-    """Make a quantised model's `save_pretrained` and `push_to_hub` write our format.
+    """Make a quantised model's `save_pretrained` and `push_to_hub` write our format, and its casts work.
 
     Args:
         source: the folder it was loaded from; its tokenizer goes along.
@@ -212,6 +215,32 @@ def adopt(
     # On the instance, since transformers offers no hook that could write packed tensors under other file names.
     ours.save_pretrained = MethodType(_save_pretrained, model)
     ours.push_to_hub = MethodType(_push_to_hub, model)
+    # transformers refuses two of them for any quantised model, where a `to(dtype)` works.
+    for name, dtype in _CASTS.items():
+        setattr(ours, name, MethodType(partial(_cast, dtype), model))
+    ours._apply = MethodType(_apply, model)
+
+
+def _cast(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
+    return model.to(dtype)
+
+
+def _apply(model: PreTrainedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
+    """`nn.Module._apply`, but what no file stores (the frequencies of RoPE) keeps its dtype, as when a folder is loaded:
+    in half precision, positions far from the first would be wrong.
+    """
+    exact = [
+        (module._buffers, name, tensor)
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+        if (tensor := module._buffers.get(name)) is not None
+    ]
+    type(model)._apply(model, fn, recurse)
+    for owner, name, tensor in exact:
+        now = owner[name]
+        if now is not None and now.dtype != tensor.dtype:
+            owner[name] = tensor.to(now.device)
+    return model
 
 
 def _save_pretrained(
