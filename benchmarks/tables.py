@@ -1,5 +1,7 @@
 """Write the tables of README.md and docs from benchmarks/results/*.json, between their markers.
 
+One comes from the code itself: which methods go with which families.
+
     python -m benchmarks.tables            rewrites the documents
     python -m benchmarks.tables --check    says which would change, exit code 1 if any
 
@@ -19,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/experiments.md", "docs/benchmarks.md", "docs/runtime.md")
+DOCUMENTS = ("README.md", "docs/experiments.md", "docs/benchmarks.md", "docs/runtime.md", "docs/families.md")
 # The original implementation in the same setting; see docs/experiments.md, "Fidelity to the paper".
 ORIGINAL_PERPLEXITY, ORIGINAL_SECONDS = 29.32, 842
 LABELS = {
@@ -399,6 +401,16 @@ def clips() -> list[str]:
     return lines
 
 
+def families() -> list[str]:
+    """Which methods go with which families: found by planning, not by measuring."""
+    from flatquant.families import table
+
+    rows = table()
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return lines + [f"| `{row['family']}` | " + " | ".join(row[name] for name in columns[1:]) + " |" for row in rows]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "reference": reference,
     "quick": quick,
@@ -423,6 +435,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "transforms_cost": transforms_cost,
     "memory": memory,
     "where": where,
+    "families": families,
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
 }

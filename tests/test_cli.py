@@ -125,6 +125,37 @@ def test_evaluate(place: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "file.json").read_text()) == {"perplexity": result["perplexity"]}
 
 
+def test_results_are_against_the_original_that_was_named(place: Path, tmp_path: Path) -> None:
+    """From one, from another, from the first again: its own scores stand beside the model's, and nothing is lost."""
+    shutil.copytree(place / "out", tmp_path / "out")
+    shutil.copytree(place / "model", tmp_path / "a")
+    tiny_llama(seed=1).save_pretrained(tmp_path / "b")
+    tiny_tokenizer().save_pretrained(tmp_path / "b")
+    text, kept = str(place / "text.txt"), {}
+    for name in "aba":
+        done = run(
+            *("evaluate", tmp_path / "out", "--perplexity", text, "--windows", "2", "--seqlen", "16", "--save"),
+            *("--divergence-from", tmp_path / name, "--device", "cpu", "--quiet"),
+        )
+        assert done.exit_code == 0, done.output
+        found = json.loads((tmp_path / "out" / "flatquant_evaluation.json").read_text())
+        shown = {key: found[key] for key in ("original", "divergence")}
+        assert shown["original"]["name"] == name
+        assert kept.setdefault(name, shown) == shown
+    assert kept["a"]["original"]["perplexity"] != kept["b"]["original"]["perplexity"]
+    assert found["others"] == {kept["b"]["original"]["sha256"]: kept["b"]}
+
+
+def test_results_for_a_card_without_a_place_are_said(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "out", tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("Mine.")
+    options = ("--perplexity", place / "text.txt", "--windows", "2", "--seqlen", "16", "--save", "--device", "cpu")
+    done = run("evaluate", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    assert "README.md is its owner's" in done.stderr
+    assert (tmp_path / "out" / "README.md").read_text() == "Mine."
+
+
 def test_evaluate_an_original_on_its_own_text(place: Path) -> None:
     done = run(
         *("evaluate", place / "model", "--divergence-from", place / "model", "--device", "cpu"),
@@ -316,9 +347,13 @@ def test_damaged_folder(place: Path, tmp_path: Path, damage, message: str) -> No
     refused(run("evaluate", tmp_path / "out", "--perplexity", place / "text.txt"), message)
     done = run("inspect", tmp_path / "out", "--json")
     assert done.exit_code == 1
-    assert re.fullmatch(f"error: .*{message}.*\n", done.stderr)
-    if damage is _flip:
+    if damage is _other_version:
+        assert re.fullmatch(f"error: .*{message}.*\n", done.stderr)
+    else:
+        assert re.fullmatch("error: .*damaged or missing: flatquant.safetensors; copy the folder again\n", done.stderr)
         assert json.loads(done.stdout)["damaged"] == ["flatquant.safetensors"]
+    (tmp_path / "out" / "flatquant.safetensors").unlink()
+    assert run("inspect", tmp_path / "out").exit_code == 1
 
 
 def test_nothing_to_evaluate(place: Path) -> None:

@@ -47,6 +47,23 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+def test_a_second_comparison_in_one_folder_is_refused(place: Path, tmp_path: Path) -> None:
+    beside: list[str] = []
+
+    def again(stage: str, done: int, _: int) -> None:
+        if stage == "compare" and done == 0:
+            with pytest.raises(FlatQuantError, match="another comparison is writing") as caught:
+                compare.run(settings(place), ["rtn"], ["w4a16"], tmp_path / "out", plot=False)
+            beside.append(str(caught.value))
+
+    compare.run(settings(place), ["rtn"], ["w4a16"], tmp_path / "out", plot=False, progress=again)
+    assert len(beside) == 1
+    assert "\n" not in beside[0]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "compare.json", "compare.md", "models", "rows", "settings.json",
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------- methods
 
 

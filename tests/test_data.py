@@ -59,6 +59,27 @@ def test_calibration_windows_are_pieces_of_the_text(tmp_path_factory, samples, s
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("name", ["text.txt", "text.raw", "text.jsonl", "folder"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    pieces = [TEXT, TEXT[::-1]] if name == "folder" else [TEXT]
+    read = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        path = tmp_path / str(len(mark)) / name
+        (path if name == "folder" else path.parent).mkdir(parents=True)
+        for index, piece in enumerate(pieces):
+            file = path / f"{index}.txt" if name == "folder" else path
+            content = json.dumps({"text": piece}) if name.endswith(".jsonl") else piece
+            file.write_bytes(mark + content.encode())
+        read.append(
+            (
+                calibration_tokens(path, TOKENIZER, samples=9, seqlen=50, seed=0),
+                evaluation_windows(path, TOKENIZER, seqlen=50),
+            )
+        )
+    for plain, marked in zip(*read, strict=True):
+        assert torch.equal(plain, marked)
+
+
 def test_other_seed_other_windows(text):
     a, b = (calibration_tokens(text, TOKENIZER, samples=4, seqlen=50, seed=seed) for seed in (0, 1))
     assert not torch.equal(a, b)

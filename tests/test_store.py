@@ -141,12 +141,12 @@ def test_a_holder_may_remove_the_folder_and_another_make_it_anew(tmp_path: Path)
 def test_without_locks_of_the_system_a_file_is_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "fcntl", None)
     (tmp_path / "mine").touch()
-    with store.held(tmp_path), pytest.raises(BlockingIOError, match=f"delete .*{store.LOCK_FILE}"):
-        with store.held(tmp_path):
-            raise AssertionError
+    message = f"delete .*{store.LOCK_FILE}"
+    with store.held(tmp_path), pytest.raises(BlockingIOError, match=message), store.held(tmp_path):
+        raise AssertionError
     (tmp_path / store.LOCK_FILE).write_text("12345\n")  # as a killed process leaves it
     start = time.monotonic()
-    with pytest.raises(BlockingIOError, match="process 12345 holds it; if that is no more"):
-        with store.held(tmp_path, wait=0.1):
-            raise AssertionError
+    message = "process 12345 holds it; if that is no more"
+    with pytest.raises(BlockingIOError, match=message), store.held(tmp_path, wait=0.1):
+        raise AssertionError
     assert time.monotonic() - start > 0.1

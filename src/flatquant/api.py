@@ -43,6 +43,7 @@ from flatquant.calibrate.preflight import preflight
 from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded, tensor_bytes
 from flatquant.data import calibration_tokens
 from flatquant.errors import CalibrationError, DataError, ModelError
+from flatquant.families import plan_for
 from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve
 from flatquant.runtime import artifact
 from flatquant.runtime.experts import open_experts
@@ -494,7 +495,7 @@ def _check_model(model: PreTrainedModel, recipe: Recipe) -> None:
     arch = arch_of(model.config, model)
     blocks = _blocks(model)
     open_experts(blocks)
-    make_plan(recipe, arch, Geometry.of(model.config), blocks)
+    plan_for(recipe, arch, Geometry.of(model.config), blocks)
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             _check_finite(name, parameter, arch.blocks)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,7 +124,7 @@ def _errors(interrupted: str = "interrupted") -> Iterator[None]:
     try:
         yield
     except FlatQuantError as error:
-        raise _failure(str(error), 1) from error
+        raise _failure(str(error), 1, getattr(error, "__notes__", ())) from error
     except KeyboardInterrupt as error:
         raise _failure(interrupted, 130) from error
     except Exception as error:
@@ -136,8 +137,10 @@ def _errors(interrupted: str = "interrupted") -> Iterator[None]:
         raise
 
 
-def _failure(message: str, code: int) -> typer.Exit:
+def _failure(message: str, code: int, notes: Iterable[str] = ()) -> typer.Exit:
     typer.echo(f"error: {' '.join(message.split())}", err=True)
+    for note in notes:
+        typer.echo(note, err=True)
     return typer.Exit(code)
 
 
@@ -357,15 +360,39 @@ def _options(names: dict[str, Any]) -> str:
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
+def methods(
+    families: Annotated[
+        bool, typer.Option("--families", help="Instead: which methods go with which families of models.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """What every method is made of, and what it costs while serving."""
     with _errors():
-        from flatquant.methods import table
-
+        if families:
+            from flatquant.families import table
+        else:
+            from flatquant.methods import table
         rows = table()
     if as_json:
         _print_json(rows)
-        return
+    elif families:
+        _families_table(rows)
+    else:
+        _methods_table(rows)
+
+
+def _families_table(rows: list[dict[str, str]]) -> None:
+    """Methods down, families side by side would not fit: what all take is said once."""
+    names = [name for name in rows[0] if name != "family"]
+    limited = [name for name in names if any(row[name] != "yes" for row in rows)]
+    shown = Table("family", *limited, title="methods by family", title_justify="left")
+    for row in rows:
+        shown.add_row(row["family"], *(row[name] for name in limited))
+    Console(highlight=False).print(shown)
+    _print(f"with every family: {', '.join(name for name in names if name not in limited)}")
+
+
+def _methods_table(rows: list[dict[str, Any]]) -> None:
     shown = Table(title="methods", title_justify="left", show_lines=True)
     columns = [column for column in rows[0] if column not in ("scheme", "data")]
     for column in columns:
@@ -550,6 +577,8 @@ def evaluate(
                 job.divergence(windows, seqlen, seed)
             if tasks:
                 job.tasks(tasks, limit)
+            if job.unplaced:
+                display.note(f"{model}/README.md is its owner's, and has no marks around results: it is left as it is")
         if json_file is not None:
             _write(json_file, job.result)
     if json_file != "-" and not (quiet and json_file):
@@ -572,6 +601,7 @@ class _Evaluation:
         self.model, self.original, self.device, self.dtype = model, original, device, dtype
         self.batch_size, self.display, self.save = batch_size, display, save
         self.result: dict[str, Any] = {}
+        self.unplaced = False  # the card has no place for results
         self.texts: dict[str, Any] = {}
         self.opened: dict[str, Any] = {}
 
@@ -581,13 +611,24 @@ class _Evaluation:
             self.opened[name] = _open(name, self.device, self.dtype)
         return self.opened[name]
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What tells the original from others, where results are kept."""
+        from flatquant.models import ALIASES, identity, resolve
+
+        if not self.save or self.original is None:
+            return {}
+        found = resolve(self.original)
+        named = self.original if self.original in ALIASES or isinstance(found, str) else found.resolve().name
+        return {"original": {"sha256": identity(self.original), "name": named}}
+
     def keep(self, result: dict[str, Any]) -> None:
         """Note a result, in the folder too if asked."""
         from flatquant.runtime.artifact import keep_evaluation, merged
 
         self.result = merged(self.result, result)
-        if self.save:
-            keep_evaluation(Path(self.model), _without_folders(result))
+        if self.save and not keep_evaluation(Path(self.model), merged(_without_folders(result), self.facts)):
+            self.unplaced = True
 
     def perplexity(self, source: str, seqlen: int, windows: int | None) -> None:
         """Of the model, and of the original where results are kept."""
@@ -642,12 +683,11 @@ class _Evaluation:
     def tasks(self, names: str, limit: int | None) -> None:
         """Of the model, and of the original for the drop; those that the folder has already are not run again."""
         from flatquant import evaluate as evaluation
-        from flatquant.runtime.folder import EVALUATION_FILE, read_json
+        from flatquant.runtime.artifact import facing, read_evaluation
 
         wanted = evaluation.TASKS if names == "all" else tuple(name.strip() for name in names.split(","))
-        file = Path(self.model, EVALUATION_FILE)
-        kept = read_json(file) if self.save and file.is_file() else {}
-        kept = kept if isinstance(kept, dict) else {}
+        kept = read_evaluation(Path(self.model)) if self.save else {}
+        kept = facing(kept, self.facts.get("original", {}).get("sha256"))
         for name, found, wrap in (
             (self.model, kept, lambda r: r),
             (self.original, kept.get("original") or {}, lambda r: {"original": r}),
@@ -813,7 +853,7 @@ def report(
         opened = Folder.open(Path(folder))
         if collect is not None:
             found = _collect(folder, collect, text, tokens, _device(device), opened, display)
-            _write(str(opened.path / COLLECTION_FILE), found)
+            drawing.write(opened.path / COLLECTION_FILE, json.dumps(found, indent=1) + "\n")
         extra = [opened.path / name for name in (EVALUATION_FILE, COLLECTION_FILE)]
         evaluation, collection = (read_json(file) if file.is_file() else None for file in extra)
         noted = opened.read_report()

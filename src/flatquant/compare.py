@@ -12,8 +12,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flatquant import __version__, api, evaluate
+from flatquant import __version__, api, evaluate, store
 from flatquant.data import evaluation_windows
 from flatquant.errors import FlatQuantError, SpecError
 from flatquant.models import load_model
@@ -126,8 +126,15 @@ def run(
     names = {scheme: str(Scheme.parse(scheme)) for scheme in schemes}
     if plot:
         _matplotlib()
-    _claim(output, settings.identity())
-    bench = Bench(settings, output, say)
+    with _claimed(output, settings.identity()):
+        return _rows(Bench(settings, output, say), methods, names, output, plot)
+
+
+def _rows(
+    bench: Bench, methods: Sequence[str], names: Mapping[str, str], output: Path, plot: bool
+) -> dict[str, Any]:
+    """Every row, and the outputs after each. `names` are schemes as given, and as they are written."""
+    settings, say = bench.settings, bench.say
     jobs = [(method, scheme) for scheme in names for method in dict.fromkeys(methods)]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     result: dict[str, Any] = {}
@@ -140,24 +147,36 @@ def run(
     return result
 
 
+@contextmanager
+def _claimed(output: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Make the folder of a comparison, or find that it is of this one; no other process writes there meanwhile."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(store.held(output))
+            _claim(output, identity)
+        except BlockingIOError as error:
+            raise FlatQuantError(
+                f"another comparison is writing {output} ({error.strerror}); wait for it, or choose another output"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise FlatQuantError(f"cannot use {output}: {error}") from error
+        yield
+
+
 def _claim(output: Path, identity: dict[str, Any]) -> None:
-    """Make the folder of a comparison, or find that it is of this one."""
     file = output / "settings.json"
-    try:
-        if file.is_file():
-            found = json.loads(file.read_text())
-            differing = sorted(k for k in identity if found.get(k) != json.loads(json.dumps(identity[k])))
-            if differing:
-                raise FlatQuantError(
-                    f"the comparison in {output} differs in {', '.join(differing)}; "
-                    "repeat it with its own settings, or choose another output folder"
-                )
-            return
-        artifact.check_output(output)
-        (output / "rows").mkdir(parents=True)
-        file.write_text(json.dumps(identity, indent=1) + "\n")
-    except (OSError, ValueError) as error:
-        raise FlatQuantError(f"cannot use {output}: {error}") from error
+    if file.is_file():
+        found = json.loads(file.read_text())
+        differing = sorted(k for k in identity if found.get(k) != json.loads(json.dumps(identity[k])))
+        if differing:
+            raise FlatQuantError(
+                f"the comparison in {output} differs in {', '.join(differing)}; "
+                "repeat it with its own settings, or choose another output folder"
+            )
+        return
+    artifact.check_output(output)
+    (output / "rows").mkdir(parents=True)
+    store.write(file, (json.dumps(identity, indent=1) + "\n").encode())
 
 
 class Bench:
@@ -222,9 +241,7 @@ class Bench:
         if file.is_file():
             return json.loads(file.read_text())
         row = make()
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(row, indent=1) + "\n")
-        temporary.replace(file)
+        store.write(file, (json.dumps(row, indent=1) + "\n").encode())
         return row
 
     def _measure_original(self) -> dict[str, Any]:
@@ -346,8 +363,8 @@ def _peak(device: torch.device) -> int | None:
 
 def write_outputs(result: dict[str, Any], output: Path, *, plot: bool) -> None:
     """`compare.json`, `compare.md` and, if asked for, `compare.png`."""
-    (output / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
-    (output / "compare.md").write_text(markdown(result))
+    store.write(output / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
+    store.write(output / "compare.md", markdown(result).encode())
     if plot:
         draw(result, output / "compare.png")
 
@@ -410,4 +427,5 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axes.set_yscale("log")
         axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
+    with store.replacing(file) as temporary:
+        figure.savefig(temporary, dpi=150, format=file.suffix[1:])

@@ -198,7 +198,7 @@ def _files(path: Path) -> list[Path]:
 def _documents(path: Path) -> list[str]:
     """Lines with their newlines of a text file; the `text` fields of a .jsonl file."""
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8-sig") as stream:  # some editors write a byte order mark, which is no text
             lines = list(stream)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}; it must be UTF-8 text") from error

@@ -1,7 +1,8 @@
 """Errors a user can act on.
 
-Each message is one line that says what is wrong and what to do about it. The command line prints the line and
-exits with code 1; nothing else is caught there, so a traceback always means a defect of ours.
+Each message is one line that says what is wrong and what to do about it; a note (`add_note`) has what does not fit on
+it. The command line prints the line, and notes below it, and exits with code 1; nothing else is caught there, so a
+traceback always means a defect of ours.
 """
 
 
@@ -11,6 +12,10 @@ class FlatQuantError(Exception):
 
 class SpecError(FlatQuantError, ValueError):
     """A scheme, transform, fit setting or recipe that contradicts itself."""
+
+
+class FamilyError(SpecError):
+    """A method that does not go with this family of models."""
 
 
 class ModelError(FlatQuantError):

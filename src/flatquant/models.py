@@ -117,6 +117,25 @@ def resolve(name: str | Path) -> Path | str:
     return text
 
 
+def identity(name: str | Path) -> str:
+    """What tells a model from others: a hub id as it is, else the sha256 of a folder's config and weights.
+
+    Raises:
+        ModelError: as `resolve`; or a file cannot be read.
+    """
+    folder = resolve(name)
+    if isinstance(folder, str):
+        return folder
+    digest = hashlib.sha256()
+    try:
+        for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+            with file.open("rb") as stream:
+                digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()};".encode())
+    except OSError as error:
+        raise ModelError(f"cannot read {folder}: {_first_line(error)}") from error
+    return digest.hexdigest()
+
+
 # ------------------------------------------------------------------------------------------ tensor by tensor
 
 

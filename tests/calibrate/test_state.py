@@ -102,11 +102,10 @@ def test_a_failing_rename_leaves_nothing_half_written(tmp_path: Path, monkeypatc
 
 def test_a_killed_writer_s_leftover_does_not_count(tmp_path: Path) -> None:
     run = RunState(tmp_path, IDENTITY, resume=False)
-    with pytest.raises(KeyboardInterrupt), store.replacing(tmp_path / "block.safetensors") as temporary:
-        temporary.write_bytes(b"half")
-        leftover = temporary.with_name(temporary.name)
-        raise KeyboardInterrupt
-    leftover.write_bytes(b"half")
+    with store.replacing(tmp_path / "other") as temporary:
+        temporary.write_bytes(b"")
+    (tmp_path / "other").unlink()
+    (tmp_path / temporary.name.replace("other", "block.safetensors")).write_bytes(b"half")
     assert not run.has("block")
     with store.held(tmp_path):
         run.save("block", TENSORS)

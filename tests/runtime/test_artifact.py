@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from flatquant import spec
 from flatquant.errors import ArtifactError
 from flatquant.runtime import artifact
-from flatquant.runtime.artifact import check_output, inspect, load, save
-from flatquant.runtime.folder import check_name, content_hash, plan_from_json, plan_to_json
+from flatquant.runtime.artifact import check_output, facing, inspect, keep_evaluation, load, save
+from flatquant.runtime.folder import Folder, check_name, content_hash, plan_from_json, plan_to_json
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
 from flatquant.seams import CACHE
@@ -453,6 +453,125 @@ def test_inspection_names_damaged_files(folder: Path) -> None:
     shard.write_bytes(data)
     assert inspect(folder).damaged == (shard.name, "tokenizer.json")
     assert inspect(folder, verify=False).damaged == ("tokenizer.json",)
-    shard.write_bytes(b"")
-    with pytest.raises(ArtifactError, match="damaged"):
-        inspect(folder)
+    for damage in (lambda: shard.write_bytes(b""), shard.unlink):
+        damage()
+        assert inspect(folder).damaged == (shard.name, "tokenizer.json")
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    found = inspect(folder)
+    assert set(found.damaged) == {name for name in Folder.open(folder).files if not (folder / name).exists()}
+    assert (found.blocks, sum(found.bytes_by_kind.values())) == (2, 0)
+
+
+# --------------------------------------------------------------------------------------------- evaluations
+
+
+SCORED = {"perplexity": {"wikitext2": {"value": 5.0, "windows": 3}}}
+
+
+def kept(folder: Path) -> dict:
+    return json.loads((folder / "flatquant_evaluation.json").read_text())
+
+
+def test_evaluations_of_many_processes_are_all_kept(folder: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from flatquant.runtime.artifact import keep_evaluation\n"
+        "for i in range(8):\n"
+        " assert keep_evaluation(Path(sys.argv[1]), {'perplexity': {f'{sys.argv[2]}-{i}': {'value': i, 'windows': 1}}})\n"
+    )
+    root = Path(__file__).parents[2]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), name],
+            env={"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        for name in "ab"
+    ]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    names = {f"{name}-{i}" for name in "ab" for i in range(8)}
+    assert set(kept(folder)["perplexity"]) == names
+    assert all(f"| perplexity, {name} |" in (folder / "README.md").read_text() for name in names)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_kill_while_saving_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    keep_evaluation(folder, SCORED)
+    card = (folder / "README.md").read_bytes()
+    for function in ("sync", "write"):  # before the rename; before anything
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(f"flatquant.store.{function}", kill)
+            keep_evaluation(folder, {"divergence": {"kl": 1.0, "top1": 0.5}})
+        assert kept(folder) == SCORED
+        assert (folder / "README.md").read_bytes() == card
+    load(folder)
+
+
+def test_a_damaged_evaluation_is_not_overwritten(folder: Path) -> None:
+    for text in ("{", "[1]"):
+        (folder / "flatquant_evaluation.json").write_text(text)
+        with pytest.raises(ArtifactError, match=r"flatquant_evaluation\.json is damaged"):
+            keep_evaluation(folder, SCORED)
+        assert (folder / "flatquant_evaluation.json").read_text() == text
+
+
+def test_results_against_another_original_are_kept_apart(folder: Path) -> None:
+    def against(name: str, value: float) -> dict:
+        tasks = {"tasks": {"piqa": {"value": value}}}
+        return {"divergence": {"kl": value, "top1": value}, "original": {"sha256": name, **tasks}}
+
+    keep_evaluation(folder, {**SCORED, "divergence": {"kl": 9.0, "top1": 0.9}})  # written before originals had names
+    keep_evaluation(folder, against("a", 1.0))
+    keep_evaluation(folder, against("b", 2.0))
+    assert kept(folder) == {
+        **SCORED,
+        **against("b", 2.0),
+        "others": {"a": against("a", 1.0), "unknown": {"divergence": {"kl": 9.0, "top1": 0.9}}},
+    }
+    keep_evaluation(folder, {"original": {"sha256": "a", "tasks": {"arc": {"value": 3.0}}}})
+    found = kept(folder)
+    assert found["divergence"]["kl"] == 1.0
+    assert set(found["original"]["tasks"]) == {"piqa", "arc"}
+    assert found["others"]["b"] == against("b", 2.0)
+    assert facing(found, "new") == {**SCORED, "others": {**found["others"], "a": against("a", 1.0) | {"original": found["original"]}}}
+    assert facing(found, None) == found
+
+
+# --------------------------------------------------------------------------------------------- the card
+
+
+def test_the_card_s_owner_keeps_what_they_wrote(folder: Path, tmp_path: Path) -> None:
+    file = folder / "README.md"
+    ours = file.read_bytes().decode()
+    file.write_bytes(("Before.\r\n" + ours.replace("tags:", "license: mit\ntags:") + "After. \\1\r\n").encode() + b"\xff")
+    for value in (5.0, 6.0):
+        assert keep_evaluation(folder, {"perplexity": {"wikitext2": {"value": value, "windows": 3}}})
+    card = file.read_bytes()
+    assert card.startswith(b"Before.\r\n---\n")
+    assert card.endswith(b"After. \\1\r\n\xff")
+    assert b"license: mit" in card
+    assert card.count(b"| perplexity, wikitext2 | 6.000 (3 windows) |") == card.count(b"## Quality") == 1
+    load(folder).save_pretrained(tmp_path / "copy", max_shard_size=15_000)
+    assert (tmp_path / "copy" / "README.md").read_bytes() == card
+
+
+def test_a_card_without_our_marks_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    (folder / "README.md").write_text("Mine.")
+    assert not keep_evaluation(folder, SCORED)
+    assert kept(folder) == SCORED
+    model = load(folder)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "README.md").write_text("Theirs.")
+    for target, text in (("new", "Mine."), ("there", "Theirs.")):
+        model.save_pretrained(tmp_path / target)
+        assert (tmp_path / target / "README.md").read_text() == text
+    (folder / "README.md").unlink()
+    assert keep_evaluation(folder, {})
+    assert "| perplexity, wikitext2 |" in (folder / "README.md").read_text()

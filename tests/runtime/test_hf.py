@@ -212,6 +212,19 @@ def test_save_pretrained_writes_the_same_bytes(whole: Path, tmp_path: Path, how)
     assert (tmp_path / "third" / "flatquant.safetensors").is_file()
 
 
+def test_a_deleted_shard_is_noticed(whole: Path, tmp_path: Path) -> None:
+    shards = sorted(path.name for path in whole.glob("flatquant-*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        shutil.copytree(whole, tmp_path / shard)
+        (tmp_path / shard / shard).unlink()
+        for verify in (True, False):
+            with pytest.raises(ArtifactError, match=f"{shard} is missing"):
+                load(tmp_path / shard, verify=verify)
+        with pytest.raises((ArtifactError, OSError), match=shard):
+            AutoModelForCausalLM.from_pretrained(tmp_path / shard)
+
+
 def test_save_pretrained_into_a_folder_in_use(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     tiny_tokenizer().save_pretrained(tmp_path)

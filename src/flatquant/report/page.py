@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from flatquant import store
 from flatquant.errors import FlatQuantError
 from flatquant.report import plots
 from flatquant.report.plots import number
@@ -48,7 +49,7 @@ def write(path: Path, content: str | bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        store.write(path, content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         raise FlatQuantError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from flatquant import seams
+from flatquant import seams, store
 from flatquant.errors import ArtifactError, one_line
 from flatquant.runtime import fused
 from flatquant.runtime.build import install
-from flatquant.runtime.card import model_card
+from flatquant.runtime.card import model_card, updated
 from flatquant.runtime.folder import (
     CARD_FILE,
     COLLECTION_FILE,
@@ -74,6 +74,9 @@ _CODES = list(_NAMES)
 # What says something about the model and is not read for serving.
 _UNHASHED = (CARD_FILE, COLLECTION_FILE, EVALUATION_FILE, REPORT_FILE)
 
+_AGAINST_ORIGINAL = ("original", "divergence")  # results that depend on which model is the original
+_EVALUATION_WAIT = 30.0  # seconds, for another process to end its writing
+
 
 # --------------------------------------------------------------------------------------------- save
 
@@ -83,7 +86,7 @@ def check_output(output: Path) -> None:
     try:
         if output.exists() and not output.is_dir():
             raise ArtifactError(f"{output} is in the way; choose another output folder")
-        if output.is_dir() and any(output.iterdir()):
+        if output.is_dir() and any(path.name != store.LOCK_FILE for path in output.iterdir()):
             raise ArtifactError(f"the output folder {output} is not empty; choose another, or empty it first")
     except OSError as error:
         raise ArtifactError(f"cannot use {output}: {error.strerror or error}") from error
@@ -115,7 +118,8 @@ def save(
         tokenizer: saved along if given.
         companions: a folder whose files beside the model (tokenizer, evaluation) are copied, those that are whole.
         max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
-        replace: `output` may hold files; those of the same names, and older tensors of ours, are replaced.
+        replace: `output` may hold files; those of the same names, and older tensors of ours, are replaced. Of a card
+            that is there, or that `companions` has, only our sections are.
         elsewhere: gives the tensors that the model has on the meta device, by their names in its state.
 
     Raises:
@@ -152,14 +156,15 @@ def save(
             config["quantization_config"]["content_hash"] = content_hash(config)
             (temporary / CONFIG_FILE).write_bytes(json_bytes(config))
             (temporary / REPORT_FILE).write_bytes(json_bytes(report))
-            write_card(temporary)
+            cards = [folder / CARD_FILE for folder in (output, companions and companions.path) if folder]
+            write_card(temporary, next(filter(Path.is_file, cards), None))
             for name in _files(temporary):
                 # safetensors makes files that only their owner may read
                 shutil.copymode(temporary / CONFIG_FILE, temporary / name)
-                _sync(temporary / name)
-            _sync(temporary)
+                store.sync(temporary / name)
+            store.sync(temporary)
             _publish(temporary, output)
-            _sync(output.parent)
+            store.sync(output.parent)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise ArtifactError(f"cannot write {output}: {reason}; free space or choose another folder") from error
@@ -176,21 +181,59 @@ def _copy_companions(source: Folder, target: Path) -> None:
         shutil.copyfile(source.path / name, target / name)
 
 
-def keep_evaluation(path: Path, result: Mapping[str, Any]) -> None:
-    """Add what was measured to a folder's `flatquant_evaluation.json`, and write its card anew.
+def keep_evaluation(path: Path, result: Mapping[str, Any]) -> bool:
+    """Add what was measured to a folder's `flatquant_evaluation.json`, and to its card.
+
+    Other processes may do so at the same time, and any of them may be killed: nothing that was kept is lost.
+
+    Args:
+        result: with `original.sha256` where it depends on the original: see `facing`.
+
+    Returns:
+        Whether the card has a place for it; one that its owner wrote anew is left alone.
 
     Raises:
         ArtifactError: the folder is not ours, or cannot be written.
     """
     folder = Folder.open(path)
     file = folder.path / EVALUATION_FILE
-    kept = read_json(file) if file.is_file() else {}
-    kept = kept if isinstance(kept, dict) else {}
     try:
-        file.write_bytes(json_bytes(merged(kept, result)))
-        write_card(folder.path)
+        with store.held(folder.path, wait=_EVALUATION_WAIT):
+            kept = facing(read_evaluation(folder.path), result.get("original", {}).get("sha256"))
+            store.write(file, json_bytes(merged(kept, result)))
+            return write_card(folder.path)
     except OSError as error:
         raise ArtifactError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """`flatquant_evaluation.json`; empty if there is none.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    file = folder / EVALUATION_FILE
+    kept = read_json(file) if file.is_file() else {}
+    if not isinstance(kept, dict):
+        raise ArtifactError(f"{file} is damaged: not a JSON object; delete it, and evaluate again")
+    return kept
+
+
+def facing(kept: Mapping[str, Any], original: str | None) -> dict[str, Any]:
+    """What is kept, seen from one original: results against others are put under `others`, its own taken from there.
+
+    Args:
+        original: its identity (`models.identity`), which stands in `original.sha256`; None changes nothing.
+    """
+    current = kept.get("original", {}).get("sha256")
+    if original is None or current == original:
+        return dict(kept)
+    own = {k: v for k, v in kept.items() if k not in _AGAINST_ORIGINAL and k != "others"}
+    others = dict(kept.get("others", {}))
+    if against := {k: kept[k] for k in _AGAINST_ORIGINAL if k in kept}:
+        others[current or "unknown"] = against
+    own |= others.pop(original, {})
+    return own | ({"others": others} if others else {})
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,15 +245,28 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_card(folder: Path) -> None:
-    """Write README.md from the folder's own JSON files.
+def write_card(folder: Path, owned: Path | None = None) -> bool:
+    """Write README.md from the folder's own JSON files: the sections that are ours if it exists, else all of it.
+
+    Args:
+        owned: a card to go on from, where the folder has none.
+
+    Returns:
+        False: the card has no place for our sections, and is as it was.
 
     Raises:
-        ArtifactError: one of them is damaged.
+        ArtifactError: one of the JSON files is damaged.
     """
     config, report = (read_json(folder / name) for name in (CONFIG_FILE, REPORT_FILE))
-    evaluation = read_json(folder / EVALUATION_FILE) if (folder / EVALUATION_FILE).is_file() else None
-    (folder / CARD_FILE).write_text(model_card(config, report, evaluation), encoding="utf-8")
+    new = card = model_card(config, report, read_evaluation(folder))
+    for place in (folder / CARD_FILE, owned):
+        if place is not None and place.is_file():
+            data = place.read_bytes()  # bytes: the ends of its lines stay what they are
+            card = updated(data.decode("utf-8", errors="surrogateescape"), new)
+            store.write(folder / CARD_FILE, data if card is None else card.encode("utf-8", errors="surrogateescape"))
+            return card is not None
+    store.write(folder / CARD_FILE, new.encode())
+    return True
 
 
 def _publish(temporary: Path, output: Path) -> None:
@@ -330,14 +386,6 @@ def _files(folder: Path) -> list[str]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --------------------------------------------------------------------------------------------- load
@@ -520,7 +568,8 @@ class Inspection:
         bits_per_parameter: all tensors over all parameters. `compression` is 16 bit over that.
         kv_bytes_per_token: of `QuantizedCache`, all layers, scales and zero points included; `kv_bytes_per_token_16bit`
             of a plain cache.
-        damaged: files that are missing or differ from their hash; empty for a whole folder.
+        damaged: files that are missing or differ from their hash; empty for a whole folder. Numbers are then of the
+            tensors whose files can still be read.
         report: `flatquant_report.json` without its lists (their lengths instead); None if it is missing.
     """
 
@@ -550,13 +599,14 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
         verify: compare every file with its hash (reads all of it); otherwise `damaged` only lists missing files.
 
     Raises:
-        ArtifactError: `config.json` or a shard's header cannot be read.
+        ArtifactError: `config.json` cannot be read, or a file whose hash is right is not what it should be.
     """
     folder = Folder.open(Path(path))
-    stored = folder.tensors()
+    damaged = folder.damaged() if verify else [n for n in sorted(folder.files) if not (folder.path / n).is_file()]
+    stored = folder.tensors(damaged)
     kinds = stored_kinds(folder.plan)
     missing = sorted(kinds.keys() - stored.keys())
-    if missing:
+    if missing and not damaged:
         raise ArtifactError(f"{folder.path} lacks tensor {one_line(missing[0])} ({len(missing)} in all)")
     sizes: dict[str, int] = {"packed": 0, "grids": 0, "transforms": 0, "dense": 0}
     dense = 0
@@ -568,13 +618,13 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
         for site in block.sites.values():
             book = ("inner." if site.rank else "") + ("" if site.codebook is None else "books.main.")
             for reader in site.readers if site.weights else ():
-                rows = stored[f"{folder.plan.blocks_path}.{index}.{reader}.{book}packed"].shape[0]
+                packed = stored.get(f"{folder.plan.blocks_path}.{index}.{reader}.{book}packed")
+                rows = packed.shape[0] if packed is not None else 0
                 rows *= 1 if site.codebook is None else site.codebook.length
                 quantised += rows * site.shape[0] * site.shape[1]
     total, parameters = sum(sizes.values()), max(dense + quantised, 1)
     ours = sizes["packed"] + sizes["grids"] + sizes["transforms"]
     kv, kv16 = _kv_bytes(folder)
-    damaged = folder.damaged() if verify else [n for n in sorted(folder.files) if not (folder.path / n).is_file()]
     report = folder.read_report()
     return Inspection(
         scheme=folder.scheme,
@@ -585,11 +635,11 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
         blocks=len(folder.plan.blocks),
         parameters=parameters,
         quantised_parameters=quantised,
-        files={name: (folder.path / name).stat().st_size for name in _files(folder.path)},
+        files={name: (folder.path / name).stat().st_size for name in _files(folder.path) if name[0] != "."},
         bytes_by_kind=sizes,
         bits_per_quantised_weight=8 * ours / quantised if quantised else None,
         bits_per_parameter=8 * total / parameters,
-        compression=2 * parameters / total,
+        compression=2 * parameters / max(total, 1),
         kv_bytes_per_token=kv,
         kv_bytes_per_token_16bit=kv16,
         damaged=tuple(damaged),

@@ -1,7 +1,12 @@
-"""The model card of a quantised folder: what was done to the model, how good it is, and how to load it."""
+"""The model card of a quantised folder: what was done to the model, how good it is, and how to load it.
+
+What we write stands between marks (`<!-- flatquant: quality -->` to `<!-- flatquant: end of quality -->`), and only
+that is ever written again: the rest of the card is its owner's.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +17,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{place}")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```"""
+
+
+_SECTIONS = ("model", "quality")
+
+
+def updated(card: str, new: str) -> str | None:
+    """A card with our sections as they are in `new`; None if it has no place for any."""
+    found = None
+    for name in _SECTIONS:
+        section = _section(name).search(new)
+        place = _section(name).search(card)
+        if section and place:
+            found = card = card[: place.start()] + section[0] + card[place.end() :]
+    return found
+
+
+def _section(name: str) -> re.Pattern[str]:
+    begin, end = (re.escape(mark) for mark in _marks(name))
+    return re.compile(f"{begin}.*?{end}", re.DOTALL)
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- flatquant: {name} -->", f"<!-- flatquant: end of {name} -->"
+
+
+def _marked(name: str, lines: list[str]) -> list[str]:
+    begin, end = _marks(name)
+    return [begin, *lines, end, ""]
 
 
 def model_card(config: Mapping[str, Any], report: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
@@ -40,15 +73,20 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any], evaluation:
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     body = [
         *header,
-        f"# {title}",
-        "",
-        "Quantised with flatquant. Load it with transformers:",
-        "",
-        _USE.format(place="this-repository-or-folder"),
-        "",
-        *table,
-        "",
-        *_quality(evaluation),
+        *_marked(
+            "model",
+            [
+                f"# {title}",
+                "",
+                "Quantised with flatquant. Load it with transformers:",
+                "",
+                _USE.format(place="this-repository-or-folder"),
+                "",
+                *table,
+                "",
+            ],
+        ),
+        *_marked("quality", _quality(evaluation)),
     ]
     return "\n".join(body)
 

@@ -10,7 +10,7 @@ Layout, in the manner of Hugging Face folders:
         content_hash                    sha256 of this very file's content (without this entry)
     flatquant.safetensors           or flatquant-0000i-of-0000n.safetensors and flatquant.safetensors.index.json
     generation_config.json, tokenizer files
-    README.md                       the model card; not hashed: its owner may add to it
+    README.md                       the model card; not hashed: its owner may add to it (see `card.py`)
     flatquant_report.json           how it was made: times, losses. Not read for serving, and not hashed, so that two
                                     runs that find the same model have the same content hash
 
@@ -173,8 +173,11 @@ class Folder:
         report = read_json(file) if file.is_file() else None
         return report if isinstance(report, dict) else {}
 
-    def tensors(self) -> dict[str, StoredTensor]:
+    def tensors(self, damaged: Collection[str] = ()) -> dict[str, StoredTensor]:
         """Every stored tensor, from the shards' headers alone.
+
+        Args:
+            damaged: files known to be so: what cannot be read of them is left out.
 
         Raises:
             ArtifactError: a shard that is missing, cut short or no safetensors file; an index that says otherwise.
@@ -183,11 +186,17 @@ class Folder:
         if not self.shards:
             raise ArtifactError(f"{self.path} is damaged: {CONFIG_FILE} names no file of tensors")
         for file in self.shards:
-            for name, tensor in _header(self.path / file, file).items():
+            try:
+                found = _header(self.path / file, file)
+            except ArtifactError:
+                if file not in damaged:
+                    raise
+                continue
+            for name, tensor in found.items():
                 if name in tensors:
                     raise ArtifactError(f"{self.path / file} is damaged: {one_line(name)} is also elsewhere")
                 tensors[name] = tensor
-        if len(self.shards) > 1 or INDEX_FILE in self.files:
+        if not damaged and (len(self.shards) > 1 or INDEX_FILE in self.files):
             index = read_json(self.path / INDEX_FILE)
             where = index.get("weight_map") if isinstance(index, dict) else None
             if where != {name: tensor.file for name, tensor in tensors.items()}:

@@ -4,7 +4,9 @@ Most differ from Llama in what the attention function, the norms and the masks d
 norms, rotary embeddings, sliding windows and logit caps all lie between an edge's readers and the next edge.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 
 from torch import Tensor, nn
 
@@ -104,20 +106,44 @@ def arch_of(config, model: nn.Module | None = None) -> Arch:
     """The description for a transformers config.
 
     Args:
-        model: of that config; an error about it then says what it is made of.
+        model: of that config; a note of the error then says what it is made of.
 
     Raises:
-        ModelError: a family without a description.
+        ModelError: a family without a description; in a note, where one can be had, a draft of it.
     """
     for arch in ARCHS:
         if config.model_type in arch.model_types and all(getattr(config, k, v) == v for k, v in arch.when.items()):
             return arch
-    known = ", ".join(sorted({t for arch in ARCHS for t in arch.model_types}))
-    found = "" if model is None else f". {_draft(config.model_type, model)}"
-    raise ModelError(
-        f"unknown architecture {config.model_type!r}; known: {known}. "
-        f"To add one, describe its edges in flatquant/wiring/archs.py (docs/families.md){found}"
-    )
+    raise _unknown(config, model)
+
+
+def _unknown(config, model: nn.Module | None) -> ModelError:
+    """One short line, and the way to a description in a note."""
+    kind = str(config.model_type)[:40]
+    near = get_close_matches(kind, known_types(), n=3)
+    hint = f"near it: {', '.join(near)}" if near else "`flatquant methods --families` lists those that are"
+    error = ModelError(f"model type {kind!r} is not supported; {hint}; docs/families.md says how to add one")
+    text = getattr(config, "text_config", None)
+    if getattr(text, "model_type", None) in known_types():
+        error.add_note(_TEXT_PART.format(kind=text.model_type))
+    elif model is not None:
+        error.add_note(_draft(kind, model))
+    return error
+
+
+def known_types() -> list[str]:
+    """The model types that have a description."""
+    return sorted({kind for arch in ARCHS for kind in arch.model_types})
+
+
+_TEXT_PART = """\
+Its text part is a {kind}, which is supported as a model of its own:
+
+    from transformers import AutoModelForCausalLM
+    whole = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    text = AutoModelForCausalLM.from_config(whole.config.text_config, dtype=whole.dtype)
+    text.model, text.lm_head = whole.model.language_model, whole.lm_head
+    text.save_pretrained(FOLDER)  # and the tokenizer"""
 
 
 # --------------------------------------------------------------------------------- a start for a new family
@@ -132,13 +158,25 @@ _NAMES = {
 
 
 def _draft(model_type: str, model: nn.Module) -> str:
-    """What a model's blocks hold, and a literal that fits the names, on one line."""
+    """What a model's blocks hold, and a description that fits the names, or why there can be none."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if not lists:
-        return f"{type(model).__name__} has no list of blocks"
+        return f"There is no draft of a description: {type(model).__name__} has no list of blocks."
     path = max(lists, key=lambda name: len(list(lists[name].parameters())))
     block = max(lists[path], key=lambda block: sum(p.numel() for p in block.parameters()))  # one with experts, if any
     modules = {name: m for name, m in block.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    held = "".join(f"\n    {name}: {type(m).__name__} {_shape(m)}" for name, m in modules.items())
+    edges, missing = _drafted_edges(modules)
+    if missing:
+        end = f"There is no draft of a description: no Linear of it is known as a reader of {' or '.join(missing)}."
+    else:
+        lines = "".join(f"\n        {edge}," for edge in edges)
+        end = f"A draft: Arch(\n    model_types=({model_type!r},),\n    blocks={path!r},\n    edges=({lines}\n    ),\n)"
+    return f"A block of {type(model).__name__} ({path}) holds{held}\n{end}"
+
+
+def _drafted_edges(modules: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
+    """Literals of the edges of a block with these modules, and the sites that every description has and this lacks."""
     norms = [n for n, m in modules.items() if next(m.parameters(recurse=False)).ndim == 1 and "." not in n]
     experts = [name for name, m in modules.items() if is_stacked(m)]
     linears = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
@@ -150,16 +188,15 @@ def _draft(model_type: str, model: nn.Module) -> str:
         for name, m in modules.items()
         if _parent(name) == _parent(root) and _routes(m, modules[root])
     )
-    held = ", ".join(f"{name} {type(m).__name__} {_shape(m)}" for name, m in modules.items())
-    edges = []
+    edges, missing = [], []
     for site, names in _NAMES.items():
         readers = tuple(n for n in linears if n.split(".")[-1] in names and n not in routers)
+        missing += [] if readers else [site]
         norm = f", norm={norms[site == 'mlp_in' and len(norms) > 1]!r}" if site.endswith("_in") and norms else ""
         chosen = f", routers={routers!r}" if site == "mlp_in" and routers else ""
         written = {"attn_out": ", writer='...', passes='per_head'", "mlp_mid": ", writer='...', passes='diagonal'"}
         edges.append(f"Edge(site={site!r}, readers={readers!r}{norm}{chosen}{written.get(site, '')})")
-    literal = f"Arch(model_types=({model_type!r},), blocks={path!r}, edges=({', '.join(edges)}))"
-    return f"A block of {type(model).__name__} ({path}) holds {held}; a draft: {literal}"
+    return edges, missing
 
 
 def _parent(path: str) -> str:

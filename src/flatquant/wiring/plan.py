@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from flatquant.errors import SpecError
+from flatquant.errors import FamilyError, ModelError, SpecError
 from flatquant.spec import BlockPlan, CodebookSpec, Plan, Recipe, SitePlan, Transforms
 from flatquant.transforms import hadamard_split, kronecker_split
 from flatquant.wiring.arch import Arch, Edge, Geometry, linear_at, submodule
@@ -21,7 +21,8 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
     Raises:
         SpecError: a group size that does not divide a layer's inputs, an override for a block that does not exist,
             or a transform that cannot sit where the recipe puts it.
-        ModelError: an edge that names a module the model lacks.
+        FamilyError: a transform that this family has no place for.
+        ModelError: an edge that names a module the model lacks, or a linear that no edge names: it would stay as it is.
     """
     known = [edge.site for edge in arch.edges]
     for key in recipe.scheme.overrides:
@@ -30,15 +31,17 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
             raise SpecError(f"override {key!r}: in this family's blocks, {site} is part of {known[0]}")
         if block and int(block) >= len(blocks):
             raise SpecError(f"override {key!r}: the model has blocks 0 to {len(blocks) - 1}")
-    if recipe.transforms.get("residual") and arch.residual is None:
-        raise SpecError(f"{', '.join(arch.model_types)}: no rotation can pass through its residual stream")
-    if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and arch.scores is None:
-        raise SpecError(f"{', '.join(arch.model_types)}: no scale passes from its keys to its queries")
-    return Plan(
+    plan = Plan(
         blocks_path=arch.blocks,
         attention=arch.attention,
         blocks=tuple(_block(i, block, recipe, arch.of(block), geometry, force) for i, block in enumerate(blocks)),
     )
+    if arch.residual is None and rotates_residual(recipe, plan, force):
+        raise FamilyError(f"{', '.join(arch.model_types)}: no rotation can pass through its residual stream")
+    scaled = any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ()))
+    if arch.scores is None and scaled and (recipe.scheme.keys is not None or force):
+        raise FamilyError(f"{', '.join(arch.model_types)}: no scale passes from its keys to its queries")
+    return plan
 
 
 def rotates_residual(recipe: Recipe, plan: Plan, force: bool = False) -> bool:
@@ -49,6 +52,13 @@ def rotates_residual(recipe: Recipe, plan: Plan, force: bool = False) -> bool:
 
 
 def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, force: bool) -> BlockPlan:
+    read = {path for edge in arch.edges for path in edge.readers}
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear) and path not in read:
+            raise ModelError(
+                f"{path} of block {index} is a Linear that the description of this family does not name: it would stay "
+                "in 16 bit; add it to an edge in flatquant/wiring/archs.py (docs/families.md)"
+            )
     keys, values = recipe.scheme.keys, recipe.scheme.values
     sites = {e.site: _site(e, index, block, recipe, geometry, force) for e in arch.edges}
     online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights

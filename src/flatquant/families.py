@@ -1,0 +1,92 @@
+"""Which methods go with which families: found by planning every method on a small model of every family.
+
+Nothing here knows a method or a family. A method is tried at the schemes of `SCHEMES`; what it refuses on Llama too is
+the method's own limit, and says nothing about a family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flatquant.errors import FamilyError, SpecError
+from flatquant.recipes import RECIPES
+from flatquant.runtime.experts import open_experts
+from flatquant.spec import Plan, Recipe
+from flatquant.wiring.arch import Arch, Geometry, submodule
+from flatquant.wiring.archs import ARCHS, LLAMA
+from flatquant.wiring.plan import make_plan
+
+SCHEMES = ("w4a4kv4", "w4a16")
+
+# Of every family's models; a config takes what it does not know for a note.
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 2,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
+
+def plan_for(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleList) -> Plan:
+    """`make_plan`; where the method does not go with the family, the error says which do, at the same scheme.
+
+    Raises:
+        SpecError, ModelError: as `make_plan`.
+    """
+    try:
+        return make_plan(recipe, arch, geometry, blocks)
+    except FamilyError as error:
+        scheme = str(recipe.scheme)
+        others = [name for name in sorted(RECIPES) if _goes(name, scheme, arch, geometry, blocks)]
+        raise FamilyError(f"{error}; methods that go with it at {scheme}: {', '.join(others)}") from error
+
+
+def _goes(method: str, scheme: str, arch: Arch, geometry: Geometry, blocks: nn.ModuleList) -> bool:
+    try:
+        make_plan(RECIPES[method](scheme), arch, geometry, blocks)
+    except SpecError:
+        return False
+    return True
+
+
+def table() -> list[dict[str, str]]:
+    """One row for each family: `family`, and for each method `yes`, the schemes that go, or `-`."""
+    own = _schemes("llama", LLAMA)
+    rows = []
+    for arch in ARCHS:
+        for kind in arch.model_types:
+            found = _schemes(kind, arch)
+            name = kind + "".join(f", {field}={value}" for field, value in arch.when.items())
+            rows.append({"family": name} | {m: _cell(found[m], own[m]) for m in sorted(RECIPES)})
+    return sorted(rows, key=lambda row: row["family"])
+
+
+def _cell(found: tuple[str, ...], own: tuple[str, ...]) -> str:
+    return "yes" if found == own else ", ".join(found) or "-"
+
+
+def _schemes(kind: str, arch: Arch) -> dict[str, tuple[str, ...]]:
+    """By method, the schemes that it takes on a small model of a family."""
+    model = _small(kind, arch.when)
+    blocks, geometry = submodule(model, arch.blocks), Geometry.of(model.config)
+    assert isinstance(blocks, nn.ModuleList)
+    return {m: tuple(s for s in SCHEMES if _goes(m, s, arch, geometry, blocks)) for m in RECIPES}
+
+
+def _small(kind: str, fields: Mapping[str, Any]) -> nn.Module:
+    """A model of a family, on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_SMALL, **fields))
+    open_experts(model)
+    return model
