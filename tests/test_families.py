@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from flatquant import seams, spec
-from flatquant.errors import ModelError, SpecError
+from flatquant import families, seams, spec
+from flatquant.errors import FamilyError, ModelError, SpecError
 from flatquant.recipes import RECIPES, rtn
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.experts import open_experts
@@ -23,7 +23,7 @@ from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, Recipe, Scheme, TransformSpec
 from flatquant.wiring.apply import fold_block, wrap_block
 from flatquant.wiring.arch import Arch, Edge, Geometry, logits, submodule
-from flatquant.wiring.archs import arch_of
+from flatquant.wiring.archs import ARCHS, arch_of
 from flatquant.wiring.plan import make_plan
 from tests.laws import (
     BASES,
@@ -131,7 +131,7 @@ def test_other_methods_leave_the_function_or_say_that_they_cannot(name: str, met
         want = model(tokens).logits
     refused = (method == "quarot" and name in NO_ROTATION) or (method != "quarot" and name in NO_SCALED_SCORES)
     if refused:
-        with pytest.raises(SpecError, match=name.split()[0]):
+        with pytest.raises(FamilyError, match=name.split()[0]):
             wrap_all(model, recipe, force=True)
         return
     _, fits, _ = wrap_all(model, recipe, force=True)
@@ -205,15 +205,50 @@ def test_an_unknown_family_comes_with_a_draft() -> None:
     )
     with pytest.raises(ModelError) as caught:
         arch_of(model.config, model)
-    message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in str(caught.value)
+    (note,) = caught.value.__notes__
     for part in (
-        "attention.query_key_value Linear 72x24",
-        "Arch(model_types=('gpt_neox',), blocks='gpt_neox.layers'",
+        "attention.query_key_value: Linear 72x24",
+        "model_types=('gpt_neox',),",
+        "blocks='gpt_neox.layers',",
         "readers=('mlp.dense_h_to_4h',), norm='post_attention_layernorm'",
-        "docs/families.md",
     ):
-        assert part in message
+        assert part in note
+    assert isinstance(eval(note.partition("A draft: ")[2], {"Arch": Arch, "Edge": Edge}), Arch)
+
+
+@pytest.mark.parametrize("name, why", [("gpt2", "attn.c_attn: Conv1D"), ("mamba", "mixer: MambaMixer")])
+def test_there_is_no_draft_where_none_can_work(name: str, why: str) -> None:
+    config = AutoConfig.for_model(name, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError) as caught:
+        arch_of(model.config, model)
+    (note,) = caught.value.__notes__
+    assert why in note
+    assert "no Linear of it is known as a reader of attn_in" in note
+    assert "Arch(" not in note
+
+
+def test_a_wrapper_s_text_part_is_taken_out_as_the_note_says(tmp_path: Path) -> None:
+    text = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+    text |= {"intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 128, "pad_token_id": 0}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    whole = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    )
+    with pytest.raises(ModelError, match=r"'gemma3' is not supported; near it: .*gemma3_text") as caught:
+        arch_of(whole.config, whole)
+    (note,) = caught.value.__notes__
+    assert "a gemma3_text, which is supported" in note
+    whole.save_pretrained(tmp_path / "whole")
+    code = "\n".join(line.strip() for line in note.splitlines()[2:])
+    exec(code.replace("MODEL", repr(str(tmp_path / "whole"))).replace("FOLDER", repr(str(tmp_path / "text"))), {})
+    part = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert arch_of(part.config, part).model_types == ("gemma2", "gemma3_text")
+    tokens = tokens_for(part, 2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(part.eval()(tokens).logits, whole.eval()(tokens).logits)
 
 
 def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers() -> None:
@@ -231,11 +266,10 @@ def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers() -> No
     model.config._experts_implementation = "eager"
     with pytest.raises(ModelError) as caught:
         arch_of(model.config, model)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "mlp.experts OlmoeExperts 5x80x24" in message
-    assert "routers=('mlp.gate',)" in message
-    literal = message.partition("a draft: ")[2]
+    (note,) = caught.value.__notes__
+    assert "mlp.experts: OlmoeExperts 5x80x24" in note
+    assert "routers=('mlp.gate',)" in note
+    literal = note.partition("A draft: ")[2]
     for writer in ("self_attn.v_proj", "mlp.experts.*.up_proj"):
         literal = literal.replace("'...'", repr(writer), 1)
     arch = eval(literal, {"Arch": Arch, "Edge": Edge})
@@ -253,6 +287,68 @@ def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers() -> No
         perturb(fit, 0.1, torch.Generator().manual_seed(1))
         fold_block(fit, dtype=torch.float64)
     assert relative(hidden(model, tokens), want) < 1e-6  # its router computes in float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_of_a_scheme_stays_in_sixteen_bit(name: str) -> None:
+    model = tiny_family(name)
+    open_experts(model)
+    plan = make_plan(rtn("w4a4kv4"), arch_of(model.config), Geometry.of(model.config), model.model.layers)
+    for block, planned in zip(model.model.layers, plan.blocks, strict=True):
+        assert planned.keys
+        assert planned.values
+        assert all(site.weights and site.activations for site in planned.sites.values())
+        linears = {n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        assert linears == {path for site in planned.sites.values() for path in site.readers}
+    model.model.layers[1].mlp.extra_proj = nn.Linear(24, 24)
+    with pytest.raises(ModelError, match=r"mlp\.extra_proj of block 1 .* would stay in 16 bit"):
+        make_plan(rtn("w4a4kv4"), arch_of(model.config), Geometry.of(model.config), model.model.layers)
+
+
+# --------------------------------------------------------------------------------------- families and methods
+
+
+def test_the_table_says_what_a_run_does() -> None:
+    """On models with all of a family's oddities, not on the small ones that the table is made with."""
+    rows = {row["family"]: row for row in families.table()}
+    known = {kind for arch in ARCHS for kind in arch.model_types}
+    assert {name.partition(",")[0] for name in rows} == known
+    for name in FAMILIES:
+        model = tiny_family(name)
+        open_experts(model)
+        row = rows[name.partition(" ")[0] + (f", use_parallel_residual={'l p' in name}" if "stable" in name else "")]
+        for method in RECIPES:
+            for scheme in families.SCHEMES:
+                if scheme == "w4a4kv4" and method == "vptq":
+                    continue  # no method for activations
+                try:
+                    make_plan(
+                        RECIPES[method](scheme), arch_of(model.config), Geometry.of(model.config), model.model.layers
+                    )
+                    goes = True
+                except FamilyError:
+                    goes = False
+                assert goes == (row[method] == "yes" or scheme in row[method].split(", ")), (name, method, scheme)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+def test_a_method_that_does_not_go_says_which_do(name: str) -> None:
+    def plan(method: str, scheme: str) -> None:
+        model = tiny_family(name)
+        families.plan_for(RECIPES[method](scheme), arch_of(model.config), Geometry.of(model.config), model.model.layers)
+
+    with pytest.raises(FamilyError, match=f"{name}: no scale passes") as caught:
+        plan("affinequant", "w4a4kv4")
+    message = str(caught.value)
+    assert "\n" not in message
+    others = message.partition("methods that go with it at w4a4kv4: ")[2].split(", ")
+    assert {"flatquant", "rtn"} <= set(others) < set(RECIPES) - {"affinequant", "omniquant"}
+    for method in others:
+        plan(method, "w4a4kv4")
+    for scheme in ("w16a16", "w4a16", "w4a4"):  # no keys, so nothing to scale them against
+        plan("affinequant", scheme)
+    for method in RECIPES:
+        plan(method, "w16a16")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -135,7 +135,7 @@ class Arch:
             ModelError: there are no experts where the description has some.
         """
         roots = {path.partition(".*")[0] for edge in self.edges for path in edge.readers if "*" in path}
-        if self.dense is not None and any(_find(block, root) is None for root in roots):
+        if self.dense is not None and any(find(block, root) is None for root in roots):
             return self.dense.of(block)
         edges = tuple(replace(edge, readers=expanded(block, edge.readers)) for edge in self.edges)
         residual = self.residual and replace(self.residual, writers=expanded(block, self.residual.writers))
@@ -174,7 +174,8 @@ def logits(config, products: Tensor) -> Tensor:
     return products
 
 
-def _find(root: nn.Module, path: str) -> nn.Module | None:
+def find(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path, if there is one."""
     try:
         return root.get_submodule(path)
     except AttributeError:
@@ -187,7 +188,7 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     Raises:
         ModelError: nothing is there; an edge that matches nothing is an error, not a no-op.
     """
-    module = _find(root, path)
+    module = find(root, path)
     if module is None:
         raise ModelError(
             f"{type(root).__name__} has no module {path!r}: the architecture description does not fit this model"

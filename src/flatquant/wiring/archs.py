@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flatquant.errors import ModelError
 from flatquant.runtime.experts import is_stacked
-from flatquant.wiring.arch import Arch, Edge, Residual, Scores
+from flatquant.wiring.arch import Arch, Edge, Residual, Scores, find
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -120,12 +120,12 @@ def arch_of(config, model: nn.Module | None = None) -> Arch:
 def _unknown(config, model: nn.Module | None) -> ModelError:
     """One short line, and the way to a description in a note."""
     kind = str(config.model_type)[:40]
-    near = get_close_matches(kind, known_types(), n=3)
+    near = get_close_matches(kind, known_types(), n=3, cutoff=0.65)
     hint = f"near it: {', '.join(near)}" if near else "`flatquant methods --families` lists those that are"
     error = ModelError(f"model type {kind!r} is not supported; {hint}; docs/families.md says how to add one")
-    text = getattr(config, "text_config", None)
-    if getattr(text, "model_type", None) in known_types():
-        error.add_note(_TEXT_PART.format(kind=text.model_type))
+    text = getattr(getattr(config, "text_config", None), "model_type", None)
+    if text in known_types() and (model is None or find(model, "model.language_model")):
+        error.add_note(_TEXT_PART.format(kind=text))
     elif model is not None:
         error.add_note(_draft(kind, model))
     return error
