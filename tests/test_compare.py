@@ -97,6 +97,15 @@ def test_methods_on_the_command_line() -> None:
     assert {row["method"] for row in json.loads(run("methods", "--json").stdout)} == set(RECIPES)
 
 
+def test_families_on_the_command_line() -> None:
+    done = run("methods", "--families")
+    assert done.exit_code == 0, done.output
+    for text in ("qwen3_moe", "quarot", "w4a16", "with every family: direct, flatquant"):
+        assert text in done.stdout
+    rows = json.loads(run("methods", "--families", "--json").stdout)
+    assert all(set(row) == {"family", *RECIPES} for row in rows)
+
+
 def test_online_operations_are_those_of_the_factors() -> None:
     """Counted by hand from the tensors that a folded block holds."""
     model = family("llama", **SHAPES["odd"])

@@ -130,9 +130,7 @@ def run(
         return _rows(Bench(settings, output, say), methods, names, output, plot)
 
 
-def _rows(
-    bench: Bench, methods: Sequence[str], names: Mapping[str, str], output: Path, plot: bool
-) -> dict[str, Any]:
+def _rows(bench: Bench, methods: Sequence[str], names: Mapping[str, str], output: Path, plot: bool) -> dict[str, Any]:
     """Every row, and the outputs after each. `names` are schemes as given, and as they are written."""
     settings, say = bench.settings, bench.say
     jobs = [(method, scheme) for scheme in names for method in dict.fromkeys(methods)]

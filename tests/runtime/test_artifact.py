@@ -479,7 +479,8 @@ def test_evaluations_of_many_processes_are_all_kept(folder: Path) -> None:
         "from pathlib import Path\n"
         "from flatquant.runtime.artifact import keep_evaluation\n"
         "for i in range(8):\n"
-        " assert keep_evaluation(Path(sys.argv[1]), {'perplexity': {f'{sys.argv[2]}-{i}': {'value': i, 'windows': 1}}})\n"
+        " found = {'perplexity': {f'{sys.argv[2]}-{i}': {'value': i, 'windows': 1}}}\n"
+        " assert keep_evaluation(Path(sys.argv[1]), found)\n"
     )
     root = Path(__file__).parents[2]
     processes = [
@@ -506,9 +507,10 @@ def test_a_kill_while_saving_loses_nothing(folder: Path, monkeypatch: pytest.Mon
     keep_evaluation(folder, SCORED)
     card = (folder / "README.md").read_bytes()
     for function in ("sync", "write"):  # before the rename; before anything
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             patch.setattr(f"flatquant.store.{function}", kill)
-            keep_evaluation(folder, {"divergence": {"kl": 1.0, "top1": 0.5}})
+            with pytest.raises(Killed):
+                keep_evaluation(folder, {"divergence": {"kl": 1.0, "top1": 0.5}})
         assert kept(folder) == SCORED
         assert (folder / "README.md").read_bytes() == card
     load(folder)
@@ -540,7 +542,10 @@ def test_results_against_another_original_are_kept_apart(folder: Path) -> None:
     assert found["divergence"]["kl"] == 1.0
     assert set(found["original"]["tasks"]) == {"piqa", "arc"}
     assert found["others"]["b"] == against("b", 2.0)
-    assert facing(found, "new") == {**SCORED, "others": {**found["others"], "a": against("a", 1.0) | {"original": found["original"]}}}
+    assert facing(found, "new") == {
+        **SCORED,
+        "others": {**found["others"], "a": against("a", 1.0) | {"original": found["original"]}},
+    }
     assert facing(found, None) == found
 
 
@@ -550,7 +555,9 @@ def test_results_against_another_original_are_kept_apart(folder: Path) -> None:
 def test_the_card_s_owner_keeps_what_they_wrote(folder: Path, tmp_path: Path) -> None:
     file = folder / "README.md"
     ours = file.read_bytes().decode()
-    file.write_bytes(("Before.\r\n" + ours.replace("tags:", "license: mit\ntags:") + "After. \\1\r\n").encode() + b"\xff")
+    file.write_bytes(
+        ("Before.\r\n" + ours.replace("tags:", "license: mit\ntags:") + "After. \\1\r\n").encode() + b"\xff"
+    )
     for value in (5.0, 6.0):
         assert keep_evaluation(folder, {"perplexity": {"wikitext2": {"value": value, "windows": 3}}})
     card = file.read_bytes()
