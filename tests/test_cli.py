@@ -31,9 +31,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     (folder / "short.txt").write_text("too short")
+    (folder / "data" / "wikitext-2-raw").mkdir(parents=True)
+    shutil.copy(folder / "text.txt", folder / "data" / "wikitext-2-raw" / "wiki.valid.raw")
     done = run("quantize", folder / "model", "--output", folder / "out", "--calibration", folder / "text.txt", *QUICK)
     assert done.exit_code == 0, done.output
     return folder
+
+
+@pytest.fixture(autouse=True)
+def data(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text that is read where none is named."""
+    monkeypatch.setenv("FLATQUANT_DATA", str(place / "data"))
 
 
 def run(*arguments: object):
@@ -270,6 +278,48 @@ def test_display_names_the_block(capsys: pytest.CaptureFixture[str]) -> None:
 def test_contradictory_options(place: Path, tmp_path: Path, options: list[str], message: str) -> None:
     refused(run("quantize", place / "model", "--output", tmp_path / "out", *options), message)
     assert not list(tmp_path.iterdir())
+
+
+def test_all_mistakes_are_told_at_once(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    options = {
+        "--scheme": ("w9a4", "9 bits"),
+        "--method": ("magic", "unknown method 'magic'"),
+        "--calibration": ("nowhere.txt", "no such text: nowhere.txt"),
+        "--output": (tmp_path / "out", "not empty"),
+        "--device": ("toaster", "unknown device"),
+        "--dtype": ("int4", "unknown dtype"),
+        "--max-memory": ("plenty", "memory 'plenty'"),
+    }
+    given = [part for name, (value, _) in options.items() for part in (name, value)]
+    done = run("quantize", place / "modle", *given)
+    assert (done.exit_code, done.stdout) == (1, "")
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    for message in [*(message for _, message in options.values()), f"there is {place / 'model'}"]:
+        assert sum(message in line for line in lines) == 1, message
+    assert len(lines) == 8
+    done = run("quantize", place / "model", "--output", tmp_path / "new", "--preset", "slow", "--scheme", "w0")
+    assert [line.partition(";")[0] for line in done.stderr.splitlines()][1:] == ["error: unknown preset 'slow'"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_texts_beyond_the_model_s_positions_are_warned_of(place: Path, tmp_path: Path) -> None:
+    message = r"warning: .* of {} tokens are longer than the 512 positions that the model was made for\n"
+    prompt = ["--prompt", "a" * 509, "--device", "cpu", "--json"]
+    assert run("generate", place / "out", *prompt, "--max-new-tokens", "3").stderr == ""
+    done = run("generate", place / "out", *prompt, "--max-new-tokens", "4")
+    assert done.exit_code == 0, done.output
+    assert re.fullmatch(message.format(513), done.stderr)
+    windows = ["--perplexity", place / "text.txt", "--seqlen", "600", "--json", "-", "--device", "cpu"]
+    done = run("evaluate", place / "out", *windows, "--divergence-from", place / "model")
+    assert done.exit_code == 0, done.output
+    assert re.fullmatch(message.format(600), done.stderr)
+    options = ["--method", "gptq", "--samples", "1", "--seqlen", "600", "--device", "cpu", "--quiet"]
+    done = run("quantize", place / "model", "--output", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    assert re.fullmatch(message.format(600), done.stderr)
 
 
 def test_short_text(place: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import LlamaForCausalLM, T5Config
 
 from flatquant import models
 from flatquant.data import evaluation_windows
-from flatquant.errors import ModelError
+from flatquant.errors import ModelError, PositionsWarning
 from flatquant.evaluate import perplexity
 from flatquant.models import load_model, resolve
 from tests.tiny_models import VOCAB, tiny_llama, tiny_tokenizer
@@ -73,6 +74,39 @@ def test_local_folder_is_itself(folder):
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere-at-all", Path("nowhere")])
 def test_missing_folder(name):
     assert "no such model folder" in refusal(name)
+
+
+def test_a_folder_that_is_called_nearly_so(folder, monkeypatch):
+    assert f"(there is {folder})" in refusal(folder.with_name("modell"))
+    monkeypatch.chdir(folder.parent)
+    for name in ("modell/", "a\\b", "a b"):
+        assert "no such model folder" in refusal(name)
+        assert "hub id it" not in refusal(name)
+    assert "there is no folder modell here (there is model), and as a hub id it cannot be fetched" in refusal("modell")
+    with pytest.raises(ModelError, match="no such model folder"):
+        models.check("modell/")
+    models.check(folder)
+    models.check("nobody/nothing")  # left to the hub
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"holds no \.safetensors"):
+        models.check(folder)
+
+
+def test_a_stretched_rotary_embedding_has_more_positions():
+    config = {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+    original = {**config["rope_parameters"], "original_max_position_embeddings": 32}
+    for fields, positions in (
+        ({}, 64),
+        (config, 256),
+        ({**config, "rope_parameters": original}, 128),
+        ({**config, "rope_parameters": None}, 64),
+    ):
+        values = {"max_position_embeddings": 64, **fields}
+        text = types.SimpleNamespace(**values)
+        model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda text=text: text))
+        models.warn_of_positions(model, positions, "windows")  # a warning would be an error
+        with pytest.warns(PositionsWarning, match=f"windows of {positions + 1} tokens .* the {positions} positions"):
+            models.warn_of_positions(model, positions + 1, "windows")
 
 
 def test_empty_name():

@@ -44,7 +44,7 @@ from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded,
 from flatquant.data import calibration_tokens
 from flatquant.errors import CalibrationError, DataError, ModelError
 from flatquant.families import plan_for
-from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve
+from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve, warn_of_positions
 from flatquant.runtime import artifact
 from flatquant.runtime.experts import open_experts
 from flatquant.runtime.folder import REPORT_FILE, Folder, read_json
@@ -124,10 +124,7 @@ def quantize(
     """
     place = None if output is None else _Place.of(Path(output))
     if place is not None:
-        place.refuse_busy()
-    if place is not None and not resume:
-        artifact.check_output(place.output)
-        place.refuse_unfinished()
+        place.check(resume)
     name, checkpoint = None, None
     limits = Limits(device=_bytes(max_memory), host=_bytes(max_host_memory))
     if not isinstance(model, PreTrainedModel):
@@ -142,6 +139,8 @@ def quantize(
     _check_model(model, recipe)
     if isinstance(calibration, Tensor):
         recipe = _with_shape_of(calibration, recipe, model)
+    if recipe.needs_data:
+        warn_of_positions(model, recipe.data.seqlen, "calibration windows")
     model.eval().requires_grad_(False)
     layout = estimate(
         model,
@@ -443,14 +442,14 @@ class _Place:
                 raise CalibrationError(f"cannot make {self.state}: {error.strerror or error}") from error
             yield
 
-    def refuse_busy(self) -> None:
-        """Before any work: another run is writing there."""
+    def check(self, resume: bool) -> None:
+        """Before any work: another run is writing there, or one is there that `resume` was not asked to go on with."""
         if self.state.is_dir():
             with self.held():
                 pass
-
-    def refuse_unfinished(self) -> None:
-        """Before any work: a run is there that `resume` was not asked to go on with."""
+        if resume:
+            return
+        artifact.check_output(self.output)
         if (self.state / RUN_FILE).exists():
             raise CalibrationError(
                 f"an unfinished run is in {self.state}; go on with --resume, or delete that folder to start over"
@@ -549,6 +548,16 @@ def state_folder(output: Path) -> Path:
     """Where a run with this output folder keeps its state."""
     named = output if output.name not in ("", "..") else output.resolve()
     return named.with_name(f"{named.name}.partial")
+
+
+def check_output(output: Path, *, resume: bool) -> None:
+    """Whether a run may write a folder, before any work.
+
+    Raises:
+        ArtifactError: something is in the way.
+        CalibrationError: another run is at work there, or an unfinished one is there and `resume` is not set.
+    """
+    _Place.of(output).check(resume)
 
 
 def discard(output: Path) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -24,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from flatquant import __version__
-from flatquant.errors import FlatQuantError, ModelError, SpecError
+from flatquant.errors import FlatQuantError, ModelError, PositionsWarning, SpecError
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+T = TypeVar("T")
 
 DEMO_OUTPUT = Path("outputs/smollm2-135m-w4a4kv4")
 
@@ -120,11 +123,16 @@ class Display:
 
 @contextmanager
 def _errors(interrupted: str = "interrupted") -> Iterator[None]:
-    """One line on stderr for whatever the user can act on."""
+    """One line on stderr for whatever the user can act on, and for what is only to be known."""
     try:
-        yield
+        with _warnings():
+            yield
     except FlatQuantError as error:
         raise _failure(str(error), 1, getattr(error, "__notes__", ())) from error
+    except ExceptionGroup as group:
+        if group.split(FlatQuantError)[1] is not None:
+            raise
+        raise [_failure(str(error), 1, getattr(error, "__notes__", ())) for error in group.exceptions][-1] from group
     except KeyboardInterrupt as error:
         raise _failure(interrupted, 130) from error
     except Exception as error:
@@ -135,6 +143,46 @@ def _errors(interrupted: str = "interrupted") -> Iterator[None]:
             )
             raise _failure(message, 1) from error
         raise
+
+
+@contextmanager
+def _warnings() -> Iterator[None]:
+    """Our own warnings as lines on stderr, each once."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PositionsWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if not issubclass(category, PositionsWarning):
+                others(message, category, *where)
+            elif str(message) not in told:
+                told.add(str(message))
+                typer.echo(f"warning: {message}", err=True)
+
+        warnings.showwarning = show
+        yield
+
+
+class _Mistakes:
+    """Checks that are all made, so that a user hears of every mistake at once."""
+
+    def __init__(self) -> None:
+        self.found: list[FlatQuantError] = []
+
+    def __call__(self, check: Callable[..., T], *args: Any) -> T | None:
+        try:
+            return check(*args)
+        except FlatQuantError as error:
+            self.found.append(error)
+            return None
+
+    def tell(self) -> None:
+        """Raise what was found."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise ExceptionGroup("several mistakes", self.found)
 
 
 def _failure(message: str, code: int, notes: Iterable[str] = ()) -> typer.Exit:
@@ -270,8 +318,27 @@ def quantize(
     """Quantise a model and save it as a folder."""
     hint = f"interrupted; go on by repeating the command with --resume (the state is in {output}.partial)"
     with _errors(hint):
-        recipe = _recipe(method, scheme, preset, calibration, samples, seqlen, epochs, batch_size, lr, solver, hessian)
-        from flatquant import api
+        from flatquant import api, models, recipes
+        from flatquant.calibrate.memory import parse_bytes
+        from flatquant.data import check_source
+        from flatquant.spec import Scheme
+
+        mistakes = _Mistakes()
+        mistakes(Scheme.parse, scheme)
+        mistakes(recipes.recipe, method, "w4a16", preset)  # method and preset, whatever the scheme
+        options = (samples, seqlen, epochs, batch_size, lr, solver, hessian)
+        named = not mistakes.found
+        recipe = mistakes(_recipe, method, scheme, preset, calibration, *options) if named else None
+        mistakes(models.check, model)
+        if recipe.needs_data if recipe else calibration and not named:
+            mistakes(check_source, calibration or "wikitext2")
+        mistakes(partial(api.check_output, resume=resume), output)
+        mistakes(_device, device)
+        mistakes(_dtype, dtype)
+        for memory in filter(None, (max_memory, max_host_memory)):
+            mistakes(parse_bytes, memory)
+        mistakes.tell()
+        assert recipe is not None
 
         with Display(silent=quiet or as_json, epochs=recipe.fit.epochs if recipe.fit else 0) as display:
             result = api.quantize(

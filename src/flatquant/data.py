@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -87,6 +87,21 @@ def calibration_tokens(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - seqlen + 1, (samples,), generator=generator)  # (samples,)
     return cast(torch.LongTensor, tokens[starts[:, None] + torch.arange(seqlen)])  # (samples, seqlen)
+
+
+def check_source(source: str | Path) -> None:
+    """What can be said of a calibration text at once: nothing is read or fetched.
+
+    Raises:
+        DataError: it is missing, of an unknown kind, or what would fetch it is not installed.
+    """
+    if source == "self":
+        return
+    file = _file_of(source, "calibration")
+    if file is None:
+        _datasets(str(source))
+    else:
+        _files(file)
 
 
 def evaluation_windows(
@@ -227,7 +242,7 @@ def _c4(first: int, last: int) -> list[str]:
     return _download("c4", "allenai/c4", data_files=files, split=f"validation[{first}:{last}]")
 
 
-def _download(source: str, path: str, **arguments: object) -> list[str]:
+def _datasets(source: str) -> Any:
     try:
         import datasets  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
@@ -235,6 +250,11 @@ def _download(source: str, path: str, **arguments: object) -> list[str]:
             f"downloading {source} needs the datasets package: pip install datasets; or set FLATQUANT_DATA to a folder "
             "that has the text, or calibrate with --calibration self"
         ) from error
+    return datasets
+
+
+def _download(source: str, path: str, **arguments: object) -> list[str]:
+    datasets = _datasets(source)
     try:
         return list(datasets.load_dataset(path, **arguments)["text"])  # pyright: ignore
     except Exception as error:  # datasets, the hub client and the network each raise types of their own

@@ -34,6 +34,10 @@ class ArtifactError(FlatQuantError):
     """A quantised folder that is incomplete, damaged, of another format version, or in the way."""
 
 
+class PositionsWarning(UserWarning):
+    """A text that is longer than the model's positions."""
+
+
 def one_line(value: object) -> str:
     """A value as one short line, for messages: what a file says may be anything."""
     text = " ".join(str(value).split())

@@ -14,10 +14,13 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,10 +38,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from flatquant.errors import ModelError, one_line
+from flatquant.errors import ModelError, PositionsWarning, one_line
 
 ALIASES = ("smollm2-135m",)
 
+_HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CONVERSION = 1  # part of the cache key: raise it when `_write_converted` writes something else
 
@@ -100,6 +104,26 @@ def resolve(name: str | Path) -> Path | str:
     """
     if name in ALIASES:
         return _converted(_smollm2_file())
+    found = _placed(name)
+    return _converted(found) if isinstance(found, Path) and found.is_file() else found
+
+
+def check(name: str | Path) -> None:
+    """What can be said of a model at once: nothing is loaded, converted or fetched.
+
+    Raises:
+        ModelError: as `resolve`; or the folder cannot be a model's that is to be quantised.
+    """
+    if name in ALIASES:
+        _smollm2_file()
+        return
+    found = _placed(name)
+    if isinstance(found, Path) and found.is_dir():
+        _check_folder(found)
+
+
+def _placed(name: str | Path) -> Path | str:
+    """The folder or GGUF file that a name means, or the hub id."""
     text = str(name)
     if not text.strip():
         raise ModelError("the model's name is empty; give a folder, a .gguf file or a hub id")
@@ -107,14 +131,42 @@ def resolve(name: str | Path) -> Path | str:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"no such GGUF file: {path}; check the path")
-        return _converted(path)
+        return path
     if path.is_dir():
         return path
     if path.exists():
         raise ModelError(f"{path} is neither a folder nor a .gguf file; give a model folder, a .gguf file or a hub id")
-    if isinstance(name, Path) or path.is_absolute() or text.startswith((".", "~")) or len(path.parts) > 2:
-        raise ModelError(f"no such model folder: {text}; give a folder, a .gguf file or a hub id")
+    if isinstance(name, Path) or path.is_absolute() or text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
+        raise ModelError(f"no such model folder: {text}{_near(path)}; give a folder, a .gguf file or a hub id")
     return text
+
+
+def _near(path: Path) -> str:
+    """Folders beside a missing one that are called nearly the same."""
+    try:
+        beside = [other.name for other in path.parent.iterdir() if other.is_dir()]
+    except OSError:
+        return ""
+    found = get_close_matches(path.name, beside, n=1)
+    return f" (there is {path.parent / found[0]})" if found else ""
+
+
+def warn_of_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """Warn of a text that is longer than what the model was made for.
+
+    Args:
+        what: the text, in the plural.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return
+    rope = getattr(config, "rope_parameters", None) or {}
+    if isinstance(factor := rope.get("factor"), int | float):  # a rotary embedding that is stretched
+        positions = max(positions, int(factor * rope.get("original_max_position_embeddings", positions)))
+    if tokens > positions:
+        message = f"{what} of {tokens} tokens are longer than the {positions} positions that the model was made for"
+        warnings.warn(message, PositionsWarning, stacklevel=3)
 
 
 def identity(name: str | Path) -> str:
@@ -286,8 +338,8 @@ def _load_config(folder: Path | str, name: object, trust_remote_code: bool) -> A
     except Exception as error:  # transformers raises nearly any type here; all of them are about the user's model
         if isinstance(folder, str):
             raise ModelError(
-                f"cannot find {name}: no such folder here, and the hub says: {_first_line(error)}; check the spelling "
-                f"and the connection, or use {ALIASES[0]}, which needs no hub"
+                f"there is no folder {name} here{_near(Path(folder))}, and as a hub id it cannot be fetched "
+                f"({_first_line(error)}); check the spelling and the connection, or use {ALIASES[0]}: it needs no hub"
             ) from error
         raise ModelError(f"cannot use {folder / 'config.json'}: {_first_line(error)}") from error
 

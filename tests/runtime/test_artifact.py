@@ -18,7 +18,6 @@ from transformers import AutoTokenizer
 
 from flatquant import spec
 from flatquant.errors import ArtifactError
-from flatquant.runtime import artifact
 from flatquant.runtime.artifact import check_output, facing, inspect, keep_evaluation, load, save
 from flatquant.runtime.folder import Folder, check_name, content_hash, plan_from_json, plan_to_json
 from flatquant.runtime.kvcache import QuantizedCache
@@ -171,7 +170,7 @@ def test_output_in_the_way(quantised, tmp_path: Path) -> None:
         load(save_it(quantised("w3a16"), tmp_path / name))
 
 
-@pytest.mark.parametrize("place", ["_write_shard", "json_bytes", "_sync"])
+@pytest.mark.parametrize("place", ["_write_shard", "json_bytes", "store.sync"])
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), safetensors.SafetensorError("I/O error: No space left")],
@@ -183,7 +182,7 @@ def test_a_full_disk_leaves_nothing(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(artifact, place, fail)
+    monkeypatch.setattr(f"flatquant.runtime.artifact.{place}", fail)
     with pytest.raises(ArtifactError, match="No space left") as caught:
         save_it(quantised("w3a16"), tmp_path / "model")
     assert "\n" not in str(caught.value)
@@ -194,7 +193,7 @@ def test_an_interrupt_leaves_nothing(quantised, tmp_path: Path, monkeypatch: pyt
     def fail(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact, "_sync", fail)
+    monkeypatch.setattr("flatquant.store.sync", fail)
     with pytest.raises(KeyboardInterrupt):
         save_it(quantised("w3a16"), tmp_path / "model")
     assert not list(tmp_path.iterdir())

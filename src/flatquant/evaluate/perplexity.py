@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from flatquant.errors import DataError, FlatQuantError
+from flatquant.models import warn_of_positions
 
 Progress = Callable[[int, int], None]
 
@@ -84,6 +85,7 @@ def batches(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> I
     table = cast(torch.Tensor, model.get_input_embeddings().weight)
     if int(windows.min()) < 0 or int(windows.max()) >= len(table):
         raise DataError(f"windows have token ids outside the model's {len(table)}; use the model's own tokenizer")
+    warn_of_positions(model, windows.shape[1], "windows")
     for piece in windows.split(batch_size):
         yield piece.to(table.device)
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 
 from flatquant import seams
 from flatquant.errors import DataError, FlatQuantError, ModelError
+from flatquant.models import warn_of_positions
 from flatquant.runtime import fused
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.kvcache import QuantizedCache
@@ -47,13 +48,17 @@ def generate_text(
         chat: put the prompt into the tokenizer's chat template.
         stream: print prompt and text to stdout as they come.
 
+    Warns (PositionsWarning) where the text may become longer than the model's positions.
+
     Raises:
         DataError: an empty prompt.
         ModelError: `chat` without a template.
         FlatQuantError: probabilities that are not finite.
     """
     ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)  # (1, T)
-    cache = _cache(model, ids.shape[1] + max_new_tokens)
+    places = ids.shape[1] + max_new_tokens
+    warn_of_positions(model, places, f"a prompt of {ids.shape[1]} tokens and up to {max_new_tokens} new ones: texts")
+    cache = _cache(model, places)
     # The model's own defaults for sampling would only mix with what was asked for; its ends of text stay.
     config = copy.deepcopy(model.generation_config)
     assert config is not None
