@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -36,15 +35,18 @@ from flatquant.calibrate.memory import (
     free_host_bytes,
     needs_all_blocks,
     parse_bytes,
+    peak_resident_bytes,
     return_freed_memory,
 )
 from flatquant.calibrate.pipeline import Report, calibrate, solved_name
 from flatquant.calibrate.preflight import preflight
 from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded, tensor_bytes
+from flatquant.calibrate.work import work
 from flatquant.data import calibration_tokens
 from flatquant.errors import CalibrationError, DataError, ModelError
 from flatquant.families import plan_for
 from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve, warn_of_positions
+from flatquant.progress import Progress
 from flatquant.runtime import artifact
 from flatquant.runtime.experts import open_experts
 from flatquant.runtime.folder import REPORT_FILE, Folder, read_json
@@ -54,10 +56,6 @@ from flatquant.spec import DataSpec, Plan, Recipe, to_dict
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
-
-# (stage, done, total). Stages: "text" counts tokens the model writes, "fit" epochs of all blocks, "end to end" steps,
-# "solve" blocks.
-Progress = Callable[[str, int, int], None]
 
 load = artifact.load
 
@@ -111,12 +109,14 @@ def quantize(
         dtype: of the fit's matrix products; on a GPU that of models in float16 or bfloat16, else float32.
         seed: of the calibration text and of random transforms.
         resume: go on with an unfinished run of the same settings, if there is one.
-        progress: called with (stage, done, total).
+        progress: called with (stage, done, total), and where a stage begins with what is done by then. "text" counts
+            tokens, "fit" epochs of all blocks (in fractions), "end to end" steps, "solve" blocks, "load", "hash" and
+            "save" themselves.
         stream: have one block of a local folder's model in memory at a time; the same result. By default where the
             weights are more than the host memory that is free (or allowed).
         max_memory: on the device, in bytes or as `20GiB`; by default what is free.
         max_host_memory: likewise, of the host.
-        notice: called once, before any work, with what the run will need by an estimate from shapes.
+        notice: called once, before any work but loading, with what the run will need by an estimate from shapes.
 
     Raises:
         FlatQuantError: anything that is wrong with the model, text, recipe, folder or disk. Nothing half-written stays
@@ -126,10 +126,12 @@ def quantize(
     if place is not None:
         place.check(resume)
     name, checkpoint = None, None
+    say = progress or (lambda *_: None)
     limits = Limits(device=_bytes(max_memory), host=_bytes(max_host_memory))
     if not isinstance(model, PreTrainedModel):
         name = str(model) if model in ALIASES or isinstance(resolve(model), str) else None
-        model, own, checkpoint = _open(model, recipe, calibration, place, limits, stream)
+        with _stage("load", say):
+            model, own, checkpoint = _open(model, recipe, calibration, place, limits, stream)
         tokenizer = tokenizer or own
     elif stream:
         raise ModelError("a model that is in memory cannot be streamed; give its folder")
@@ -142,17 +144,22 @@ def quantize(
     if recipe.needs_data:
         warn_of_positions(model, recipe.data.seqlen, "calibration windows")
     model.eval().requires_grad_(False)
+    plan = make_plan(recipe, arch_of(model.config, model), Geometry.of(model.config), _blocks(model))
+    shape = (recipe.data.samples, recipe.data.seqlen) if recipe.needs_data else None
+    writes_text = recipe.needs_data and calibration == "self"
     layout = estimate(
         model,
-        make_plan(recipe, arch_of(model.config, model), Geometry.of(model.config), _blocks(model)),
+        plan,
         recipe,
-        shape=(recipe.data.samples, recipe.data.seqlen) if recipe.needs_data else None,
+        shape=shape,
         device=device,
         dtype=dtype,
         limits=limits,
         streamed=checkpoint is not None,
         windows=recorded(place.state).get("windows") if place is not None and resume else None,
+        writes_text=writes_text,
     )
+    layout = replace(layout, work=work(model, plan, recipe, shape, writes_text=writes_text, saves=place is not None))
     run = _Run(
         model,
         name,
@@ -164,7 +171,7 @@ def quantize(
         dtype,
         seed,
         resume,
-        progress,
+        say,
         checkpoint,
         limits,
         layout,
@@ -228,7 +235,7 @@ class _Run:
         dtype: torch.dtype,
         seed: int,
         resume: bool,
-        progress: Progress | None,
+        progress: Progress,
         checkpoint: Checkpoint | None,
         limits: Limits,
         layout: Estimate,
@@ -246,11 +253,16 @@ class _Run:
             return self._quantized()
 
     def _quantized(self) -> Quantized:
-        data, tokens = self._text()
         if self.notice is not None:
             self.notice(self.layout)
+        data, tokens = self._text()
         text_seconds = time.perf_counter() - self.start
-        original = {"sha256": fingerprint(self.model, self._read), "bytes": stored_bytes(self.model)}
+        with _stage("hash", self.progress):
+            original = {
+                "sha256": fingerprint(self.model, self._read),
+                "bytes": stored_bytes(self.model),
+                "tied": artifact.is_tied(self.model),
+            }
         identity = self._identity(data, original["sha256"])
         self.preflight = preflight(self.model, self.recipe, device=self.device, checkpoint=self.checkpoint)
         state = None
@@ -278,18 +290,19 @@ class _Run:
             layout=self.layout,
             checkpoint=self.checkpoint,
         )
-        report = self._report(identity, data, original, calibration, text_seconds)
+        report = self._report(identity, plan, data, original, calibration, text_seconds)
         adopt(self.model, plan, str(self.recipe.scheme), to_dict(self.recipe), report, None)
         if self.place is not None:
-            artifact.save(
-                self.model,
-                plan,
-                self.place.output,
-                recipe=to_dict(self.recipe),
-                report=report,
-                tokenizer=self.tokenizer,
-                elsewhere=None if state is None else partial(_solved_tensor, state, plan),
-            )
+            with _stage("save", self.progress):
+                artifact.save(
+                    self.model,
+                    plan,
+                    self.place.output,
+                    recipe=to_dict(self.recipe),
+                    report=report,
+                    tokenizer=self.tokenizer,
+                    elsewhere=None if state is None else partial(_solved_tensor, state, plan),
+                )
             self.place.tidy()
         if self.checkpoint is not None and self.place is not None:
             return Quantized(plan, report, partial(artifact.load, self.place.output))
@@ -321,9 +334,10 @@ class _Run:
             )
         if source == "self":
             return {"source": "self", **data}, None
-        tokens = calibration_tokens(
-            source, self.tokenizer, samples=spec.samples, seqlen=spec.seqlen, seed=self.seed, model=None
-        )
+        with _stage("text", self.progress):
+            tokens = calibration_tokens(
+                source, self.tokenizer, samples=spec.samples, seqlen=spec.seqlen, seed=self.seed, model=None
+            )
         # A file's name without its folder: the report travels, and where the file lay says nothing elsewhere.
         return {"source": Path(source).name, **data, "sha256": _sha256(tokens)}, tokens
 
@@ -336,7 +350,8 @@ class _Run:
             return tensors["tokens"]
         assert self.tokenizer is not None
         home = next(self.model.parameters()).device
-        spec, progress = self.recipe.data, self.progress
+        spec = self.recipe.data
+        self.progress("text", 0, spec.samples * spec.seqlen)
         self.model.to(self.device)  # pyright: ignore[reportArgumentType]
         tokens = calibration_tokens(
             "self",
@@ -345,7 +360,7 @@ class _Run:
             seqlen=spec.seqlen,
             seed=self.seed,
             model=self.model,
-            progress=None if progress is None else lambda done, total: progress("text", done, total),
+            progress=partial(self.progress, "text"),
         )
         self.model.to(home)  # pyright: ignore[reportArgumentType]
         if state is not None:
@@ -371,6 +386,7 @@ class _Run:
     def _report(
         self,
         identity: Mapping[str, Any],
+        plan: Plan,
         data: Mapping[str, Any] | None,
         original: Mapping[str, Any],
         calibration: Report,
@@ -398,7 +414,12 @@ class _Run:
             "versions": {**identity["versions"], "python": platform.python_version()},
             "blocks": blocks,
             "end_to_end": {"before": _first(losses), "after": _last(losses), "losses": losses} if losses else None,
-            "sizes": {"original_bytes": original["bytes"], "quantised_bytes": stored_bytes(self.model)},
+            "sizes": {
+                "original_bytes": original["bytes"],
+                "quantised_bytes": stored_bytes(self.model),
+                "unquantised_bytes": artifact.unquantised(self.model, plan),
+                "untied": original["tied"] and not artifact.is_tied(self.model),
+            },
             "run": _run_hash(identity),
             "timing": {
                 "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
@@ -407,7 +428,7 @@ class _Run:
                 "preflight": None if self.preflight is None else asdict(self.preflight),
                 "total": round(time.perf_counter() - self.start, 3),
                 "peak_device_bytes": calibration.peak_memory,
-                "peak_host_bytes": _peak_host_bytes(),
+                "peak_host_bytes": peak_resident_bytes(),
                 "estimate": asdict(self.layout),
             },
         }
@@ -544,6 +565,14 @@ def _fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> 
 # ------------------------------------------------------------------------------------------------- small things
 
 
+@contextmanager
+def _stage(name: str, progress: Progress) -> Iterator[None]:
+    """Tell the beginning and the end of a stage that counts nothing."""
+    progress(name, 0, 1)
+    yield
+    progress(name, 1, 1)
+
+
 def state_folder(output: Path) -> Path:
     """Where a run with this output folder keeps its state."""
     named = output if output.name not in ("", "..") else output.resolve()
@@ -616,12 +645,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
-
-
-def _peak_host_bytes() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -21,18 +22,20 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flatquant import __version__
 from flatquant.errors import FlatQuantError, ModelError, PositionsWarning, SpecError
+from flatquant.progress import Forecast, duration
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from flatquant.bench import Row
-    from flatquant.spec import Recipe
+    from flatquant.calibrate.memory import Estimate
+    from flatquant.spec import Plan, Recipe
 
 app = typer.Typer(
     help="Quantise language models to 4-bit weights, activations and KV cache.",
@@ -56,12 +59,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, an
 
 
 class Display:
-    """Progress on stderr: bars with the time left on a terminal, a line per finished stage and block elsewhere.
+    """Progress on stderr with the time left: bars on a terminal, elsewhere a line where a stage begins and ends.
 
-    Call it with (stage, done, total). `epochs` turns the fit's epochs of all blocks into "block 3/30".
+    Call it with (stage, done, total). Between those lines no more than `every` seconds pass without another, whether or
+    not the stage says anything. `epochs` turns the fit's epochs of all blocks into "block 3/30".
     """
 
-    def __init__(self, *, silent: bool, epochs: int = 0) -> None:
+    def __init__(
+        self, *, silent: bool, epochs: int = 0, every: float = 10.0, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.bars: Progress | None = None
         if not silent and self.console.is_terminal:
@@ -70,55 +76,113 @@ class Display:
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}", markup=False),
                 console=self.console,
             )
-        self.silent, self.epochs = silent, epochs
+        self.silent, self.epochs, self.every, self.clock = silent, epochs, every, clock
+        self.forecast = Forecast()
         self.tasks: dict[str, Any] = {}
-        self.lines: set[str] = set()
-        self.start = time.perf_counter()
+        self.last: tuple[str, float, int] | None = None
+        self.begun: set[str] = set()
+        self.ended: set[str] = set()
+        self.start = self.spoken = clock()
+        self.lock = threading.RLock()
+        self.over = threading.Event()
 
     def __enter__(self) -> Display:
         if self.bars is not None:
             self.bars.start()
+        elif not self.silent:
+            threading.Thread(target=self._keep_speaking, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over.set()
         if self.bars is not None:
             self.bars.stop()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: float, total: int) -> None:
         if self.silent:
             return
-        if self.bars is None:
-            self._line(stage, done, total)
-            return
-        text = self._describe(stage, done, total)
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(text, total=total, completed=done)
-        else:
-            self.bars.update(self.tasks[stage], description=text, completed=done)
+        with self.lock:
+            self.forecast.update(stage, done, total, self.clock())
+            self.last = stage, done, total
+            if self.bars is not None:
+                self._bar(self.bars, stage, done, total)
+            elif self._worth_a_line(stage, done, total):
+                self._speak()
+
+    def expect(self, estimate: Estimate) -> None:
+        """Say what a run will need, and from now on when it will be over."""
+        self.note(estimate)
+        self.forecast.work = dict(estimate.work)
 
     def note(self, what: object) -> None:
         """A line of its own."""
         if not self.silent:
-            self.console.print(f"[{time.perf_counter() - self.start:7.1f} s] {what}", markup=False)
+            with self.lock:
+                self.spoken = self.clock()
+                self.console.print(f"[{self.spoken - self.start:7.1f} s] {what}", markup=False)
 
-    def _describe(self, stage: str, done: int, total: int) -> str:
-        kind = stage.rpartition(": ")[2]
+    def _worth_a_line(self, stage: str, done: float, total: int) -> bool:
+        """Whether a stage begins or ends, or nothing was said for a while."""
+        begins, ends = stage not in self.begun, done >= total and stage not in self.ended
+        self.begun.add(stage)
+        if ends:
+            self.ended.add(stage)
+        return begins or ends or self.clock() - self.spoken >= self.every
+
+    def _keep_speaking(self) -> None:
+        """Lines of a stage that says nothing itself."""
+        while not self.over.wait(min(1.0, self.every / 4)):
+            with self.lock:
+                if self.last is not None and self.clock() - self.spoken >= self.every and not self.over.is_set():
+                    self._speak()
+
+    def _speak(self) -> None:
+        assert self.last is not None
+        stage, done, total = self.last
+        parts = [self._describe(stage, done, total)]
+        if done < total:
+            parts.append(self._left(self.forecast.stage_left(stage)))
+        if self.forecast.work:
+            parts.append(f"whole run: {self._left(self._whole_left())}")
+        self.note("; ".join(parts))
+
+    def _left(self, seconds: float | None) -> str:
+        return "estimating the time left" if seconds is None else f"{duration(seconds)} left"
+
+    def _whole_left(self) -> float | None:
+        """Seconds left of the run by now; the forecast knows it of the last call."""
+        left = self.forecast.left()
+        return None if left is None else max(0.0, left - (self.clock() - self.forecast.now))
+
+    def _bar(self, bars: Progress, stage: str, done: float, total: int) -> None:
+        text, left = self._describe(stage, done, total), self._left(self.forecast.stage_left(stage))
+        if stage not in self.tasks:
+            self.tasks[stage] = bars.add_task(text, total=total, left=left)
+        bars.update(self.tasks[stage], description=text, completed=done, total=total, left=left if done < total else "")
+        if self.forecast.work:
+            passed, rest = self.clock() - self.start, self._whole_left()
+            whole = None if rest is None else passed + rest
+            if _WHOLE not in self.tasks:
+                self.tasks[_WHOLE] = bars.add_task(_WHOLE, total=whole, left="")
+            bars.update(self.tasks[_WHOLE], total=whole, completed=passed, left=self._left(rest))
+
+    def _describe(self, stage: str, done: float, total: int) -> str:
+        kind, whole = stage.rpartition(": ")[2], int(done)
         if kind == "fit" and self.epochs:
-            return f"{stage}, block {-(-done // self.epochs)}/{total // self.epochs}, epoch {done}/{total}"
-        unit = {"fit": "epoch ", "solve": "block ", "text": "token ", "end to end": "step "}.get(kind, "")
-        return f"{stage}, {unit}{done}/{total}"
+            return f"{stage}, block {max(1, -int(-done // self.epochs))}/{total // self.epochs}, epoch {whole}/{total}"
+        if total == 1:
+            return f"{stage}, done" if whole else stage
+        return f"{stage}, {_UNITS.get(kind, '')}{whole}/{total}"
 
-    def _line(self, stage: str, done: int, total: int) -> None:
-        each = self.epochs if stage.endswith("fit") and self.epochs else max(1, total // 10)
-        if stage.endswith("solve") or done % each == 0 or done == total:
-            text = self._describe(stage, done, total)
-            if text not in self.lines:
-                self.lines.add(text)
-                self.console.print(f"[{time.perf_counter() - self.start:7.1f} s] {text}", markup=False)
+
+_WHOLE = "whole run"
+_UNITS = {
+    "capture": "window ", "full precision": "block ", "fit": "epoch ", "fold": "block ", "solve": "block ",
+    "text": "token ", "end to end": "step ",
+}  # fmt: skip
 
 
 @contextmanager
@@ -312,6 +376,9 @@ def quantize(
             help="One block of a local folder's model in memory at a time; by default if it is larger than the memory.",
         ),
     ] = None,
+    losses: Annotated[
+        bool, typer.Option("--losses", help="At the end, a table of losses before and after, block by block.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -329,6 +396,8 @@ def quantize(
         options = (samples, seqlen, epochs, batch_size, lr, solver, hessian)
         named = not mistakes.found
         recipe = mistakes(_recipe, method, scheme, preset, calibration, *options) if named else None
+        if recipe and losses and recipe.fit is None and recipe.end_to_end is None:
+            mistakes.found.append(SpecError(f"method {method} fits nothing: leave out --losses"))
         mistakes(models.check, model)
         if recipe.needs_data if recipe else calibration and not named:
             mistakes(check_source, calibration or "wikitext2")
@@ -341,6 +410,7 @@ def quantize(
         assert recipe is not None
 
         with Display(silent=quiet or as_json, epochs=recipe.fit.epochs if recipe.fit else 0) as display:
+            display("load", 0, 1)
             result = api.quantize(
                 model,
                 recipe,
@@ -354,23 +424,76 @@ def quantize(
                 stream=stream,
                 max_memory=max_memory,
                 max_host_memory=max_host_memory,
-                notice=display.note,
+                notice=display.expect,
             )
-    sizes, timing = result.report["sizes"], result.report["timing"]
     if as_json:
+        sizes, timing = result.report["sizes"], result.report["timing"]
         _print_json({"output": str(output), "scheme": str(recipe.scheme), "sizes": sizes, "timing": timing})
     elif not quiet:
-        original, quantised = sizes["original_bytes"], sizes["quantised_bytes"]
-        _print(
-            f"{output}: {recipe.name} {recipe.scheme}, {_size(original)} -> {_size(quantised)} "
-            f"({original / quantised:.2f} x), {timing['total']:.1f} s"
+        _print(_quantised_line(output, recipe, result.report))
+        _table(None, _quantised_rows(result.report, result.plan))
+    if losses and not as_json:
+        Console(highlight=False).print(_losses(result.report))
+
+
+def _quantised_line(output: Path, recipe: Recipe, report: dict[str, Any]) -> str:
+    sizes, timing = report["sizes"], report["timing"]
+    original, quantised = sizes["original_bytes"], sizes["quantised_bytes"]
+    return (
+        f"{output}: {recipe.name} {recipe.scheme}, {_size(original)} -> {_size(quantised)} "
+        f"({original / quantised:.2f} x), {timing['total']:.1f} s"
+    )
+
+
+def _quantised_rows(report: dict[str, Any], plan: Plan) -> dict[str, str]:
+    """What a run says at its end, besides its line."""
+    from flatquant.runtime.folder import left_in_16_bit
+
+    sizes, timing = report["sizes"], report["timing"]
+    seconds = {stage: value for stage, value in timing["seconds"].items() if value >= 0.05}
+    rows = {
+        "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()),
+        "memory": _memory(timing),
+        **_unquantised_rows(sizes["unquantised_bytes"], left_in_16_bit(plan), untied=sizes["untied"]),
+    }
+    experts = [block["experts"] for block in report["blocks"] if "experts" in block]
+    if rare := sum(len(e["rare"]) for e in experts):
+        rows["experts"] = (
+            f"{rare} of {sum(len(e['tokens']) for e in experts)} experts saw fewer calibration tokens than they have "
+            "inputs: more --samples may help"
         )
-        experts = [block["experts"] for block in result.report["blocks"] if "experts" in block]
-        if rare := sum(len(e["rare"]) for e in experts):
-            _print(
-                f"{rare} of {sum(len(e['tokens']) for e in experts)} experts saw fewer calibration tokens than they "
-                "have inputs: more --samples may help"
-            )
+    return {name: value for name, value in rows.items() if value}
+
+
+def _memory(timing: dict[str, Any]) -> str:
+    """Measured peaks beside the estimate."""
+    estimate, parts = timing["estimate"], []
+    for where, peak, expected in (
+        ("on the device", timing["peak_device_bytes"], estimate["device"]),
+        ("in memory", timing["peak_host_bytes"], estimate["host"]),
+    ):
+        if peak is not None:
+            parts.append(f"{_size(peak)} {where} (estimate {_size(expected)})")
+    return ", ".join(parts)
+
+
+def _unquantised_rows(sizes: Mapping[str, int], without: Sequence[str], *, untied: bool) -> dict[str, str]:
+    """What stays as it was, and what it costs."""
+    why = {"output layer": " (of its own since the residual stream is rotated)"} if untied else {}
+    kept = ", ".join(f"{kind} {_size(size)}{why.get(kind, '')}" for kind, size in sizes.items())
+    return {"left unquantised": kept, "without a grid": ", ".join(without)}
+
+
+def _losses(report: dict[str, Any]) -> Table:
+    """Losses before and after, block by block, then of the end-to-end fit."""
+    table = Table("", "before", "after", "after / before", title="losses", title_justify="left")
+    rows = [(f"block {block['block']}", block) for block in report["blocks"]]
+    rows += [("end to end", report["end_to_end"])] if report["end_to_end"] else []
+    for name, found in rows:
+        before, after = found["before"], found["after"]
+        if before is not None and after is not None:
+            table.add_row(name, f"{before:.4g}", f"{after:.4g}", f"{after / before:.3f}" if before else "-")
+    return table
 
 
 def _recipe(
@@ -870,6 +993,8 @@ def inspect(
         _print_json(to_dict(found))
     else:
         bits = found.bits_per_quantised_weight
+        untied = bool(found.report and (found.report.get("sizes") or {}).get("untied"))
+        kept = _unquantised_rows(found.unquantised_bytes, found.left_in_16_bit, untied=untied)
         _table(
             folder,
             {
@@ -877,6 +1002,7 @@ def inspect(
                 "recipe, scheme": f"{found.recipe}, {found.scheme}",
                 "quantised parameters": f"{found.quantised_parameters:,}",
                 **{f"bytes, {kind}": f"{size:,}" for kind, size in found.bytes_by_kind.items()},
+                **{name: value for name, value in kept.items() if value},
                 "bits per quantised weight": f"{bits:.3f}, scales and transforms counted" if bits else "-",
                 "bits per parameter": f"{found.bits_per_parameter:.3f} ({found.compression:.2f} x smaller than 16 bit)",
                 "KV bytes per token": f"{found.kv_bytes_per_token:,} (in 16 bit {found.kv_bytes_per_token_16bit:,})",

@@ -27,13 +27,12 @@ from flatquant import __version__, api, evaluate, store
 from flatquant.data import evaluation_windows
 from flatquant.errors import FlatQuantError, SpecError
 from flatquant.models import load_model
+from flatquant.progress import Progress
 from flatquant.recipes import RECIPES, recipe
 from flatquant.runtime import artifact
 from flatquant.spec import Recipe, Scheme
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.cost import online_flops
-
-Progress = Callable[[str, int, int], None]
 
 _COLUMNS = (
     ("KL", "kl", "{:.4f}"),

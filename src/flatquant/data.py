@@ -361,10 +361,27 @@ def _banned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: 
     return torch.tensor(sorted(index for index in ids if index < vocab), dtype=torch.int64, device=device)  # (ids,)
 
 
-def _rows_at_once(model: PreTrainedModel, length: int) -> int:
-    """Rows whose KV cache stays within 8 GiB; a rule without the machine in it, so that a seed means one text."""
+def writing_bytes(model: PreTrainedModel, device: torch.device, samples: int, seqlen: int) -> int:
+    """What writing calibration text takes on a device besides the model, counted from shapes."""
+    length = min(_TEXT_TOKENS, seqlen)
+    rows = min(-(-samples * seqlen // length), _rows_at_once(model, length))
+    config = model.config.get_text_config()
+    copied = device.type == "cpu" and model.dtype != torch.float32
+    item = torch.float32.itemsize if copied else model.dtype.itemsize
+    cache = rows * _cache_row(model, length) * item
+    logits = 4 * 4 * rows * config.vocab_size  # the head's, in float32, without what is banned, and in exponentials
+    return cache + logits + (item * sum(p.numel() for p in model.parameters()) if copied else 0)
+
+
+def _cache_row(model: PreTrainedModel, length: int) -> int:
+    """Numbers in the KV cache of a row."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * head_dim * length * model.dtype.itemsize
+    return 2 * config.num_hidden_layers * heads * head_dim * length
+
+
+def _rows_at_once(model: PreTrainedModel, length: int) -> int:
+    """Rows whose KV cache stays within 8 GiB; a rule without the machine in it, so that a seed means one text."""
+    row = _cache_row(model, length) * model.dtype.itemsize
     return max(1, min(_MAX_ROWS, _CACHE_BYTES // row))

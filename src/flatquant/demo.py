@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from flatquant import api, evaluate
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.errors import ArtifactError
 from flatquant.models import load_model
+from flatquant.progress import Progress
 from flatquant.recipes import recipe
 from flatquant.runtime import artifact
 from flatquant.runtime.folder import CONFIG_FILE, METHOD, read_json
@@ -33,7 +33,6 @@ from flatquant.spec import DataSpec
 MODEL = "smollm2-135m"
 SCHEME = "w4a4kv4"
 PROMPT = "The most important thing about the ocean is"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -310,6 +310,7 @@ def test_other_devices_are_left_alone() -> None:
         assert model(ids).logits.equal(plainly(model, ids).logits)
     assert model not in fused._made
 
+
 # --------------------------------------------------------------------------------------- stepping aside
 
 
@@ -529,7 +530,9 @@ def test_threads_on_streams_of_their_own(llama: PreTrainedModel) -> None:
     torch.cuda.synchronize()
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            for got, expected in zip(pool.map(write, prompts, [torch.cuda.Stream() for _ in prompts]), want, strict=True):
+            for got, expected in zip(
+                pool.map(write, prompts, [torch.cuda.Stream() for _ in prompts]), want, strict=True
+            ):
                 assert torch.equal(got, expected)
 
 
@@ -763,4 +766,6 @@ def test_any_sequence_of_calls_gives_what_the_modules_give(model: PreTrainedMode
         calls = Sequences(model, data.draw)
         calls.start()
         for _ in range(calls.some(1, 8)):
-            data.draw(st.sampled_from([calls.start, *[calls.feed] * 4, calls.crop, calls.reorder, calls.fork, calls.generate]))()
+            data.draw(
+                st.sampled_from([calls.start, *[calls.feed] * 4, calls.crop, calls.reorder, calls.fork, calls.generate])
+            )()

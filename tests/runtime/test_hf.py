@@ -89,7 +89,11 @@ def test_casts_are_loading_in_that_dtype(whole: Path, quantised, loader, cast: s
     """`.half()` as `.to(float16)` as `load(dtype=float16)`: the same tensors, and RoPE's frequencies as they are."""
     tokens = quantised("w4a4kv4").tokens
     want = load(whole, dtype=dtype)
-    for model in (getattr(loader(whole), cast)(), loader(whole).to(dtype), getattr(copy.deepcopy(loader(whole)), cast)()):
+    for model in (
+        getattr(loader(whole), cast)(),
+        loader(whole).to(dtype),
+        getattr(copy.deepcopy(loader(whole)), cast)(),
+    ):
         assert model.dtype == dtype
         for (name, tensor), expected in zip(model.named_buffers(), want.buffers(), strict=True):
             assert tensor.dtype == expected.dtype, name

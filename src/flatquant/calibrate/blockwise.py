@@ -78,7 +78,7 @@ def fit_blocks(
     dtype: torch.dtype,
     graph: bool = True,
     splits: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, int], None] | None = None,
 ) -> list[Fitted]:
     """Fit wrapped blocks, each on its own, all side by side.
 
@@ -90,7 +90,8 @@ def fit_blocks(
         dtype: of the matrix products (parameters stay float32).
         graph: on CUDA, replay steps from a CUDA graph.
         splits: parts that a batch is taken in, to need less memory; it divides the batch size.
-        progress: called with (epochs done of all blocks, their number).
+        progress: called with (epochs done of all blocks, their number). On a CPU after every step, with a fraction of
+            an epoch; on a GPU a step that was launched is not done.
 
     Returns:
         Block by block; no losses for a block without parameters.
@@ -134,27 +135,34 @@ class _Pass:
             if any(block.fit.parameters().values())
         ]
 
-    def run(self, progress: Callable[[int, int], None] | None) -> dict[int, Fitted]:
+    def run(self, progress: Callable[[float, int], None] | None) -> dict[int, Fitted]:
         """All epochs; what came of the blocks whose losses stayed finite."""
-        epochs = self.spec.epochs if self.running else 0
-        for epoch in range(epochs):
-            self._epoch(epoch)
+        epochs, count = self.spec.epochs if self.running else 0, len(self.blocks)
+
+        def tell(done: float) -> None:
             if progress:
-                progress((epoch + 1) * len(self.blocks), epochs * len(self.blocks))
+                progress(done * count, epochs * count)
+
+        for epoch in range(epochs):
+            self._epoch(epoch, tell)
+            tell(epoch + 1)
         return self.fitted
 
-    def _epoch(self, epoch: int) -> None:
+    def _epoch(self, epoch: int, tell: Callable[[float], None]) -> None:
         for block, _ in self.running:
             for module in (m for root in block.fit.roots() for m in root.modules()):
                 if isinstance(module, Scheduled):
                     module.begin_epoch(epoch, self.spec.epochs)
         losses: dict[int, list[Tensor]] = {block.index: [] for block, _ in self.running}
         steps = _steps_per_epoch(self.blocks[0], self.spec)
+        on_gpu = self.blocks[0].inputs.device.type == "cuda"
         for step in range(epoch * steps, (epoch + 1) * steps):
             start, count = step * self.spec.batch_size, self.spec.batch_size
             for block, optimiser in self.running:
                 kept = (block.inputs, block.targets, *(() if block.second is None else (block.second,)))
                 losses[block.index].append(optimiser.step(*(cyclic(rows, start, count) for rows in kept)))
+            if not on_gpu and (step + 1) % steps:
+                tell((step + 1) / steps)
         for block, optimiser in self.running:
             optimiser.join()
             mean = float(torch.stack(losses[block.index]).mean())

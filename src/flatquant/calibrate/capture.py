@@ -81,12 +81,14 @@ def capture(
     arch: Arch,
     tokens: Tensor,
     room: Callable[[tuple[int, ...], torch.dtype], Kept] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Kept, list[BlockCall]]:
     """Embed all windows and note how each block is called. No block is computed, or need have its tensors.
 
     Args:
         tokens: int64, (N, T).
         room: makes room for the hidden states, of a shape and the model's dtype; on the model's device if None.
+        progress: called with (windows done, windows).
 
     Returns:
         Hidden states before block 0, (N, T, h), and one call per block.
@@ -96,6 +98,8 @@ def capture(
     device = next(model.get_input_embeddings().parameters()).device
     hidden: Kept | None = None
     calls: list[BlockCall] = []
+    if progress is not None:
+        progress(0, len(tokens))
     with _recorded(blocks) as recorded:
         for i, window in enumerate(tokens.split(1)):
             recorded.clear()
@@ -108,6 +112,8 @@ def capture(
                 )
                 calls = [BlockCall(args=args, kwargs=_without_cache(kwargs)) for _, args, kwargs in recorded]
             hidden[i : i + 1] = first
+            if progress is not None:
+                progress(i + 1, len(tokens))
     assert hidden is not None
     return hidden, calls
 

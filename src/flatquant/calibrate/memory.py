@@ -1,9 +1,10 @@
 """How a run is laid out in memory: what it will need, counted from shapes before it starts, and what it does about it.
 
-The count follows the stages (fit, fold, round) of the largest block and takes the largest. Of a fit it knows how many
-copies of weights and of activations the passes of `FitSite` and of a transformer block leave for the backward pass;
-those factors are counted from the code and held to measured peaks by tests. It is an estimate: a family with wider
-attention, or a library that needs workspace, is off by that.
+The count follows the stages (text, fit, fold, round) of the largest block and takes the largest. Of a fit it knows how
+many copies of weights and of activations the passes of `FitSite` and of a transformer block leave for the backward
+pass; those factors are counted from the code and held to measured peaks by tests. Host memory is that of the process:
+what it has when the run starts (Python, torch, transformers) is measured, not counted. It is an estimate: a family with
+wider attention, or a library that needs workspace, is off by that.
 
 Where a limit is short, in this order: fewer blocks side by side; activations in host memory, else in a file; a batch in
 parts. All but the last leave every bit as it is.
@@ -15,9 +16,9 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -26,14 +27,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flatquant.calibrate.activations import Place
+from flatquant.data import writing_bytes
 from flatquant.errors import CalibrationError, SpecError
 from flatquant.spec import BlockPlan, Plan, Recipe
 from flatquant.wiring.arch import submodule
+from flatquant.wiring.plan import rotates_residual
+from flatquant.wiring.residual import ROWS
 
 FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
 MOST_TOGETHER = 6  # blocks, for their memory
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# Host memory that libraries take after the run has started, and what the C library keeps of tensors that are gone.
+_LIBRARIES, _CUDA_LIBRARIES = 24 << 20, 1 << 30
+_FRAGMENTS = 1.1
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -66,14 +73,15 @@ class Estimate:
 
     Attributes:
         device: peak on the device: tensors, without what libraries take for themselves.
-        host: tensors in host memory: the model (or its two ends and a block), and activations that lie there. Of a run
-            on a CPU everything, `device` included.
+        host: peak of the process: the libraries, the model (or its two ends and a block), and activations that lie
+            there. Of a run on a CPU everything, `device` included.
         disk: the state and the output folder together, and activations that lie there.
         place: where activations lie between blocks.
         windows: of a batch that a fit works on at a time.
         side_by_side: blocks that are fitted at a time.
         streamed: whether one block's tensors are in memory at a time.
         shared: whether the device is the host.
+        work: what each stage costs beside the others, in the unit of `calibrate.work`.
     """
 
     device: int
@@ -84,6 +92,7 @@ class Estimate:
     side_by_side: int
     streamed: bool
     shared: bool
+    work: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line for people."""
@@ -95,8 +104,7 @@ class Estimate:
             memory = f"{_size(self.device)} on the device, {_size(self.host)} in host memory"
         return (
             f"estimate, counted from shapes: {memory}, {_size(self.disk)} on disk; {blocks}"
-            f"{', streamed' if self.streamed else ''}, {batch}, activations {where}; "
-            "seconds are known after the first block"
+            f"{', streamed' if self.streamed else ''}, {batch}, activations {where}"
         )
 
 
@@ -148,12 +156,9 @@ class _Sizes:
 
     @classmethod
     def of(cls, block: nn.Module, plan: BlockPlan) -> _Sizes:
-        rows = [
-            sum(int(getattr(submodule(block, path), "out_features")) for path in site.readers)  # noqa: B009
-            for site in plan.sites.values()
-        ]
         widths = [site.shape[0] * site.shape[1] for site in plan.sites.values()]
-        weights = [o * n for o, n in zip(rows, widths, strict=True)]
+        weights = linear_weights(block, plan)
+        rows = [w // n for w, n in zip(weights, widths, strict=True)]
         stored = sum(p.nbytes for p in block.parameters())
         item = max(p.element_size() for p in block.parameters())
         grids = [
@@ -175,6 +180,15 @@ class _Sizes:
             packed=rest + factors + sum(grids) + sum(w * b // 8 for w, b in zip(weights, bits, strict=True)),
             rounded=rest + factors + sum(grids) + sum(w * b // 8 for w, b in zip(weights, whole, strict=True)),
         )
+
+
+def linear_weights(block: nn.Module, plan: BlockPlan) -> list[int]:
+    """Weights of the linears at every site of a block."""
+    rows = [
+        sum(int(getattr(submodule(block, path), "out_features")) for path in site.readers)  # noqa: B009
+        for site in plan.sites.values()
+    ]
+    return [o * site.shape[0] * site.shape[1] for o, site in zip(rows, plan.sites.values(), strict=True)]
 
 
 # Copies of a number that the backward pass of a fit keeps, and that its largest step makes besides. Fused: one kernel
@@ -204,6 +218,7 @@ def estimate(
     streamed: bool = False,
     side_by_side: int | None = None,
     windows: int | None = None,
+    writes_text: bool = False,
 ) -> Estimate:
     """Count what a run will need, and lay it out within limits.
 
@@ -212,10 +227,12 @@ def estimate(
         dtype: of the fit's products.
         limits: what is not given is what is free now.
         side_by_side, windows: fixed, where given.
+        writes_text: the model writes the calibration text before anything else; no limit holds for that.
 
     Raises:
         CalibrationError: a given limit is less than the least that the run needs.
     """
+    device_limit = free_device(device) if limits.device is None else limits.device  # first: this loads CUDA
     count = _Count(model, plan, recipe, shape, device, dtype, streamed)
     most = count.batch if windows is None else windows
     parts = [most] if windows is not None else [w for w in range(most, 0, -1) if count.batch % w == 0]
@@ -226,8 +243,10 @@ def estimate(
     if not on_gpu:  # all is the host's
         given = [limit for limit in (limits.device, limits.host) if limit is not None]
         limits = Limits(host=min(given, default=None))
-    device_limit = free_device(device) if limits.device is None else limits.device
-    host_limit = free_host_bytes() if limits.host is None else limits.host
+        device_limit = None
+    host_limit = limits.host
+    if host_limit is None and (free := free_host_bytes()) is not None:
+        host_limit = free + resident_bytes()
     least: Estimate | None = None
     # What is given up first varies fastest.
     for w, place, k in product(parts, ("device", "host", "disk") if on_gpu else ("device", "disk"), together):
@@ -235,7 +254,7 @@ def estimate(
             continue  # blocks side by side read one another's rows: they would be brought twice
         least = count.layout(place, w, k)
         if _within(least.device, device_limit) and _within(least.host, host_limit):
-            return least
+            return count.with_text(least) if writes_text else least
     assert least is not None
     # What is free is taken as a wish: an estimate must not stop a run that might go well.
     if not (_within(least.device, limits.device) and _within(least.host, limits.host)):
@@ -265,11 +284,21 @@ class _Count:
         streamed: bool,
     ) -> None:
         blocks = list(submodule(model, plan.blocks_path).children())
-        self.recipe, self.shape, self.device, self.streamed = recipe, shape, device, streamed
+        self.model, self.recipe, self.shape, self.device, self.streamed = model, recipe, shape, device, streamed
         self.sizes = [_Sizes.of(block, p) for block, p in zip(blocks, plan.blocks, strict=True)]
         self.hidden, self.vocab = model.config.hidden_size, model.config.vocab_size
         self.item = dtype.itemsize
-        whole = sum(t.nbytes for t in {id(p): p for p in model.parameters()}.values())
+        parameters = list(model.parameters())
+        whole = sum(p.nbytes for p in parameters)
+        present = sum(p.nbytes for p in parameters if p.device.type == "cpu")
+        warm = device.type == "cuda" and torch.cuda.memory_reserved(device)
+        libraries = _CUDA_LIBRARIES if device.type == "cuda" and not warm else _LIBRARIES
+        self.base = max(0, resident_bytes() - present) + libraries
+        ends = self.vocab * self.hidden
+        # Both ends rotated, beside what they were, and the rows of one in float64.
+        stored = 3 * ends * model.dtype.itemsize + 16 * min(ends, ROWS * self.hidden)
+        self.rotation = stored if rotates_residual(recipe, plan, force=False) else 0
+        self.dtype_changes = device.type == "cuda" or any(p.dtype != dtype for p in parameters)
         self.ends = whole - sum(s.stored for s in self.sizes)
         self.fused = device.type == "cuda"
         self.copies = _FUSED if self.fused else _EAGER
@@ -292,14 +321,14 @@ class _Count:
         """What the run needs, laid out so."""
         kept = self._streams(side_by_side) * self._stream
         peak = self._peak(windows, side_by_side) + (kept if place == "device" else 0)
-        model = self.ends + (
-            2 * max(s.stored for s in self.sizes) if self.streamed else sum(s.stored for s in self.sizes)
-        )
-        host = model + (kept if place == "host" else 0)
         packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
+        host = self.base + self.ends + (kept if place == "host" else 0)
+        # The file's pages stay in memory until the last of the model's own tensors is gone.
+        blocks = sum(s.stored for s in self.sizes) + rounded
+        host += 2 * max(s.stored for s in self.sizes) if self.streamed else blocks
         return Estimate(
             device=int(peak),
-            host=int(host if self.fused else host + peak),
+            host=int(host + (self.rotation if self.fused else max(_FRAGMENTS * peak, self.rotation))),
             disk=int(packed + rounded + self.ends + (kept if place == "disk" else 0)),
             place=place,
             windows=windows,
@@ -307,6 +336,15 @@ class _Count:
             streamed=self.streamed,
             shared=not self.fused,
         )
+
+    def with_text(self, layout: Estimate) -> Estimate:
+        """The same layout, of a run whose text the model writes first."""
+        assert self.shape is not None
+        size = writing_bytes(self.model, self.device, *self.shape)
+        whole = self.ends + sum(s.stored for s in self.sizes)
+        if self.fused:
+            return replace(layout, device=max(layout.device, whole + size))
+        return replace(layout, host=max(layout.host, int(self.base + whole + _FRAGMENTS * size)))
 
     @property
     def _stream(self) -> int:
@@ -331,7 +369,9 @@ class _Count:
         end = 0
         if self.end_to_end is not None:
             trained = 12 * sum(b.weights for b in self.sizes) if self.end_to_end.weight_lr else 0
-            logits = 14 * tokens * self.vocab
+            logits = (14 if self.fused else 28) * tokens * self.vocab
+            if self.dtype_changes:
+                logits += self.item * self.vocab * self.hidden  # the head's weight
             chain = len(self.sizes) * tokens * self.hidden * self.item
             together = [s] if self.end_to_end.checkpoint else self.sizes
             end = trained + logits + chain + sum(self._kept(b, tokens) for b in together) + self._made(s)
@@ -349,6 +389,32 @@ class _Count:
 
 
 # ------------------------------------------------------------------------------------------------- what there is
+
+
+def resident_bytes() -> int:
+    """Host memory that the process has now; 0 where the system does not say."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int | None:
+    """The most host memory that the process has had; None where the system does not say."""
+    if found := _status("VmHWM"):
+        return found
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # On Linux this would count what the parent had when it started the process.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def free_host_bytes() -> int | None:

@@ -34,6 +34,7 @@ from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.models import Checkpoint
+from flatquant.progress import Progress
 from flatquant.runtime.build import install
 from flatquant.runtime.experts import Experts, open_experts
 from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe
@@ -42,9 +43,6 @@ from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 from flatquant.wiring.residual import residual_factor, rotate_ends
-
-# (stage, done, total): "fit" counts epochs of all blocks, "end-to-end" steps, "solve" blocks.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(kw_only=True)
@@ -107,7 +105,8 @@ def calibrate(
         device: where blocks are fitted; the model returns to where it was.
         dtype: of matrix products during the fit (parameters are float32).
         state: finished blocks are kept there and taken from there.
-        progress: called with (stage, done, total).
+        progress: called with (stage, done, total): "capture" counts windows, "fit" epochs of all blocks, "end to end"
+            steps, "full precision", "fold" and "solve" blocks.
         graph: on CUDA, replay steps from CUDA graphs.
         side_by_side: blocks fitted at a time; by default as many as it takes to fill a GPU, and one on a CPU.
         limits: memory to stay within; by default what is free.
@@ -261,7 +260,8 @@ class _Run:
             return None, [BlockCall(args=(), kwargs={})] * len(self.plan.blocks)
         assert self.tokens is not None
         with self.clock("capture"):
-            hidden, calls = capture(self.model, self.arch, self.tokens, self._room)
+            progress = partial(self.progress, "capture")
+            hidden, calls = capture(self.model, self.arch, self.tokens, self._room, progress)
             return hidden, [c.to(self.device) for c in calls]
 
     def _wrap(
@@ -315,7 +315,7 @@ class _Run:
             observer = Observer(block, self.arch)
             run = partial(_in_dtype, dtype, hidden.dtype, partial(call, block))
             try:
-                with self.clock("full precision"), autocast(self.device, dtype):
+                with self._stage("full precision", index), autocast(self.device, dtype):
                     return mapped(hidden, self.batch, run), observer.close()
             except CalibrationError:
                 observer.close()
@@ -328,6 +328,14 @@ class _Run:
                 )
                 dtype = wider
                 block.float()
+
+    @contextmanager
+    def _stage(self, name: str, index: int) -> Iterator[None]:
+        """Time a stage's part on one block, and tell its beginning and end."""
+        self.progress(name, index, len(self.blocks))
+        with self.clock(name):
+            yield
+        self.progress(name, index + 1, len(self.blocks))
 
     def _rotated(self, call: BlockCall) -> BlockCall:
         """How a block is called once it is wrapped."""
@@ -374,6 +382,7 @@ class _Run:
         if spec is None or not blocks:
             return [Fitted(dtype=self.dtype) for _ in todo]
         before, total = blocks[0].index * spec.epochs, spec.epochs * len(self.plan.blocks)
+        self.progress("fit", before, total)
         with self.clock("fit"):
             return fit_blocks(
                 blocks,
@@ -399,6 +408,7 @@ class _Run:
         if spec.objective == "cross_entropy":
             assert self.tokens is not None
             targets = self.tokens.to(self.device)
+        self.progress("end to end", 0 if start is None else start[0], spec.steps)
         with self.clock("end to end"), unrounded_weights(() if spec.round_weights else fits):
             self.report.end_to_end = fit_end_to_end(
                 fits,
@@ -412,7 +422,7 @@ class _Run:
                 splits=splits(spec.batch_size, self.layout.windows),
                 start=start,
                 save=save,
-                progress=lambda done, total: self.progress("end to end", done, total),
+                progress=partial(self.progress, "end to end"),
             )
 
     @cached_property
@@ -444,13 +454,14 @@ class _Run:
             return self._solve(index, calls, quantised, solved=solved)
 
     def _fold(self, index: int, fit: FitBlock) -> None:
-        with self.clock("fold"):
+        with self._stage("fold", index):
             fold_block(fit, dense=self.model_dtype)
             self.blocks[index].to(self.model_dtype)
 
     def _solve(self, index: int, calls: list[BlockCall], quantised: Kept | None, *, solved: bool) -> Kept | None:
         """Round a folded block, or take what an earlier run solved; its outputs on the quantised stream, if needed."""
         block, plan, call = self.blocks[index], self.plan.blocks[index], self._rotated(calls[index])
+        self.progress("solve", index, len(self.plan.blocks))
         if solved:
             assert self.state is not None
             tensors, self.notes[index] = self.state.load(solved_name(index))

@@ -44,9 +44,11 @@ from flatquant.runtime.folder import (
     StoredTensor,
     content_hash,
     json_bytes,
+    left_in_16_bit,
     plan_to_json,
     read_json,
     stored_kinds,
+    unquantised_bytes,
 )
 from flatquant.runtime.hf import adopt
 from flatquant.runtime.kvcache import token_bytes
@@ -287,8 +289,19 @@ def _config_to_json(model: PreTrainedModel) -> dict[str, Any]:
     config = {k: v for k, v in config.items() if k.lstrip("_") not in _FOREIGN and k != "quantization_config"}
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["architectures"] = [type(model).__name__]
-    config["tie_word_embeddings"] = bool(_tied(model))
+    config["tie_word_embeddings"] = is_tied(model)
     return config
+
+
+def unquantised(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """`unquantised_bytes` of a quantised model in memory, as it would be stored."""
+    pending = _pending(model, lambda name: model.state_dict()[name])
+    return unquantised_bytes({name: (len(t.shape), t.nbytes) for name, t in pending.items()}, plan)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output layer is the embeddings."""
+    return bool(_tied(model))
 
 
 def _tied(model: nn.Module) -> set[str]:
@@ -563,7 +576,8 @@ class Inspection:
     Attributes:
         parameters: of the original model, tied ones counted once; `quantised_parameters` lie on a weight grid.
         bytes_by_kind: of tensors: `packed` integers, `grids` (scales, zero points), `transforms` (online factors,
-            clips) and `dense` (embeddings, norms, biases, unquantised layers).
+            clips) and `dense` (embeddings, norms, biases, unquantised layers). `unquantised_bytes` says what is in
+            `dense`, `left_in_16_bit` which weights, activations, keys and values the scheme gives no grid.
         bits_per_quantised_weight: packed, grids and transforms over the quantised parameters; None if there are none.
         bits_per_parameter: all tensors over all parameters. `compression` is 16 bit over that.
         kv_bytes_per_token: of `QuantizedCache`, all layers, scales and zero points included; `kv_bytes_per_token_16bit`
@@ -583,6 +597,8 @@ class Inspection:
     quantised_parameters: int
     files: Mapping[str, int]
     bytes_by_kind: Mapping[str, int]
+    unquantised_bytes: Mapping[str, int]
+    left_in_16_bit: tuple[str, ...]
     bits_per_quantised_weight: float | None
     bits_per_parameter: float
     compression: float
@@ -637,6 +653,8 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
         quantised_parameters=quantised,
         files={name: (folder.path / name).stat().st_size for name in _files(folder.path) if name[0] != "."},
         bytes_by_kind=sizes,
+        unquantised_bytes=unquantised_bytes({n: (len(t.shape), t.nbytes) for n, t in stored.items()}, folder.plan),
+        left_in_16_bit=tuple(left_in_16_bit(folder.plan)),
         bits_per_quantised_weight=8 * ours / quantised if quantised else None,
         bits_per_parameter=8 * total / parameters,
         compression=2 * parameters / max(total, 1),

@@ -324,6 +324,68 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
     return kinds
 
 
+def unquantised_bytes(sizes: Mapping[str, tuple[int, int]], plan: Plan) -> dict[str, int]:
+    """Bytes of what a plan leaves as it was, by what it is; the largest first.
+
+    `embeddings`, `output layer` (where it has a matrix of its own), `norms`, `biases`, a site's name for weights that
+    the scheme leaves out, and `others` (routers).
+
+    Args:
+        sizes: (number of dimensions, bytes) of all stored tensors by name.
+    """
+    kinds = stored_kinds(plan)
+    sites = {
+        f"{plan.blocks_path}.{index}.{path}.weight": name
+        for index, block in enumerate(plan.blocks)
+        for name, site in block.sites.items()
+        for path in site.readers
+    }
+    found: dict[str, int] = {}
+    for name, (dimensions, nbytes) in sizes.items():
+        if name not in kinds:
+            kind = sites.get(name) or _role(name, dimensions, plan.blocks_path)
+            found[kind] = found.get(kind, 0) + nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _role(name: str, dimensions: int, blocks_path: str) -> str:
+    """What a tensor is that no site holds."""
+    base = blocks_path.rpartition(".")[0] + "."
+    if name.endswith(".bias"):
+        return "biases"
+    if dimensions == 1:
+        return "norms"
+    if not name.startswith(base):
+        return "output layer"
+    return "others" if name.startswith(blocks_path + ".") else "embeddings"
+
+
+def left_in_16_bit(plan: Plan) -> list[str]:
+    """What a scheme gives no grid: `weights`, or of some sites only `weights of mlp_mid`, `keys of block 0`."""
+    found = []
+    for part in ("weights", "activations"):
+        at = [(index, name) for index, block in enumerate(plan.blocks) for name, site in block.sites.items()]
+        bare = [place for place in at if getattr(plan.blocks[place[0]].sites[place[1]], part) is None]
+        found += [] if not bare else [part] if len(bare) == len(at) else [f"{part} of {', '.join(_places(bare, at))}"]
+    for part in ("keys", "values"):
+        bare_blocks = [str(index) for index, block in enumerate(plan.blocks) if getattr(block, part) is None]
+        if len(bare_blocks) == len(plan.blocks):
+            found.append(part)
+        elif bare_blocks:
+            found.append(f"{part} of block{'s' if len(bare_blocks) > 1 else ''} {', '.join(bare_blocks)}")
+    return found
+
+
+def _places(some: list[tuple[int, str]], everywhere: list[tuple[int, str]]) -> list[str]:
+    """Sites as a scheme names them: `mlp_mid` where it is meant in every block, else `0.mlp_mid`."""
+    out = []
+    for name in dict.fromkeys(name for _, name in some):
+        blocks = [index for index, other in some if other == name]
+        whole = len(blocks) == sum(other == name for _, other in everywhere)
+        out += [name] if whole else [f"{index}.{name}" for index in blocks]
+    return out
+
+
 def _reader_kinds(site: SitePlan) -> dict[str, str]:
     """Of one reader's tensors, biases and dense weights left out."""
     if site.weights is None:

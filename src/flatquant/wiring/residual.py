@@ -18,7 +18,7 @@ from flatquant.transforms import Factor, make_factor
 from flatquant.wiring.arch import Arch, submodule
 from flatquant.wiring.plan import rotates_residual
 
-_ROWS = 8192  # of an embedding, in float64 at a time
+ROWS = 8192  # of an embedding, in float64 at a time
 
 
 def residual_factor(
@@ -50,4 +50,4 @@ def rotate_ends(model: PreTrainedModel, arch: Arch, residual: Factor) -> None:
 
 def _times(weight: Tensor, matrix: Tensor) -> Tensor:
     """weight @ matrix in the matrix's dtype, as weight's.  # (V, h)"""
-    return torch.cat([(rows.to(matrix) @ matrix).to(weight) for rows in weight.split(_ROWS)])
+    return torch.cat([(rows.to(matrix) @ matrix).to(weight) for rows in weight.split(ROWS)])
