@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from flatquant import quantize
+from flatquant.calibrate.memory import Estimate
 from flatquant.cli import Display, _recipe, app
+from flatquant.recipes import recipe
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +67,9 @@ def test_quantize_says_what_it_did(place: Path, tmp_path: Path) -> None:
     arguments = ["quantize", place / "model", "--method", "rtn", "--scheme", "w4a8"]
     done = run(*arguments, "--output", tmp_path / "a")
     assert done.exit_code == 0, done.output
-    assert re.search(r"a: rtn w4a8kv16, 0\.3 MB -> 0\.1 MB \(\d\.\d\d x\), \d+\.\d s\n$", done.stdout)
+    assert re.search(r"a: rtn w4a8kv16, 0\.3 MB -> 0\.1 MB \(\d\.\d\d x\), \d+\.\d s\n", done.stdout)
+    for row in ("seconds", "memory", r"left unquantised .* embeddings 0\.0 MB", "without a grid .* keys, values"):
+        assert re.search(row, done.stdout), row
     assert "solve, block 2/2" in done.stderr
     done = run(*arguments, "--output", tmp_path / "b", "--quiet")
     assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
@@ -232,12 +237,138 @@ def test_version_and_help_are_fast() -> None:
     assert re.fullmatch(r"flatquant \d+\.\d+\.\d+\n", run("--version").stdout)
 
 
-def test_display_names_the_block(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display(silent=False, epochs=3) as display:
-        for done in range(1, 7):
-            display("fit", done, 6)
-    lines = [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()]
-    assert lines == ["fit, block 1/2, epoch 3/6", "fit, block 2/2, epoch 6/6"]
+class Clock:
+    """A time that tests set."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What was shown on stderr, without the time."""
+    text = capsys.readouterr().err
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)  # no control characters but the end of a line
+    return [line.partition("] ")[2] for line in text.splitlines()]
+
+
+def test_a_file_gets_a_line_every_ten_seconds_and_where_a_stage_begins_and_ends(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = Clock()
+    with Display(silent=False, epochs=3, clock=clock) as display:
+        for step in range(25):
+            clock.now = 4.0 * step
+            display("fit", step / 4, 6)
+    assert lines_of(capsys) == [
+        "fit, block 1/2, epoch 0/6; estimating the time left",
+        "fit, block 1/2, epoch 0/6; 1 min 24 s left",
+        "fit, block 1/2, epoch 1/6; 1 min 12 s left",
+        "fit, block 1/2, epoch 2/6; 1 min 00 s left",
+        "fit, block 1/2, epoch 3/6; 48 s left",
+        "fit, block 2/2, epoch 3/6; 36 s left",
+        "fit, block 2/2, epoch 4/6; 24 s left",
+        "fit, block 2/2, epoch 5/6; 12 s left",
+        "fit, block 2/2, epoch 6/6",
+    ]
+
+
+def test_a_stage_that_says_nothing_is_not_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display(silent=False, every=0.1) as display:
+        display("load", 0, 1)
+        time.sleep(1)
+        display("load", 1, 1)
+    lines = lines_of(capsys)
+    assert lines[0] == "load; estimating the time left"
+    assert lines[-1] == "load, done"
+    assert 3 <= len(lines) <= 12
+    assert set(lines[1:-1]) == {"load; estimating the time left"}
+
+
+def test_the_whole_run_is_told_once_it_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    plan = {"device": 1, "host": 1, "disk": 1, "place": "device", "windows": 1, "side_by_side": 1}
+    estimate = Estimate(**plan, streamed=False, shared=True, work={"text": 1.0, "solve": 9.0})
+    with Display(silent=False, clock=clock) as display:
+        display.expect(estimate)
+        for clock.now in (0.0, 5.0, 10.0):
+            display("text", clock.now, 10)
+        display("solve", 0, 3)
+    first, begun, ended, solve = lines_of(capsys)
+    assert first.startswith("estimate, counted from shapes")
+    assert begun == "text, token 0/10; estimating the time left; whole run: estimating the time left"
+    assert ended == "text, token 10/10; whole run: 1 min 30 s left"
+    assert solve == "solve, block 0/3; 1 min 30 s left; whole run: 1 min 30 s left"
+
+
+def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    clock = Clock()
+    with Display(silent=False, clock=clock) as display:
+        assert display.bars is not None
+        display("solve", 0, 4)
+        clock.now = 5.0
+        display("solve", 1, 4)
+    shown = capsys.readouterr().err
+    assert "solve, block 1/4" in shown
+    assert "15 s left" in shown
+
+
+@pytest.mark.parametrize("method", ["flatquant", "rtn", "gptq"])
+def test_every_stage_says_that_it_begins_and_ends(place: Path, tmp_path: Path, method: str) -> None:
+    calls: list[tuple[str, float, int]] = []
+    parts = recipe(method, "w4a4kv4", "quick").tuned(samples=4, seqlen=16)
+    text = str(place / "text.txt") if parts.needs_data else None
+    estimates: list[Estimate] = []
+    quantize(
+        str(place / "model"),
+        parts,
+        text,
+        output=tmp_path / "out",
+        device="cpu",
+        progress=lambda *call: calls.append(call),
+        notice=estimates.append,
+    )
+    stages = list(dict.fromkeys(stage for stage, _, _ in calls))
+    fitted = ["end to end"] if method == "flatquant" else []
+    text_stages = ["text", "hash", "capture", "full precision"] if parts.needs_data else ["hash"]
+    assert sorted(stages) == sorted(["load", *text_stages, *fitted, "fold", "solve", "save"])
+    for stage in stages:
+        done = [d for s, d, _ in calls if s == stage]
+        assert done[0] == 0
+        assert done == sorted(done)
+        assert (stage, done[-1]) == next((s, t) for s, _, t in reversed(calls) if s == stage)
+    assert set(estimates[0].work) <= set(stages)  # what is planned does happen
+
+
+def test_losses_are_told_on_demand(place: Path, tmp_path: Path) -> None:
+    command = ["quantize", place / "model", "--calibration", place / "text.txt", *QUICK]
+    silent = run(*command, "--output", tmp_path / "a")
+    told = run(*command, "--output", tmp_path / "b", "--losses")
+    assert silent.exit_code == told.exit_code == 0
+    assert "after / before" not in silent.stdout
+    report = json.loads((tmp_path / "b" / "flatquant_report.json").read_text())
+    for block in report["blocks"]:
+        row = rf"block {block['block']} .*{block['before']:.4g} .*{block['after']:.4g} "
+        assert re.search(row, told.stdout), told.stdout
+    refused(run("quantize", place / "model", "-o", tmp_path / "c", "--method", "rtn", "--losses"), "leave out --losses")
+
+
+def test_an_output_layer_of_its_own_is_told(place: Path, tmp_path: Path) -> None:
+    command = ["quantize", place / "model", "--method", "quarot", "--calibration", place / "text.txt"]
+    done = run(*command, "--output", tmp_path / "out", "--samples", "2", "--seqlen", "16")
+    assert done.exit_code == 0, done.output
+    for shown in (done.stdout, run("inspect", tmp_path / "out").stdout):
+        words = " ".join(re.sub("[│┃]", " ", shown).split())
+        assert "output layer 0.0 MB (of its own since the residual stream is rotated)" in words
+    report = json.loads((tmp_path / "out" / "flatquant_report.json").read_text())
+    assert report["sizes"]["untied"] is True
+    sizes = report["sizes"]["unquantised_bytes"]
+    assert sizes["output layer"] == sizes["embeddings"] > 0
+    found = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert found["unquantised_bytes"] == sizes
 
 
 # ------------------------------------------------------------------------------------------------- bad input

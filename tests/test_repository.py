@@ -157,3 +157,24 @@ def test_tables_in_documents_are_those_of_the_results() -> None:
     for name in DOCUMENTS:
         text = (ROOT / name).read_text()
         assert rendered(text) == text, f"{name}: run python -m benchmarks.tables"
+
+
+def test_the_picture_is_that_of_the_results_and_the_readme_says_what_it_shows() -> None:
+    from benchmarks.picture import FILE, picture
+    from benchmarks.tables import read
+
+    result = read("compare-smollm2")
+    assert FILE.read_text(encoding="utf-8") == picture(result), "run python -m benchmarks.picture"
+    found = {sample["job"]: next(iter(sample["perplexity"].values())) for sample in result["samples"]}
+    (original,) = result["metrics"]["original"]["perplexity"].values()
+    said = f"FlatQuant {found['flatquant/w4a4kv4']:.1f}, the original {original:.1f}"
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
+    other = {**result, "samples": [s for s in result["samples"] if s["job"] != "quarot/w4a4kv4"]}
+    assert "QuaRot" not in picture(other)
+
+
+def test_the_readme_begins_with_a_sentence_a_picture_two_commands_and_a_table() -> None:
+    first = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    places = [first.index(mark) for mark in ("2410.09426", "![", "make demo", "make test", "<!-- table: demo -->")]
+    assert places == sorted(places)
+    assert len(first.splitlines()) < 40

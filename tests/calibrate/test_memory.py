@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.memory import Case, measured
 
-from flatquant.calibrate import pipeline
+from flatquant.calibrate import memory, pipeline
 from flatquant.calibrate.memory import Estimate, Limits, estimate, free_host_bytes, parse_bytes, splits
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.state import RunState
@@ -24,6 +25,12 @@ from tests.tiny_models import tiny_llama
 @pytest.fixture(scope="module")
 def model():
     return family("llama", dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates that this process's other tests do not change."""
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
 
 
 def counted(model, recipe: Recipe, device: str = "cpu", dtype: torch.dtype = torch.float32, **options) -> Estimate:
@@ -251,6 +258,39 @@ def test_the_line_for_people_says_what_it_is(model) -> None:
     assert line.startswith("estimate, counted from shapes: ")
     assert "streamed, 1 window at a time, activations in a file" in line
     assert "\n" not in line
+
+
+SMALL, WORDY = (256, 704, 4, 1024), (256, 704, 4, 16384)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(shape=(512, 1408, 2, 1024), method="rtn"),
+        pytest.param(Case(shape=SMALL, samples=4, seqlen=256, epochs=1), marks=pytest.mark.slow),
+        pytest.param(Case(shape=SMALL, method="gptq", samples=4, seqlen=64), marks=pytest.mark.slow),
+        pytest.param(Case(shape=WORDY, method="quarot", samples=2, seqlen=32), marks=pytest.mark.slow),
+        pytest.param(
+            Case(shape=WORDY, preset="quick", samples=8, seqlen=128, steps=2, text="self"), marks=pytest.mark.slow
+        ),
+        pytest.param(Case(shape=SMALL, method="rtn", stream=True), marks=pytest.mark.slow),
+    ],
+    ids=lambda case: f"{case.method} {case.preset} {case.text}{' streamed' if case.stream else ''}",
+)
+def test_what_a_user_is_told_is_within_a_quarter_of_what_the_process_takes(case: Case) -> None:
+    """Python and its libraries, reading the model, writing text and saving included."""
+    found = measured(case)
+    assert 0.75 < found["host_estimate_over_measured"] < 1.25, found
+
+
+def test_a_run_that_writes_its_text_is_told_the_memory_for_it() -> None:
+    model = tiny_llama(hidden=64, intermediate=160, vocab=65536, dtype=torch.bfloat16)
+    recipe = quick("w4a4kv4", samples=8, seqlen=64)
+    plain, writes = counted(model, recipe), counted(model, recipe, writes_text=True)
+    copied = 4 * sum(p.numel() for p in model.parameters())
+    assert writes.host > copied + 2 * copied // 4
+    assert writes.host > plain.host
+    assert writes.device == plain.device
 
 
 def test_a_run_that_is_laid_out_by_a_limit_says_so_and_keeps_to_it(model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,6 +298,7 @@ class _Count:
         # Both ends rotated, beside what they were, and the rows of one in float64.
         stored = 3 * ends * model.dtype.itemsize + 16 * min(ends, ROWS * self.hidden)
         self.rotation = stored if rotates_residual(recipe, plan, force=False) else 0
+        self.fragments = 1.0 if streamed else _FRAGMENTS  # `return_freed_memory`
         self.dtype_changes = device.type == "cuda" or any(p.dtype != dtype for p in parameters)
         self.ends = whole - sum(s.stored for s in self.sizes)
         self.fused = device.type == "cuda"
@@ -328,7 +329,7 @@ class _Count:
         host += 2 * max(s.stored for s in self.sizes) if self.streamed else blocks
         return Estimate(
             device=int(peak),
-            host=int(host + (self.rotation if self.fused else max(_FRAGMENTS * peak, self.rotation))),
+            host=int(host + (self.rotation if self.fused else max(self.fragments * peak, self.rotation))),
             disk=int(packed + rounded + self.ends + (kept if place == "disk" else 0)),
             place=place,
             windows=windows,
