@@ -14,6 +14,7 @@ from flatquant.recipes import flatquant, gptq, oac, recipe, rtn, vptq
 from flatquant.spec import (
     SITES,
     BlockPlan,
+    CacheBits,
     DataSpec,
     EndToEndSpec,
     FitSpec,
@@ -55,9 +56,18 @@ def schemes(draw) -> tuple[str, dict[str, Any]]:
         ow, oa = draw(st.sampled_from([(4, None), (None, 8), (16, 16), (3, 5), (16, None)]))
         overrides[name] = SiteBits(weights=ow, activations=oa)
         text += f",{name}=" + (f"w{ow}" if ow else "") + (f"a{oa}" if oa else "")
+    cache_overrides = {}
+    for block in draw(st.lists(st.integers(0, 40), unique=True)):
+        k2, v2 = draw(st.tuples(maybe_bits, maybe_bits).filter(any))
+        cache_overrides[str(block)] = CacheBits(keys=k2, values=v2)
+        if k2 == v2 and draw(st.booleans()):
+            text += f",{block}.kv{k2}"
+        else:
+            both = [f"k{k2}"] * bool(k2) + [f"v{v2}"] * bool(v2)
+            text += "".join(f",{block}.{part}" for part in ([*both] if draw(st.booleans()) else ["".join(both)]))
     drawn = {"weights": w, "activations": a, "keys": k, "values": v}
     means = {name: None if b == 16 else b for name, b in drawn.items()}
-    return text, {**means, "group": group, "overrides": overrides}
+    return text, {**means, "group": group, "overrides": overrides, "cache_overrides": cache_overrides}
 
 
 @given(schemes(), st.sampled_from(["none", "learned"]))
@@ -72,6 +82,7 @@ def test_a_scheme_means_what_it_says_and_says_what_it_means(drawn: tuple[str, di
             assert spec.clip == clip
             assert spec.group_size == (means["group"] if name == "weights" else None)
     assert scheme.overrides == means["overrides"]
+    assert scheme.cache_overrides == means["cache_overrides"]
     assert Scheme.parse(str(scheme), clip=clip) == scheme
     assert Scheme.parse(text.upper().replace(",", " , "), clip=clip) == scheme
     assert from_dict(Scheme, json.loads(json.dumps(to_dict(scheme)))) == scheme
@@ -85,6 +96,9 @@ def test_a_scheme_means_what_it_says_and_says_what_it_means(drawn: tuple[str, di
         "g128", "g128a4", "w16g128", "w4g1", "w4g0", "a4g128",  # groups are for quantised weights
         "w4,", "w4,mlp_mid", "w4,mlp=w8", "w4,mlp_mid=8", "w4,mlp_mid=w9", "w4,mlp_mid=kv4", "w4,-1.mlp_mid=w8",
         "w4,mlp_mid=w8,mlp_mid=w8", "w4,1.mlp_mid=w8,01.mlp_mid=w3", "w4,qk=w8",
+        "w4a4kv4,attn_in=", "w4,0.attn_in=",  # an override of nothing
+        "kv4,k8", "kv4,kv8", "kv4,0.", "kv4,0.k", "kv4,0.k9", "kv4,0.k1", "kv4,-1.k8", "kv4,0.k=8", "kv4,0.v4k4",
+        "kv4,0.k8,0.k8", "kv4,0.k8,00.k4", "kv4,0.kv8,0.v4", "kv4,0.w8", "kv4,0.k8g32", "kv4,x.k8", "0.k8",
     ],
 )  # fmt: skip
 def test_other_text_is_refused_in_one_line(text: str) -> None:
@@ -112,6 +126,28 @@ def test_the_more_specific_override_wins() -> None:
     assert activations == QuantSpec(bits=8, clip="learned")
 
 
+def test_keys_and_values_of_a_block_have_bits_of_their_own() -> None:
+    scheme = Scheme.parse("w4a4kv4,0.k8,1.v16,2.kv2,3.k16v3,11.k8,11.v2")
+
+    def bits_at(block: int) -> tuple[int | None, int | None]:
+        keys, values = scheme.cache_at(block)
+        return (keys.bits if keys else None), (values.bits if values else None)
+
+    found = {block: bits_at(block) for block in (0, 1, 2, 3, 4, 11, 12)}
+    assert found == {0: (8, 4), 1: (4, None), 2: (2, 2), 3: (None, 3), 4: (4, 4), 11: (8, 2), 12: (4, 4)}
+    assert scheme.cache_at(0)[0] == QuantSpec(bits=8, symmetric=False, clip="learned")
+    on = Scheme.parse("w4,1.k3", clip="learned")  # a grid that no other block has
+    assert on.cache_at(0) == (None, None)
+    assert on.cache_at(1) == (QuantSpec(bits=3, symmetric=False, clip="learned"), None)
+
+
+def test_recipes_from_before_blocks_had_bits_for_their_keys_are_still_read() -> None:
+    data = to_dict(FULL)
+    del data["scheme"]["cache_overrides"]
+    scheme = dataclasses.replace(FULL.scheme, cache_overrides={})
+    assert from_dict(Recipe, data) == dataclasses.replace(FULL, scheme=scheme)
+
+
 def test_an_override_can_switch_a_grid_on() -> None:
     weights, activations = Scheme.parse("a4,mlp_mid=w8").at(0, "mlp_mid")
     assert weights is not None
@@ -130,7 +166,7 @@ def test_integers_of_a_grid(b: int, symmetric: bool) -> None:
 
 FULL = Recipe(
     name="all parts",
-    scheme=Scheme.parse("w4g32a8k4v2,3.mlp_mid=w8a16"),
+    scheme=Scheme.parse("w4g32a8k4v2,3.mlp_mid=w8a16,0.k8,3.v16"),
     transforms={
         "attn_in": (
             TransformSpec(kind="diagonal", init="second_moment"),
@@ -209,7 +245,10 @@ def damage(change: Callable[[dict], Any]) -> Callable[[dict], dict]:
         (damage(lambda d: d["fit"].update(lr="fast")), "lr"),
         (damage(lambda d: d["fit"].update(lr=True)), "lr"),
         (damage(lambda d: d["solver"].update(kind="awq")), "kind"),
-        (damage(lambda d: d["scheme"]["overrides"].update({"mlp_up": {}})), "mlp_up"),
+        (damage(lambda d: d["scheme"]["overrides"].update({"mlp_up": {"weights": 8}})), "mlp_up"),
+        (damage(lambda d: d["scheme"]["overrides"].update({"mlp_mid": {}})), "without bits"),
+        (damage(lambda d: d["scheme"]["cache_overrides"].update({"1.k": {"keys": 8}})), "1.k"),
+        (damage(lambda d: d["scheme"]["cache_overrides"].update({"1": {}})), "without bits"),
         (damage(lambda d: d["transforms"].update(mlp_up=[])), "mlp_up"),
         (lambda d: [d], "Recipe"),
         (lambda d: None, "Recipe"),
@@ -246,6 +285,11 @@ NONE = Scheme.parse("w4a4", clip="none")
         lambda: Scheme(keys=QuantSpec(bits=4, group_size=128)),
         lambda: Scheme(overrides={"x.mlp_mid": SiteBits(weights=8)}),
         lambda: Scheme(overrides={".mlp_mid": SiteBits(weights=8)}),
+        lambda: Scheme(cache_overrides={"01": CacheBits(keys=8)}),
+        lambda: SiteBits(),
+        lambda: CacheBits(),
+        lambda: CacheBits(values=9),
+        lambda: vptq("w2a16,0.k8"),
         lambda: TransformSpec(kind="diagonal", init="orthogonal"),
         lambda: TransformSpec(kind="kronecker", init="absmax"),
         lambda: TransformSpec(kind="diagonal", init="absmax", alpha=1.5),

@@ -165,14 +165,39 @@ class SiteBits:
     activations: int | None = None
 
     def __post_init__(self) -> None:
-        for bits in (self.weights, self.activations):
-            _check(bits is None or bits == 16 or 2 <= bits <= 8, f"{bits} bits: a grid has 2 to 8, or 16 for none")
+        _check_bits(self.weights, self.activations)
+
+    def __str__(self) -> str:
+        return (f"w{self.weights}" if self.weights else "") + (f"a{self.activations}" if self.activations else "")
 
 
-_SCHEME = re.compile(
-    r"(?:w(?P<w>\d+)(?:g(?P<g>\d+))?)?(?:a(?P<a>\d+))?(?:kv(?P<kv>\d+)|(?:k(?P<k>\d+))?(?:v(?P<v>\d+))?)"
-)
+def _check_bits(*given: int | None) -> None:
+    """Raise SpecError unless these are bits of an override, which names at least one of two tensors."""
+    _check(any(bits is not None for bits in given), "an override without bits")
+    for bits in given:
+        _check(bits is None or bits == 16 or 2 <= bits <= 8, f"{bits} bits: a grid has 2 to 8, or 16 for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheBits:
+    """Bits of one block's keys and values where they differ from the scheme's; `None` and 16 as in `SiteBits`."""
+
+    keys: int | None = None
+    values: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_bits(self.keys, self.values)
+
+    def __str__(self) -> str:
+        if self.keys == self.values:
+            return f"kv{self.keys}"
+        return (f"k{self.keys}" if self.keys else "") + (f"v{self.values}" if self.values else "")
+
+
+_CACHE = r"(?:kv(?P<kv>\d+)|(?:k(?P<k>\d+))?(?:v(?P<v>\d+))?)"
+_SCHEME = re.compile(rf"(?:w(?P<w>\d+)(?:g(?P<g>\d+))?)?(?:a(?P<a>\d+))?{_CACHE}")
 _OVERRIDE = re.compile(rf"(?:(?P<block>\d+)\.)?(?P<site>{'|'.join(SITES)})=(?:w(?P<w>\d+))?(?:a(?P<a>\d+))?")
+_CACHE_OVERRIDE = re.compile(rf"(?P<block>\d+)\.{_CACHE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +205,7 @@ class Scheme:
     """Which tensors of a model get which grid; `None` leaves them in 16 bit.
 
     `overrides` maps `site` or `block.site` (`mlp_mid`, `11.mlp_mid`) to other bits; the more specific key wins.
+    `cache_overrides` maps a block (`11`) to other bits of its keys and values.
     `clip` is that of grids which only an override switches on.
     """
 
@@ -188,6 +214,7 @@ class Scheme:
     keys: QuantSpec | None = None
     values: QuantSpec | None = None
     overrides: Mapping[str, SiteBits] = field(default_factory=dict)
+    cache_overrides: Mapping[str, CacheBits] = field(default_factory=dict)
     clip: Literal["none", "learned"] = "none"
 
     def __post_init__(self) -> None:
@@ -203,8 +230,9 @@ class Scheme:
         _check(self.weights is None or self.weights.clip != "fixed", "weights: a fixed clip is for activations only")
         for key in self.overrides:
             block, dot, site = key.rpartition(".")
-            number = block.isdecimal() and block == str(int(block))
-            _check(site in SITES and (number or not dot), f"override {key!r}: not [block.]site")
+            _check(site in SITES and (_is_number(block) or not dot), f"override {key!r}: not [block.]site")
+        for key in self.cache_overrides:
+            _check(_is_number(key), f"override of keys and values {key!r}: not the number of a block")
 
     @property
     def weights_only(self) -> bool:
@@ -213,7 +241,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str, *, clip: Literal["none", "learned"] = "learned", clip_start: float = 4.0) -> Self:
-        """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8`.
+        """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8,0.k8,1.kv16`.
 
         Left-out parts and 16 stay in 16 bit. Weights and activations are symmetric, keys and values asymmetric.
 
@@ -234,21 +262,14 @@ class Scheme:
                 bits=int(bits), symmetric=symmetric, group_size=group_size, clip=clip, clip_start=clip_start
             )
 
-        overrides: dict[str, SiteBits] = {}
-        for part in rest:
-            o = _OVERRIDE.fullmatch(part)
-            _check(o is not None, f"scheme {text!r}: {part!r} is not [block.]site=w<bits>a<bits>, sites {SITES}")
-            assert o is not None
-            key = f"{int(o['block'])}.{o['site']}" if o["block"] else o["site"]
-            _check(key not in overrides, f"scheme {text!r}: {key} is given twice")
-            bits = {n: int(o[c]) if o[c] else None for n, c in (("weights", "w"), ("activations", "a"))}
-            overrides[key] = SiteBits(**bits)
+        overrides, cache_overrides = _read_overrides(text, rest)
         return cls(
             weights=grid(m["w"], symmetric=True, group=m["g"]),
             activations=grid(m["a"], symmetric=True),
             keys=grid(m["kv"] or m["k"], symmetric=False),
             values=grid(m["kv"] or m["v"], symmetric=False),
             overrides=overrides,
+            cache_overrides=cache_overrides,
             clip=clip,
         )
 
@@ -280,11 +301,8 @@ class Scheme:
         group = f"g{self.weights.group_size}" if self.weights and self.weights.group_size else ""
         k, v = bits(self.keys), bits(self.values)
         text = f"w{bits(self.weights)}{group}a{bits(self.activations)}" + (f"kv{k}" if k == v else f"k{k}v{v}")
-        for key, o in self.overrides.items():
-            w = f"w{o.weights}" if o.weights else ""
-            a = f"a{o.activations}" if o.activations else ""
-            text += f",{key}={w}{a}"
-        return text
+        text += "".join(f",{key}={bits}" for key, bits in self.overrides.items())
+        return text + "".join(f",{block}.{bits}" for block, bits in self.cache_overrides.items())
 
     def at(self, block: int, site: str) -> tuple[QuantSpec | None, QuantSpec | None]:
         """The weight and the activation grid of one site, overrides applied."""
@@ -294,12 +312,64 @@ class Scheme:
                 o = self.overrides[key]
                 bits = {n: getattr(o, n) if getattr(o, n) is not None else b for n, b in bits.items()}
 
-        def apply(spec: QuantSpec | None, b: int | None) -> QuantSpec | None:
-            if b is None:
-                return spec
-            return None if b == 16 else dataclasses.replace(spec or QuantSpec(bits=b, clip=self.clip), bits=b)
+        return (
+            self._other_bits(self.weights, bits["weights"], symmetric=True),
+            self._other_bits(self.activations, bits["activations"], symmetric=True),
+        )
 
-        return apply(self.weights, bits["weights"]), apply(self.activations, bits["activations"])
+    def cache_at(self, block: int) -> tuple[QuantSpec | None, QuantSpec | None]:
+        """The grids of one block's keys and values, overrides applied."""
+        bits = self.cache_overrides.get(str(block))
+        if bits is None:
+            return self.keys, self.values
+        return (
+            self._other_bits(self.keys, bits.keys, symmetric=False),
+            self._other_bits(self.values, bits.values, symmetric=False),
+        )
+
+    def _other_bits(self, spec: QuantSpec | None, bits: int | None, *, symmetric: bool) -> QuantSpec | None:
+        """A grid of the scheme with an override's bits: switched on or off, or of another width."""
+        if bits is None:
+            return spec
+        if bits == 16:
+            return None
+        return dataclasses.replace(spec or QuantSpec(bits=bits, symmetric=symmetric, clip=self.clip), bits=bits)
+
+
+def _is_number(text: str) -> bool:
+    """Whether this is how an integer of at least 0 is written."""
+    return text.isdecimal() and text == str(int(text))
+
+
+def _read_overrides(text: str, parts: Sequence[str]) -> tuple[dict[str, SiteBits], dict[str, CacheBits]]:
+    """What follows the first comma of a scheme's text: bits of sites, and of blocks' keys and values.
+
+    Raises:
+        SpecError: a part of no such form or without bits, or a tensor named twice.
+    """
+    sites: dict[str, SiteBits] = {}
+    caches: dict[str, dict[str, int]] = {}
+    for part in parts:
+        site, cache = _OVERRIDE.fullmatch(part), _CACHE_OVERRIDE.fullmatch(part)
+        if site is not None:
+            key = f"{int(site['block'])}.{site['site']}" if site["block"] else site["site"]
+            weights, activations = (int(site[c]) if site[c] else None for c in "wa")
+            _check(bool(site["w"] or site["a"]), f"scheme {text!r}: {part!r} gives no bits; use {part}w<bits>a<bits>")
+            _check(key not in sites, f"scheme {text!r}: {key} is given twice")
+            sites[key] = SiteBits(weights=weights, activations=activations)
+        elif cache is not None and (cache["kv"] or cache["k"] or cache["v"]):
+            given = caches.setdefault(str(int(cache["block"])), {})
+            for name, letter in (("keys", "k"), ("values", "v")):
+                if bits := cache["kv"] or cache[letter]:
+                    _check(name not in given, f"scheme {text!r}: {name} of block {int(cache['block'])} are given twice")
+                    given[name] = int(bits)
+        else:
+            _check(
+                False,
+                f"scheme {text!r}: {part!r} is neither [block.]site=w<bits>a<bits> with one of the sites "
+                f"{', '.join(SITES)}, nor block.k<bits>v<bits> for the keys and values of one block",
+            )
+    return sites, {block: CacheBits(**given) for block, given in caches.items()}
 
 
 # --------------------------------------------------------------------------------------------- parts of a method

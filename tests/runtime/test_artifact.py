@@ -25,7 +25,16 @@ from flatquant.runtime.linear import FrozenLinear, PackedLinear
 from flatquant.seams import CACHE
 from tests.tiny_models import tiny_tokenizer
 
-SCHEMES = ["w4a4kv4", "w3a16", "w4g2a8", "k4v4", "w16a4", "k3", "w4a4kv4,mlp_mid=w8a8,1.attn_in=w16a16"]
+SCHEMES = [
+    "w4a4kv4",
+    "w3a16",
+    "w4g2a8",
+    "k4v4",
+    "w16a4",
+    "k3",
+    "w4a4kv4,mlp_mid=w8a8,1.attn_in=w16a16",
+    "w4a4kv4,0.k8,1.k16v3",
+]
 REPORT = {"seconds": {"fit": 1.5}, "blocks": [{"losses": [2.0, 1.0]}, {}]}
 
 

@@ -237,6 +237,7 @@ def test_nothing_is_held_twice(model: PreTrainedModel) -> None:
         ("w16a4kv4", "rtn", "not packed integers"),
         ("w4g32a4kv4", "rtn", "one scale a row"),
         ("w4a4k8v4", "rtn", "asymmetric 4-bit grids"),
+        ("w4a4kv4,1.k8", "rtn", "block 1 are not on asymmetric 4-bit grids"),
         ("w4a4kv4", "svdquant", "BranchedLinear"),
     ],
 )

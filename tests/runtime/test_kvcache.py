@@ -11,7 +11,7 @@ from flatquant.runtime.kvcache import QuantizedCache, token_bytes
 from flatquant.seams import CACHE
 from flatquant.spec import QuantSpec
 
-SCHEMES = ["w4a4kv4", "k4v4", "k3", "k16v2", "k8v5"]
+SCHEMES = ["w4a4kv4", "k4v4", "k3", "k16v2", "k8v5", "w4a4kv4,0.k8", "kv4,0.kv16", "k2v3,1.k16v8", "w4,1.k3"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -105,9 +105,8 @@ def test_reset_starts_over(quantised) -> None:
 def test_bytes_are_what_the_format_says(quantised, scheme: str) -> None:
     q = quantised(scheme, dtype=torch.bfloat16)
     cache, _ = filled(q, q.tokens)
-    block = q.plan.blocks[0]
-    each = token_bytes(10, block.keys) + token_bytes(10, block.values)
-    assert cache.nbytes() == 2 * 2 * q.tokens.numel() * each  # layers x heads x tokens
+    each = sum(token_bytes(10, block.keys) + token_bytes(10, block.values) for block in q.plan.blocks)
+    assert cache.nbytes() == 2 * q.tokens.numel() * each  # heads x tokens
 
 
 def test_a_head_of_128_channels_takes_69_bytes() -> None:

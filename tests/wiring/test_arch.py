@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from flatquant.errors import ModelError
+from flatquant.errors import ModelError, SpecError
 from flatquant.recipes import flatquant, rtn
 from flatquant.spec import SITES
 from flatquant.wiring.arch import Arch, Geometry, replace_submodule, submodule
@@ -166,3 +166,13 @@ def test_overrides_reach_their_block_and_site_only() -> None:
     rest = {"attn_out": (4, 4), "mlp_in": (4, 4), "mlp_mid": (8, 8)}
     assert bits == [{"attn_in": (4, 4), **rest}, {"attn_in": (None, None), **rest}]
     assert not plan.blocks[1].sites["attn_in"].left
+
+
+def test_keys_of_one_block_may_have_other_bits_and_are_transformed_only_where_quantised() -> None:
+    plan = planned("w4a4kv4,1.k16v8")
+    assert [(b.qk, b.keys and b.keys.bits, b.values and b.values.bits) for b in plan.blocks] == [
+        (True, 4, 4),
+        (False, None, 8),
+    ]
+    with pytest.raises(SpecError, match=r"'2.k8': the model has blocks 0 to 1"):
+        planned("w4a4kv4,2.k8")

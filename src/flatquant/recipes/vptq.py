@@ -18,7 +18,7 @@ def vptq(scheme: str | Scheme, preset: str = "reference") -> Recipe:
         SpecError: an unknown preset, or a scheme with quantised activations, keys or values.
     """
     scheme = unclipped(scheme)
-    if scheme.activations or scheme.keys or scheme.values:
+    if not scheme.weights_only or scheme.cache_overrides:
         raise SpecError(f"vptq quantises weights only, not {scheme}; give a scheme like w2a16")
     solver = SolverSpec(kind="codebook", codebook=CodebookSpec(length=4, main_bits=8))
     return Recipe(name="vptq", scheme=scheme, solver=solver, data=of_preset(preset))

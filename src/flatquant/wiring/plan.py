@@ -31,6 +31,9 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
             raise SpecError(f"override {key!r}: in this family's blocks, {site} is part of {known[0]}")
         if block and int(block) >= len(blocks):
             raise SpecError(f"override {key!r}: the model has blocks 0 to {len(blocks) - 1}")
+    for block, bits in recipe.scheme.cache_overrides.items():
+        if int(block) >= len(blocks):
+            raise SpecError(f"override '{block}.{bits}': the model has blocks 0 to {len(blocks) - 1}")
     plan = Plan(
         blocks_path=arch.blocks,
         attention=arch.attention,
@@ -59,7 +62,7 @@ def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: G
                 f"{path} of block {index} is a Linear that the description of this family does not name: it would stay "
                 "in 16 bit; add it to an edge in flatquant/wiring/archs.py (docs/families.md)"
             )
-    keys, values = recipe.scheme.keys, recipe.scheme.values
+    keys, values = recipe.scheme.cache_at(index)
     sites = {e.site: _site(e, index, block, recipe, geometry, force) for e in arch.edges}
     online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
     qk = online and (keys is not None or force)
