@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatquant.data import calibration_tokens, evaluation_windows
+from flatquant.data import _kept_back, calibration_tokens, calibration_windows, evaluation_windows
 from flatquant.errors import DataError
 from tests.tiny_models import VOCAB, tiny_llama, tiny_tokenizer
 
@@ -78,6 +78,46 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
         )
     for plain, marked in zip(*read, strict=True):
         assert torch.equal(plain, marked)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(2, 120), st.integers(1, 4), st.integers(0, 3))
+def test_windows_kept_back_overlap_nothing_and_change_nothing(samples, seqlen, kept, seed):
+    stream = torch.arange(997)  # each token is its own place
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(stream) - seqlen + 1, (samples,), generator=generator)
+    found = _kept_back(stream, starts, seqlen, kept, generator)
+    if found is None:
+        assert samples * 2 * seqlen + kept * 2 * seqlen > 900  # no room
+        return
+    assert found.shape[0] == kept
+    assert min(64, seqlen) <= found.shape[1] <= seqlen
+    assert (found.diff(dim=1) == 1).all()
+    trained = (starts[:, None] + torch.arange(seqlen)).unique()
+    assert found.unique().numel() == found.numel()
+    assert not torch.isin(found, trained).any()
+
+
+def test_windows_kept_back_leave_the_others_as_they_were(text):
+    arguments = {"samples": 2, "seqlen": 50, "seed": 0}
+    windows, kept = calibration_windows(text, TOKENIZER, **arguments, kept=2)
+    assert torch.equal(windows, calibration_tokens(text, TOKENIZER, **arguments))
+    assert kept is not None
+    assert kept.shape == (2, 50)
+    assert calibration_windows(text, TOKENIZER, **arguments)[1] is None
+
+
+def test_where_there_is_no_room_nothing_is_kept_back(text):
+    size = len(ids(TEXT.strip()))
+    windows, kept = calibration_windows(text, TOKENIZER, samples=2, seqlen=size, seed=0, kept=2)
+    assert windows.shape == (2, size)
+    assert kept is None
+
+
+def test_a_model_writes_the_windows_that_are_kept_back_too():
+    windows, kept = calibration_windows("self", TOKENIZER, samples=2, seqlen=8, seed=0, kept=3, model=tiny_llama())
+    assert kept is not None
+    assert (windows.shape, kept.shape) == ((2, 8), (3, 8))
 
 
 def test_other_seed_other_windows(text):

@@ -36,6 +36,7 @@ _LOCAL = {
 _C4_EVALUATION_DOCUMENTS = 1100
 _C4_CALIBRATION_DOCUMENTS = 5000
 _C4_WINDOWS = 256
+_SHORTEST_KEPT = 64  # tokens of a window that is kept back, where calibration takes longer ones
 
 # Sampling from the model
 _TEXT_TOKENS = 256
@@ -77,16 +78,71 @@ def calibration_tokens(
     Raises:
         DataError: a text that is missing, unreachable, unreadable or shorter than one window.
     """
+    return calibration_windows(
+        source, tokenizer, samples=samples, seqlen=seqlen, seed=seed, model=model, progress=progress
+    )[0]
+
+
+def calibration_windows(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    kept: int = 0,
+    model: PreTrainedModel | None = None,
+    progress: Progress | None = None,
+) -> tuple[torch.LongTensor, torch.LongTensor | None]:
+    """Windows to calibrate on, and windows of the same text that are kept back to measure the result on.
+
+    Args:
+        kept: windows to keep back. They overlap no calibration window. Where the text has no room for windows of
+            `seqlen` tokens, they are shorter.
+
+    Other arguments and errors are those of `calibration_tokens`. `kept` does not change the windows that are drawn from
+    a text; the texts that a model writes for `self` are drawn together.
+
+    Returns:
+        What `calibration_tokens` returns, and int64 (kept, at most seqlen), or None if no window is left.
+    """
     _check_sizes(samples=samples, seqlen=seqlen)
     if source == "self":
         if model is None:
             raise DataError("calibration text 'self' is written by the model, and none was given; pass model=")
-        return _sample_from(model, tokenizer, samples=samples, seqlen=seqlen, seed=seed, progress=progress)
+        both = _sample_from(model, tokenizer, samples=samples + kept, seqlen=seqlen, seed=seed, progress=progress)
+        return cast(torch.LongTensor, both[:samples]), cast(torch.LongTensor, both[samples:]) if kept else None
     tokens = _tokenize(tokenizer, _calibration_text(source))  # (tokens,)
     _check_length(tokens, seqlen, source)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - seqlen + 1, (samples,), generator=generator)  # (samples,)
-    return cast(torch.LongTensor, tokens[starts[:, None] + torch.arange(seqlen)])  # (samples, seqlen)
+    windows = tokens[starts[:, None] + torch.arange(seqlen)]  # (samples, seqlen)
+    return cast(torch.LongTensor, windows), _kept_back(tokens, starts, seqlen, kept, generator)
+
+
+def _kept_back(
+    tokens: torch.Tensor, starts: torch.Tensor, seqlen: int, count: int, generator: torch.Generator
+) -> torch.LongTensor | None:
+    """Windows that overlap neither those of `seqlen` tokens at `starts` nor each other; None without room for them."""
+    length = seqlen
+    while count and length >= min(_SHORTEST_KEPT, seqlen):
+        taken = [(int(start), seqlen) for start in starts]
+        found: list[int] = []
+        while len(found) < count and len(free := _free_starts(len(tokens), taken, length)):
+            found.append(int(free[torch.randint(len(free), (1,), generator=generator)]))
+            taken.append((found[-1], length))
+        if len(found) == count:
+            return cast(torch.LongTensor, torch.stack([tokens[start : start + length] for start in found]))
+        length //= 2
+    return None
+
+
+def _free_starts(tokens: int, taken: list[tuple[int, int]], length: int) -> torch.Tensor:
+    """Where a window of `length` may begin without touching the taken (start, length).  # (places,)"""
+    free = torch.ones(max(0, tokens - length + 1), dtype=torch.bool)
+    for start, width in taken:
+        free[max(0, start - length + 1) : start + width] = False
+    return free.nonzero()[:, 0]
 
 
 def check_source(source: str | Path) -> None:

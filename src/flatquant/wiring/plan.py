@@ -42,7 +42,7 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
     if arch.residual is None and rotates_residual(recipe, plan, force):
         raise FamilyError(f"{', '.join(arch.model_types)}: no rotation can pass through its residual stream")
     scaled = any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ()))
-    if arch.scores is None and scaled and (recipe.scheme.keys is not None or force):
+    if arch.scores is None and scaled and (force or any(block.keys is not None for block in plan.blocks)):
         raise FamilyError(f"{', '.join(arch.model_types)}: no scale passes from its keys to its queries")
     return plan
 
