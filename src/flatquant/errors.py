@@ -38,6 +38,10 @@ class PositionsWarning(UserWarning):
     """A text that is longer than the model's positions."""
 
 
+class QualityWarning(UserWarning):
+    """A quantised model whose verdict is degraded or destroyed."""
+
+
 def one_line(value: object) -> str:
     """A value as one short line, for messages: what a file says may be anything."""
     text = " ".join(str(value).split())

@@ -188,6 +188,64 @@ def test_a_mixture_s_experts_are_drawn() -> None:
     assert "experts" not in report.figures({"blocks": [{"block": 1}]}, None)
 
 
+VERDICT = {
+    "word": "destroyed",
+    "kl": 3.25,
+    "top1": 0.125,
+    "perplexity": {"original": 18.8, "quantised": 719593.0},
+    "windows": 4,
+    "seqlen": 256,
+    "source": "wikitext2",
+    "kept_back": True,
+    "bounds": {"degraded": 2.0, "excellent": 0.05, "good": 0.35},
+    "packed": {"tokens": 16, "kl": 0.0, "equal": True},
+    "blame": [
+        {"kind": "keys", "block": None, "site": None, "kl": 0.21},
+        {"kind": "keys", "block": 0, "site": None, "kl": 0.31},
+        {"kind": "weights", "block": None, "alone": 0.11},
+    ],
+    "proposal": {"scheme": "w4a4kv4,0.k8", "kl": 0.22, "before": 3.1},
+    "texts": [{"prompt": "The ocean is", "original": " wide & deep", "quantised": ",,, the_"}],
+}
+
+
+def test_the_page_opens_with_the_verdict() -> None:
+    html = report.page(
+        "out", {"scheme": "w4a4kv4"}, {"verdict": VERDICT, "model": {"title": "Qwen2.5-1.5B"}}, None, None
+    )
+    text = " ".join(parsed(html).text)
+    assert text.index("Qwen2.5-1.5B, w4a4kv4") < text.index("destroyed") < text.index("Quality")
+    for part in (
+        "4 windows of 256 tokens of wikitext2, kept back from calibration",
+        "18.8 → 719,593",
+        "3.25 nats per token",
+        "with keys in 16 bits, KL 0.21 remains; with those of one block only: block 0 (0.31)",
+        "try --scheme w4a4kv4,0.k8: with these parts at 8 bits, KL 3.1 -> 0.22",
+        "The ocean is",
+        "wide & deep",
+        ",,, the_",
+    ):
+        assert part in text
+    assert "Not measured yet" not in text
+    good = {**VERDICT, "word": "good", "kl": 0.2, "blame": [], "proposal": None, "texts": [], "packed": None}
+    text = " ".join(parsed(report.page("out", {}, {"verdict": good}, None, None)).text)
+    assert "What is to blame" not in text
+    assert "What both write" not in text
+
+
+@pytest.mark.parametrize("kl", [0.0, 1e-9, 0.05, 0.2, 1.0, 7.0, 1e9, None])
+def test_the_scale_marks_its_value_within_its_zone(kl: float | None) -> None:
+    figure = plots.scale(kl, VERDICT["bounds"], "destroyed", "KL", "nats")
+    root = ET.fromstring(figure)
+    space = "{http://www.w3.org/2000/svg}"
+    zones = [(float(z.get("x")), float(z.get("width"))) for z in root.iter(f"{space}rect")]
+    assert len(zones) == 4
+    assert all(width > 0 for _, width in zones)
+    mark = float(root.findall(f"{space}path")[1].get("d").split()[0].removeprefix("M"))
+    zone = 3 if kl is None else sum(kl > bound for bound in VERDICT["bounds"].values())
+    assert zones[zone][0] - 0.2 <= mark <= sum(zones[zone]) + 0.2
+
+
 def test_without_collection_and_evaluation_it_says_how_to_get_them(whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "quantised"))
     for name in ("flatquant_collection.json", "flatquant_evaluation.json", "flatquant_report.json"):
@@ -203,7 +261,15 @@ def test_names_from_files_are_text_and_not_markup(whole: Path) -> None:
     html = report.page(
         evil,
         {"scheme": evil, "recipe": evil, "architecture": evil, "bytes_by_kind": {evil: 3}},
-        {"recipe": {evil: evil}, "versions": {evil: evil}, "timing": {"seconds": {evil: 1.0}}},
+        {
+            "recipe": {evil: evil},
+            "versions": {evil: evil},
+            "timing": {"seconds": {evil: 1.0}},
+            "model": {"title": evil},
+            "verdict": VERDICT
+            | {"word": evil, "source": evil, "proposal": {"scheme": evil, "kl": None, "before": 1.0}}
+            | {"texts": [{"prompt": evil, "original": evil, "quantised": evil}]},
+        },
         {"perplexity": {evil: {"value": 3.0}}, "tasks": {evil: {"value": 0.5, "stderr": 0.1, "metric": evil}}},
         {"transforms": [{"block": 0, "where": evil, "condition": 2.0}]},
     )

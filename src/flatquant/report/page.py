@@ -15,6 +15,8 @@ from typing import Any
 
 from flatquant import store
 from flatquant.errors import FlatQuantError
+from flatquant.grade import BOUNDS, DESTROYED, blamed, measured_on, tried
+from flatquant.grade import number as told
 from flatquant.report import plots
 from flatquant.report.plots import number
 
@@ -37,7 +39,14 @@ figcaption b{color:var(--text)}
 th,td{border-bottom:1px solid var(--line);padding:5px 8px;text-align:right;font-variant-numeric:tabular-nums}
 th:first-child,td:first-child,.facts td{text-align:left}details{margin:.6em 0}summary{cursor:pointer}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px;overflow-x:auto;font-size:.82rem}
-code{font-size:.9em}
+code{font-size:.9em;overflow-wrap:anywhere}
+.verdict{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:4px 28px;align-items:center}
+.verdict svg{width:100%}.word{font-size:2.2rem;font-weight:700;line-height:1.2}ul{padding-left:1.2em}
+.texts{display:grid;grid-template-columns:1fr 1fr;gap:10px}
+.texts .prompt{grid-column:1/-1;font-weight:600;margin-top:8px}
+.texts div:not(.prompt){background:var(--card);border:1px solid var(--line);border-radius:10px;padding:8px 12px}
+.texts small{display:block;color:var(--soft)}
+@media(max-width:640px){.verdict,.texts{grid-template-columns:1fr}}
 """
 
 
@@ -71,15 +80,16 @@ def page(
         collection: `flatquant_collection.json`.
     """
     original = str(_at(report, "model", "name") or "ORIGINAL")
-    model = _at(report, "model", "name") or inspection.get("architecture") or "model"
+    model = _at(report, "model", "name") or _at(report, "model", "title") or inspection.get("architecture") or "model"
     title = f"{model}, {inspection.get('scheme', '')}"
     drawn = figures(report, collection)
     body = [
         f"<h1>{escape(title)}</h1>",
+        _verdict(_at(report, "verdict") or {}),
         f"<p class=soft>{escape(_bits(report))}Quantised by the recipe "
         f"{escape(str(inspection.get('recipe', '')))}; every number below comes from files in its folder.</p>",
         _cards(inspection, evaluation, collection),
-        _quality(name, original, evaluation),
+        _quality(name, original, evaluation, measured=bool(_at(report, "verdict"))),
         *(_section(section, text, drawn) for section, text in _SECTIONS.items()),
     ]
     if not collection:
@@ -265,14 +275,55 @@ def _cards(
         cards["KL divergence from the original, nats per token (0: the same)"] = number(float(divergence))
     if (same := _at(evaluation or {}, "divergence", "top1")) is not None:
         cards["of next tokens are the original's"] = f"{same:.1%}"
+    return _card_row(cards)
+
+
+def _card_row(cards: Mapping[str, str]) -> str:
     inner = "".join(f"<div class=card><b>{escape(v)}</b>{escape(k)}</div>" for k, v in cards.items())
     return f"<div class=cards>{inner}</div>"
 
 
-def _quality(name: str, original: str, evaluation: Mapping[str, Any] | None) -> str:
+def _verdict(found: Mapping[str, Any]) -> str:
+    """The word on its scale, what it was measured on, what is to blame, and what both models write."""
+    if not found:
+        return ""
+    kl, perplexity = found["kl"], found["perplexity"]
+    bounds = found.get("bounds") or BOUNDS
+    drawn = plots.scale(kl, bounds, DESTROYED, "KL divergence from the original, nats per token", "nats per token")
+    cards = {
+        "perplexity of the original → quantised": f"{told(perplexity['original'])} → {told(perplexity['quantised'])}",
+        "KL divergence from the original, nats per token (0: the same)": told(kl),
+        "of next tokens are the original's": f"{found['top1']:.1%}",
+    }
+    packed = found.get("packed")
+    if packed:
+        same = "to the last bit" if packed["equal"] else f"to a KL of {told(packed['kl'])}"
+        cards[f"the folder, read back, gives what the model in memory gave ({packed['tokens']} tokens)"] = same
+    lines = "".join(f"<li>{escape(line)}</li>" for line in (*blamed(found), *tried(found)))
+    return (
+        f"<div class=verdict><div><div class=word>{escape(found['word'])}</div>"
+        f"<p class=soft>Measured on {escape(measured_on(found))}.</p></div>{drawn}</div>"
+        f"{_card_row(cards)}{f'<h2>What is to blame, and what to try</h2><ul>{lines}</ul>' if lines else ''}"
+        f"{_texts(found.get('texts') or [])}"
+    )
+
+
+def _texts(texts: Sequence[Mapping[str, Any]]) -> str:
+    """What both models write after the same prompts, side by side."""
+    rows = "".join(
+        f"<div class=prompt>{escape(text['prompt'])} ...</div>"
+        f"<div><small>original</small>{escape(text['original'])}</div>"
+        f"<div><small>quantised</small>{escape(text['quantised'])}</div>"
+        for text in texts
+    )
+    return f"<h2>What both write</h2><div class=texts>{rows}</div>" if rows else ""
+
+
+def _quality(name: str, original: str, evaluation: Mapping[str, Any] | None, *, measured: bool) -> str:
     if not evaluation:
         command = f"flatquant evaluate {name} --perplexity wikitext2 --divergence-from {original} --save"
-        return f"<h2>Quality</h2><p>Not measured yet: <code>{escape(command)}</code></p>"
+        what = "On a test text" if measured else "Not measured yet"
+        return f"<h2>Quality</h2><p>{what}: <code>{escape(command)}</code></p>"
     rows = []
     for text, found in (evaluation.get("perplexity") or {}).items():
         before = _at(evaluation, "original", "perplexity", text, "value")

@@ -19,6 +19,7 @@ STYLE = (
     "@media(max-width:520px){text{font-size:13px}}"
     "@media(prefers-color-scheme:dark){svg{color:#e6e8eb}}"
 )
+_ZONES = ("#00936b", "#7fb23a", "#d98200", "#c4423f")  # of a verdict's scale, best first; named beside, too
 WIDTH, HEIGHT = 420, 270  # small enough that text stays readable on a phone
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 44
 
@@ -187,6 +188,40 @@ def shares(parts: Mapping[str, float], title: str, unit: str) -> str:
         body.append(f'<rect x="176" y="{y}" width="{max(width, 1):.1f}" height="18" style="fill:{COLOURS[2]}"/>')
         body.append(_text(182 + width, y + 14, f"{number(value)} {unit}"))
     return svg("".join(body), title, WIDTH, 12 + height * len(parts))
+
+
+def scale(value: float | None, bounds: Mapping[str, float], beyond: str, title: str, unit: str) -> str:
+    """A logarithmic scale in named zones, with a mark where the value is; None is past its end.
+
+    Args:
+        bounds: the largest value of each zone, in any order: JSON keeps none.
+        beyond: name of the zone after the last bound.
+    """
+    bounds = dict(sorted(bounds.items(), key=lambda item: item[1]))
+    zones = [*bounds, beyond]
+    low, high = min(bounds.values()) / 8, max(bounds.values()) * 8
+    ends = [low, *bounds.values(), high]
+    left, right, top, height = 8, WIDTH - 8, 30, 18
+
+    def at(v: float) -> float:
+        share = math.log(min(max(v, low), high) / low) / math.log(high / low)
+        return left + share * (right - left)
+
+    body = []
+    for i, name in enumerate(zones):
+        x0, x1 = at(ends[i]), at(ends[i + 1])
+        place = f'x="{x0:.1f}" y="{top}" width="{x1 - x0:.1f}" height="{height}"'
+        body.append(f'<rect {place} style="fill:{_ZONES[i % len(_ZONES)]}"/>')
+        body.append(_text((x0 + x1) / 2, top + height + 15, name, "middle"))
+    for bound in bounds.values():
+        body.append(_text(at(bound), top + height + 30, number(bound), "middle"))
+    x = at(high if value is None else value)
+    body.append(f'<path d="M{x:.1f} {top + 2} l-7 -11 h14 z" fill="currentColor"/>')
+    body.append(f'<path d="M{x:.1f} {top} v{height}" stroke="currentColor" stroke-width="2"/>')
+    told = "not finite" if value is None else f"{number(value)} {unit}"
+    anchor = "start" if x < WIDTH / 3 else "end" if x > 2 * WIDTH / 3 else "middle"
+    body.append(_text(x + {"start": -7, "end": 7, "middle": 0}[anchor], top - 14, told, anchor))
+    return svg("".join(body), title, WIDTH, top + height + 38)
 
 
 def heat(rows: Sequence[Sequence[float]], title: str, x_label: str, y_label: str) -> str:

@@ -1,0 +1,109 @@
+"""The verdict on a quantised model: its words, their bounds, and how it reads. Pure data; `evaluate.verdict` measures.
+
+The word goes by the mean KL divergence from the original, in nats per token. exp(KL) is about the factor by which
+perplexity grows: the bounds are some 5 %, 40 % and eight times. docs/verdict.md has what they were held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# The largest KL of each word, nats per token. Anything above, or not finite, is destroyed.
+BOUNDS = {"excellent": 0.05, "good": 0.35, "degraded": 2.0}
+DESTROYED = "destroyed"
+WORDS = (*BOUNDS, DESTROYED)
+
+# What a model is measured on where a run reads no text.
+BUILT_IN, RANDOM = "built-in prose", "random tokens"
+TOKENS = "tokens"  # and where token ids were given instead of a text
+
+
+def word(kl: float | None) -> str:
+    """The verdict for a divergence; None stands for one that is not finite."""
+    return next((name for name, bound in BOUNDS.items() if kl is not None and kl <= bound), DESTROYED)
+
+
+def is_bad(name: str) -> bool:
+    """Whether a verdict asks what is to blame."""
+    return name in ("degraded", DESTROYED)
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """A verdict for people, a line each: the word and its numbers, what is to blame, what to try.
+
+    Args:
+        found: the entry `verdict` of a report.
+    """
+    return [headline(found), *blamed(found), *tried(found)]
+
+
+def readable(found: Any) -> list[str]:
+    """`sentences` of what a file holds, which may be anything; nothing where it is no verdict."""
+    try:
+        return sentences(found)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """The word, and what was measured on how much text."""
+    perplexity = found["perplexity"]
+    return (
+        f"{found['word']}: KL divergence from the original {number(found['kl'])} nats per token, the same likeliest "
+        f"token {found['top1']:.1%} of the time, perplexity {number(perplexity['original'])} -> "
+        f"{number(perplexity['quantised'])} ({measured_on(found)})"
+    )
+
+
+def measured_on(found: Mapping[str, Any]) -> str:
+    """How much of which text."""
+    source = "those given" if found["source"] == TOKENS else found["source"]
+    where = f"{found['windows']} windows of {found['seqlen']} tokens of {source}"
+    if found["source"] in (BUILT_IN, RANDOM):
+        return where
+    return where + (", kept back from calibration" if found["kept_back"] else ", which it was calibrated on")
+
+
+def blamed(found: Mapping[str, Any]) -> list[str]:
+    """What putting parts back to 16 bits has shown; nothing for a model that is good."""
+    lines = []
+    for entry in found.get("blame") or ():
+        if entry["block"] is not None:
+            continue
+        kind = entry["kind"]
+        if "alone" in entry:
+            text = f"with weights rounded and all else in 16 bits, KL {number(entry['alone'])} remains"
+            blocks = ", ".join(f"{e['block']} ({number(e['error'])})" for e in _of(found, kind))
+            lines.append(text + (f"; rounding changes most the outputs of blocks {blocks}" if blocks else ""))
+            continue
+        text = f"with {kind} in 16 bits, KL {number(entry['kl'])} remains"
+        parts = ", ".join(f"{e['block']}{_site(e)} ({number(e['kl'])})" for e in _of(found, kind))
+        lines.append(text + (f"; with those of one block only: block {parts}" if parts else ""))
+    return lines
+
+
+def tried(found: Mapping[str, Any]) -> list[str]:
+    """The scheme that is proposed, as a ready option."""
+    proposal = found.get("proposal")
+    if not proposal:
+        return []
+    if proposal["kl"] is None:
+        return [f"try --scheme {proposal['scheme']}"]
+    before, kl = number(proposal["before"]), number(proposal["kl"])
+    return [f"try --scheme {proposal['scheme']}: with these parts at 8 bits, KL {before} -> {kl} on a part of the text"]
+
+
+def number(value: float | None) -> str:
+    """Three digits; what is not finite is stored as null."""
+    if value is None:
+        return "not finite"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _of(found: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
+    return [entry for entry in found["blame"] if entry["kind"] == kind and entry["block"] is not None]
+
+
+def _site(entry: Mapping[str, Any]) -> str:
+    return f" at {entry['site']}" if entry.get("site") else ""
