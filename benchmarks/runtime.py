@@ -58,7 +58,9 @@ def parity(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     tokens = calibration_tokens(texts / "wiki.valid.raw", tokenizer, samples=samples, seqlen=seqlen, seed=0)
     test = evaluation_windows(texts / "wiki.test.raw", tokenizer, seqlen=seqlen, windows=windows)
     with tempfile.TemporaryDirectory() as folder:
-        flatquant.quantize(model, recipe, tokens, output=f"{folder}/out", device=device, tokenizer=tokenizer)
+        flatquant.quantize(
+            model, recipe, tokens, output=f"{folder}/out", device=device, tokenizer=tokenizer, verdict=False
+        )
         served = flatquant.load(f"{folder}/out", device=device, dtype=dtype)
         plain = {d: flatquant.load(f"{folder}/out", device=device, dtype=d) for d in (torch.float32, dtype)}
     for loaded in plain.values():

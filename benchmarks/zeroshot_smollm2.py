@@ -103,7 +103,8 @@ def make(variant: str, folder: Path, arguments: argparse.Namespace) -> tuple[Any
     if variant == "original":
         return model, tokenizer
     if variant == "rtn":
-        return flatquant.quantize(model, flatquant.recipes.rtn(SCHEME), device=arguments.device).model, tokenizer
+        rounded = flatquant.quantize(model, flatquant.recipes.rtn(SCHEME), device=arguments.device, verdict=False)
+        return rounded.model, tokenizer
     if (folder / "config.json").is_file():  # made for the variant before, or by an earlier start
         return flatquant.load(folder, device=arguments.device), tokenizer
     recipe = flatquant.recipes.flatquant(SCHEME, arguments.preset)

@@ -83,7 +83,8 @@ def test_in_memory_and_saved_agree(recipe: Recipe, tmp_path: Path) -> None:
     ids = tokens(1, 12)
     torch.testing.assert_close(loaded(ids).logits, result.model(ids).logits, rtol=0, atol=0)
     assert names(tmp_path) == {"out"}
-    assert seen == [("fit", 1, 2), ("solve", 1, 2), ("fit", 2, 2), ("solve", 2, 2)]
+    texts = [("texts", 0, 1), ("texts", 1, 1)]
+    assert seen == [*texts, ("fit", 1, 2), ("solve", 1, 2), ("fit", 2, 2), ("solve", 2, 2), *texts]
     assert len(result.plan.blocks) == 2
 
 
@@ -103,6 +104,18 @@ def test_report(recipe: Recipe, tmp_path: Path) -> None:
     assert 0 < report["sizes"]["quantised_bytes"] < report["sizes"]["original_bytes"]
     assert report["timing"]["total"] > 0
     assert flatquant.spec.from_dict(Recipe, report["recipe"]) == recipe
+
+
+def test_a_model_goes_by_the_name_of_its_folder_and_not_by_its_path(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "Qwen-tiny"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    named = flatquant.quantize(folder, recipes.rtn("w8"), output=tmp_path / "out", device="cpu").report["model"]
+    assert (named["name"], named["title"]) == (None, "Qwen-tiny")
+    assert str(tmp_path) not in (tmp_path / "out/flatquant_report.json").read_text()
+    assert "# Qwen-tiny, w8a16kv16" in (tmp_path / "out/README.md").read_text()
+    unnamed = flatquant.quantize(tiny_llama(), recipe, tokens(), device="cpu").report["model"]
+    assert unnamed["title"] == "LlamaForCausalLM"
 
 
 def test_stored_bytes_are_those_in_the_files(recipe: Recipe, tmp_path: Path) -> None:
@@ -306,7 +319,7 @@ def test_resume_of_a_finished_run_finds_it(recipe: Recipe, tmp_path: Path) -> No
 
 def test_own_text_is_written_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tiny_llama(), recipe, "self", tmp_path / "out", tokenizer=tiny_tokenizer())
-    monkeypatch.setattr("flatquant.api.calibration_tokens", lambda *_, **__: pytest.fail("wrote it again"))
+    monkeypatch.setattr("flatquant.api.calibration_windows", lambda *_, **__: pytest.fail("wrote it again"))
     result = flatquant.quantize(
         tiny_llama(), recipe, "self", tokenizer=tiny_tokenizer(), output=tmp_path / "out", device="cpu", resume=True
     )

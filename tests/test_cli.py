@@ -63,13 +63,35 @@ def refused(done, message: str) -> None:
 # ------------------------------------------------------------------------------------------------- the main road
 
 
+def test_a_destroyed_model_is_written_and_fails_unless_it_is_accepted(place: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", place / "model", "--method", "rtn", "--scheme", "w2a2kv2", "--output"]
+    done = run(*arguments, tmp_path / "a")
+    assert done.exit_code == 3, (done.output, done.exception)
+    assert "destroyed: KL divergence" in done.stdout
+    assert re.search(r"\nerror: .*a was written, but the model in it is destroyed .*try --scheme w\d", done.stderr)
+    accepted = run(*arguments, tmp_path / "b", "--accept", "--quiet")
+    assert (accepted.exit_code, accepted.stdout, accepted.stderr) == (0, "", "")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        seen = run("inspect", folder)
+        assert seen.exit_code == 0, seen.output
+        assert "destroyed: KL divergence" in seen.stdout
+        assert not folder.with_name(f"{folder.name}.partial").exists()
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("try --scheme "))
+    better = run("quantize", place / "model", "--method", "rtn", "--output", tmp_path / "c", "--scheme",
+                 line.removeprefix("try --scheme ").partition(":")[0], "--json")  # fmt: skip
+    assert json.loads(better.stdout)["verdict"]["word"] != "destroyed"
+
+
 def test_quantize_says_what_it_did(place: Path, tmp_path: Path) -> None:
     arguments = ["quantize", place / "model", "--method", "rtn", "--scheme", "w4a8"]
     done = run(*arguments, "--output", tmp_path / "a")
     assert done.exit_code == 0, done.output
-    assert re.search(r"a: rtn w4a8kv16, 0\.3 MB -> 0\.1 MB \(\d\.\d\d x\), \d+\.\d s\n", done.stdout)
+    first, *rest = done.stdout.splitlines()
+    assert re.search(r"a: rtn w4a8kv16, 0\.3 MB -> 0\.1 MB \(\d\.\d\d x\), \d+\.\d s$", first)
     for row in ("seconds", "memory", r"left unquantised .* embeddings 0\.0 MB", "without a grid .* keys, values"):
         assert re.search(row, done.stdout), row
+    verdict = r"^\w+: KL divergence .*\(2 windows of 128 tokens of built-in prose\)$"
+    assert sum(bool(re.search(verdict, line)) for line in rest) == 1
     assert "solve, block 2/2" in done.stderr
     done = run(*arguments, "--output", tmp_path / "b", "--quiet")
     assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
@@ -77,6 +99,7 @@ def test_quantize_says_what_it_did(place: Path, tmp_path: Path) -> None:
     assert done.stderr == ""
     result = json.loads(done.stdout)
     assert result["output"] == str(tmp_path / "c")
+    assert verdict.startswith(f"{result['verdict']['word']}: ")
     assert result["scheme"] == "w4a8kv16"
     assert result["sizes"]["quantised_bytes"] < result["sizes"]["original_bytes"]
 
@@ -695,7 +718,8 @@ def test_demo(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data
     assert done.exit_code == 0, done.output
     for word in ("original", "RTN", "FlatQuant", "KL divergence", "top-1", "saved in", "s in all", demo.PROMPT):
         assert word in done.stdout
-    assert ("perplexity" in done.stdout) == data
+    assert ("perplexity, WikiText-2" in done.stdout) == data
+    assert re.search(r"^\w+: KL divergence from the original .*those given, kept back", done.stdout, re.MULTILINE)
     refused(run("demo", "--output", out), "already holds a quantised model; replace it with --overwrite")
     again = run("demo", "--output", out, "--overwrite", "--json")
     assert again.exit_code == 0, again.output

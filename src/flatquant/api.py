@@ -8,6 +8,7 @@ so that a run may be killed at any point and started again with `resume=True`: i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import platform
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -41,10 +43,14 @@ from flatquant.calibrate.memory import (
 from flatquant.calibrate.pipeline import Report, calibrate, solved_name
 from flatquant.calibrate.preflight import preflight
 from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded, tensor_bytes
+from flatquant.calibrate.witness import Witness
 from flatquant.calibrate.work import work
-from flatquant.data import calibration_tokens
-from flatquant.errors import CalibrationError, DataError, ModelError
+from flatquant.data import calibration_windows
+from flatquant.errors import ArtifactError, CalibrationError, DataError, ModelError, QualityWarning
+from flatquant.evaluate.prose import PROSE
+from flatquant.evaluate.verdict import PACKED_KL, blame, continuations, packed_agrees, verdict
 from flatquant.families import plan_for
+from flatquant.grade import BUILT_IN, RANDOM, TOKENS, is_bad, sentences
 from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve, warn_of_positions
 from flatquant.progress import Progress
 from flatquant.runtime import artifact
@@ -60,6 +66,10 @@ from flatquant.wiring.plan import make_plan
 load = artifact.load
 
 _TEXT = "calibration"  # the state's file of tokens the model wrote
+
+# What the verdict is measured on: at least so many tokens where they are cheap, in a few windows that are not too long.
+_JUDGED_TOKENS, _JUDGED_WINDOWS, _JUDGED_SEQLEN = 512, (2, 8), 2048
+_TEXTLESS = (2, 128)  # windows and their tokens where a run reads no text
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,11 @@ class Quantized:
         """The model, ready to generate."""
         return self.make()
 
+    @property
+    def verdict(self) -> dict[str, Any] | None:
+        """How good it is: the report's entry `verdict` (docs/verdict.md); None if it was not asked for."""
+        return self.report.get("verdict")
+
 
 def quantize(
     model: PreTrainedModel | str | Path,
@@ -95,6 +110,8 @@ def quantize(
     max_memory: int | str | None = None,
     max_host_memory: int | str | None = None,
     notice: Callable[[Estimate], None] | None = None,
+    held_out: Tensor | None = None,
+    verdict: bool = True,
 ) -> Quantized:
     """Quantise a causal language model.
 
@@ -117,6 +134,10 @@ def quantize(
         max_memory: on the device, in bytes or as `20GiB`; by default what is free.
         max_host_memory: likewise, of the host.
         notice: called once, before any work but loading, with what the run will need by an estimate from shapes.
+        held_out: int64 token ids (windows, seqlen) that the verdict is measured on. By default windows of the
+            calibration text that are kept back; of `calibration` that is given as token ids the first windows
+            themselves; where no text is read, a short text that comes with the package.
+        verdict: measure how good the result is. A verdict that is not good is also a `QualityWarning`.
 
     Raises:
         FlatQuantError: anything that is wrong with the model, text, recipe, folder or disk. Nothing half-written stays
@@ -140,7 +161,10 @@ def quantize(
     dtype = dtype or _fit_dtype(model, recipe, device)
     _check_model(model, recipe)
     if isinstance(calibration, Tensor):
-        recipe = _with_shape_of(calibration, recipe, model)
+        _check_tokens("calibration", calibration, model)
+        recipe = replace(recipe, data=DataSpec(samples=calibration.shape[0], seqlen=calibration.shape[1]))
+    if held_out is not None:
+        _check_tokens("held-out", held_out, model)
     if recipe.needs_data:
         warn_of_positions(model, recipe.data.seqlen, "calibration windows")
     model.eval().requires_grad_(False)
@@ -176,8 +200,13 @@ def quantize(
         limits,
         layout,
         notice,
+        held_out,
+        verdict,
     )
-    return run()
+    result = run()
+    if result.verdict is not None and is_bad(result.verdict["word"]):
+        warnings.warn("; ".join(sentences(result.verdict)), QualityWarning, stacklevel=2)
+    return result
 
 
 def _open(
@@ -240,12 +269,18 @@ class _Run:
         limits: Limits,
         layout: Estimate,
         notice: Callable[[Estimate], None] | None,
+        held_out: Tensor | None,
+        verdict: bool,
     ) -> None:
         self.model, self.recipe, self.calibration, self.tokenizer = model, recipe, calibration, tokenizer
         self.name = name  # a hub id or an alias; never a path, since the report travels
         self.place, self.device, self.dtype, self.seed = place, device, dtype, seed
         self.resume, self.progress = resume, progress
         self.checkpoint, self.limits, self.layout, self.notice = checkpoint, limits, layout, notice
+        self.title = self._title()
+        self.held_out, self.judged = held_out, verdict
+        self.seconds: dict[str, float] = {}  # of the verdict's stages
+        self.kept: Tensor | None = None  # windows of the calibration text that are not trained on
         self.start = time.perf_counter()
 
     def __call__(self) -> Quantized:
@@ -277,6 +312,9 @@ class _Run:
             tokens = self._own_text(state)
             data["sha256"] = _sha256(tokens)
             text_seconds += time.perf_counter() - before
+        windows = self._judged_windows(tokens, data) if self.judged else None
+        witness = None if windows is None else Witness(windows.tokens)
+        before = self._continuations() if witness is not None else []
         plan, calibration = calibrate(
             self.model,
             self.recipe,
@@ -289,8 +327,15 @@ class _Run:
             limits=self.limits,
             layout=self.layout,
             checkpoint=self.checkpoint,
+            witness=witness,
         )
+        bring = partial(self._brought, state)
+        judged = None
+        if witness is not None and windows is not None:
+            judged = self._verdict(witness, windows, plan, bring, before)
         report = self._report(identity, plan, data, original, calibration, text_seconds)
+        if judged is not None:
+            report["verdict"] = judged
         adopt(self.model, plan, str(self.recipe.scheme), to_dict(self.recipe), report, None)
         if self.place is not None:
             with _stage("save", self.progress):
@@ -302,11 +347,19 @@ class _Run:
                     report=report,
                     tokenizer=self.tokenizer,
                     elsewhere=None if state is None else partial(_solved_tensor, state, plan),
+                    completed=partial(self._completed, report, plan, witness, bring),
                 )
+            _check_packed(report, self.place.output)
             self.place.tidy()
         if self.checkpoint is not None and self.place is not None:
             return Quantized(plan, report, partial(artifact.load, self.place.output))
         return Quantized(plan, report, lambda: self.model)
+
+    def _title(self) -> str:
+        """What people call the model: its name, or that of its folder, or else its class."""
+        known = self.name or str(getattr(self.model.config, "_name_or_path", None) or "")
+        known = Path(known).name if Path(known).exists() else known
+        return known or type(self.model).__name__
 
     def _read(self, name: str) -> Tensor:
         """A tensor of the model that is not in memory."""
@@ -319,7 +372,7 @@ class _Run:
         """What the text is, and its tokens; those of `self` are not written yet."""
         if not self.recipe.needs_data:
             return None, None
-        source, spec = self.calibration, self.recipe.data
+        source, spec, kept = self.calibration, self.recipe.data, self._windows_to_keep()
         data: dict[str, Any] = {"samples": spec.samples, "seqlen": spec.seqlen}
         if source is None:
             raise DataError(
@@ -327,7 +380,7 @@ class _Run:
             )
         if isinstance(source, Tensor):
             tokens = source.cpu()
-            return {"source": "tokens", **data, "sha256": _sha256(tokens)}, tokens
+            return {"source": TOKENS, **data, "sha256": _sha256(tokens)}, tokens
         if self.tokenizer is None:
             raise DataError(
                 "calibration text needs the model's tokenizer; pass tokenizer=, or token ids instead of text"
@@ -335,8 +388,8 @@ class _Run:
         if source == "self":
             return {"source": "self", **data}, None
         with _stage("text", self.progress):
-            tokens = calibration_tokens(
-                source, self.tokenizer, samples=spec.samples, seqlen=spec.seqlen, seed=self.seed, model=None
+            tokens, self.kept = calibration_windows(
+                source, self.tokenizer, samples=spec.samples, seqlen=spec.seqlen, seed=self.seed, kept=kept
             )
         # A file's name without its folder: the report travels, and where the file lay says nothing elsewhere.
         return {"source": Path(source).name, **data, "sha256": _sha256(tokens)}, tokens
@@ -347,25 +400,138 @@ class _Run:
             tensors, digest = state.load(_TEXT)
             if _sha256(tensors["tokens"]) != digest:
                 raise CalibrationError(f"the calibration text in {state.folder} is damaged; delete that folder")
+            self.kept = tensors.get("kept")
             return tensors["tokens"]
         assert self.tokenizer is not None
         home = next(self.model.parameters()).device
         spec = self.recipe.data
         self.progress("text", 0, spec.samples * spec.seqlen)
         self.model.to(self.device)  # pyright: ignore[reportArgumentType]
-        tokens = calibration_tokens(
+        tokens, self.kept = calibration_windows(
             "self",
             self.tokenizer,
             samples=spec.samples,
             seqlen=spec.seqlen,
             seed=self.seed,
+            kept=self._windows_to_keep(),
             model=self.model,
             progress=partial(self.progress, "text"),
         )
         self.model.to(home)  # pyright: ignore[reportArgumentType]
         if state is not None:
-            state.save(_TEXT, {"tokens": tokens}, _sha256(tokens))
+            kept = {} if self.kept is None else {"kept": self.kept}
+            state.save(_TEXT, {"tokens": tokens, **kept}, _sha256(tokens))
         return tokens
+
+    # ----------------------------------------------------------------------------------------- verdict
+
+    def _windows_to_keep(self) -> int:
+        """How many windows of the calibration text are kept back."""
+        if not self.judged or self.held_out is not None:
+            return 0
+        fewest, most = _JUDGED_WINDOWS
+        return min(most, max(fewest, -(-_JUDGED_TOKENS // self.recipe.data.seqlen)))
+
+    def _judged_windows(self, tokens: Tensor | None, data: Mapping[str, Any] | None) -> _Judged:
+        """What the verdict is measured on."""
+        if self.held_out is not None:
+            return _Judged(self.held_out[:, :_JUDGED_SEQLEN].cpu(), TOKENS, True)
+        if data is None or tokens is None:
+            return self._textless()
+        if self.kept is not None:
+            return _Judged(self.kept[:, :_JUDGED_SEQLEN], data["source"], True)
+        return _Judged(tokens[: max(1, self._windows_to_keep()), :_JUDGED_SEQLEN], data["source"], False)
+
+    def _textless(self) -> _Judged:
+        """A text that comes with the package; without a tokenizer, tokens at random."""
+        windows, seqlen = _TEXTLESS
+        vocabulary = _vocabulary(self.model)
+        if self.tokenizer is not None:
+            ids = torch.tensor(self.tokenizer(PROSE, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+            seqlen = min(seqlen, len(ids) // windows)
+            if seqlen > 1 and int(ids.max()) < vocabulary:
+                return _Judged(ids[: windows * seqlen].view(windows, seqlen), BUILT_IN, True)
+        generator = torch.Generator().manual_seed(self.seed)
+        return _Judged(torch.randint(vocabulary, _TEXTLESS, generator=generator), RANDOM, True)
+
+    def _continuations(self) -> list[dict[str, str]]:
+        """What the model writes after a few prompts; nothing where it is not in memory, or has no room to write."""
+        if self.tokenizer is None or self.checkpoint is not None:
+            return []
+        if self.progress is not None:
+            self.progress("texts", 0, 1)
+        with self._timed("texts"), self._writing() as model:
+            written = [] if model is None else continuations(model, self.tokenizer)
+        if self.progress is not None:
+            self.progress("texts", 1, 1)
+        return written
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def _writing(self) -> Iterator[PreTrainedModel | None]:
+        """The model where it writes fastest: on the device; on a CPU, without half-precision units, as float32."""
+        home, model = next(self.model.parameters()).device, self.model
+        if self.device.type == "cuda" and home.type == "cpu":
+            if stored_bytes(model) > torch.cuda.mem_get_info(self.device)[0] // 2:
+                yield None
+                return
+            try:
+                yield model.to(self.device)  # pyright: ignore[reportArgumentType]
+            finally:
+                model.to(home)  # pyright: ignore[reportArgumentType]
+        elif home.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
+            free = self.limits.host or free_host_bytes()
+            yield copy.deepcopy(model).float() if free is None or 2 * stored_bytes(model) < free // 2 else None
+        else:
+            yield model
+
+    @contextmanager
+    def _brought(self, state: RunState | None, index: int) -> Iterator[nn.Module]:
+        """A block of the quantised model on the device."""
+        block = _blocks(self.model)[index]
+        if self.checkpoint is not None:
+            assert state is not None
+            block = copy.deepcopy(block)  # on the meta device
+            block.load_state_dict(state.load(solved_name(index))[0], assign=True)
+            yield block.to(self.device)
+        elif next(self.model.parameters()).device != self.device:
+            yield copy.deepcopy(block).to(self.device)
+        else:
+            yield block
+
+    def _verdict(
+        self, witness: Witness, windows: _Judged, plan: Plan, bring: Any, before: list[dict[str, str]]
+    ) -> dict[str, Any]:
+        """The report's entry, but for `packed`."""
+        found = {**verdict(witness), "source": windows.source, "kept_back": windows.kept_back, "packed": None}
+        found |= {"blame": [], "proposal": None}
+        if is_bad(found["word"]):
+            progress, scheme = self.progress, self.recipe.scheme
+            told = None if progress is None else lambda done, total: progress("blame", done, total)
+            with self._timed("blame"):
+                found["blame"], found["proposal"] = blame(witness, self.model, plan, scheme, bring, progress=told)
+        after = self._continuations() if before else []
+        found["texts"] = [
+            {"prompt": b["prompt"], "original": b["text"], "quantised": a["text"]}
+            for b, a in zip(before, after, strict=False)
+        ]
+        return found
+
+    def _completed(
+        self, report: dict[str, Any], plan: Plan, witness: Witness | None, bring: Any, folder: Path
+    ) -> dict[str, Any]:
+        """The report, with the folder compared with the model in memory."""
+        free = free_host_bytes()
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if witness is not None and (free is None or 2 * size < free):
+            loaded = artifact.load(folder)
+            report["verdict"]["packed"] = packed_agrees(loaded, self.model, plan, witness, bring)
+        return report
 
     def _identity(self, data: Mapping[str, Any] | None, model_hash: str) -> dict[str, Any]:
         """Everything that decides the result."""
@@ -398,12 +564,13 @@ class _Run:
             for b in calibration.blocks
         ]
         losses = calibration.end_to_end
-        seconds = {"calibration text": text_seconds, **calibration.seconds}
+        seconds = {"calibration text": text_seconds, **calibration.seconds, **self.seconds}
         return {
             "recipe": to_dict(self.recipe),
             "data": data,
             "model": {
                 "name": self.name,
+                "title": self.title,
                 "architecture": type(self.model).__name__,
                 "dtype": _name(self.model.dtype),
                 "sha256": original["sha256"],
@@ -432,6 +599,15 @@ class _Run:
                 "estimate": asdict(self.layout),
             },
         }
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The windows that the verdict is measured on, where they come from, and that they were not trained on."""
+
+    tokens: Tensor  # int64, (N, T)
+    source: str
+    kept_back: bool
 
 
 @dataclass(frozen=True)
@@ -541,13 +717,16 @@ def _check_device(device: torch.device) -> None:
         raise ModelError("there is no CUDA device here, or torch was built without CUDA; choose device cpu")
 
 
-def _with_shape_of(tokens: Tensor, recipe: Recipe, model: PreTrainedModel) -> Recipe:
+def _check_tokens(what: str, tokens: Tensor, model: PreTrainedModel) -> None:
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
-        raise DataError(f"calibration tokens must be (samples, seqlen) int64, not {tuple(tokens.shape)} {tokens.dtype}")
-    vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        raise DataError(f"{what} tokens must be (samples, seqlen) int64, not {tuple(tokens.shape)} {tokens.dtype}")
+    vocab = _vocabulary(model)
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
-        raise DataError(f"calibration tokens have ids outside the model's {vocab}; use the model's own tokenizer")
-    return replace(recipe, data=DataSpec(samples=tokens.shape[0], seqlen=tokens.shape[1]))
+        raise DataError(f"{what} tokens have ids outside the model's {vocab}; use the model's own tokenizer")
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
 
 
 def _fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -560,6 +739,15 @@ def _fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> 
         return torch.float32
     squared = recipe.solver.hessian == "output_adaptive" and recipe.scheme.weights is not None
     return torch.float32 if squared and model.dtype == torch.float16 else model.dtype
+
+
+def _check_packed(report: Mapping[str, Any], output: Path) -> None:
+    packed = (report.get("verdict") or {}).get("packed")
+    if packed is not None and (packed["kl"] is None or packed["kl"] > PACKED_KL):
+        raise ArtifactError(
+            f"{output} was written, but read back it is not the model in memory: KL divergence {packed['kl']} on "
+            f"{packed['tokens']} tokens; do not use it, and report this"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- small things

@@ -2,7 +2,8 @@
 `export`, `demo`.
 
 Results go to stdout, progress and errors to stderr, so that `--json` can be piped. An error that the user can act on
-is one line and exit code 1; anything else is a defect and keeps its traceback. What takes time to import is imported
+is one line and exit code 1 (3: a model was written, and its verdict is destroyed); anything else is a defect and keeps
+its traceback. What takes time to import is imported
 inside the commands, so that `--help` answers at once.
 """
 
@@ -26,7 +27,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flatquant import __version__
-from flatquant.errors import FlatQuantError, ModelError, PositionsWarning, SpecError
+from flatquant.errors import FlatQuantError, ModelError, PositionsWarning, QualityWarning, SpecError
+from flatquant.grade import DESTROYED, readable, tried
 from flatquant.progress import Forecast, duration
 
 if TYPE_CHECKING:
@@ -379,10 +381,13 @@ def quantize(
     losses: Annotated[
         bool, typer.Option("--losses", help="At the end, a table of losses before and after, block by block.")
     ] = False,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Exit code 0 even if the verdict is destroyed; 3 otherwise.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Quantise a model and save it as a folder."""
+    """Quantise a model, save it as a folder, and say how good it is."""
     hint = f"interrupted; go on by repeating the command with --resume (the state is in {output}.partial)"
     with _errors(hint):
         from flatquant import api, models, recipes
@@ -409,7 +414,9 @@ def quantize(
         mistakes.tell()
         assert recipe is not None
 
-        with Display(silent=quiet or as_json, epochs=recipe.fit.epochs if recipe.fit else 0) as display:
+        display = Display(silent=quiet or as_json, epochs=recipe.fit.epochs if recipe.fit else 0)
+        with display, warnings.catch_warnings():
+            warnings.simplefilter("ignore", QualityWarning)  # told below
             display("load", 0, 1)
             result = api.quantize(
                 model,
@@ -426,14 +433,23 @@ def quantize(
                 max_host_memory=max_host_memory,
                 notice=display.expect,
             )
+    found = result.verdict
     if as_json:
         sizes, timing = result.report["sizes"], result.report["timing"]
-        _print_json({"output": str(output), "scheme": str(recipe.scheme), "sizes": sizes, "timing": timing})
+        _print_json(
+            {"output": str(output), "scheme": str(recipe.scheme), "sizes": sizes, "timing": timing, "verdict": found}
+        )
     elif not quiet:
         _print(_quantised_line(output, recipe, result.report))
         _table(None, _quantised_rows(result.report, result.plan))
     if losses and not as_json:
         Console(highlight=False).print(_losses(result.report))
+    if not (quiet or as_json):
+        for line in readable(found):
+            _print(line)
+    if found is not None and found["word"] == DESTROYED and not accept:
+        again = f"; {line}" if (line := " ".join(tried(found))) else ""
+        raise _failure(f"{output} was written, but the model in it is destroyed (--accept takes it){again}", 3)
 
 
 def _quantised_line(output: Path, recipe: Recipe, report: dict[str, Any]) -> str:
@@ -995,11 +1011,13 @@ def inspect(
         bits = found.bits_per_quantised_weight
         untied = bool(found.report and (found.report.get("sizes") or {}).get("untied"))
         kept = _unquantised_rows(found.unquantised_bytes, found.left_in_16_bit, untied=untied)
+        judged = (found.report or {}).get("verdict")
         _table(
             folder,
             {
                 "architecture": f"{found.architecture}, {found.blocks} blocks, {found.parameters:,} parameters",
                 "recipe, scheme": f"{found.recipe}, {found.scheme}",
+                **({"verdict": "\n".join(readable(judged))} if judged else {}),
                 "quantised parameters": f"{found.quantised_parameters:,}",
                 **{f"bytes, {kind}": f"{size:,}" for kind, size in found.bytes_by_kind.items()},
                 **{name: value for name, value in kept.items() if value},
@@ -1175,6 +1193,8 @@ def demo(
     took = ("-" if row["seconds"] is None else f"{row['seconds']:.0f} s" for row in rows.values())
     table.add_row("time to quantise and save", *took)
     Console(highlight=False).print(table)
+    for line in readable(result["verdict"]):
+        _print(line)
     _print(f"{result['prompt']}{result['text']}")
     _print(f"saved in {result['output']}; {result['seconds']:.0f} s in all")
 

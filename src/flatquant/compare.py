@@ -272,6 +272,7 @@ class Bench:
             seed=settings.seed,
             resume=True,
             progress=lambda stage, done, total: self.say(f"{label}: {stage}", done, total),
+            verdict=False,  # every row is measured on test text
         )
         peak = _peak(self.device)
         found = artifact.inspect(folder)

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import api, evaluate
 from flatquant.data import calibration_tokens, evaluation_windows
-from flatquant.errors import ArtifactError
+from flatquant.errors import ArtifactError, QualityWarning
 from flatquant.models import load_model
 from flatquant.progress import Progress
 from flatquant.recipes import recipe
@@ -58,7 +59,8 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
         progress: called with (stage, done, total).
 
     Returns:
-        JSON-ready: `rows` by method (`kl`, `top1`, `perplexity`, `bytes`, `seconds`), `prompt`, `text`, `seconds`.
+        JSON-ready: `rows` by method (`kl`, `top1`, `perplexity`, `bytes`, `seconds`), `verdict`, `prompt`, `text`,
+        `seconds`.
 
     Raises:
         FlatQuantError: as `api.quantize`; ArtifactError if something is in the way.
@@ -80,16 +82,20 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
         rounded = Path(folder) / "rtn"
         for name, parts, place in (("RTN", recipe("rtn", SCHEME), rounded), ("FlatQuant", flat, output)):
             before = time.perf_counter()
-            result = api.quantize(
-                load_model(MODEL)[0],
-                parts,
-                calibration if parts.needs_data else None,
-                tokenizer=tokenizer,
-                output=place,
-                progress=_prefixed(name, say),
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", QualityWarning)  # the caller has the verdict
+                result = api.quantize(
+                    load_model(MODEL)[0],
+                    parts,
+                    calibration if parts.needs_data else None,
+                    tokenizer=tokenizer,
+                    output=place,
+                    progress=_prefixed(name, say),
+                    held_out=held_out[:1],  # all of it is measured below
+                    verdict=name == "FlatQuant",
+                )
             seconds = time.perf_counter() - before
-            stored = result.report["sizes"]["quantised_bytes"]
+            stored, judged = result.report["sizes"]["quantised_bytes"], result.verdict
             del result
             gc.collect()
             reloaded = artifact.load(place, device=test.device, dtype=test.dtype)
@@ -102,6 +108,7 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
         "scheme": SCHEME,
         "output": str(output),
         "rows": rows,
+        "verdict": judged,
         "prompt": PROMPT,
         "text": written.text,
         "seconds": time.perf_counter() - start,

@@ -32,6 +32,7 @@ from flatquant.calibrate.memory import Estimate, Limits, capped, check_streamabl
 from flatquant.calibrate.optimise import deterministic
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
+from flatquant.calibrate.witness import Witness
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.models import Checkpoint
 from flatquant.progress import Progress
@@ -97,6 +98,7 @@ def calibrate(
     limits: Limits | None = None,
     layout: Estimate | None = None,
     checkpoint: Checkpoint | None = None,
+    witness: Witness | None = None,
 ) -> tuple[Plan, Report]:
     """Quantise `model` in place: its blocks end up with frozen linears, its attention with the quantised cache seam.
 
@@ -113,6 +115,7 @@ def calibrate(
         layout: in memory, as `estimate` gave it; by default one within `limits`.
         checkpoint: where a block's tensors come from when its turn comes; the model's blocks are on the meta device,
             and are there again afterwards: `state` has them.
+        witness: sends windows of its own through every block before and after.
 
     Raises:
         CalibrationError: NaN in a block (named); data missing; a memory limit that the estimate does not keep.
@@ -143,7 +146,7 @@ def calibrate(
             side_by_side=side_by_side if side_by_side or graph else 1,
         )
     progress = progress or (lambda *_: None)
-    run = _Run(model, recipe, plan, tokens, device, dtype, seed, state, progress, graph, layout, checkpoint)
+    run = _Run(model, recipe, plan, tokens, device, dtype, seed, state, progress, graph, layout, checkpoint, witness)
     with capped(device, limits):
         return plan, run()
 
@@ -177,8 +180,9 @@ class _Run:
         graph: bool,
         layout: Estimate,
         checkpoint: Checkpoint | None,
+        witness: Witness | None,
     ) -> None:
-        self.model, self.recipe, self.plan = model, recipe, plan
+        self.model, self.recipe, self.plan, self.witness = model, recipe, plan, witness
         self.arch = arch_of(model.config, model)
         self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
@@ -212,6 +216,8 @@ class _Run:
                     torch.cuda.mem_get_info(self.device)[0],
                 )
         seams.use_attention(self.model)
+        if self.witness is not None:
+            self.witness.begin(self.model, self.arch, self.device, self.dtype)
         first, calls = self._capture()
         if self.output_adaptive:
             for index in range(len(self.blocks)):
@@ -291,6 +297,10 @@ class _Run:
     def _wrap_one(self, index: int, call: BlockCall, hidden: Kept | None) -> tuple[FitBlock | None, Kept | None]:
         block, plan = self._bring(index), self.plan.blocks[index]
         targets, statistics = None, {}
+        if self.witness is not None:
+            with self.clock("verdict"), torch.no_grad(), autocast(self.device, self.dtype):
+                self.witness.see_original(index, block)
+            self.witness.rotate(index, self.residual)
         if hidden is not None:
             targets, statistics = self._full_precision(index, call, hidden)
             self.routed[index] = _routed(statistics)
@@ -473,11 +483,18 @@ class _Run:
             if self.output_adaptive:
                 with self.clock("gradients"):
                     hessians = self._output_hessians(index, calls, quantised)
+            if self.witness is not None:
+                with self.clock("verdict"), torch.no_grad():
+                    self.witness.see_unrounded(index, block)
             with self.clock("solve"):
                 rounds = self.recipe.branch.rounds if self.recipe.branch else 1
                 solve_block(block, plan, self.solver, call, quantised, self.batch, hessians, rounds)
-            if self.state is not None and self.end_to_end is None:
-                self.state.save(solved_name(index), block.state_dict(), self.notes[index])
+        if self.witness is not None:
+            with self.clock("verdict"), torch.no_grad():
+                rounding = self.witness.see_quantised(index, block, self.notes[index].get("rounding"))
+            self.notes[index] = {**self.notes[index], "rounding": rounding}
+        if self.state is not None and self.end_to_end is None and not solved:
+            self.state.save(solved_name(index), block.state_dict(), self.notes[index])
         if quantised is not None:
             with self.clock("quantised stream"):
                 quantised = run_block(block, call, quantised, self.batch)

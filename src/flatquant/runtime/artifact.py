@@ -108,6 +108,7 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     replace: bool = False,
     elsewhere: Callable[[str], Tensor] | None = None,
+    completed: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a quantised model as a folder, one tensor at a time. The model in memory stays as it is.
 
@@ -123,6 +124,8 @@ def save(
         replace: `output` may hold files; those of the same names, and older tensors of ours, are replaced. Of a card
             that is there, or that `companions` has, only our sections are.
         elsewhere: gives the tensors that the model has on the meta device, by their names in its state.
+        completed: called with the folder before it appears, when all but the report is on the disk; what it returns is
+            kept as the report.
 
     Raises:
         ArtifactError: something is in the way, or the disk is full or read-only. Nothing half-written stays.
@@ -157,6 +160,7 @@ def save(
             }
             config["quantization_config"]["content_hash"] = content_hash(config)
             (temporary / CONFIG_FILE).write_bytes(json_bytes(config))
+            report = report if completed is None else completed(temporary)
             (temporary / REPORT_FILE).write_bytes(json_bytes(report))
             cards = [folder / CARD_FILE for folder in (output, companions and companions.path) if folder]
             write_card(temporary, next(filter(Path.is_file, cards), None))
@@ -584,7 +588,8 @@ class Inspection:
             of a plain cache.
         damaged: files that are missing or differ from their hash; empty for a whole folder. Numbers are then of the
             tensors whose files can still be read.
-        report: `flatquant_report.json` without its lists (their lengths instead); None if it is missing.
+        report: `flatquant_report.json` without its lists (their lengths instead), the verdict in full; None if it is
+            missing.
     """
 
     scheme: str
@@ -685,4 +690,4 @@ def _summary(data: Mapping[str, Any]) -> dict[str, Any]:
             return {k: short(v) for k, v in value.items()}
         return len(value) if isinstance(value, list) else value
 
-    return {k: short(v) for k, v in data.items()}
+    return {k: v if k == "verdict" else short(v) for k, v in data.items()}

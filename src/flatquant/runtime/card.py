@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flatquant.grade import readable
+
 _USE = """```python
 import flatquant  # registers the format; without it transformers refuses to load this model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,10 +60,11 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any], evaluation:
     quantisation = config["quantization_config"]
     recipe, scheme = quantisation["recipe"], quantisation["scheme"]
     base = _dict(report, "model").get("name")
+    called = base or _dict(report, "model").get("title")
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     header += [f"base_model: {base}"] if isinstance(base, str) and base.count("/") == 1 else []
     header += ["tags:", "- flatquant", "- 4-bit", f"- {scheme.split(',')[0]}", "---", ""]
-    title = f"{base or config.get('architectures', ['A language model'])[0]}, {scheme}"
+    title = f"{called or config.get('architectures', ['A language model'])[0]}, {scheme}"
     rows = {
         "scheme": f"`{scheme}`: bits of weights (w), activations (a), keys and values (kv)",
         "recipe": f"{recipe.get('name')}, weights rounded by {_dict(recipe, 'solver').get('kind')}",
@@ -84,6 +87,7 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any], evaluation:
                 "",
                 *table,
                 "",
+                *_verdict(report),
             ],
         ),
         *_marked("quality", _quality(evaluation)),
@@ -115,6 +119,12 @@ def _data(report: Mapping[str, Any]) -> dict[str, str]:
 def _versions(report: Mapping[str, Any]) -> dict[str, str]:
     versions = _dict(report, "versions")
     return {"made with": ", ".join(f"{name} {version}" for name, version in versions.items())} if versions else {}
+
+
+def _verdict(report: Mapping[str, Any]) -> list[str]:
+    """What the run found on windows that it kept back."""
+    lines = readable(report.get("verdict"))
+    return ["## Verdict", "", *(f"- {line}" for line in lines), ""] if lines else []
 
 
 def _quality(evaluation: Mapping[str, Any] | None) -> list[str]:

@@ -1,0 +1,388 @@
+"""How good a quantised model is, in one word; and where it is not good, what is to blame and what to try.
+
+Measured on windows that a `Witness` has sent through both models.
+
+Blame is found by putting parts back to 16 bits: activations, keys or values of all blocks, then of single blocks. A
+rounded weight cannot be put back, since its original is gone; weights are judged by what they cause alone, with all
+else in 16 bits, and block by block by what rounding them changed in the block's output (`Witness.rounding`).
+
+What was given up: pairs of parts that are harmless one at a time. Single blocks are ranked by what putting a part back
+changes in the block's own output, and only the worst are confirmed through the whole model. So a search costs a fixed
+number of passes over a few hundred tokens, whatever the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from flatquant import seams
+from flatquant.calibrate.capture import capture
+from flatquant.calibrate.witness import Ends, Head, Witness, relative, through
+from flatquant.evaluate.perplexity import CHUNK
+from flatquant.evaluate.prose import PROMPTS
+from flatquant.grade import BOUNDS, is_bad, word
+from flatquant.quantizers import Dynamic
+from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.linear import FrozenSite
+from flatquant.spec import CacheBits, Plan, QuantSpec, Scheme, SiteBits
+from flatquant.wiring.archs import arch_of
+
+_BLAME_TOKENS = 512  # of one window
+_SUSPECTS = 4  # parts of a kind that are confirmed
+_MARGIN = 1.25  # times the KL with all of a kind at 8 bits: few parts at 8 bits are enough if they come so near
+_NEW_TOKENS = 20
+_PACKED_TOKENS = 16
+PACKED_KL = 1e-3  # the same integers: only sums may be taken in another order
+
+KINDS = ("activations", "keys", "values")
+Progress = Callable[[int, int], None]
+# Gives a block of the quantised model, on the witness's device, for as long as it is looked at.
+Bring = Callable[[int], AbstractContextManager[nn.Module]]
+
+
+@torch.no_grad()
+def verdict(witness: Witness) -> dict[str, Any]:
+    """What the witness saw, JSON-ready: `word`, `kl`, `top1`, `perplexity`, `windows`, `seqlen`, `bounds`, `blocks`."""
+    kl, top1, original, quantised = _distance(
+        witness.ends.head(witness.device, witness.dtype), witness.original, witness.quantised, witness.windows
+    )
+    return {
+        "word": word(kl),
+        "kl": kl,
+        "top1": top1,
+        "perplexity": {"original": original, "quantised": quantised},
+        "windows": witness.windows.shape[0],
+        "seqlen": witness.windows.shape[1],
+        "bounds": dict(BOUNDS),
+        "blocks": [_finite(error) for error in witness.errors],
+    }
+
+
+def _distance(
+    head: Head, before: Tensor, after: Tensor, windows: Tensor
+) -> tuple[float | None, float, float | None, float | None]:
+    """KL, top-1 agreement, and both perplexities.  # of two (N, T, h), and (N, T)"""
+    kl = same = 0.0
+    nll = [0.0, 0.0]
+    for p_hidden, q_hidden, ids in zip(before, after, windows.to(before.device), strict=True):  # (T, h), (T,)
+        for start in range(0, len(ids), CHUNK):
+            rows = slice(start, start + CHUNK)
+            p, q = (head(hidden[rows]).log_softmax(-1) for hidden in (p_hidden, q_hidden))  # (C, V)
+            kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+            same += float((p.argmax(-1) == q.argmax(-1)).sum())
+            following = ids[start + 1 : start + 1 + len(p)]
+            for i, found in enumerate((p, q)):
+                nll[i] += float(F.nll_loss(found[: len(following)], following, reduction="sum"))
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    original, quantised = (_perplexity(total, predicted) for total in nll)
+    return _finite(kl / windows.numel()), same / windows.numel(), original, quantised
+
+
+def _perplexity(nll: float, predicted: int) -> float | None:
+    if not math.isfinite(nll):
+        return None
+    return math.exp(min(nll / max(predicted, 1), 700.0))  # a float ends at exp(709)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# --------------------------------------------------------------------------------------------- blame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A grid that can be taken away: the activations of one site of a block, or a block's keys or values."""
+
+    kind: str
+    block: int
+    site: str | None = None
+
+
+Setting = Mapping[Part, int | None]  # the bits that parts are put to, None for 16
+
+
+@torch.no_grad()
+def blame(
+    witness: Witness,
+    model: PreTrainedModel,
+    plan: Plan,
+    scheme: Scheme,
+    bring: Bring,
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """What is to blame, and a scheme to try.
+
+    Args:
+        model: quantised; its blocks are reached through `bring`.
+        progress: called with (walks over the model done, at most so many).
+
+    Returns:
+        Entries {kind, block, site, kl}: the divergence that remains with this part in 16 bits, `block` and `site` None
+        for all of a kind. Entries {kind: weights, block, alone | error}: `alone` is what weights cause when all else
+        is in 16 bits, `error` what rounding changed in the block's output.
+        And {scheme, kl, before}, the divergence that was measured with these parts at 8 bits and without, on the same
+        tokens; `kl` is None where weights need more bits, which cannot be measured without rounding anew.
+    """
+    walks = _Walks(witness, model, plan, bring, progress)
+    parts = _parts(plan)
+    kinds = [kind for kind in KINDS if parts[kind]]
+    everything: Setting = {part: None for kind in kinds for part in parts[kind]}
+    base, weights_alone, *without = walks.kls([{}, everything, *(dict.fromkeys(parts[k]) for k in kinds)])
+    entries: list[dict[str, Any]] = [
+        {"kind": kind, "block": None, "site": None, "kl": _finite(kl)} for kind, kl in zip(kinds, without, strict=True)
+    ]
+    setting: dict[Part, int | None] = {}
+    now = base
+    for kind, remaining in sorted(zip(kinds, without, strict=True), key=lambda pair: _order(pair[1])):
+        if not is_bad(word(_finite(now))) or _order(remaining) > 0.9 * _order(base):
+            continue
+        suspects = walks.suspects(parts[kind], setting)
+        confirmed = walks.kls([{**setting, part: None} for part in suspects])
+        ranked = sorted(zip(confirmed, suspects, strict=True), key=lambda pair: _order(pair[0]))
+        entries += [{"kind": kind, "block": p.block, "site": p.site, "kl": _finite(kl)} for kl, p in ranked]
+        choice, kl = walks.smallest([part for _, part in ranked], parts[kind], setting)
+        if _order(kl) < 0.9 * _order(now):
+            setting |= choice
+            now = kl
+    if any(site.weights for block in plan.blocks for site in block.sites.values()):
+        entries += _weights(witness, weights_alone)
+    return entries, _proposal(scheme, plan, setting, base, now, weights_alone)
+
+
+def _order(kl: float) -> float:
+    return kl if math.isfinite(kl) else math.inf
+
+
+def _parts(plan: Plan) -> dict[str, list[Part]]:
+    """Every grid of activations, keys and values, by kind."""
+    found: dict[str, list[Part]] = {kind: [] for kind in KINDS}
+    for index, block in enumerate(plan.blocks):
+        found["activations"] += [
+            Part(kind="activations", block=index, site=name) for name, site in block.sites.items() if site.activations
+        ]
+        found["keys"] += [Part(kind="keys", block=index)] if block.keys else []
+        found["values"] += [Part(kind="values", block=index)] if block.values else []
+    return found
+
+
+def _weights(witness: Witness, alone: float) -> list[dict[str, Any]]:
+    """What weights cause alone; where that is bad, the blocks that rounding changed most."""
+    found: list[dict[str, Any]] = [{"kind": "weights", "block": None, "alone": _finite(alone)}]
+    errors = [(error, index) for index, error in enumerate(witness.rounding) if error is not None]
+    if is_bad(word(_finite(alone))):
+        worst = sorted(errors, key=lambda pair: -pair[0])[:_SUSPECTS]
+        found += [{"kind": "weights", "block": index, "error": _finite(error)} for error, index in worst]
+    return found
+
+
+class _Walks:
+    """Walks over a quantised model with some of its parts put to other bits, on a few hundred tokens."""
+
+    def __init__(
+        self, witness: Witness, model: PreTrainedModel, plan: Plan, bring: Bring, progress: Progress | None
+    ) -> None:
+        tokens = min(witness.windows.shape[1], _BLAME_TOKENS)
+        self.windows = witness.windows[:1, :tokens]
+        _, calls = capture(model, arch_of(model.config, model), self.windows)
+        device = witness.device
+        self.calls = [
+            replace(call.to(device), basis=seen.basis) for call, seen in zip(calls, witness.calls, strict=True)
+        ]
+        self.first, self.original = witness.first[:1, :tokens], witness.original[:1, :tokens]
+        self.head = witness.ends.head(device, witness.dtype)
+        self.plan, self.bring = plan, bring
+        self.done, self.progress = 0, progress or (lambda *_: None)
+
+    def kls(self, settings: Sequence[Setting]) -> list[float]:
+        """The divergence from the original with each setting, in one walk over the blocks."""
+        base = self.first
+        streams: list[Tensor | None] = [None] * len(settings)  # None until a setting differs from the base
+        for index, call in enumerate(self.calls):
+            with self.bring(index) as block:
+                for i, setting in enumerate(settings):
+                    here = {part: bits for part, bits in setting.items() if part.block == index}
+                    if here or streams[i] is not None:
+                        with _put(block, self.plan.attention, here):
+                            stream = streams[i]
+                            streams[i] = through(block, call, base if stream is None else stream)
+                base = through(block, call, base)
+        self._step()
+        found = (base if stream is None else stream for stream in streams)
+        return [self._kl(hidden) for hidden in found]
+
+    def _kl(self, hidden: Tensor) -> float:
+        kl = _distance(self.head, self.original, hidden, self.windows)[0]
+        return math.inf if kl is None else kl
+
+    def suspects(self, parts: Sequence[Part], setting: Setting) -> list[Part]:
+        """The parts whose return to 16 bits changes their block's output most."""
+        hidden, changes = self.first, []
+        for index, call in enumerate(self.calls):
+            with self.bring(index) as block:
+                here = {part: bits for part, bits in setting.items() if part.block == index}
+                with _put(block, self.plan.attention, here):
+                    out = through(block, call, hidden)
+                for part in parts:
+                    if part.block == index:
+                        with _put(block, self.plan.attention, {**here, part: None}):
+                            changes.append((relative(through(block, call, hidden), out), part))
+                hidden = out
+        self._step()
+        return [part for _, part in sorted(changes, key=lambda pair: -pair[0])[:_SUSPECTS]]
+
+    def smallest(
+        self, ranked: Sequence[Part], parts: Sequence[Part], setting: Setting
+    ) -> tuple[dict[Part, int | None], float]:
+        """The fewest parts at 8 bits that bring nearly what all of their kind bring, and the divergence with them."""
+        sets = [ranked[:count] for count in (1, 2, 4) if count <= len(ranked)]
+        sets += [[part for part in parts if part.site == ranked[0].site]] if ranked[0].site else []
+        sets += [list(parts)]
+        choices: list[dict[Part, int | None]] = [dict.fromkeys(chosen, 8) for chosen in sets]
+        found = self.kls([{**setting, **choice} for choice in choices])
+        enough = max(_MARGIN * found[-1], BOUNDS["excellent"])
+        best = next((i for i, kl in enumerate(found) if kl <= enough), len(found) - 1)
+        return choices[best], found[best]
+
+    def _step(self) -> None:
+        self.done += 1
+        self.progress(self.done, 1 + 3 * len(KINDS))
+
+
+@contextmanager
+def _put(block: nn.Module, attention: str, parts: Setting) -> Iterator[None]:
+    """Put parts of a block to other bits for a while."""
+    before: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for part, bits in parts.items():
+            if part.kind == "activations":
+                owner: Any = block.get_submodule(f"{SITES_SLOT}.{part.site}")
+                assert isinstance(owner, FrozenSite)
+            else:
+                owner = seams.attached(block.get_submodule(attention))
+                assert isinstance(owner, FrozenKeyValue)
+            before.append((owner, part.kind, getattr(owner, part.kind)))
+            symmetric = part.kind == "activations"
+            grid = None if bits is None else Dynamic(QuantSpec(bits=bits, symmetric=symmetric))
+            setattr(owner, part.kind, grid)
+        yield
+    finally:
+        for owner, name, grid in reversed(before):
+            setattr(owner, name, grid)
+
+
+def _proposal(
+    scheme: Scheme, plan: Plan, setting: Setting, before: float, now: float, weights_alone: float
+) -> dict[str, Any] | None:
+    """The scheme with these parts at 8 bits; with more bits for weights where they alone are too much."""
+    proposed, measured = _with_parts(scheme, plan, setting), True
+    weights = scheme.weights
+    if weights is not None and weights.bits < 8 and is_bad(word(_finite(weights_alone))):
+        proposed, measured = replace(proposed, weights=replace(weights, bits=4 if weights.bits < 4 else 8)), False
+    if proposed == scheme:
+        return None
+    return {"scheme": str(proposed), "kl": _finite(now) if measured else None, "before": _finite(before)}
+
+
+def _with_parts(scheme: Scheme, plan: Plan, setting: Setting) -> Scheme:
+    """A scheme with parts at 8 bits: as its own bits where they are all of a kind, else as overrides."""
+    sites, caches = dict(scheme.overrides), dict(scheme.cache_overrides)
+    for kind, members in _parts(plan).items():
+        chosen = [part for part in members if part in setting]
+        if not chosen:
+            continue
+        if len(chosen) == len(members) and (spec := getattr(scheme, kind)) is not None:
+            scheme = replace(scheme, **{kind: replace(spec, bits=8)})
+            continue
+        for part in chosen:
+            key = str(part.block)
+            if part.site is None:
+                caches[key] = replace(caches[key], **{kind: 8}) if key in caches else CacheBits(**{kind: 8})
+                continue
+            key = part.site if _whole(part.site, chosen, members) else f"{key}.{part.site}"
+            sites[key] = replace(sites[key], **{kind: 8}) if key in sites else SiteBits(**{kind: 8})
+    return replace(scheme, overrides=sites, cache_overrides=caches)
+
+
+def _whole(site: str, chosen: Sequence[Part], members: Sequence[Part]) -> bool:
+    """Whether a site was chosen in every block."""
+    return sum(part.site == site for part in chosen) == sum(part.site == site for part in members)
+
+
+# --------------------------------------------------------------------------------------------- the packed folder
+
+
+@torch.no_grad()
+def packed_agrees(
+    packed: PreTrainedModel, model: PreTrainedModel, plan: Plan, witness: Witness, bring: Bring
+) -> dict[str, Any]:
+    """A model that was read from its folder against the one in memory, on a few tokens: {tokens, kl, equal}.
+
+    Args:
+        packed: on the CPU.
+        model: its blocks are reached through `bring`.
+    """
+    ids = witness.windows[:1, :_PACKED_TOKENS]
+    arch, device, dtype = arch_of(model.config, model), witness.device, witness.dtype
+
+    def run(root: PreTrainedModel, blocks: Bring) -> Tensor:
+        hidden, calls = capture(root, arch, ids)
+        assert isinstance(hidden, Tensor)
+        hidden = hidden.to(device, dtype)
+        for index, call in enumerate(calls):
+            with blocks(index) as block:
+                hidden = through(block, call.to(device), hidden)
+        return Ends(root, arch).head(device, dtype)(hidden)  # (1, T, V)
+
+    modules = packed.get_submodule(plan.blocks_path)
+    assert isinstance(modules, nn.ModuleList)
+
+    @contextmanager
+    def loaded(index: int) -> Iterator[nn.Module]:
+        block = modules[index].to(device)
+        yield block
+        block.to("cpu")
+
+    want, got = run(model, bring), run(packed, loaded)
+    log_p, log_q = want.log_softmax(-1), got.log_softmax(-1)
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return {"tokens": ids.numel(), "kl": _finite(kl), "equal": torch.equal(want, got)}
+
+
+# --------------------------------------------------------------------------------------------- texts
+
+
+@torch.no_grad()
+def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """What a model writes after `PROMPTS`, taking the likeliest token each time: [{prompt, text}].
+
+    All are written at once. A longer prompt is cut to the tokens of the shortest, so that none needs padding.
+    """
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    length = min(map(len, prompts))
+    ids = torch.tensor([prompt[:length] for prompt in prompts], dtype=torch.int64)  # (prompts, length)
+    step, columns, cache = ids.to(model.device), [], DynamicCache(config=model.config)
+    for _ in range(_NEW_TOKENS if length else 0):
+        out = model(input_ids=step, use_cache=True, logits_to_keep=1, **{seams.CACHE: cache})
+        step = out.logits[:, -1:].argmax(-1)  # (prompts, 1)
+        columns.append(step.cpu())
+    written = torch.cat(columns, dim=1) if columns else ids[:, :0]
+
+    def text(tokens: Tensor) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    return [
+        {"prompt": text(before), "text": text(torch.cat([before, after]))[len(text(before)) :]}
+        for before, after in zip(ids, written, strict=True)
+    ]
