@@ -55,6 +55,16 @@ def rotates_residual(recipe: Recipe, plan: Plan, force: bool = False) -> bool:
 
 
 def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, force: bool) -> BlockPlan:
+    keys, values = recipe.scheme.cache_at(index)
+    sites = {e.site: _site(e, index, block, recipe, geometry, force) for e in arch.edges}
+    _check_all_read(index, block, arch)
+    online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
+    qk = online and (keys is not None or force)
+    return BlockPlan(sites=sites, head_dim=geometry.head_dim, qk=qk, keys=keys, values=values)
+
+
+def _check_all_read(index: int, block: nn.Module, arch: Arch) -> None:
+    """Raise ModelError for a linear that no edge names."""
     read = {path for edge in arch.edges for path in edge.readers}
     for path, module in block.named_modules():
         if isinstance(module, nn.Linear) and path not in read:
@@ -62,11 +72,6 @@ def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: G
                 f"{path} of block {index} is a Linear that the description of this family does not name: it would stay "
                 "in 16 bit; add it to an edge in flatquant/wiring/archs.py (docs/families.md)"
             )
-    keys, values = recipe.scheme.cache_at(index)
-    sites = {e.site: _site(e, index, block, recipe, geometry, force) for e in arch.edges}
-    online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
-    qk = online and (keys is not None or force)
-    return BlockPlan(sites=sites, head_dim=geometry.head_dim, qk=qk, keys=keys, values=values)
 
 
 def _site(
