@@ -82,6 +82,42 @@ def test_a_destroyed_model_is_written_and_fails_unless_it_is_accepted(place: Pat
     assert json.loads(better.stdout)["verdict"]["word"] != "destroyed"
 
 
+def test_nobodys_warnings_are_printed(place: Path, tmp_path: Path) -> None:
+    """In a process of its own, since pytest takes warnings and logs for itself."""
+    model, text, out = place / "model", place / "text.txt", tmp_path / "out"
+    commands = [
+        ["quantize", model, "--output", out, "--calibration", text, *QUICK],
+        ["generate", out, "--prompt", "the", "--max-new-tokens", "4"],
+        [
+            "evaluate",
+            out,
+            "--perplexity",
+            text,
+            "--seqlen",
+            "16",
+            "--windows",
+            "2",
+            "--divergence-from",
+            place / "model",
+        ],
+        ["report", out, "--collect", model, "--tokens", "16"],
+        ["export", out, "--weights-only", "--output", tmp_path / "dense"],
+        ["generate", tmp_path / "dense", "--prompt", "the", "--max-new-tokens", "4"],
+    ]
+    code = "import json, sys; from flatquant.cli import app\n"
+    code += "for command in json.loads(sys.argv[1]): app(command, standalone_mode=False)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([[str(a) for a in command] for command in commands])],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "collect, 4/4" in done.stderr
+    assert not re.findall(r"(?i).*(?:warning|deprecat|it/s).*", done.stderr)
+
+
 def test_quantize_says_what_it_did(place: Path, tmp_path: Path) -> None:
     arguments = ["quantize", place / "model", "--method", "rtn", "--scheme", "w4a8"]
     done = run(*arguments, "--output", tmp_path / "a")

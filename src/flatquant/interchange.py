@@ -30,6 +30,7 @@ from flatquant import seams
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.errors import ArtifactError, ModelError
+from flatquant.models import quiet
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.quantizers import Dynamic
 from flatquant.quantizers.clip import LearnedClip
@@ -257,7 +258,8 @@ def export_dense(
     wanted = plain.state_dict()
     plain.load_state_dict({n: state[n] if n in state else stacked_again(state, n) for n in wanted})
     plain.generation_config = copy.deepcopy(model.generation_config)
-    plain.save_pretrained(output)
+    with quiet():
+        plain.save_pretrained(output)
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
 

@@ -69,7 +69,7 @@ def load_model(
     folder = resolve(name)
     if isinstance(folder, Path):
         _check_folder(folder)
-    with _quiet():
+    with quiet():
         config = _load_config(folder, name, trust_remote_code)
         _check_config(config, name)
         if isinstance(folder, Path):
@@ -90,7 +90,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    with _quiet():
+    with quiet():
         return _load_tokenizer(folder, folder, False)
 
 
@@ -244,7 +244,7 @@ def open_model(
     if not isinstance(folder, Path):
         raise ModelError(f"{name} is on a hub, and only a local folder can be streamed; fetch it, and give its folder")
     _check_folder(folder)
-    with _quiet():
+    with quiet():
         config = _load_config(folder, name, False)
         _check_config(config, name)
         dtype = dtype or getattr(config, "dtype", None)
@@ -464,7 +464,7 @@ def _converted(file: Path) -> Path:
     except OSError as error:
         raise ModelError(f"cannot write {target.parent}: {_first_line(error)}; set FLATQUANT_CACHE") from error
     try:
-        with _quiet():
+        with quiet():
             _write_converted(file, work)
         try:
             os.replace(work, target)
@@ -526,7 +526,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence load reports, progress bars and connection retries; what matters of them is raised instead."""
     hub = logging.getLogger("huggingface_hub")
     levels = transformers_logging.get_verbosity(), hub.level
