@@ -1,6 +1,7 @@
 """The benchmark measures what it says, and gives no time to what is wrong. Times themselves are a GPU's business."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flatquant import bench
 from flatquant.cli import app
 from flatquant.errors import SpecError
 from flatquant.ops import int4_linear, kron_quantize, kv_cache
+from flatquant.runtime import fused
 
 CPU = torch.device("cpu")
 
@@ -181,3 +183,32 @@ def test_the_command() -> None:
         assert any(part in done.stderr for part in message.split("|"))
     with pytest.raises(SpecError, match="known: llama-2-7b"):
         bench.config_of("gpt-5")
+
+
+def _swapped(block: fused.Block) -> fused.Block:
+    product = block.products["mlp_in"]  # gate and up change places
+    return replace(block, products={**block.products, "mlp_in": replace(product, packed=product.packed.flip(0))})
+
+
+def _louder(block: fused.Block) -> fused.Block:
+    product = block.products["attn_out"]
+    return replace(block, products={**block.products, "attn_out": replace(product, scale=1.4 * product.scale)})
+
+
+def _transposed(block: fused.Block) -> fused.Block:
+    site = block.sites["mlp_in"]
+    return replace(block, sites={**block.sites, "mlp_in": replace(site, left=site.left.T.contiguous())})
+
+
+@pytest.mark.parametrize("transform", bench.TRANSFORMS)
+def test_the_whole_block_passes_where_it_is_right_and_fails_where_it_is_not(transform: str) -> None:
+    torch.manual_seed(0)
+    model = bench.packed_model(bench.config_of("tiny"), CPU, transform)
+    runtime = bench.runtime_of(model)
+    right = runtime.blocks[0]
+    with torch.no_grad():
+        for _ in range(3):
+            assert bench.block_error(model, runtime) <= bench.BLOCK_ERROR
+        for wrong in (_swapped, _louder, *([_transposed] if transform == "kronecker" else [])):
+            runtime.blocks[0] = wrong(right)
+            assert bench.block_error(model, runtime) > bench.BLOCK_ERROR, wrong.__name__

@@ -308,6 +308,10 @@ def _device(name: str | None) -> torch.device:
         raise ModelError(f"unknown device {name!r}; give cpu, cuda or cuda:1") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("there is no CUDA device here, or torch was built without CUDA; choose --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ModelError(f"there is no {device} here: the last one is cuda:{torch.cuda.device_count() - 1}")
+        torch.cuda.set_device(device)  # for whatever asks for the current device's stream, in other libraries too
     return device
 
 

@@ -143,3 +143,12 @@ def test_every_number_of_tokens_has_a_kernel(tokens: int) -> None:
         x = x.unflatten(-1, (2, -1)).mT.flatten(-2).float().to(torch.float8_e4m3fn)
     y = op.int4_linear(x, *rest, torch.bfloat16)
     torch.testing.assert_close(y.float(), want, rtol=2**-7, atol=2**-7 * want.abs().mean().item())
+
+
+def test_only_results_in_bfloat16_come_from_the_float8_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They round to it: of 64 tokens and of 65, results in another dtype would be of two precisions."""
+    monkeypatch.setattr(op, "_has_float8", lambda device: True)
+    gpu = torch.device("cuda", 0)
+    forms = {dtype: [op.form(tokens, gpu, dtype) for tokens in (1, 64, 65, 9000)] for dtype in DTYPES}
+    for dtype, found in forms.items():
+        assert found == ["planes", "planes", *[("float8" if dtype == torch.bfloat16 else "planes")] * 2]

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
+from flatquant.ops import kron_quantize  # noqa: E402
+from flatquant.ops.kron_quantize import Site  # noqa: E402
 from flatquant.ops.kron_quantize.reference import merged  # noqa: E402
 from flatquant.ops.kv_cache import Heads, Store, reference  # noqa: E402
 from flatquant.ops.kv_cache import triton as fused  # noqa: E402
@@ -191,3 +193,26 @@ def test_padding_and_places_not_yet_used_do_not_count() -> None:
     rows = values.read(9)[0, 0, 4:]
     scores = (keys.read(9)[0, 0, 4:] @ q[0, 0]) * 0.25
     torch.testing.assert_close(merged(out, lse)[0], scores.softmax(0) @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_places_that_are_not_used_change_no_bit() -> None:
+    """Parts begin and end where the tokens say, however many places the cache has."""
+    g = torch.Generator().manual_seed(4)
+    few = [store(2, 1, 16, g) for _ in range(2)]
+    for s in few:
+        s.scale[:, :, :] = torch.rand(2, 1, PLACES, generator=g).add(0.05).to(DEVICE)
+    many = [reference.Store(*(torch.cat((t, t, t, t), 2) for t in s)) for s in few]
+    q = torch.randn(2, 2, 16, generator=g).to(DEVICE)
+    start = torch.tensor([0, 3], device=DEVICE)
+    site = Site((2, 16), None, None, torch.ones(2, device=DEVICE), 4)
+    for last in (4, 20, PLACES - 1):
+        given = (torch.tensor([last], device=DEVICE), start, None, 0.25)
+        (out, lse), (more, more_lse) = (fused.attend(q, *s, *given, parts=5, least=16, block=16) for s in (few, many))
+        parts = out.shape[2]
+        assert parts < more.shape[2]
+        assert torch.equal(out, more[:, :, :parts])
+        assert torch.equal(lse, more_lse[:, :, :parts])
+        assert more_lse[:, :, parts:].isneginf().all()
+        if CUDA:
+            got, want = (kron_quantize.merge(*parts, site, "planes") for parts in ((out, lse), (more, more_lse)))
+            assert all(map(torch.equal, got, want))

@@ -239,7 +239,7 @@ class Optimiser:
         if self.stream is None:
             self._set_rates()
             return self._run(*batch)
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         for b in batch:
             b.record_stream(self.stream)  # it may be gone for the caller before the copy below has run
         with torch.cuda.stream(self.stream):
@@ -296,7 +296,7 @@ class Optimiser:
     def join(self) -> None:
         """Make the current stream wait for all steps so far."""
         if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of parameters and moments, by position: all that the next step depends on."""

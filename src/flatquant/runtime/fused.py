@@ -297,7 +297,7 @@ class Fused:
 
 
 class _Step:
-    """A decode step for one cache, recorded once and replayed. It holds no cache: it goes when the cache's room goes."""
+    """A decode step for one cache, recorded once and replayed. It holds no cache, and goes when the room goes."""
 
     def __init__(self, fused: Fused, cache: PackedCache) -> None:
         device = fused.device
@@ -608,9 +608,9 @@ def runtime(model: PreTrainedModel, *, again: bool = False) -> Fused | None:
         again: make it anew if the model's modules or tensors have changed.
     """
     known = _made.get(model)
-    if known is not None and known[:2] == (model.device, model.dtype):
-        if not again or known[2] is None or not known[2].modules.changed():
-            return known[2]
+    same = known is not None and known[:2] == (model.device, model.dtype)
+    if known is not None and same and not (again and known[2] is not None and known[2].modules.changed()):
+        return known[2]
     with _making:
         if _made.get(model) is known:  # nobody else has made it meanwhile
             _made[model] = (model.device, model.dtype, _fused(model))

@@ -217,17 +217,18 @@ def adopt(
     ours.push_to_hub = MethodType(_push_to_hub, model)
     # transformers refuses two of them for any quantised model, where a `to(dtype)` works.
     for name, dtype in _CASTS.items():
-        setattr(ours, name, MethodType(partial(_cast, dtype), model))
+        setattr(ours, name, MethodType(partial(_cast, dtype=dtype), model))
     ours._apply = MethodType(_apply, model)
 
 
-def _cast(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
+def _cast(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model.to(dtype)
 
 
 def _apply(model: PreTrainedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
-    """`nn.Module._apply`, but what no file stores (the frequencies of RoPE) keeps its dtype, as when a folder is loaded:
-    in half precision, positions far from the first would be wrong.
+    """`nn.Module._apply`, but what no file stores (the frequencies of RoPE) keeps its dtype, as in `load(dtype=...)`.
+
+    In half precision, they would turn positions far from the first by wrong angles.
     """
     exact = [
         (module._buffers, name, tensor)

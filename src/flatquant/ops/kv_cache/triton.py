@@ -153,8 +153,8 @@ def _nibble(u, I: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
 @triton.jit
 def _attend(
     q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, out_ptr, lse_ptr, last_ptr, start_ptr, window, scaling, S,
-    PARTS, most, least, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, B: tl.constexpr,
-    EARLY: tl.constexpr, EMULATE: tl.constexpr,
+    PARTS, most, least, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    B: tl.constexpr, EARLY: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
     bh = tl.program_id(0)
@@ -287,9 +287,9 @@ def attend(
     lse = torch.empty((b, hq, parts), dtype=torch.float32, device=q.device)
     group = hq // hk
     _attend[(b * hk, parts)](
-        q, *_words(keys), *_words(values), out, lse, last, start, s if window is None else window, scaling, s, parts, most, least,
-        HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, W=max(16, triton.next_power_of_2(d // 4)),
-        B=block, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
+        q, *_words(keys), *_words(values), out, lse, last, start, s if window is None else window, scaling, s,
+        parts, most, least, HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d,
+        W=max(16, triton.next_power_of_2(d // 4)), B=block, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
