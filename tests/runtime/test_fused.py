@@ -78,7 +78,7 @@ def quantised(config, scheme: str = "w4a4kv4", method: str = "flatquant") -> Pre
             if isinstance(module, FrozenLinear):
                 parent, _, leaf = name.rpartition(".")
                 setattr(block.get_submodule(parent), leaf, PackedLinear.of(module))
-    return model.eval().to(DEVICE)
+    return model.eval().requires_grad_(False).to(DEVICE)
 
 
 @pytest.fixture(scope="module", params=[*CONFIGS, "without transforms"])

@@ -289,7 +289,8 @@ def attend(
     _attend[(b * hk, parts)](
         q, *_words(keys), *_words(values), out, lse, last, start, s if window is None else window, scaling, s,
         parts, most, least, HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d,
-        W=max(16, triton.next_power_of_2(d // 4)), B=block, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
+        W=max(16, triton.next_power_of_2(d // 4)), B=block, EARLY=early(q, b), EMULATE=not q.is_cuda,
+        launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
