@@ -198,16 +198,16 @@ def test_padding_and_places_not_yet_used_do_not_count() -> None:
 def test_places_that_are_not_used_change_no_bit() -> None:
     """Parts begin and end where the tokens say, however many places the cache has."""
     g = torch.Generator().manual_seed(4)
-    few = [store(2, 1, 16, g) for _ in range(2)]
+    few = [store(2, 1, 16, g, places=160) for _ in range(2)]
     for s in few:
-        s.scale[:, :, :] = torch.rand(2, 1, PLACES, generator=g).add(0.05).to(DEVICE)
+        s.scale[:, :, :] = torch.rand(2, 1, 160, generator=g).add(0.05).to(DEVICE)
     many = [reference.Store(*(torch.cat((t, t, t, t), 2) for t in s)) for s in few]
     q = torch.randn(2, 2, 16, generator=g).to(DEVICE)
     start = torch.tensor([0, 3], device=DEVICE)
     site = Site((2, 16), None, None, torch.ones(2, device=DEVICE), 4)
-    for last in (4, 20, PLACES - 1):
+    for last in (20, 70, 159):
         given = (torch.tensor([last], device=DEVICE), start, None, 0.25)
-        (out, lse), (more, more_lse) = (fused.attend(q, *s, *given, parts=5, least=16, block=16) for s in (few, many))
+        (out, lse), (more, more_lse) = (fused.attend(q, *s, *given, parts=20, least=32, block=16) for s in (few, many))
         parts = out.shape[2]
         assert parts < more.shape[2]
         assert torch.equal(out, more[:, :, :parts])
