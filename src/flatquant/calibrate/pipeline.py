@@ -438,11 +438,12 @@ class _Run:
     @cached_property
     def _head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and output embedding, (B, T, h) -> (B, T, V)."""
-        norm = copy.deepcopy(submodule(self.model, self.arch.final_norm)).to(self.device).float()
+        norm = copy.deepcopy(submodule(self.model, self.arch.final_norm)).to(self.device).float().requires_grad_(False)
         output = self.model.get_output_embeddings()
         assert isinstance(output, nn.Linear)
-        weight = output.weight.to(self.device, self.dtype)  # (V, h)
-        bias = None if output.bias is None else output.bias.to(self.device, self.dtype)
+        # Detached: a gradient of a model that is not frozen would run on a stream that no graph captures.
+        weight = output.weight.detach().to(self.device, self.dtype)  # (V, h)
+        bias = None if output.bias is None else output.bias.detach().to(self.device, self.dtype)
 
         def head(x: Tensor) -> Tensor:
             dtype = self.dtype
