@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, write_result
+from flatquant.modules import share_inputs
 from flatquant.quantizers import Dynamic, WeightGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.linear import FrozenLinear, FrozenSite
@@ -102,7 +103,7 @@ def quantised(block: nn.Module, batch: dict[str, Tensor], *, alphas: bool = Fals
         for path, linear, part, own in zip(paths, linears, weight.split(rows), ups, strict=True):
             served = FrozenLinear(site, part, linear.bias)
             replace_submodule(block, path, served if own is None else BranchedLinear(served, own))
-        site.forget()
+    share_inputs(block)
     return block
 
 
@@ -124,7 +125,6 @@ def _site(x: Tensor, w: Tensor, scale: Tensor, rank: int, gptq: bool) -> tuple[F
 def _error(x: Tensor, w: Tensor, site: FrozenSite, weight: Any, up: Tensor | None) -> float:
     served = FrozenLinear(site, weight, None)
     y = served(x) if up is None else BranchedLinear(served, up)(x)
-    site.forget()
     return float((y - x @ w.mT).square().sum())
 
 

@@ -2,9 +2,9 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTra
 from flatquant import seams
 from flatquant.calibrate.capture import Observer
 from flatquant.calibrate.pipeline import calibrate
+from flatquant.modules import share_inputs
 from flatquant.recipes import flatquant
 from flatquant.runtime.build import install
 from flatquant.runtime.experts import open_experts
@@ -29,6 +30,8 @@ from flatquant.wiring.residual import residual_factor, rotate_ends
 from tests.tiny_models import tiny_llama
 
 CPU = torch.device("cpu")
+
+T = TypeVar("T")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mha": {"hidden": 24, "heads": 4, "kv_heads": 4, "intermediate": 40},
@@ -194,6 +197,18 @@ def decoded(model: PreTrainedModel, tokens: Tensor, steps: int = 3) -> Tensor:
         for piece in (tokens[:, :start], *tokens[:, start:].split(1, dim=1)):
             model(piece, **{CACHE: cache}, use_cache=True)
     return torch.cat(seen, dim=1)
+
+
+def in_a_pass(run: Callable[[], T]) -> T:
+    """What `run` gives as the forward pass of a block, in which sites keep what they compute."""
+
+    class Block(torch.nn.Module):
+        def forward(self) -> T:
+            return run()
+
+    block = Block()
+    share_inputs(block)
+    return block()
 
 
 def relative(ours: Tensor, want: Tensor) -> float:

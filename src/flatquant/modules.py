@@ -5,10 +5,13 @@ Fits collect parameters by walking modules for `Trainable`, never by looking for
 still trains, and one that is not a `Trainable` never does.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 
 # "rotation" parameters are orthogonal matrices and stay so: their optimiser moves them on the manifold of those.
@@ -51,16 +54,102 @@ class Bounded(nn.Module, ABC):
         """Called after every step of an optimiser; changes parameters in place, so that a CUDA graph can hold it."""
 
 
+# --------------------------------------------------------------------------------- work that readers share
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor at the moment that something was computed from it."""
+
+    x: Tensor
+    version: int | None
+    grad: bool
+    result: Any
+
+    @classmethod
+    def now(cls, x: Tensor, result: Any) -> "_Seen":
+        return cls(x, _version(x), torch.is_grad_enabled(), result)
+
+    def serves(self, x: Tensor) -> bool:
+        return self.x is x and self.version == _version(x) and self.grad == torch.is_grad_enabled()
+
+
+class _Pass(threading.local):
+    """The forward pass of a block that this thread is in: what sites computed in it; None outside."""
+
+    seen: "dict[tuple[Site, str], _Seen] | None" = None
+
+
+_pass = _Pass()
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; None for one made in inference mode, where nothing counts."""
+    return None if x.is_inference() else x._version
+
+
+def _begin_pass(module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of a block. A pass that an interrupt cut off ends here at the latest."""
+    _pass.seen = {}
+
+
+def _end_pass(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of a block, also called where the forward pass ended in an exception."""
+    _pass.seen = None
+
+
+def share_inputs(block: nn.Module) -> None:
+    """Let the sites in a block compute once what several readers of one tensor need.
+
+    What they computed lasts as long as a forward pass of the block, in the thread that runs it. Outside of such a pass
+    sites remember nothing. Of a block inside another one, the pass of the outer ends where that of the inner begins:
+    what follows is computed for every reader.
+    """
+    if _begin_pass not in block._forward_pre_hooks.values():
+        block.register_forward_pre_hook(_begin_pass)
+        block.register_forward_hook(_end_pass, always_call=True)
+
+
 class Site(nn.Module, ABC):
-    """Transforms one tensor and puts it on its grid, once for all linears that read it or some of its rows."""
+    """Transforms one tensor and puts it on its grid, once for all linears that read it or some of its rows.
+
+    Results are kept by kind, the last of each, while a block's forward pass lasts (`share_inputs`). One is used again
+    for the same tensor, unless that was changed in place, or gradients are on now and were off then (or the reverse).
+    """
 
     @abstractmethod
     def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
-        """x[index]; a linear that is given just this tensor next multiplies those rows of the transformed x.
+        """x[index]; in one forward pass of a block, a linear that is given this tensor multiplies those rows of the
+        transformed x.
 
         Args:
             x: (rows, n).
         """
+
+    def _once(self, name: str, x: Tensor, compute: Callable[[], T]) -> T:
+        """What `compute` gives for x, computed once in a forward pass."""
+        seen = self._seen(name, x)
+        if seen is not None:
+            return seen.result
+        result = compute()
+        self._keep(name, x, result)
+        return result
+
+    def _seen(self, name: str, x: Tensor) -> _Seen | None:
+        """What was kept of x in this forward pass, if it still holds."""
+        seen = None if _pass.seen is None else _pass.seen.get((self, name))
+        return seen if seen is not None and seen.serves(x) else None
+
+    def _keep(self, name: str, x: Tensor, result: Any) -> None:
+        if _pass.seen is not None:
+            _pass.seen[self, name] = _Seen.now(x, result)
+
+    @property
+    def _shares(self) -> bool:
+        """Whether this is inside a forward pass in which results are kept."""
+        return _pass.seen is not None
 
 
 class ExactBuffers(nn.Module):

@@ -158,8 +158,6 @@ def test_weights_stay_off_their_grids_only_while_asked_to() -> None:
     _, fits, _ = wrap_all(model, small("w4a16"), noise=0.0)
 
     def logits() -> Tensor:
-        for fit in fits:
-            fit.forget()
         with torch.no_grad():
             return model(tokens).logits
 

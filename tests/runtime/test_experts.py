@@ -40,6 +40,7 @@ from tests.laws import (
     bare,
     calibrated,
     hidden,
+    in_a_pass,
     quick,
     relative,
     rtn_by_hand,
@@ -171,12 +172,15 @@ def test_rows_of_a_site_are_rows_of_its_output() -> None:
     experts, site = model.model.layers[0].mlp.experts, model.model.layers[0].flatquant["mlp_in"]
     x, index = torch.randn(7, 24), torch.tensor([5, 0, 3])
     alone = experts[1].up_proj(x[index])
-    part = site.rows(x, index)
-    assert torch.equal(part, x[index])
-    assert torch.equal(experts[1].up_proj(part), alone)
-    assert torch.equal(experts[1].up_proj(x)[index], alone)
-    site.forget()
-    assert torch.equal(experts[1].up_proj(part), alone)  # forgotten: computed anew
+
+    def check() -> None:
+        part = site.rows(x, index)
+        assert torch.equal(part, x[index])
+        assert torch.equal(experts[1].up_proj(part), alone)
+        assert torch.equal(experts[1].up_proj(x)[index], alone)
+
+    check()  # outside of a forward pass: computed for every reader
+    in_a_pass(check)
 
 
 def test_rows_of_a_fit_are_rows_of_its_output_with_their_gradient() -> None:
@@ -189,14 +193,11 @@ def test_rows_of_a_fit_are_rows_of_its_output_with_their_gradient() -> None:
     assert len(parameters) == 7  # two factors, a scale, both ends of the clips of weights and activations
     want = experts[2].gate_proj(x)[index]
     want_grads = torch.autograd.grad(want.square().sum(), parameters)
-    site.forget()
-    got = experts[2].gate_proj(site.rows(x, index))
+    got = in_a_pass(lambda: experts[2].gate_proj(site.rows(x, index)))
     grads = torch.autograd.grad(got.square().sum(), parameters)
     assert relative(got, want) < 1e-12
     for a, b in zip(grads, want_grads, strict=True):  # of a symmetric grid, one end of a row may have none
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    site.forget()
-    assert site._whole is None
 
 
 @pytest.mark.parametrize("basis", ["svd orthogonal", "inverse hadamard"])

@@ -8,6 +8,7 @@ from flatquant.quantizers import Dynamic
 from flatquant.spec import QuantSpec, TransformSpec
 from flatquant.transforms import Compose, Diagonal, Identity, Kronecker, make_factor, shared_inverses
 from flatquant.wiring.linear import FitLinear, FitSite, HeadOutput
+from tests.laws import in_a_pass
 
 
 def _site(*, grids: bool, bias: tuple[bool, bool] = (True, False)) -> tuple[FitSite, list[nn.Linear]]:
@@ -73,11 +74,21 @@ def test_shared_inverses_end_with_the_context() -> None:
 def test_an_output_is_computed_once_for_all_readers() -> None:
     site, _ = _site(grids=True)
     x = torch.randn(3, 12, dtype=torch.float64)
-    assert site(x) is site(x)
-    site.forget()
-    with torch.no_grad():
-        assert site(x)[0].requires_grad is False
-    assert site(x)[0].requires_grad, "a result without gradients must not serve a pass with them"
+    first, again = in_a_pass(lambda: [site(x), site(x)])
+    assert first is again
+    assert site(x) is not site(x)
+
+
+def test_a_result_without_gradients_serves_no_pass_with_them() -> None:
+    site, _ = _site(grids=True)
+    x = torch.randn(3, 12, dtype=torch.float64)
+
+    def passes() -> tuple[bool, bool]:
+        with torch.no_grad():
+            without = site(x)[0].requires_grad
+        return without, site(x)[0].requires_grad
+
+    assert in_a_pass(passes) == (False, True)
 
 
 def test_gradients_of_a_rotated_writer_fit_into_half_precision() -> None:

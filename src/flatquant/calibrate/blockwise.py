@@ -184,7 +184,6 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, 
     def loss_fn(x: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
         with shared_inverses(fit.roots()), autocast(x.device, dtype):
             predicted = call(fit.block, wide(x, dtype))
-        fit.forget()  # what a site remembers would be held beside the graph that is captured next
         loss = torch.stack([F.mse_loss(predicted.float(), y.float()) for y in targets]).sum()
         return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny), loss  # no error: nothing to learn, not NaN
 

@@ -87,11 +87,8 @@ def fit_end_to_end(
         return []
 
     def run(fit: FitBlock, call: BlockCall, x: Tensor) -> Tensor:
-        try:
-            with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same
-                return call(fit.block, x)
-        finally:
-            fit.forget()  # what a site remembers holds the graph; a recomputation ends by an exception
+        with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same
+            return call(fit.block, x)
 
     def student(x: Tensor) -> Tensor:
         for fit, call in zip(fits, calls, strict=True):

@@ -67,10 +67,6 @@ def output_hessians(
     finally:
         for handle in handles:
             handle.remove()
-        for site in plan.sites.values():
-            linear = submodule(block, site.readers[0])
-            assert isinstance(linear, DenseLinear)
-            linear.site.forget()  # it holds the last graph
     hessians = {path: h.hessian() for path, h in found.items()}
     for site in plan.sites.values():
         if site.weights and len(site.groups) > 1:

@@ -132,7 +132,6 @@ def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Kept, batch
         for x in inputs.split(batch_size):
             with contextlib.suppress(_Reached):
                 call(block, x)
-            reader.site.forget()
     finally:
         handle.remove()
     return gram
@@ -164,6 +163,5 @@ def _by_expert(
         finally:
             for handle in handles:
                 handle.remove()
-        site.forget()
         for group, gram in zip(some, grams, strict=True):
             yield group, blended(gram, mean)

@@ -12,6 +12,7 @@ from flatquant import seams
 from flatquant.codebook import Book, index_dtype
 from flatquant.errors import ArtifactError
 from flatquant.levels import LevelTensor
+from flatquant.modules import share_inputs
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid
 from flatquant.runtime.branch import BranchedLinear
@@ -54,6 +55,7 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
             up = _empty(linear.out_features, site_plan.rank, dtype=torch.float16) if site_plan.rank else None
             setattr(_get(block, parent), leaf, inner if up is None else BranchedLinear(inner, up))
     setattr(block, SITES_SLOT, sites)
+    share_inputs(block)
     if plan.qk or plan.keys or plan.values:
         key, query = (_empty(plan.head_dim, plan.head_dim) if plan.qk else None for _ in range(2))
         seams.attach(_get(block, attention), FrozenKeyValue(key, query, _dynamic(plan.keys), _dynamic(plan.values)))

@@ -21,6 +21,8 @@ from flatquant.qtensor import QTensor
 from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid
 from flatquant.spec import QuantSpec
 
+_State = tuple[int, int]  # of a tensor: how often it was changed in place, and where its numbers lie
+
 
 class FrozenSite(ExactBuffers, Site):
     """Transforms one tensor and puts it on its grid, once for all its readers.
@@ -48,8 +50,6 @@ class FrozenSite(ExactBuffers, Site):
         self.register_buffer("right", right)
         self.register_buffer("down", down)
         self.activations = activations
-        self._last: tuple[Tensor, Tensor | QTensor, Tensor | None] | None = None
-        self._part: tuple[Tensor, Tensor | QTensor, Tensor | None] | None = None  # some rows of the last
 
     def forward(self, x: Tensor) -> Tensor | QTensor:
         """(x - d) (P1 (x) P2), as integers if activations are on a uniform grid here, else in x's dtype.  # (.., n)
@@ -67,18 +67,21 @@ class FrozenSite(ExactBuffers, Site):
         return low
 
     def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
-        if self._last is None or self._last[0] is not x:
-            self(x)  # so that who watches this site sees all of x once
-        out, low = self._computed(x)
         part = x[index]
-        rows = out.rows(index) if isinstance(out, QTensor) else out[index]
-        self._part = (part, rows, None if low is None else low[index])
+        if self._shares:
+            if self._seen("whole", x) is None:
+                self(x)  # so that who watches this site sees all of x once
+            out, low = self._computed(x)
+            rows = out.rows(index) if isinstance(out, QTensor) else out[index]
+            self._keep("rows", part, (rows, None if low is None else low[index]))
         return part
 
     def _computed(self, x: Tensor) -> tuple[Tensor | QTensor, Tensor | None]:
-        for seen in (self._last, self._part):  # each read once: another thread may replace it
-            if seen is not None and seen[0] is x:
-                return seen[1], seen[2]
+        """What `forward` and `branch` give."""
+        part = self._seen("rows", x)
+        return self._once("whole", x, lambda: self._compute(x)) if part is None else part.result
+
+    def _compute(self, x: Tensor) -> tuple[Tensor | QTensor, Tensor | None]:
         y = x if self.shift is None else x.to(self.shift.dtype) - self.shift
         factor = self.left if self.left is not None else self.right
         if factor is not None:
@@ -89,13 +92,7 @@ class FrozenSite(ExactBuffers, Site):
             out = self.activations(y).to(x.dtype)
         else:
             out = self.activations.quantize(y)
-        low = None if self.down is None else F.linear(y, self.down.to(y.dtype))
-        self._last = (x, out, low)
-        return out, low
-
-    def forget(self) -> None:
-        """Drop the remembered tensors."""
-        self._last = self._part = None
+        return out, None if self.down is None else F.linear(y, self.down.to(y.dtype))
 
 
 class Unpacked(ABC):
@@ -235,7 +232,7 @@ class PackedLinear(IntegerLinear):
         super().__init__(site, scale, zero, bias, spec)
         self.register_buffer("packed", packed)  # uint8, (o, ceil(n * bits / 8))
         self.n = n
-        self._loose: tuple[Tensor, Tensor] | None = None  # packed, and its integers
+        self._loose: tuple[Tensor, _State, Tensor] | None = None  # packed, its state then, its integers
 
     @classmethod
     def of(cls, linear: FrozenLinear) -> PackedLinear:
@@ -245,12 +242,16 @@ class PackedLinear(IntegerLinear):
 
     def qweight(self) -> QTensor:
         """The weight. On a CPU its integers are kept one per byte from the first use on: unpacking costs more than all
-        else there, and a laptop has the memory.  # (o, n)
+        else there, and a laptop has the memory. They are unpacked anew where `packed` is another tensor or was
+        changed in place (but for `packed.data.zero_()` and its like: torch does not count these).  # (o, n)
         """
-        last = self._loose  # read once: another thread may replace it
-        if last is not None and last[0] is self.packed:
-            return QTensor(values=last[1], scale=self.scale, zero=self.zero, spec=self.spec)
-        w = QTensor.from_packed(self.packed, self.scale, self.zero, self.spec, self.n)
-        if self.packed.device.type == "cpu":
-            self._loose = (self.packed, w.values)
+        packed, last = self.packed, self._loose  # each read once: another thread may replace it
+        if packed.device.type != "cpu" or packed.is_inference():  # whose changes nothing counts
+            self._loose = None
+            return QTensor.from_packed(packed, self.scale, self.zero, self.spec, self.n)
+        now = (packed._version, packed.data_ptr())
+        if last is not None and last[0] is packed and last[1] == now:
+            return QTensor(values=last[2], scale=self.scale, zero=self.zero, spec=self.spec)
+        w = QTensor.from_packed(packed, self.scale, self.zero, self.spec, self.n)
+        self._loose = (packed, now, w.values)
         return w

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from flatquant import seams
 from flatquant.levels import LevelTensor
-from flatquant.modules import Group, trainable_parameters
+from flatquant.modules import Group, share_inputs, trainable_parameters
 from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid, WeightLevels
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -87,12 +87,6 @@ class FitBlock:
         for group, parameters in self.parameters().items():
             for i, p in enumerate(parameters):
                 p.copy_(state[f"{group}.{i}"])
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop remembered activations."""
-        for site in self.sites.values():
-            site.forget()
 
 
 @contextmanager
@@ -119,7 +113,8 @@ def wrap_block(
     residual: Factor | None = None,
     force: bool = False,
 ) -> FitBlock:
-    """Replace a block's linears by `FitLinear`s and attach a `FitKeyValue` to its attention.
+    """Replace a block's linears by `FitLinear`s, which share their site's work, and attach a `FitKeyValue` to its
+    attention.
 
     Args:
         statistics: per site, for transforms that start from data; may be empty otherwise.
@@ -181,6 +176,7 @@ def wrap_block(
     for edge in arch.edges:
         for index, path in enumerate(edge.readers):
             replace_submodule(block, path, FitLinear(sites[edge.site], index))
+    share_inputs(block)
     return FitBlock(
         block=block,
         arch=arch,
@@ -343,7 +339,6 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
         dense: dtype of weights that stay in 16 bit; `None` keeps `dtype`.
     """
     block, arch, plan = fit.block, fit.arch, fit.plan
-    fit.forget()
     folded: dict[str, tuple[Tensor, Tensor | None]] = {}
     transforms: dict[str, Transform] = {}
     shifts: dict[str, Tensor | None] = {}

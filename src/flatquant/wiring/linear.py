@@ -140,9 +140,6 @@ class FitSite(Site):
         n = linears[0].in_features
         dense = weight.is_cuda and n <= DENSE_LIMIT and not isinstance(transform, Identity)
         self.register_buffer("eye", torch.eye(n, dtype=self.weight.dtype) if dense else None)
-        self._last: tuple[Tensor, bool, tuple[Tensor, ...]] | None = None
-        self._whole: tuple[Tensor, bool, Tensor, list[_Operand]] | None = None  # x, grad, Q(x P), Q(W P^-T) by reader
-        self._part: tuple[Tensor, Tensor, list[_Operand]] | None = None  # the same of some rows
 
     @property
     def weight(self) -> Tensor:
@@ -205,34 +202,31 @@ class FitSite(Site):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The output of every reader."""
-        # Readers call one after another with the same tensor: compute once.
-        if self._last is not None and self._last[0] is x and self._last[1] == torch.is_grad_enabled():
-            return self._last[2]
-        out = F.linear(self._quantised(x), self._quantised_weight(), self.transformed_bias()).split(self.sizes, -1)
-        self._last = (x, torch.is_grad_enabled(), out)
-        return out
+        return self._once("outputs", x, lambda: self._outputs(x))  # readers call one after another with the same tensor
+
+    def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(self._quantised(x), self._quantised_weight(), self.transformed_bias()).split(self.sizes, -1)
 
     def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
-        if self._whole is None or self._whole[0] is not x or self._whole[1] != torch.is_grad_enabled():
-            bias = self.transformed_bias()
-            biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
-            operands = list(zip(self._quantised_weight().split(self.sizes), biases, strict=True))
-            self._whole = (x, torch.is_grad_enabled(), self._quantised(x), operands)
-        _, _, y, operands = self._whole
         part = x[index]
-        self._part = (part, y[index], operands)
+        if self._shares:
+            y, operands = self._once("operands", x, lambda: self._operands(x))
+            self._keep("rows", part, (y[index], operands))
         return part
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, list[_Operand]]:
+        """Q(x P), and Q(W P^-T) with the bias by reader."""
+        bias = self.transformed_bias()
+        biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
+        return self._quantised(x), list(zip(self._quantised_weight().split(self.sizes), biases, strict=True))
 
     def output(self, x: Tensor, index: int) -> Tensor:
         """The output of one reader: alone for some rows, which are its own, else with all others.  # (.., o)"""
-        if self._part is not None and self._part[0] is x:
-            _, y, operands = self._part
-            return F.linear(y, *operands[index])
-        return self(x)[index]
-
-    def forget(self) -> None:
-        """Drop the remembered tensors (and with them a finished autograd graph)."""
-        self._last = self._whole = self._part = None
+        seen = self._seen("rows", x)
+        if seen is None:
+            return self(x)[index]
+        y, operands = seen.result
+        return F.linear(y, *operands[index])
 
 
 class FitLinear(nn.Module):
