@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flatquant.quantizers import Dynamic
 from flatquant.quantizers.levels import (
     ActivationLevels,
     ChannelLevels,
@@ -288,3 +289,19 @@ def test_a_position_that_diverged_is_not_a_number_afterwards_either() -> None:
     w = levels().detach()
     assert w[1, 2].isnan()
     assert w.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+@pytest.mark.parametrize("power", [0.01, 1.0, 30.0])
+def test_levels_of_activations_have_no_more_total_error_than_plain_rounding(bits: int, power: float) -> None:
+    """Relative errors would cut off a constant channel, however much depends on it."""
+    rows = torch.randn(64, 40, generator=torch.Generator().manual_seed(0))
+    rows[:, 9] = power
+    spec = QuantSpec(bits=bits, kind="levels")
+    ours, plain = ActivationLevels.found(spec, rows), Dynamic(QuantSpec(bits=bits))
+
+    def error(grid: torch.nn.Module) -> float:
+        reach = rows.abs().amax(1, keepdim=True)
+        return float(((grid(rows) - rows) / reach).square().sum())
+
+    assert error(ours) <= 1.001 * error(plain)

@@ -213,7 +213,8 @@ class ActivationLevels(ExactBuffers):
     @classmethod
     def found(cls, spec: QuantSpec, rows: Tensor) -> ActivationLevels:
         """The levels for some tokens' activations, (tokens, n)."""
-        levels = ChannelLevels(spec.bits - 1, by_channel=spec.weigh == "channels", momentum=1.0).to(rows.device)
+        by_channel = spec.weigh == "channels"
+        levels = ChannelLevels(spec.bits - 1, by_channel=by_channel, momentum=1.0, bounded=True).to(rows.device)
         levels(rows.float().abs() / _reach(rows.float()))
         return cls(spec, levels.basis)
 
@@ -245,15 +246,18 @@ class ChannelLevels(nn.Module):
         bits: K.
         by_channel: weigh channels; without, the total error is minimised.
         momentum: how much of the levels, and of the channels' power, a step keeps; 1 freezes what the first step found.
+        bounded: start with no more total error than even levels up to the largest value, which is plain rounding.
+            Relative errors let one channel be cut off for a small gain in each of many others, even the channel that
+            all outputs depend on.
     """
 
     basis: Tensor  # (K,)
     codes: Tensor  # all of them, (2^K, K)
     power: Tensor  # mean square of each channel, (C,); empty before the first step
 
-    def __init__(self, bits: int, *, by_channel: bool = True, momentum: float = 0.9) -> None:
+    def __init__(self, bits: int, *, by_channel: bool = True, momentum: float = 0.9, bounded: bool = False) -> None:
         super().__init__()
-        self.bits, self.by_channel, self.momentum = bits, by_channel, momentum
+        self.bits, self.by_channel, self.momentum, self.bounded = bits, by_channel, momentum, bounded
         self.register_buffer("basis", torch.zeros(bits))
         self.register_buffer("power", torch.zeros(0))
         codes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=bits)))
@@ -302,16 +306,19 @@ class ChannelLevels(nn.Module):
         for halvings in range(8):
             self.basis.copy_(channels.max() / 2**halvings * even)
             for _ in range(20):
-                target, error = self._solved(channels, weights)
-                found.append((error, self.basis.clone()))
+                target, errors = self._solved(channels, weights)
+                found.append((float((weights * errors).sum()), float(errors.sum()), self.basis.clone()))
                 self.basis.copy_(target)
-        self.basis.copy_(min(found, key=lambda pair: pair[0])[1])
+        most = found[0][1] if self.bounded else float("inf")
+        self.basis.copy_(min((some for some in found if some[1] <= most), key=lambda some: some[0])[2])
 
-    def _solved(self, channels: Tensor, weights: Tensor) -> tuple[Tensor, float]:
-        """argmin over u of sum_c w_c mean |x - B u|^2, the codes B as the levels are now, (K,), and what it is now."""
+    def _solved(self, channels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """argmin over u of sum_c w_c mean |x - B u|^2, the codes B as the levels are now, (K,), and every channel's
+        error now, (C,).
+        """
         values, codes = self.values()
         chosen = self._nearest(channels, values.double())  # (C, N)
-        error = float((weights * (channels - values.double()[chosen]).square().mean(1)).sum())
+        errors = (channels - values.double()[chosen]).square().mean(1)
         counts = torch.zeros(len(values), dtype=torch.float64, device=channels.device)
         sums = torch.zeros_like(counts)
         each = weights[:, None].expand_as(channels) / channels.shape[1]
@@ -319,4 +326,4 @@ class ChannelLevels(nn.Module):
         sums.index_add_(0, chosen.flatten(), (each * channels).flatten())
         b = codes.double()
         gram = b.mT @ (counts[:, None] * b) + _RIDGE * torch.eye(self.bits, dtype=torch.float64, device=b.device)
-        return torch.linalg.solve(gram, b.mT @ sums).clamp(min=_FLOOR), error
+        return torch.linalg.solve(gram, b.mT @ sums).clamp(min=_FLOOR), errors
