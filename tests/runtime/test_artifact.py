@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from transformers import AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from flatquant import spec
 from flatquant.errors import ArtifactError
@@ -99,6 +101,35 @@ def test_a_loaded_model_is_the_saved_one(quantised, tmp_path: Path, scheme: str,
     after = q.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_what_is_written_is_read(
+    quantised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """A family may have buffers of any type in its state."""
+    plain = LlamaMLP.__init__
+
+    def with_a_buffer(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        self.register_buffer("steps", torch.arange(3).to(dtype))
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_a_buffer)
+    q = quantised("w4a4")
+    for layer in q.model.model.layers:
+        layer.mlp.register_buffer("steps", torch.tensor([3, 0, 1]).to(dtype))
+    steps = load(save_it(q, tmp_path / "model")).model.layers[1].mlp.steps
+    assert steps.dtype == dtype
+    assert torch.equal(steps, torch.tensor([3, 0, 1]).to(dtype))
+    assert inspect(tmp_path / "model").blocks == 2
+
+
+def test_what_could_not_be_read_is_not_written(quantised, tmp_path: Path) -> None:
+    q = quantised("w4a4")
+    q.model.model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ArtifactError, match=r"model\.phase is torch\.complex64"):
+        save_it(q, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_and_generation(quantised, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from flatquant.runtime.folder import (
     CARD_FILE,
     COLLECTION_FILE,
     CONFIG_FILE,
+    DTYPES,
     EVALUATION_FILE,
     FORMAT_VERSION,
     GENERATION_FILE,
@@ -58,19 +59,7 @@ from flatquant.spec import Plan, Recipe, from_dict
 # Keys of a config that name code, kernels or places of the machine that wrote it.
 _FOREIGN = ("auto_map", "attn_implementation", "use_kernels", "name_or_path", "transformers_weights")
 
-# safetensors' names of types, in the order in which its writer places them: the last first.
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CODES = list(_NAMES)
 
 # What says something about the model and is not read for serving.
@@ -343,6 +332,8 @@ def _pending(model: nn.Module, elsewhere: Callable[[str], Tensor] | None) -> dic
             rows = tensor.shape[0]
             pending[prefix + "packed"] = _Pending(torch.uint8, (rows, module.packed_bytes // rows), make)
         elif name not in tied:
+            if tensor.dtype not in _NAMES:
+                raise ArtifactError(f"{name} is {tensor.dtype}, which a folder cannot hold; convert it before saving")
             make = partial(elsewhere, name) if tensor.is_meta and elsewhere is not None else lambda t=tensor: t
             pending[name] = _Pending(tensor.dtype, tuple(tensor.shape), make)
     return dict(sorted(pending.items()))

@@ -53,14 +53,18 @@ INDEX_FILE = "flatquant.safetensors.index.json"
 _MAX_JSON_BYTES = 64 << 20  # of a JSON file that we parse; a thousand different blocks take about two million
 _NAME = re.compile(r"[A-Za-z0-9_+\-][A-Za-z0-9_+\-. ]*")  # one part of a file name; never ".." or hidden
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_DTYPES = {
+# safetensors' names of the types that we write and read, in the order in which its writer places them: the last first.
+DTYPES = {
+    "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
-    "I32": torch.int32,
+    "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I32": torch.int32,
     "F32": torch.float32,
     "F64": torch.float64,
+    "I64": torch.int64,
 }
 
 
@@ -210,7 +214,7 @@ def _header(path: Path, file: str) -> dict[str, StoredTensor]:
         with safe_open(path, "pt") as f:
             for name in f.keys():  # noqa: SIM118 - not a dict
                 part = f.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype())
+                dtype = DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise ArtifactError(f"{path}: {one_line(name)} is stored as {part.get_dtype()}")
                 tensors[name] = StoredTensor(file=file, dtype=dtype, shape=tuple(part.get_shape()))
