@@ -67,7 +67,7 @@ def variant(
     base = flatquant("w4a4kv4", preset="reference")
     recipe = dataclasses.replace(
         base,
-        scheme=Scheme.parse("w4a4kv4", clip_start=clip_start),
+        scheme=Scheme.parse("w4a4kv4", clip_starts=(clip_start,) * 7),
         transforms=started(base.transforms, start, kron),
         fit=FitSpec(epochs=epochs, batch_size=4),
         end_to_end=EndToEndSpec(

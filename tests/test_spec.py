@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatquant.errors import FlatQuantError, SpecError
-from flatquant.recipes import flatquant, gptq, oac, recipe, rtn, vptq
+from flatquant.recipes import flatquant, gptq, oac, quarot, recipe, rtn, vptq
 from flatquant.spec import (
     SITES,
     BlockPlan,
@@ -122,8 +122,10 @@ def test_the_more_specific_override_wins() -> None:
     assert bits_at(0, "attn_in") == (4, None)
     assert bits_at(2, "attn_in") == (None, 6)
     weights, activations = scheme.at(1, "mlp_mid")
-    assert weights == QuantSpec(bits=8, group_size=2, clip="learned")  # the rest of the grid is the scheme's
-    assert activations == QuantSpec(bits=8, clip="learned")
+    assert weights == QuantSpec(
+        bits=8, group_size=2, clip="learned", clip_start=7.0
+    )  # the rest of the grid is the scheme's
+    assert activations == QuantSpec(bits=8, clip="learned", clip_start=7.0)
 
 
 def test_keys_and_values_of_a_block_have_bits_of_their_own() -> None:
@@ -135,10 +137,28 @@ def test_keys_and_values_of_a_block_have_bits_of_their_own() -> None:
 
     found = {block: bits_at(block) for block in (0, 1, 2, 3, 4, 11, 12)}
     assert found == {0: (8, 4), 1: (4, None), 2: (2, 2), 3: (None, 3), 4: (4, 4), 11: (8, 2), 12: (4, 4)}
-    assert scheme.cache_at(0)[0] == QuantSpec(bits=8, symmetric=False, clip="learned")
+    assert scheme.cache_at(0)[0] == QuantSpec(bits=8, symmetric=False, clip="learned", clip_start=7.0)
     on = Scheme.parse("w4,1.k3", clip="learned")  # a grid that no other block has
     assert on.cache_at(0) == (None, None)
     assert on.cache_at(1) == (QuantSpec(bits=3, symmetric=False, clip="learned"), None)
+
+
+@pytest.mark.parametrize("preset, at_four", [("quick", 1.75), ("reference", 4.0), ("best", 4.0)])
+def test_clips_start_by_the_bits_of_their_own_grid(preset: str, at_four: float) -> None:
+    scheme = flatquant("w4a8k4v8,mlp_mid=w8a4,0.k8,1.v4", preset).scheme
+    assert [s and s.clip_start for s in (*scheme.at(0, "attn_in"), *scheme.cache_at(2))] == [at_four, 7.0, at_four, 7.0]
+    assert [s and s.clip_start for s in (*scheme.at(0, "mlp_mid"), *scheme.cache_at(0))] == [7.0, at_four, 7.0, 7.0]
+    assert [s and s.clip_start for s in scheme.cache_at(1)] == [at_four, at_four]
+    on = flatquant("w16,mlp_mid=w8a3,0.k4", preset).scheme  # grids that only an override has
+    assert [s and s.clip_start for s in (*on.at(0, "mlp_mid"), on.cache_at(0)[0])] == [7.0, at_four, at_four]
+
+
+def test_a_fixed_clip_is_not_for_more_bits_than_the_scheme_s() -> None:
+    scheme = quarot("w4a4kv4,0.k8,0.v3,mlp_mid=a8").scheme
+    keys, values = scheme.cache_at(0)
+    assert keys == QuantSpec(bits=8, symmetric=False)
+    assert values == QuantSpec(bits=3, symmetric=False, clip="fixed", clip_ratio=0.95)
+    assert scheme.at(0, "mlp_mid")[1] == QuantSpec(bits=8)
 
 
 def test_recipes_from_before_blocks_had_bits_for_their_keys_are_still_read() -> None:

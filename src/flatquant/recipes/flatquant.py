@@ -21,7 +21,9 @@ from flatquant.spec import (
 
 PAPER_SCALE = TransformSpec(kind="diagonal", init="absmax", alpha=0.3)
 BALANCED_SCALE = TransformSpec(kind="diagonal", init="second_moment")
-SHORT_FIT_CLIP = 1.75  # sigmoid(1.75) = 0.85
+# Where clips start at 2, 3, .. 8 bits if few steps are left to move them: sigmoid(1.75) = 0.85, and from 5 bits on what
+# is best for 64 normal numbers.
+SHORT_FIT_CLIPS = (1.75, 1.75, 1.75, 3.0, 4.5, 6.0, 7.0)
 
 
 def transforms(
@@ -74,7 +76,7 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
     if preset == "quick":
         return Recipe(
             name="flatquant",
-            scheme=Scheme.parse(scheme, clip_start=SHORT_FIT_CLIP) if isinstance(scheme, str) else scheme,
+            scheme=Scheme.parse(scheme, clip_starts=SHORT_FIT_CLIPS) if isinstance(scheme, str) else scheme,
             transforms=transforms(BALANCED_SCALE, "hadamard"),
             end_to_end=EndToEndSpec(
                 steps=20, batch_size=2, lr=3e-3, clip_lr=3e-2, final_lr=0.1, eps=5e-6, checkpoint=False
