@@ -139,7 +139,7 @@ def wrap_all(
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=force)
     generator = torch.Generator().manual_seed(seed)
     residual = residual_factor(model, recipe, plan, generator, force=force)
-    statistics = observed(model) if recipe.needs_data else [{}] * len(blocks)
+    statistics = observed(model, plan) if recipe.needs_data else [{}] * len(blocks)
     fits = []
     for block, block_plan, seen in zip(blocks, plan.blocks, statistics, strict=True):
         fit = wrap_block(block, arch, block_plan, recipe, seen, generator, residual=residual, force=force)
@@ -152,9 +152,11 @@ def wrap_all(
 
 
 @torch.no_grad()
-def observed(model: PreTrainedModel) -> list[dict[str, InputStatistics]]:
+def observed(model: PreTrainedModel, plan: Plan | None = None) -> list[dict[str, InputStatistics]]:
     """Every block's input statistics on random text."""
-    observers = [Observer(block, arch_of(model.config)) for block in model.model.layers]
+    offsets = [None] * len(model.model.layers) if plan is None else [block.key_offset for block in plan.blocks]
+    pairs = zip(model.model.layers, offsets, strict=True)
+    observers = [Observer(block, arch_of(model.config), offset) for block, offset in pairs]
     model(tokens_for(model, 4, 12, seed=1), use_cache=False)
     return [observer.close() for observer in observers]
 

@@ -158,6 +158,8 @@ def test_options_reach_the_recipe(place: Path, tmp_path: Path) -> None:
 
 def test_options_reach_the_end_to_end_fit() -> None:
     recipe = _recipe("flatquant", "w4a4kv4", "quick", None, 4, 32, None, 1, 1e-3, "gptq")
+    assert recipe.scheme.key_offset == "auto"
+    assert _recipe("rtn", "kv4", "quick", *[None] * 9, "mean").scheme.key_offset == "mean"
     assert recipe.end_to_end is not None
     assert recipe.end_to_end.batch_size == 1
     assert (recipe.end_to_end.lr, recipe.end_to_end.clip_lr) == pytest.approx((1e-3, 1e-2))
@@ -455,6 +457,8 @@ def test_an_output_layer_of_its_own_is_told(place: Path, tmp_path: Path) -> None
         (["--method", "gptq", "--hessian", "output_adaptive"], "rounds with gptq: leave out --hessian"),
         (["--hessian", "output_adaptive"], "the solver rtn uses no Hessian"),
         (["--preset", "quick", "--epochs", "3"], "preset quick has no block-wise fit: leave out --epochs"),
+        (["--scheme", "w4", "--key-offset", "mean"], "does not quantise keys: leave out --key-offset"),
+        (["--key-offset", "median"], "'median' is not one of 'auto', 'none', 'bias', 'mean'"),
         (["--solver", "magic"], "'magic' is not one of 'rtn', 'gptq', 'codebook'"),
         (["--samples", "2", "--batch-size", "4"], "batch size 4 exceeds 2 samples"),
         (["--samples", "0"], "too few to calibrate"),

@@ -17,6 +17,7 @@ from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.modules import Trainable
 from flatquant.qtensor import QTensor
 from flatquant.recipes import flatquant, gptq, oac, rtn, svdquant, vptq
+from flatquant.rotary import Angles
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite
 from flatquant.spec import FitSpec, Recipe, Scheme, SolverSpec
@@ -226,11 +227,14 @@ def test_integers_compute_what_the_fit_saw(shape: str, scheme: str, name: str) -
     frozen = block.self_attn.flatquant_kv if plan.blocks[0].keys or plan.blocks[0].values else None
     if frozen is not None:
         g = torch.Generator().manual_seed(3)
-        k, v = torch.randn(2, 2, 2, 5, plan.blocks[0].head_dim, generator=g, dtype=torch.float64)
+        heads, head_dim = SHAPES[shape]["kv_heads"], plan.blocks[0].head_dim
+        k, v = torch.randn(2, 2, heads, 5, head_dim, generator=g, dtype=torch.float64)
         assert isinstance(frozen, FrozenKeyValue)
         assert fit.key_value is not None
+        turn = torch.rand(1, 5, head_dim // 2, generator=g, dtype=torch.float64).repeat(1, 1, 2)
+        angles = Angles(turn.cos(), turn.sin())
         with torch.no_grad():
-            assert relative(frozen.key(k), fit.key_value.key(k)) < 1e-6
+            assert relative(frozen.key(k, angles), fit.key_value.key(k, angles)) < 1e-6
             assert relative(frozen.value(v), fit.key_value.value(v)) < 1e-6
             assert relative(frozen.query(k), fit.key_value.query(k)) < 1e-12
 

@@ -365,6 +365,10 @@ def quantize(
     hessian: Annotated[
         str | None, typer.Option(help="What the solver preserves: input_gram (layers) or output_adaptive (the loss).")
     ] = None,
+    key_offset: Annotated[
+        str | None,
+        typer.Option(help="A constant that cached keys leave out: auto (keys with a bias), none, bias, or mean."),
+    ] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
     seed: Annotated[int, typer.Option(help="Of the calibration text and of random transforms.")] = 0,
@@ -402,7 +406,7 @@ def quantize(
         mistakes = _Mistakes()
         mistakes(Scheme.parse, scheme)
         mistakes(recipes.recipe, method, "w4a16", preset)  # method and preset, whatever the scheme
-        options = (samples, seqlen, epochs, batch_size, lr, solver, hessian)
+        options = (samples, seqlen, epochs, batch_size, lr, solver, hessian, key_offset)
         named = not mistakes.found
         recipe = mistakes(_recipe, method, scheme, preset, calibration, *options) if named else None
         if recipe and losses and recipe.fit is None and recipe.end_to_end is None:
@@ -528,12 +532,17 @@ def _recipe(
     lr: float | None,
     solver: str | None,
     hessian: str | None = None,
+    key_offset: str | None = None,
 ) -> Recipe:
     """The method's recipe with what the options change; an option that would change nothing is an error."""
     from flatquant.recipes import recipe
-    from flatquant.spec import SolverSpec, from_dict, to_dict
+    from flatquant.spec import Scheme, SolverSpec, from_dict, to_dict
 
     base = recipe(method, scheme, preset)
+    if key_offset is not None:
+        if base.scheme.keys is None:
+            raise SpecError(f"scheme {base.scheme} does not quantise keys: leave out --key-offset")
+        base = replace(base, scheme=from_dict(Scheme, to_dict(base.scheme) | {"key_offset": key_offset}, "scheme"))
     steps = {"batch_size": batch_size, "lr": lr}
     steps = {name: value for name, value in steps.items() if value is not None}
     data = {name: value for name, value in (("samples", samples), ("seqlen", seqlen)) if value is not None}

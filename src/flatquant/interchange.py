@@ -93,13 +93,14 @@ def import_matrices(model: PreTrainedModel, path: Path, scheme: str = "w4a4kv4")
 
 
 def _imported(recipe: Recipe) -> Recipe:
-    """FlatQuant with nothing left to fit, and starts that need no statistics."""
+    """FlatQuant with nothing left to fit, starts that need no statistics, and no offset for keys."""
     fit = None if recipe.fit is None else dataclasses.replace(recipe.fit, epochs=0)
     transforms = {
         site: tuple(dataclasses.replace(part, init="identity") for part in parts)
         for site, parts in recipe.transforms.items()
     }
-    return dataclasses.replace(recipe, name="flatquant (imported)", fit=fit, transforms=transforms)
+    scheme = dataclasses.replace(recipe.scheme, key_offset="none")
+    return dataclasses.replace(recipe, name="flatquant (imported)", scheme=scheme, fit=fit, transforms=transforms)
 
 
 def read_matrices(path: Path) -> dict[int, dict[str, Tensor]]:

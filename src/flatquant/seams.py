@@ -23,7 +23,7 @@ import dataclasses
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from flatquant.errors import ModelError
+from flatquant.rotary import Angles
+from flatquant.spec import Pairing
 from flatquant.versions import broken
 
 ATTENTION = "flatquant"
@@ -58,24 +60,42 @@ def is_cache(value: object) -> bool:
     return isinstance(value, Cache | _CacheSeam) or (hasattr(value, "update") and hasattr(value, "get_seq_length"))
 
 
+def position_angles(angles: Angles | None, pairing: Pairing) -> Tensor | None:
+    """What turns the keys at hand, a cosine and a sine a pair; None without rotary embedding.  # (B or 1, T, r)
+
+    Raises:
+        ModelError: there is a rotary embedding, and the attention module was not given its angles.
+    """
+    if pairing == "none":
+        return None
+    if angles is None:
+        raise broken("an attention module was not given the cosines and sines of its positions")
+    return angles.of_pairs(pairing)
+
+
 class KeyValue(nn.Module, ABC):
-    """What happens to queries, keys and values of one attention module, after RoPE.  # all (B, heads, T, head_dim)"""
+    """What happens to queries, keys and values of one attention module, after RoPE.  # all (B, heads, T, head_dim)
+
+    `angles` are those of the keys' positions, if the attention module was given any.
+    """
 
     @abstractmethod
     def query(self, q: Tensor) -> Tensor:
         """Queries in the basis of the cached keys."""
 
     @abstractmethod
-    def key(self, k: Tensor) -> Tensor:
+    def key(self, k: Tensor, angles: Angles | None = None) -> Tensor:
         """Keys in their own basis, on their grid."""
 
     @abstractmethod
     def value(self, v: Tensor) -> Tensor:
         """Values on their grid."""
 
-    def store(self, cache: Any, k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def store(
+        self, cache: Any, k: Tensor, v: Tensor, angles: Angles | None, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Put new keys and values into `cache` and return all it holds."""
-        return cache.update(self.key(k), self.value(v), layer, *args, **kwargs)
+        return cache.update(self.key(k, angles), self.value(v), layer, *args, **kwargs)
 
 
 class _CacheSeam:
@@ -87,7 +107,7 @@ class _CacheSeam:
 
     def update(self, k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._call.stored = True
-        return self._call.kv.store(self._cache, k, v, layer, *args, **kwargs)
+        return self._call.kv.store(self._cache, k, v, self._call.angles, layer, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -96,8 +116,9 @@ class _CacheSeam:
 class _Call:
     """One forward pass of one attention module, and which of its tensors have passed through the seam."""
 
-    def __init__(self, module: nn.Module, kv: KeyValue) -> None:
+    def __init__(self, module: nn.Module, kv: KeyValue, arguments: Iterable[Any]) -> None:
         self.module, self.kv = module, kv
+        self.angles = next(filter(None, map(Angles.among, arguments)), None)
         self.cached = self.stored = self.attended = False
 
     def wrapped(self, value: Any) -> Any:
@@ -114,7 +135,7 @@ class _Call:
             if not self.stored:
                 raise broken(f"{_name(self.module)} did not hand its keys and values to the cache's update()")
             return self.kv.query(q), k, v
-        return self.kv.query(q), self.kv.key(k), self.kv.value(v)
+        return self.kv.query(q), self.kv.key(k, self.angles), self.kv.value(v)
 
 
 class _Open(threading.local):
@@ -151,7 +172,7 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             f"this model's keys and values are quantised for attention implementation {ATTENTION!r}, "
             f"but {implementation!r} is set; leave attn_implementation alone"
         )
-    call = _Call(module, getattr(module, _SLOT))
+    call = _Call(module, getattr(module, _SLOT), (*args, *kwargs.values()))
     args = tuple(map(call.wrapped, args))
     kwargs = {name: call.wrapped(value) for name, value in kwargs.items()}
     _open.begin(call)

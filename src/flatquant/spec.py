@@ -32,6 +32,10 @@ Clip = Literal["none", "learned", "fixed", "search"]
 # rounding. Of 64 normal numbers, the best share of the range is .95 at 5 bits, .99 at 6, and 1 from 7 on; of more
 # numbers it is less.
 CLIP_STARTS = (4.0, 4.0, 4.0, 4.0, 4.5, 6.0, 7.0)
+# Which channels rotary embedding turns together, and the order of an attention module's cosines and sines.
+# `halves`: channels i and i + r / 2; angles i and i + r / 2 are alike. `neighbours`: channels 2 i and 2 i + 1; angles
+# as before. `interleaved`: channels 2 i and 2 i + 1; angles 2 i and 2 i + 1 are alike. `none`: nothing is turned.
+Pairing = Literal["halves", "neighbours", "interleaved", "none"]
 
 T = TypeVar("T")
 
@@ -212,6 +216,10 @@ class Scheme:
     `cache_overrides` maps a block (`11`) to other bits of its keys and values.
     `clip` is that of grids which only an override switches on. `clip_starts` are those of learned clips by their bits,
     2 to 8 (see `QuantSpec.clip_start`).
+
+    `key_offset` is a constant per key channel, before RoPE, that the key grids leave out and attention gets back: the
+    keys' `bias`, their `mean` over calibration text, or `none`. `auto` is for keys with a bias: their mean where the
+    recipe reads text, else their bias.
     """
 
     weights: QuantSpec | None = None
@@ -222,6 +230,7 @@ class Scheme:
     cache_overrides: Mapping[str, CacheBits] = field(default_factory=dict)
     clip: Literal["none", "learned"] = "none"
     clip_starts: tuple[float, ...] = CLIP_STARTS
+    key_offset: Literal["auto", "none", "bias", "mean"] = "auto"
 
     def __post_init__(self) -> None:
         _check(
@@ -787,7 +796,8 @@ class Recipe:
         starts = any(t.init in DATA_STARTS for parts in self.transforms.values() for t in parts)
         inputs = self.scheme.activations
         static = inputs is not None and (inputs.scope == "tensor" or inputs.kind == "levels")
-        return fits or starts or static or (self.solver.needs_hessian and self.scheme.weights is not None)
+        offset = self.scheme.key_offset == "mean"
+        return fits or starts or static or offset or (self.solver.needs_hessian and self.scheme.weights is not None)
 
 
 # --------------------------------------------------------------------------------------------- a concrete model
@@ -842,6 +852,17 @@ class SitePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeyOffset:
+    """That keys are cached less a constant per channel, (heads, head_dim), which RoPE turns as `pairing` says."""
+
+    heads: int
+    pairing: Pairing = "halves"
+
+    def __post_init__(self) -> None:
+        _check(self.heads >= 1, f"a key offset of {self.heads} heads")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockPlan:
     """The sites of one block, and the grids of its keys (after RoPE, times P_h if `qk`) and values."""
 
@@ -850,6 +871,12 @@ class BlockPlan:
     qk: bool = False
     keys: QuantSpec | None = None
     values: QuantSpec | None = None
+    key_offset: KeyOffset | None = None
+
+    @property
+    def attended(self) -> bool:
+        """Whether anything happens to queries, keys or values."""
+        return self.qk or any(part is not None for part in (self.keys, self.values, self.key_offset))
 
 
 @dataclass(frozen=True, kw_only=True)

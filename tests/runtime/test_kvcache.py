@@ -1,5 +1,8 @@
 """`QuantizedCache` against `DynamicCache`: the same numbers in fewer bytes."""
 
+import dataclasses
+from typing import Literal
+
 import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
@@ -16,8 +19,10 @@ SCHEMES = ["w4a4kv4", "k4v4", "k3", "k16v2", "k8v5", "w4a4kv4,0.k8", "kv4,0.kv16
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_generation_equals_that_of_a_plain_cache(quantised, scheme: str, dtype: torch.dtype) -> None:
-    q = quantised(scheme, dtype=dtype)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "offset"])
+def test_generation_equals_that_of_a_plain_cache(quantised, scheme: str, dtype: torch.dtype, bias: bool) -> None:
+    q = quantised(scheme, dtype=dtype, bias=bias)
+    assert all((block.key_offset is not None) == (bias and block.keys is not None) for block in q.plan.blocks)
     mask = torch.ones(4, 9, dtype=torch.long)
     mask[0, :5] = mask[1, :2] = 0  # left padding
     outputs = []
@@ -42,16 +47,18 @@ def test_generation_equals_that_of_a_plain_cache(quantised, scheme: str, dtype: 
 
 
 @pytest.mark.parametrize("scheme", ["k4v4", "w16a16k3"])
-def test_decoding_equals_the_uncached_forward(quantised, scheme: str) -> None:
-    q = quantised(scheme)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "offset"])
+def test_decoding_equals_the_uncached_forward(quantised, scheme: str, bias: bool) -> None:
+    q = quantised(scheme, bias=bias)
     want = q.model(q.tokens).logits
     cache = QuantizedCache(q.model)
     steps = [q.model(part, **{CACHE: cache}).logits for part in q.tokens.split([5, 1, 1, 4, 5], dim=1)]
     torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-4, atol=1e-4)
 
 
-def test_beams(quantised) -> None:
-    q = quantised("w4a4kv4")
+@pytest.mark.parametrize("bias", [False, True], ids=["", "offset"])
+def test_beams(quantised, bias: bool) -> None:
+    q = quantised("w4a4kv4", bias=bias)
     beams = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
     plain, ours = (
         q.model.generate(q.tokens[:2, :6], **{CACHE: cache}, **beams)
@@ -78,8 +85,9 @@ def filled(q, tokens) -> tuple[QuantizedCache, DynamicCache]:
     ],
     ids=["crop", "crop nothing", "reorder", "repeat", "select"],
 )
-def test_changes_do_what_they_do_to_a_plain_cache(quantised, change) -> None:
-    q = quantised("k4v3")
+@pytest.mark.parametrize("bias", [False, True], ids=["", "offset"])
+def test_changes_do_what_they_do_to_a_plain_cache(quantised, change, bias: bool) -> None:
+    q = quantised("k4v3", bias=bias)
     ours, plain = filled(q, q.tokens[:, :8])
     for cache in (ours, plain):
         change(cache)
@@ -89,8 +97,9 @@ def test_changes_do_what_they_do_to_a_plain_cache(quantised, change) -> None:
     assert torch.equal(q.model(new, **{CACHE: ours}).logits, q.model(new, **{CACHE: plain}).logits)
 
 
-def test_reset_starts_over(quantised) -> None:
-    q = quantised("k4v4")
+@pytest.mark.parametrize("bias", [False, True], ids=["", "offset"])
+def test_reset_starts_over(quantised, bias: bool) -> None:
+    q = quantised("k4v4", bias=bias)
     cache, _ = filled(q, q.tokens)
     cache.reset()
     assert cache.nbytes() == cache.get_seq_length() == 0
@@ -119,7 +128,8 @@ def test_unquantised_keys_and_values_need_no_such_cache(quantised) -> None:
         QuantizedCache(quantised("w4a4").model)
 
 
-def test_sliding_windows() -> None:
+@pytest.mark.parametrize("offset", ["none", "mean"])
+def test_sliding_windows(offset: Literal["none", "mean"]) -> None:
     """The mask cuts what a plain cache would have dropped."""
     config = MistralConfig(
         hidden_size=36,
@@ -134,7 +144,8 @@ def test_sliding_windows() -> None:
     torch.manual_seed(0)
     model = MistralForCausalLM(config).eval().requires_grad_(False)
     tokens = torch.randint(0, 120, (2, 16))
-    calibrate(model, rtn("w4a4kv4"), None, device=torch.device("cpu"), dtype=torch.float32)
+    recipe = rtn(dataclasses.replace(rtn("w4a4kv4").scheme, key_offset=offset))
+    calibrate(model, recipe, tokens, device=torch.device("cpu"), dtype=torch.float32)
     logits = []
     for cache in (DynamicCache(config=config), QuantizedCache(model)):
         parts = tokens.split([9, 1, 1, 5], dim=1)

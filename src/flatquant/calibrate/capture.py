@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from flatquant import seams
 from flatquant.calibrate.activations import K, Kept, mapped
-from flatquant.spec import by_expert
+from flatquant.rotary import Angles, turned_back
+from flatquant.spec import KeyOffset, Pairing, by_expert
 from flatquant.transforms import Factor
 from flatquant.wiring.apply import InputStatistics
 from flatquant.wiring.arch import Arch, submodule
@@ -128,19 +129,42 @@ class _Moments:
     def __init__(self) -> None:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
+        self.total: Tensor | None = None
         self.square: Tensor | None = None
         self.tokens = 0
         self.rows: list[Tensor] = []  # spread over the first calls
 
     def add(self, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()  # (tokens, n)
-        low, high, square = x.amin(0), x.amax(0), x.square().sum(0)
+        low, high, total, square = x.amin(0), x.amax(0), x.sum(0), x.square().sum(0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.total = total if self.total is None else self.total + total
         self.square = square if self.square is None else self.square + square
         self.tokens += x.shape[0]
         room = _ROWS - sum(map(len, self.rows))
         self.rows.append(x[:: max(1, len(x) // _ROWS_A_CALL)][: min(room, _ROWS_A_CALL)].clone())
+
+
+class _SeenKeys(seams.KeyValue):
+    """Leaves queries, keys and values alone, and notes keys as they were before RoPE."""
+
+    def __init__(self, moments: _Moments, pairing: Pairing) -> None:
+        super().__init__()
+        self._moments = moments
+        self._pairing: Pairing = pairing
+
+    def query(self, q: Tensor) -> Tensor:
+        return q
+
+    def key(self, k: Tensor, angles: Angles | None = None) -> Tensor:
+        pairs = seams.position_angles(angles, self._pairing)
+        before = k if pairs is None else turned_back(k.float(), pairs.float(), self._pairing)
+        self._moments.add(before.transpose(1, 2).flatten(2))  # (B, T, heads head_dim)
+        return k
+
+    def value(self, v: Tensor) -> Tensor:
+        return v
 
 
 class Observer:
@@ -150,8 +174,14 @@ class Observer:
     over tokens.
     """
 
-    def __init__(self, block: nn.Module, arch: Arch) -> None:
+    def __init__(self, block: nn.Module, arch: Arch, keys: KeyOffset | None = None) -> None:
+        """With `keys`, also of keys before RoPE, under `qk`; nothing else may be attached to the attention module."""
         self._moments = {edge.site: _Moments() for edge in arch.edges}
+        self._attention = None
+        if keys is not None:
+            self._moments["qk"] = _Moments()
+            self._attention = submodule(block, arch.attention)
+            seams.attach(self._attention, _SeenKeys(self._moments["qk"], keys.pairing))
         groups = {edge.site: by_expert(edge.readers) for edge in arch.of(block).edges}
         self._tokens = {site: [0] * len(paths) for site, paths in groups.items()}
         self._handles = [
@@ -171,17 +201,21 @@ class Observer:
         """Stop observing; the statistics per site."""
         for handle in self._handles:
             handle.remove()
+        if self._attention is not None:
+            seams.detach(self._attention)
         out = {}
         for site, m in self._moments.items():
             assert m.low is not None, f"{site} was never reached"
             assert m.high is not None
+            assert m.total is not None
             assert m.square is not None
             out[site] = InputStatistics(
                 absmax=torch.maximum(m.high, -m.low),
                 center=(m.high + m.low) / 2,
+                mean=m.total / m.tokens,
                 square=m.square / m.tokens,
                 rows=torch.cat(m.rows),
-                tokens=tuple(self._tokens[site]),
+                tokens=tuple(self._tokens.get(site, ())),
             )
         return out
 

@@ -321,8 +321,9 @@ class _Run:
     def _full_precision(self, index: int, call: BlockCall, hidden: Kept) -> tuple[Kept, dict[str, InputStatistics]]:
         """What an original block gives, and its input statistics; in a wider dtype if products overflow the fit's."""
         block, dtype = self.blocks[index], self.dtype
+        offset = None if self.recipe.scheme.key_offset == "bias" else self.plan.blocks[index].key_offset  # by its mean
         while True:
-            observer = Observer(block, self.arch)
+            observer = Observer(block, self.arch, offset)
             run = partial(_in_dtype, dtype, hidden.dtype, partial(call, block))
             try:
                 with self._stage("full precision", index), autocast(self.device, dtype):

@@ -56,9 +56,18 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
             setattr(_get(block, parent), leaf, inner if up is None else BranchedLinear(inner, up))
     setattr(block, SITES_SLOT, sites)
     share_inputs(block)
-    if plan.qk or plan.keys or plan.values:
+    if plan.attended:
         key, query = (_empty(plan.head_dim, plan.head_dim) if plan.qk else None for _ in range(2))
-        seams.attach(_get(block, attention), FrozenKeyValue(key, query, _dynamic(plan.keys), _dynamic(plan.values)))
+        offset = plan.key_offset
+        key_value = FrozenKeyValue(
+            key,
+            query,
+            _dynamic(plan.keys),
+            _dynamic(plan.values),
+            _empty(offset.heads, plan.head_dim) if offset else None,
+            offset.pairing if offset else "none",
+        )
+        seams.attach(_get(block, attention), key_value)
 
 
 def _check_experts(block: nn.Module, planned: int) -> None:

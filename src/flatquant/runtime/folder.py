@@ -322,6 +322,8 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
         attention = f"{root}{plan.attention}.flatquant_kv."
         if block.qk:
             kinds |= {attention + "key_matrix": "transforms", attention + "query_matrix": "transforms"}
+        if block.key_offset:
+            kinds[attention + "key_offset"] = "transforms"
         for name, spec in (("keys", block.keys), ("values", block.values)):
             if spec and spec.clip != "none":
                 kinds[f"{attention}{name}.clip.ratio"] = "transforms"

@@ -529,6 +529,8 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
         raise Unsupported(f"keys and values of block {index} are not both quantised")
     if any(grid.spec.bits != 4 or grid.spec.symmetric for grid in (kv.keys, kv.values)):
         raise Unsupported(f"keys and values of block {index} are not on asymmetric 4-bit grids")
+    if kv.key_offset is not None:
+        raise Unsupported("its keys have an offset")
     if head_dim % 4 or head_dim > 256:
         raise Unsupported(f"heads of {head_dim} channels")
     matrices = None

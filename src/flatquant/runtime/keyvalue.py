@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,25 +12,50 @@ from torch import Tensor
 from flatquant.modules import ExactBuffers
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import Dynamic
-from flatquant.seams import KeyValue
+from flatquant.rotary import Angles, constant_at
+from flatquant.seams import KeyValue, position_angles
+from flatquant.spec import Pairing
+
+
+class Offset(NamedTuple):
+    """What cached keys are short of: `at` of their angles, (B or 1, T, r) -> (B or 1, heads, T or 1, head_dim)."""
+
+    angles: Angles | None  # of the new keys; None without rotary embedding, and then for all of them
+    pairing: Pairing
+    at: Callable[[Tensor | None], Tensor]
 
 
 class IntegerStore(ABC):
     """A cache that keeps integers instead of the numbers they stand for."""
 
     @abstractmethod
-    def append(self, k: Tensor | QTensor, v: Tensor | QTensor, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Put new keys and values into a layer; all it holds, in `dtype`.  # (B, heads, T, head_dim)"""
+    def append(
+        self,
+        k: Tensor | QTensor,
+        v: Tensor | QTensor,
+        layer: int,
+        dtype: torch.dtype,
+        offset: Offset | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Put new keys and values into a layer; all it holds, in `dtype`, keys plus their offset.
+
+        Shapes are (B, heads, T, head_dim).
+        """
 
 
 class FrozenKeyValue(ExactBuffers, KeyValue):
-    """k -> Q(k P_h), q -> q P_h^-T, v -> Q(v), with fixed matrices and clips.
+    """k -> Q((k - o) P_h) + o P_h, q -> q P_h^-T, v -> Q(v), with fixed matrices and clips.
 
-    Buffers: `key_matrix` P_h and `query_matrix` P_h^-T, float32, (head_dim, head_dim), both or neither.
+    o = R_j m is a constant m per channel, turned by the rotary embedding of the key's position j; 0 without an offset.
+    A cache of integers holds Q((k - o) P_h), and is given what it takes to add o P_h.
+
+    Buffers: `key_matrix` P_h and `query_matrix` P_h^-T, float32, (head_dim, head_dim), both or neither; `key_offset` m,
+    float32, (heads, head_dim), or none.
     """
 
     key_matrix: Tensor | None
     query_matrix: Tensor | None
+    key_offset: Tensor | None
 
     def __init__(
         self,
@@ -37,10 +63,14 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
         query_matrix: Tensor | None,
         keys: Dynamic | None,
         values: Dynamic | None,
+        key_offset: Tensor | None = None,
+        pairing: Pairing = "halves",
     ) -> None:
         super().__init__()
         self.register_buffer("key_matrix", key_matrix)
         self.register_buffer("query_matrix", query_matrix)
+        self.register_buffer("key_offset", key_offset)
+        self.pairing: Pairing = pairing
         self.keys = keys
         self.values = values
 
@@ -49,35 +79,51 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
             return q
         return (q.to(self.query_matrix.dtype) @ self.query_matrix).to(q.dtype)
 
-    def rotate_key(self, k: Tensor) -> Tensor:
-        """k P_h, not yet on its grid, in the matrix's dtype.  # (B, heads, T, head_dim)"""
+    def key(self, k: Tensor, angles: Angles | None = None) -> Tensor:
+        pairs = self._pairs(angles)
+        x = self._transformed(k, pairs)
+        if self.keys is not None:  # integers carry no gradient
+            x = self.keys(x) if k.requires_grad else self.keys.quantize(x).dequantize(self._dtype(k.dtype))
+        return x.to(k.dtype) if self.key_offset is None else (x + self._given_back(pairs)).to(k.dtype)
+
+    def _pairs(self, angles: Angles | None) -> Tensor | None:
+        return None if self.key_offset is None else position_angles(angles, self.pairing)
+
+    def _transformed(self, k: Tensor, pairs: Tensor | None) -> Tensor:
+        """(k - o) P_h, not yet on its grid, in the buffers' dtype.  # (B, heads, T, head_dim)"""
+        if self.key_offset is not None:
+            k = k - constant_at(self.key_offset, pairs, self.pairing)
         return k if self.key_matrix is None else k.to(self.key_matrix.dtype) @ self.key_matrix
 
-    def quantize_key(self, k: Tensor) -> QTensor:
-        """Integers of k P_h; only where keys are quantised."""
-        assert self.keys is not None
-        return self.keys.quantize(self.rotate_key(k))
+    def _given_back(self, pairs: Tensor | None) -> Tensor:
+        """o P_h, in the buffers' dtype.  # (B or 1, heads, T or 1, head_dim)
 
-    def quantize_value(self, v: Tensor) -> QTensor:
-        """Integers of v; only where values are quantised."""
-        assert self.values is not None
-        return self.values.quantize(v)
+        In float64 until it is rounded: how a product sums depends on the number of its rows, and a cache of integers
+        computes all places at once that a plain one was given one by one.
+        """
+        assert self.key_offset is not None
+        o = constant_at(self.key_offset, pairs, self.pairing)
+        return o if self.key_matrix is None else (o.double() @ self.key_matrix.double()).to(o.dtype)
 
-    def key(self, k: Tensor) -> Tensor:
-        if self.keys is None:
-            return self.rotate_key(k).to(k.dtype)
-        if k.requires_grad:  # integers carry no gradient
-            return self.keys(self.rotate_key(k)).to(k.dtype)
-        return self.quantize_key(k).dequantize(k.dtype)
+    def _dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of what keys stand for on their grid: a sum is still to come, or not."""
+        return dtype if self.key_offset is None else torch.promote_types(dtype, torch.float32)
 
     def value(self, v: Tensor) -> Tensor:
         if self.values is None:
             return v
-        return self.values(v) if v.requires_grad else self.quantize_value(v).dequantize(v.dtype)
+        return self.values(v) if v.requires_grad else self.values.quantize(v).dequantize(v.dtype)
 
-    def store(self, cache: Any, k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def store(
+        self, cache: Any, k: Tensor, v: Tensor, angles: Angles | None, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not isinstance(cache, IntegerStore):
-            return super().store(cache, k, v, layer, *args, **kwargs)
-        keys = self.key(k) if self.keys is None else self.quantize_key(k)
-        values = v if self.values is None else self.quantize_value(v)
-        return cache.append(keys, values, layer, k.dtype)
+            return super().store(cache, k, v, angles, layer, *args, **kwargs)
+        values = v if self.values is None else self.values.quantize(v)
+        if self.keys is None:
+            return cache.append(self.key(k, angles), values, layer, k.dtype)
+        pairs = self._pairs(angles)
+        offset = None
+        if self.key_offset is not None:
+            offset = Offset(None if pairs is None else angles, self.pairing, self._given_back)
+        return cache.append(self.keys.quantize(self._transformed(k, pairs)), values, layer, k.dtype, offset)

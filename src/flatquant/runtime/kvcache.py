@@ -3,7 +3,8 @@
 `QuantizedCache(model)` goes where transformers takes `past_key_values`. What it returns to attention are exactly the
 values that a plain cache would hold (those were rounded to the same grid on their way in), so that both generate the
 same tokens; it only costs less memory: for a head of d channels at b bits, d b / 8 bytes, a float32 scale and a
-one-byte zero point per token, instead of 2 d.
+one-byte zero point per token, instead of 2 d. Where keys are stored less an offset, which depends on their positions,
+the positions' cosines and sines are kept too, once for all layers that share them.
 
 Given up here: speed. All of a layer's history is unpacked for every new token; a kernel that reads integers directly
 will not need that. Sliding-window layers keep their whole history (the mask cuts it).
@@ -21,7 +22,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from flatquant.errors import ModelError
 from flatquant.qtensor import QTensor
-from flatquant.runtime.keyvalue import FrozenKeyValue, IntegerStore
+from flatquant.rotary import Angles
+from flatquant.runtime.keyvalue import FrozenKeyValue, IntegerStore, Offset
+from flatquant.seams import broken
 from flatquant.spec import QuantSpec
 
 
@@ -70,14 +73,43 @@ class _History:
         return sum(part.nbytes for part in self.parts)
 
 
+class _Turns:
+    """Angles of all places, for the layers that are given the same ones. The first of them owns and changes them."""
+
+    def __init__(self, owner: IntegerLayer) -> None:
+        self.owner = owner
+        self.newest: Tensor | None = None
+        self.history: _History | None = None
+
+    def append(self, layer: IntegerLayer, offset: Offset, batch: int) -> Tensor:
+        """Add those of new tokens, once for all layers; all of them.  # (batch, T, r)"""
+        assert offset.angles is not None
+        if layer is self.owner:
+            new = offset.angles.of_pairs(offset.pairing)
+            new = new.expand(batch, -1, -1)
+            if self.history is None:
+                self.history = _History(new)
+            else:
+                self.history.append(new)
+            self.newest = offset.angles.cos
+        elif self.newest is not offset.angles.cos:
+            raise broken("layers that turned keys by the same cosines and sines no longer do")
+        assert self.history is not None
+        return self.history.read(torch.float32)
+
+
 class IntegerLayer(DynamicLayer):
     """One layer of a `QuantizedCache`: grows with every token, whatever form that has."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: list[_Turns]) -> None:
+        """`turns` are the cache's, of all its layers."""
         super().__init__()
         self._histories: tuple[_History, _History] | None = None  # keys, values
+        self._all_turns, self._turns = turns, None
 
-    def append(self, k: Tensor | QTensor, v: Tensor | QTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def append(
+        self, k: Tensor | QTensor, v: Tensor | QTensor, dtype: torch.dtype, offset: Offset | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Add tokens; all keys and values in `dtype`."""
         if self._histories is None:
             self._histories = _History(k), _History(v)
@@ -86,7 +118,26 @@ class IntegerLayer(DynamicLayer):
             for history, new in zip(self._histories, (k, v), strict=True):
                 history.append(new)
         keys, values = self._histories
-        return keys.read(dtype), values.read(dtype)
+        if offset is None:
+            return keys.read(dtype), values.read(dtype)
+        angles = None if offset.angles is None else self._turned_by(offset.angles).append(self, offset, k.shape[0])
+        short = keys.read(torch.promote_types(dtype, torch.float32))
+        return (short + offset.at(angles)).to(dtype), values.read(dtype)
+
+    def _turned_by(self, angles: Angles) -> _Turns:
+        """At the first tokens, those of an earlier layer that has just been given the same angles."""
+        if self._turns is None:
+            self._turns = next((t for t in self._all_turns if t.newest is angles.cos), None)
+        if self._turns is None:
+            self._turns = _Turns(self)
+            self._all_turns.append(self._turns)
+        return self._turns
+
+    @property
+    def _kept(self) -> list[_History]:
+        """All that this layer holds."""
+        turns = self._turns.history if self._turns is not None and self._turns.owner is self else None
+        return [*(self._histories or ()), *([] if turns is None else [turns])]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.append(key_states, value_states, key_states.dtype)
@@ -100,14 +151,15 @@ class IntegerLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors kept."""
-        return 0 if self._histories is None else sum(h.nbytes for h in self._histories)
+        return sum(h.nbytes for h in self._kept)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> None:
-        for history in self._histories or ():
+        for history in self._kept:
             history.map(f)
 
     def reset(self) -> None:
-        self._histories = None
+        self._histories = self._turns = None
+        self._all_turns.clear()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -145,11 +197,19 @@ class QuantizedCache(Cache, IntegerStore):
         attached = [m for m in model.modules() if isinstance(m, FrozenKeyValue)]
         if not any(m.keys is not None or m.values is not None for m in attached):
             raise ModelError("this model's keys and values are not quantised; use a DynamicCache")
-        self._integers = [IntegerLayer() for _ in range(model.config.num_hidden_layers)]
+        turns: list[_Turns] = []
+        self._integers = [IntegerLayer(turns) for _ in range(model.config.num_hidden_layers)]
         super().__init__(layers=list(self._integers))
 
-    def append(self, k: Tensor | QTensor, v: Tensor | QTensor, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self._integers[layer].append(k, v, dtype)
+    def append(
+        self,
+        k: Tensor | QTensor,
+        v: Tensor | QTensor,
+        layer: int,
+        dtype: torch.dtype,
+        offset: Offset | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return self._integers[layer].append(k, v, dtype, offset)
 
     def nbytes(self) -> int:
         """Bytes of all tensors kept."""

@@ -38,17 +38,18 @@ from flatquant.transforms import (
     make_masked,
 )
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
-from flatquant.wiring.arch import Arch, Edge, expanded, linear_at, replace_submodule, submodule
+from flatquant.wiring.arch import Arch, Edge, expanded, key_bias, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
 from flatquant.wiring.linear import FitLinear, FitSite, Followed, HeadOutput, HeadsOutput, LastRows, ReaderScale
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputStatistics:
-    """Statistics of one site's input over calibration tokens."""
+    """Statistics of one site's input over calibration tokens; or of keys before RoPE, for the site `qk`."""
 
     absmax: Tensor  # (n,)
     square: Tensor  # mean of x^2, (n,)
+    mean: Tensor | None = None  # (n,)
     center: Tensor | None = None  # between the least and the largest x, (n,)
     rows: Tensor | None = None  # x of some tokens, (tokens, n)
     tokens: tuple[int, ...] = ()  # that each group of readers saw: those of one expert, or all
@@ -117,7 +118,8 @@ def wrap_block(
     attention.
 
     Args:
-        statistics: per site, for transforms that start from data; may be empty otherwise.
+        statistics: per site, for transforms that start from data, and of keys for an offset that is their mean; may be
+            empty otherwise.
         generator: CPU generator for random starts.
         residual: rotates the residual stream that the block reads and adds to; then the block's norms lose their
             gains to their readers, and the block maps x R to y R where it mapped x to y.
@@ -157,8 +159,10 @@ def wrap_block(
         with torch.no_grad():
             for norm in {edge.norm for edge in arch.edges if edge.norm is not None}:
                 _gain(block, norm).fill_(1)
+    key_scale = None
     if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and (plan.keys or force):
-        _scale_scores(block, arch, plan.head_dim, outputs)
+        key_scale = _scale_scores(block, arch, plan.head_dim, outputs)
+    offset = _key_constant(block, arch, plan, statistics.get("qk"))
     sites: dict[str, FitSite] = {}
     for edge in arch.edges:
         site_plan = plan.sites[edge.site]
@@ -182,7 +186,7 @@ def wrap_block(
         arch=arch,
         plan=plan,
         sites=sites,
-        key_value=_attach_key_value(block, arch, plan, recipe, generator, device),
+        key_value=_attach_key_value(block, arch, plan, recipe, generator, device, offset, key_scale),
     )
 
 
@@ -236,7 +240,7 @@ def _written_output(inner: Transform) -> nn.Module:
     return HeadOutput(inner.right)
 
 
-def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str, list[nn.Module]]) -> None:
+def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str, list[nn.Module]]) -> HeadDiagonal:
     """One learned scale per pair of key channels, undone by the queries' rows; it starts at 1."""
     assert arch.scores is not None
     keys = linear_at(block, arch.scores.keys).out_features
@@ -244,6 +248,19 @@ def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str
     diagonal = HeadDiagonal(torch.ones(keys), head_dim, readers, paired=True)
     outputs[arch.scores.keys].append(HeadsOutput(diagonal))
     outputs[arch.scores.queries].append(ReaderScale(diagonal))
+    return diagonal
+
+
+def _key_constant(block: nn.Module, arch: Arch, plan: BlockPlan, keys: InputStatistics | None) -> Tensor | None:
+    """What keys are cached less: their mean before RoPE, or their bias.  # float32, (heads, head_dim)"""
+    if plan.key_offset is None:
+        return None
+    if keys is not None:
+        assert keys.mean is not None
+        return keys.mean.float().unflatten(0, (plan.key_offset.heads, plan.head_dim))
+    bias = key_bias(block, arch, plan.key_offset.heads, plan.head_dim)
+    assert bias is not None, "an offset needs a bias, or statistics of keys"
+    return bias.detach().float().clone()
 
 
 def _transforms(
@@ -313,12 +330,19 @@ def _attach_key_value(
     recipe: Recipe,
     generator: torch.Generator,
     device: torch.device,
+    offset: Tensor | None,
+    scale: HeadDiagonal | None,
 ) -> FitKeyValue | None:
-    if not (plan.qk or plan.keys or plan.values):
+    if not plan.attended:
         return None
     factor = make_factor(recipe.transforms["qk"][0], plan.head_dim, generator) if plan.qk else None
     key_value = FitKeyValue(
-        factor, Dynamic(plan.keys) if plan.keys else None, Dynamic(plan.values) if plan.values else None
+        factor,
+        Dynamic(plan.keys) if plan.keys else None,
+        Dynamic(plan.values) if plan.values else None,
+        offset,
+        plan.key_offset.pairing if plan.key_offset else "none",
+        scale if offset is not None else None,
     ).to(device)
     seams.attach(submodule(block, arch.attention), key_value)
     return key_value
@@ -471,9 +495,12 @@ def _freeze_key_value(fit: FitKeyValue, dtype: torch.dtype) -> FrozenKeyValue:
     if fit.factor is not None:
         wide: Factor = copy.deepcopy(fit.factor).double()
         key_matrix, query_matrix = wide.matrix().to(dtype), wide.inverse_t().to(dtype)
+    constant = fit.constant()
     return FrozenKeyValue(
         key_matrix,
         query_matrix,
         None if fit.keys is None else freeze_grid(fit.keys),
         None if fit.values is None else freeze_grid(fit.values),
+        None if constant is None else constant.to(dtype),
+        fit.pairing,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flatquant.errors import ModelError
 from flatquant.runtime.experts import Experts
-from flatquant.spec import Transforms
+from flatquant.spec import Pairing, Transforms
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class Arch:
     Attributes:
         residual: None where something else than a norm reads the stream, or a norm stands between a writer and it.
         scores: None where RoPE pairs other channels, or queries and keys pass a norm.
+        keys: the linear that writes keys; of a fused one, between queries and values.
+        rotary: how channels of keys are turned, where a block turns them at all.
         dense: how blocks without experts are wired, in a family that has both kinds.
         when: config fields that choose between descriptions of one model type.
         norm_offset: a norm multiplies by this plus its weight (Gemma: 1).
@@ -121,6 +123,8 @@ class Arch:
     edges: tuple[Edge, ...]
     residual: Residual | None = None
     scores: Scores | None = None
+    keys: str = "self_attn.k_proj"
+    rotary: Pairing = "halves"
     dense: Arch | None = None
     when: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
@@ -162,6 +166,15 @@ class Geometry:
             head_dim=head_dim,
             experts=getattr(config, "num_experts_per_tok", None) or 1,
         )
+
+
+def key_bias(block: nn.Module, arch: Arch, heads: int, head_dim: int) -> Tensor | None:
+    """The bias of a block's keys, if they have one.  # (heads, head_dim)"""
+    bias, size = linear_at(block, arch.keys).bias, heads * head_dim
+    if bias is None:
+        return None
+    first = 0 if len(bias) == size else len(bias) - 2 * size  # of a fused one, behind the queries and before the values
+    return bias[first : first + size].unflatten(0, (heads, head_dim))
 
 
 def logits(config, products: Tensor) -> Tensor:

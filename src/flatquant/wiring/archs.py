@@ -64,10 +64,16 @@ PHI3 = Arch(  # fused projections; glm4 has its gate and up fused only
         replace(MLP_MID, writer="mlp.gate_up_proj[up]"),
     ),
     residual=LLAMA.residual,
+    keys="self_attn.qkv_proj",
 )
 
 GLM4 = replace(  # norms behind attention and MLP too
-    PHI3, model_types=("glm4",), edges=(*LLAMA.edges[:2], *PHI3.edges[2:]), residual=None
+    PHI3,
+    model_types=("glm4",),
+    edges=(*LLAMA.edges[:2], *PHI3.edges[2:]),
+    residual=None,
+    keys=LLAMA.keys,
+    rotary="neighbours",
 )
 
 STABLELM = replace(  # layer norms, which a rotation does not pass, and a rotary embedding of some channels
@@ -77,9 +83,10 @@ STABLELM = replace(  # layer norms, which a rotation does not pass, and a rotary
 PARALLEL = Arch(  # attention and MLP side by side on one norm: one tensor, one site
     model_types=("cohere",),
     edges=(Edge(site="attn_in", readers=_QKV + _GATE_UP, norm="input_layernorm"), ATTN_OUT, MLP_MID),
+    rotary="interleaved",
 )
 
-STABLELM_PARALLEL = replace(PARALLEL, model_types=("stablelm",), when={"use_parallel_residual": True})
+STABLELM_PARALLEL = replace(PARALLEL, model_types=("stablelm",), when={"use_parallel_residual": True}, rotary="halves")
 
 MIXTRAL = Arch(  # a mixture of experts: all of them read what the router reads
     model_types=("mixtral",),

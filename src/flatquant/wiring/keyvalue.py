@@ -5,25 +5,61 @@ from __future__ import annotations
 from torch import Tensor
 
 from flatquant.quantizers import Dynamic
-from flatquant.seams import KeyValue
-from flatquant.transforms import Factor
+from flatquant.rotary import Angles, constant_at
+from flatquant.seams import KeyValue, position_angles
+from flatquant.spec import Pairing
+from flatquant.transforms import Factor, HeadDiagonal
 
 
 class FitKeyValue(KeyValue):
-    """k -> Q(k P_h), q -> q P_h^-T, v -> Q(v): scores are unchanged, q P_h^-T (k P_h)^T = q k^T."""
+    """k -> Q((k - o) P_h) + o P_h, q -> q P_h^-T, v -> Q(v): scores are unchanged, q P_h^-T (k P_h)^T = q k^T.
 
-    def __init__(self, factor: Factor | None, keys: Dynamic | None, values: Dynamic | None) -> None:
+    o = R_j m is a constant m per channel, turned by the rotary embedding of the key's position j; 0 without `offset`.
+
+    Attributes:
+        offset: m of the original keys, (heads, head_dim).
+        scale: a learned scale of keys before RoPE, which m then has too.
+    """
+
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        factor: Factor | None,
+        keys: Dynamic | None,
+        values: Dynamic | None,
+        offset: Tensor | None = None,
+        pairing: Pairing = "halves",
+        scale: HeadDiagonal | None = None,
+    ) -> None:
         super().__init__()
         self.factor = factor
         self.keys = keys
         self.values = values
+        self.register_buffer("offset", offset)
+        self.pairing: Pairing = pairing
+        self.scale = scale
+
+    def constant(self) -> Tensor | None:
+        """m as keys are written now.  # (heads, head_dim)"""
+        if self.offset is None or self.scale is None:
+            return self.offset
+        return self.offset * self.scale.scale.view_as(self.offset)
 
     def query(self, q: Tensor) -> Tensor:
         return q if self.factor is None else q @ self.factor.inverse_t().to(q.dtype)
 
-    def key(self, k: Tensor) -> Tensor:
-        if self.factor is not None:
-            k = k @ self.factor.matrix().to(k.dtype)
+    def key(self, k: Tensor, angles: Angles | None = None) -> Tensor:
+        m = self.constant()
+        if m is None:
+            return self._on_grid(self._transformed(k))
+        o = constant_at(m, position_angles(angles, self.pairing), self.pairing)
+        return (self._on_grid(self._transformed(k - o)) + self._transformed(o)).to(k.dtype)
+
+    def _transformed(self, k: Tensor) -> Tensor:
+        return k if self.factor is None else k @ self.factor.matrix().to(k.dtype)
+
+    def _on_grid(self, k: Tensor) -> Tensor:
         return k if self.keys is None else self.keys(k)
 
     def value(self, v: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Literal
 from torch import nn
 
 from flatquant.errors import FamilyError, ModelError, SpecError
-from flatquant.spec import BlockPlan, CodebookSpec, Plan, Recipe, SitePlan, Transforms
+from flatquant.spec import BlockPlan, CodebookSpec, KeyOffset, Plan, Recipe, SitePlan, Transforms
 from flatquant.transforms import hadamard_split, kronecker_split
-from flatquant.wiring.arch import Arch, Edge, Geometry, linear_at, submodule
+from flatquant.wiring.arch import Arch, Edge, Geometry, key_bias, linear_at, submodule
 
 
 def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleList, *, force: bool = False) -> Plan:
@@ -39,10 +39,13 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
         attention=arch.attention,
         blocks=tuple(_block(i, block, recipe, arch.of(block), geometry, force) for i, block in enumerate(blocks)),
     )
+    keyed, wanted = force or any(block.keys is not None for block in plan.blocks), recipe.scheme.key_offset
+    if wanted in ("bias", "mean") and not keyed:
+        raise SpecError(f"key offset {wanted}: keys are not quantised; leave it out, or name their bits, as in w4a4kv4")
     if arch.residual is None and rotates_residual(recipe, plan, force):
         raise FamilyError(f"{', '.join(arch.model_types)}: no rotation can pass through its residual stream")
     scaled = any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ()))
-    if arch.scores is None and scaled and (force or any(block.keys is not None for block in plan.blocks)):
+    if arch.scores is None and scaled and keyed:
         raise FamilyError(f"{', '.join(arch.model_types)}: no scale passes from its keys to its queries")
     return plan
 
@@ -60,7 +63,25 @@ def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: G
     _check_all_read(index, block, arch)
     online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
     qk = online and (keys is not None or force)
-    return BlockPlan(sites=sites, head_dim=geometry.head_dim, qk=qk, keys=keys, values=values)
+    offset = _key_offset(block, recipe, arch, geometry) if keys is not None or force else None
+    return BlockPlan(sites=sites, head_dim=geometry.head_dim, qk=qk, keys=keys, values=values, key_offset=offset)
+
+
+def _key_offset(block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry) -> KeyOffset | None:
+    """Whether keys are cached less a constant, and how that turns."""
+    attention = submodule(block, arch.attention)
+    normed = any(name.startswith("k_") and "norm" in name for name, _ in attention.named_children())
+    biased = key_bias(block, arch, geometry.kv_heads, geometry.head_dim) is not None
+    match recipe.scheme.key_offset:
+        case "none":
+            return None
+        case "auto" if not biased or (normed and not recipe.needs_data):
+            return None
+        case "bias" if not biased or normed:
+            where = "keys pass a norm after their bias" if biased else "keys have no bias"
+            raise SpecError(f"key offset bias: {where}; use the mean of calibration text")
+    pairing = arch.rotary if getattr(attention, "use_rope", True) else "none"  # smollm3 has blocks without
+    return KeyOffset(heads=geometry.kv_heads, pairing=pairing)
 
 
 def _check_all_read(index: int, block: nn.Module, arch: Arch) -> None:
