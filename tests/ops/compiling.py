@@ -183,7 +183,9 @@ def main() -> None:
     found["scaled"] = kernel.found[-1]
 
     pair = meta(2, 128, 128)
+    back = meta(8, 128, 128, dtype=torch.float32)
     heads = heads_of(32, 8, 128, pair, meta(2, 2, dtype=torch.float32))
+    less = heads._replace(offset=meta(8, 128, dtype=torch.float32), back=back)
     stores = [
         store_of(
             meta(1, 8, 2048, 64, dtype=torch.uint8),
@@ -198,9 +200,14 @@ def main() -> None:
         turn = meta(1, tokens, 128)
         caching.append(meta(1, tokens, 48 * 128), turn, turn, heads, *stores, place, dense=tokens > 1)
         found[f"append {tokens}"] = kernel.found[-1]
+        caching.append(meta(1, tokens, 48 * 128), turn, turn, less, *stores, place, dense=tokens > 1)
+        found[f"append {tokens}, offset"] = kernel.found[-1]
     kernel = record(caching, "_attend")
     caching.attend(meta(1, 32, 128), *stores, place, place, None, 0.1, parts=8)
     found["attend"] = kernel.found[-1]
+    short = meta(1, 32, 128, dtype=torch.float32), meta(1, 2048, 128)
+    caching.attend(meta(1, 32, 128), *stores, place, place, None, 0.1, short, parts=8)
+    found["attend, offset"] = kernel.found[-1]
     json.dump(found, sys.stdout)
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 from flatquant.ops import kron_quantize  # noqa: E402
 from flatquant.ops.kron_quantize import Site  # noqa: E402
 from flatquant.ops.kron_quantize.reference import merged  # noqa: E402
-from flatquant.ops.kv_cache import Heads, Store, reference  # noqa: E402
+from flatquant.ops.kv_cache import Heads, Store, offset_matrix, reference  # noqa: E402
 from flatquant.ops.kv_cache import triton as fused  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -36,11 +36,14 @@ def store(b: int, h: int, d: int, g: torch.Generator, places: int = PLACES) -> S
     )
 
 
-def make_heads(queries: int, keys: int, d: int, matrix: bool, g: torch.Generator) -> Heads:
+def make_heads(queries: int, keys: int, d: int, matrix: bool, g: torch.Generator, offset: bool = False) -> Heads:
     turn, size = torch.linalg.qr(torch.randn(d, d, generator=g)).Q, torch.rand(d, generator=g) + 0.5
     pair = torch.stack((turn / size, turn * size)).to(DEVICE) if matrix else None  # P^-T and P
     ratios = (torch.rand(2, 2, generator=g) * 0.3 + 0.7).to(DEVICE)
-    return Heads(queries, keys, d, pair, ratios)
+    if not offset:
+        return Heads(queries, keys, d, pair, ratios)
+    m = torch.randn(keys, d, generator=g).mul(30).to(DEVICE)
+    return Heads(queries, keys, d, pair, ratios, m, offset_matrix(m, None if pair is None else pair[1]))
 
 
 def angles(b: int, t: int, d: int, g: torch.Generator):
@@ -54,6 +57,7 @@ SHAPES = ((1, 1, 16), (4, 2, 20), (3, 3, 32), (6, 2, 64))
 # Shape and matrix are parameters, not draws: kernels of all kinds are compiled, side by side where there are cores.
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("matrix", [True, False])
+@pytest.mark.parametrize("offset", [True, False])
 @settings(deadline=None, max_examples=320 if CUDA else 2)
 @given(
     batch=st.integers(1, 2),
@@ -69,13 +73,14 @@ def test_appending_equals_the_reference(
     tokens: int,
     at: int,
     matrix: bool,
+    offset: bool,
     shared: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     queries, keys, d = shape
-    heads = make_heads(queries, keys, d, matrix, g)
+    heads = make_heads(queries, keys, d, matrix, g, offset)
     qkv = torch.randn(batch, tokens, (queries + 2 * keys) * d, generator=g).mul(3).to(DEVICE, dtype)
     cos, sin = angles(1 if shared else batch, tokens, d, g)
     stores = [store(batch, keys, d, g) for _ in range(2)]
@@ -153,6 +158,7 @@ def test_values_are_divided_as_a_division_rounds(exponent: int, seed: int) -> No
     length=st.integers(1, PLACES),
     parts=st.integers(1, 4),
     window=st.none() | st.integers(1, 30),
+    offset=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
@@ -162,6 +168,7 @@ def test_attention_equals_the_reference(
     length: int,
     parts: int,
     window: int | None,
+    offset: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -172,7 +179,12 @@ def test_attention_equals_the_reference(
         s.scale[:, :, :length] = torch.rand(batch, keys, length, generator=g).add(0.05).to(DEVICE)
     q = torch.randn(batch, queries, d, generator=g).to(DEVICE, dtype)
     start = torch.randint(0, length, (batch,), generator=g).to(DEVICE)
-    arguments = (q, *stores, torch.tensor([length - 1], device=DEVICE), start, window, d**-0.5)
+    short = None
+    if offset:  # as large as a constant makes it
+        turns = torch.full((batch, PLACES, d), float("nan"))
+        turns[:, :length] = torch.randn(batch, length, d, generator=g)
+        short = torch.randn(batch, queries, d, generator=g).mul(30).to(DEVICE), turns.to(DEVICE, dtype)
+    arguments = (q, *stores, torch.tensor([length - 1], device=DEVICE), start, window, d**-0.5, short)
     out, lse = fused.attend(*arguments, parts=parts, least=16, block=16)
     assert out.shape == (batch, queries, min(parts, -(-PLACES // 16)), d)
     assert not out.isnan().any()
@@ -180,6 +192,37 @@ def test_attention_equals_the_reference(
     want = merged(*reference.attend(*arguments))
     near = max(1e-3, 4 * torch.finfo(dtype).eps)  # weights of attention are rounded to q's type before the product
     torch.testing.assert_close(got, want, rtol=near, atol=near * want.abs().max().item())
+
+
+@pytest.mark.parametrize("matrix", [True, False])
+def test_keys_less_an_offset_get_it_back(matrix: bool) -> None:
+    """The reference itself: scores, and whole keys, are those of keys that were stored as they are on a fine grid."""
+    g = torch.Generator().manual_seed(4)
+    queries, keys, d, n = 4, 2, 16, 7
+    heads = make_heads(queries, keys, d, matrix, g, offset=True)
+    plain = heads._replace(offset=None, back=None)
+    cos, sin = angles(2, n, d, g)
+    assert heads.offset is not None
+    constant = torch.zeros(queries + 2 * keys, d, device=DEVICE)
+    constant[queries : queries + keys] = heads.offset
+    qkv = (torch.randn(2, n, (queries + 2 * keys) * d, generator=g) * 1e-3).to(DEVICE) + constant.flatten()
+    turns = torch.cat((cos[..., : d // 2], sin[..., : d // 2]), dim=-1)
+    stores, exact = ([store(2, keys, d, g, n) for _ in range(2)] for _ in range(2))
+    place = torch.tensor([0], device=DEVICE)
+    q, k, _ = reference.append(qkv, cos, sin, heads, *stores, place)
+    whole = reference.append(qkv, cos, sin, plain, *exact, place)[1]  # four bits of a large number: far off
+    wanted = reference.rotate(qkv.unflatten(-1, (-1, d)).transpose(1, 2)[:, queries:-keys], cos[:, None], sin[:, None])
+    wanted = wanted if heads.matrices is None else wanted @ heads.matrices[1]
+    got = k + heads.given_back(turns)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-3)
+    assert (whole - wanted).abs().max() > 1
+    last, start = torch.tensor([n - 1], device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    short = heads.shortage(q[:, :, -1]), turns
+    out, lse = reference.attend(q[:, :, -1], *stores, last, start, None, 0.01, short)
+    scores = (q[:, :, -1, None] @ wanted.repeat_interleave(2, dim=1).mT)[:, :, 0] * 0.01
+    torch.testing.assert_close(lse[..., 0], scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
+    values = stores[1].read(n).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(out[:, :, 0], (scores.softmax(-1)[:, :, None] @ values)[:, :, 0], rtol=1e-3, atol=1e-4)
 
 
 def test_padding_and_places_not_yet_used_do_not_count() -> None:

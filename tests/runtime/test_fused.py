@@ -3,7 +3,7 @@
 import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -67,12 +67,14 @@ CONFIGS = {
 }
 
 
-def quantised(config, scheme: str = "w4a4kv4", method: str = "flatquant") -> PreTrainedModel:
-    """A tiny model on its integers, packed."""
+def quantised(config, scheme: str = "w4a4kv4", method: str = "flatquant", bias: float = 0.0) -> PreTrainedModel:
+    """A tiny model on its integers, packed; `bias` is added to that of a key channel."""
     model = randomised(config)
+    if bias:
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.bias[3] += bias
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
     made = recipe(method, scheme, "reference").tuned(samples=4, seqlen=16, epochs=1, batch_size=2)
-    made = replace(made, scheme=replace(made.scheme, key_offset="none"))
     calibrate(model, made, tokens, device=torch.device("cpu"), dtype=torch.float32)
     for block in model.model.layers:
         for name, module in list(block.named_modules()):
@@ -82,9 +84,15 @@ def quantised(config, scheme: str = "w4a4kv4", method: str = "flatquant") -> Pre
     return model.eval().requires_grad_(False).to(DEVICE)
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, "without transforms"])
+@pytest.fixture(scope="module", params=[*CONFIGS, "without transforms", "a large bias"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    made = quantised(CONFIGS[request.param]) if request.param in CONFIGS else quantised(CONFIGS["llama"], method="rtn")
+    match request.param:
+        case "without transforms":
+            made = quantised(CONFIGS["llama"], method="rtn")
+        case "a large bias":
+            made = quantised(CONFIGS["qwen2"], bias=50.0)
+        case name:
+            made = quantised(CONFIGS[name])
     fused.attach(made, (DEVICE,))
     assert fused.runtime(made) is not None
     return made
@@ -162,7 +170,8 @@ def test_a_text_in_pieces_is_the_same_text(model: PreTrainedModel, pieces: list[
 def test_a_cache_that_is_full_grows(model: PreTrainedModel) -> None:
     ids = texts(6, 13)
     heads = model.config.num_key_value_heads
-    cache = PackedCache(Room(blocks=2, batch=6, heads=heads, places=4, head_dim=16, device=ids.device))
+    room = Room(blocks=2, batch=6, heads=heads, places=4, head_dim=16, device=ids.device, angles=torch.float32)
+    cache = PackedCache(room)
     got = [model(part, **{CACHE: cache}).logits for part in ids.split(1, dim=1)]
     assert cache.room.places >= 13
     agree(torch.cat(got, 1), plainly(model, ids).logits)
@@ -268,9 +277,10 @@ def test_kernels_serve_a_model(name: str, method: str, monkeypatch: pytest.Monke
 
     used = set()
 
-    def attend(*args, parts: int):
+    def attend(*args):
+        *given, _, short = args
         used.add("attend")
-        return caching.attend(*args, parts=2, least=16, block=16)
+        return caching.attend(*given, short, parts=2, least=16, block=16)
 
     def product(x: torch.Tensor, *args):
         used.add("vector" if len(x) == 1 else "few")
@@ -285,7 +295,7 @@ def test_kernels_serve_a_model(name: str, method: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(kron_quantize.Site, "_fused", lambda self, x: self.unsupported() is None)
     monkeypatch.setattr(int4_linear, "int4_linear", product)
     monkeypatch.setattr(kv_cache, "append", caching.append)
-    monkeypatch.setattr(kv_cache, "attend", lambda *args: attend(*args[:-1], parts=args[-1]))
+    monkeypatch.setattr(kv_cache, "attend", attend)
     fused.attach(model, ("cpu",))
     runtime = fused.runtime(model)
     assert runtime is not None
@@ -718,8 +728,11 @@ class Sequences:
         """Both caches hold the same; single roundings that went the other way must not add up from call to call."""
         length = text.mask.shape[1]
         assert text.ours.get_seq_length() == text.plain.get_seq_length() == length
-        for packed, layer in zip(text.ours.packed, text.plain.layers, strict=True):
+        angles = text.ours.room.angles
+        for packed, layer, block in zip(text.ours.packed, text.plain.layers, self.runtime.blocks, strict=True):
             keys, values = (store.read(length) for store in packed.stores)
+            if block.heads.offset is not None and angles is not None:  # which a plain cache's keys include
+                keys = keys + block.heads.given_back(angles[:, :length])
             if length and "keys" in vars(layer) and layer.keys.shape == keys.shape:
                 layer.keys, layer.values = keys.to(layer.keys.dtype), values.to(layer.values.dtype)
 
@@ -765,3 +778,22 @@ def test_any_sequence_of_calls_gives_what_the_modules_give(model: PreTrainedMode
         for _ in range(calls.some(1, 8)):
             feeds = [calls.feed] * 4
             data.draw(st.sampled_from([calls.start, *feeds, calls.crop, calls.reorder, calls.fork, calls.generate]))()
+
+
+def test_angles_stay_with_their_sequences() -> None:
+    room = Room(blocks=2, batch=2, heads=1, places=4, head_dim=4, device=torch.device("cpu"), angles=torch.float32)
+    cache = PackedCache(room)
+    first, second = (torch.rand(rows, 3, 4, generator=torch.Generator().manual_seed(rows)) for rows in (2, 1))
+    for cos in (first, second):
+        if room.length + 3 > room.places:
+            room.reserve(10)
+        room.turn(cos, -cos)
+        room.advance(3)
+    want = torch.cat([torch.cat((t[..., :2], -t[..., :2]), -1).expand(2, -1, -1) for t in (first, second)], 1)
+    assert room.angles is not None
+    assert room.angles.shape == (2, 10, 4)
+    assert torch.equal(room.angles[:, :6], want)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(room.angles[:, :6], want[[1, 1]])
+    assert cache.nbytes() == sum(t.nbytes for s in cache.packed[0].stores for t in s) * 2 * 6 // 10 + 2 * 6 * 4 * 4
+    assert torch.equal(copy.copy(cache).room.angles[:, :6], want[[1, 1]])

@@ -42,7 +42,7 @@ from transformers.activations import ACT2FN
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flatquant import seams
+from flatquant import modules, seams
 from flatquant.ops import int4_linear, kron_quantize, kv_cache
 from flatquant.ops.kron_quantize import Site
 from flatquant.quantizers import Dynamic
@@ -144,11 +144,21 @@ class Block:
         site = self.sites["attn_out"]
         if t == 1:
             parts = max(1, _PROGRAMS // (b * self.heads.keys))
-            z = kv_cache.attend(q[:, :, 0], keys, values, room.used, room.start, self.window, self.scaling, parts)
+            short = None
+            if self.heads.offset is not None:
+                assert room.angles is not None
+                short = self.heads.shortage(q[:, :, 0]), room.angles
+            z = kv_cache.attend(
+                q[:, :, 0], keys, values, room.used, room.start, self.window, self.scaling, parts, short
+            )
             y = kron_quantize.merge(*z, site, form)
         else:
             if room.length:  # a prompt that goes on: what came before counts too
-                k, v = (s.read(room.length + t).to(x.dtype) for s in (keys, values))
+                k, v = keys.read(room.length + t), values.read(room.length + t).to(x.dtype)
+            if self.heads.offset is not None:
+                assert room.angles is not None
+                k = k + self.heads.given_back(room.angles[:, : room.length + t])
+            k = k.to(x.dtype)
             if mask is not None:  # of the fast kernels, none takes both a mask and fewer heads of keys than of queries
                 k, v = (s.repeat_interleave(q.shape[1] // s.shape[1], dim=1) for s in (k, v))
             z = F.scaled_dot_product_attention(
@@ -225,7 +235,7 @@ class Fused:
         return None
 
     def _room(self, batch: int, places: int) -> Room:
-        heads = self.blocks[0].heads
+        heads, dtype = self.blocks[0].heads, self.embedding.weight.dtype
         return Room(
             blocks=len(self.blocks),
             batch=batch,
@@ -233,12 +243,14 @@ class Fused:
             places=-(-places // _PLACES) * _PLACES,
             head_dim=heads.head_dim,
             device=self.device,
+            angles=dtype if any(block.heads.offset is not None for block in self.blocks) else None,
         )
 
     def hidden(self, ids: Tensor, positions: Tensor, cache: PackedCache, masks: Masks) -> Tensor:
         """States after the last block, normalised.  # (B, T) -> (B, T, n)"""
         x = self.embedding(ids)
         cos, sin = (t.contiguous() for t in self.rotary(x, positions))
+        cache.room.turn(cos, sin)
         for block, layer in zip(self.blocks, cache.packed, strict=True):
             x = block(x, cos, sin, cache, layer, masks)
         return F.rms_norm(x, (x.shape[-1],), self.norm.gain, self.norm.eps)
@@ -431,9 +443,9 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-# Hooks that do nothing where the fused runtime serves: ours of attention modules, and transformers' own, which collect
-# hidden states and attentions only in calls that ask for them.
-_IDLE_HOOKS = (seams.__name__, "transformers.utils.output_capturing")
+# Hooks that do nothing where the fused runtime serves: ours of attention modules and blocks, and transformers' own,
+# which collect hidden states and attentions only in calls that ask for them.
+_IDLE_HOOKS = (seams.__name__, modules.__name__, "transformers.utils.output_capturing")
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -529,11 +541,13 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
         raise Unsupported(f"keys and values of block {index} are not both quantised")
     if any(grid.spec.bits != 4 or grid.spec.symmetric for grid in (kv.keys, kv.values)):
         raise Unsupported(f"keys and values of block {index} are not on asymmetric 4-bit grids")
-    if kv.key_offset is not None:
-        raise Unsupported("its keys have an offset")
+    if kv.key_offset is not None and kv.pairing != "halves":
+        raise Unsupported(f"channels of keys are turned together as {kv.pairing}")
     if head_dim % 4 or head_dim > 256:
         raise Unsupported(f"heads of {head_dim} channels")
-    matrices = None
+    matrices = back = None
+    if kv.key_offset is not None:
+        back = kv_cache.offset_matrix(kv.key_offset, kv.key_matrix)
     if kv.query_matrix is not None and kv.key_matrix is not None:
         matrices = torch.stack((kv.query_matrix, kv.key_matrix)).contiguous()
         if device.type == "cuda":
@@ -544,6 +558,8 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
         head_dim,
         matrices,
         torch.stack((_ratios(kv.keys, device), _ratios(kv.values, device))),
+        kv.key_offset,
+        back,
     )
 
 

@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from flatquant.errors import ModelError
 from flatquant.ops.kv_cache import Store
 from flatquant.qtensor import QTensor
-from flatquant.runtime.keyvalue import IntegerStore
+from flatquant.rotary import Angles
+from flatquant.runtime.keyvalue import IntegerStore, Offset
 
 
 class Room:
@@ -35,15 +36,25 @@ class Room:
         start: each sequence's first place that is not padding, int64, (batch,).
         padded: whether any sequence has padding.
         stores: keys and values of each block.
+        angles: every place's cosines and sines, one a pair of channels, where keys are stored less an offset,
+            (batch, places, head_dim).
         moved: how often addresses have changed.
         stream: on which the tensors were allocated, None on a CPU.
     """
 
     @torch.inference_mode(False)  # a later call, in another mode, could not write to inference tensors
     def __init__(
-        self, *, blocks: int, batch: int, heads: int, places: int, head_dim: int, device: torch.device
+        self,
+        *,
+        blocks: int,
+        batch: int,
+        heads: int,
+        places: int,
+        head_dim: int,
+        device: torch.device,
+        angles: torch.dtype | None = None,
     ) -> None:
-        """Everything is allocated here.  # (batch, heads, places, ..) a block"""
+        """Everything is allocated here, angles in their dtype.  # (batch, heads, places, ..) a block"""
         self.batch, self.places = batch, places
         self.length = 0
         self.used = torch.zeros(1, dtype=torch.int64, device=device)
@@ -58,6 +69,9 @@ class Room:
             return Store(packed, torch.ones(shape, device=device), torch.zeros(shape, dtype=torch.uint8, device=device))
 
         self.stores = [(store(), store()) for _ in range(blocks)]
+        self.angles = None
+        if angles is not None:
+            self.angles = torch.zeros((batch, places, head_dim), dtype=angles, device=device)
 
     @torch.inference_mode(False)
     def reserve(self, places: int) -> None:
@@ -65,6 +79,8 @@ class Room:
         more = places - self.places
         if more > 0:
             self.stores = [(_longer(keys, more), _longer(values, more)) for keys, values in self.stores]
+            if self.angles is not None:
+                self.angles = F.pad(self.angles, (0, 0, 0, more))
             self.places = places
             self.moved += 1
 
@@ -83,6 +99,7 @@ class Room:
             for keys, values in self.stores
         ]
         self.start = chosen(self.start)
+        self.angles = None if self.angles is None else chosen(self.angles)
         self.batch = len(index)
         self.moved += not fixed
 
@@ -115,13 +132,24 @@ class Room:
             store.scale[:, :, at] = q.scale[..., 0]
             store.zero[:, :, at] = q.zero[..., 0].to(torch.uint8)
 
+    def turn(self, cos: Tensor, sin: Tensor) -> None:
+        """Keep the angles of the tokens that are written next, if any are kept.  # (batch or 1, T, head_dim)"""
+        if self.angles is None:
+            return
+        new = Angles(cos, sin).of_pairs("halves").to(self.angles.dtype)
+        at = self.used + torch.arange(new.shape[1], device=new.device)
+        self.angles.index_copy_(1, at, new.expand(self.batch, -1, -1))
+
     def nbytes(self) -> int:
         """Bytes of the places in use."""
-        return sum(t.nbytes for pair in self.stores for s in pair for t in s) * self.length // self.places
+        tensors = [t for pair in self.stores for store in pair for t in store]
+        tensors += [] if self.angles is None else [self.angles]
+        return sum(t.nbytes for t in tensors) * self.length // self.places
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Room:
         made = copy.copy(self)
-        made.used, made.start, made.stores = copy.deepcopy((self.used, self.start, self.stores), memo)
+        tensors = (self.used, self.start, self.stores, self.angles)
+        made.used, made.start, made.stores, made.angles = copy.deepcopy(tensors, memo)
         made.stream = stream_of(self.used.device)
         return made
 
@@ -185,7 +213,14 @@ class PackedCache(Cache, IntegerStore):
         self.packed = [PackedLayer(room, block) for block in range(len(room.stores))]
         super().__init__(layers=list(self.packed))
 
-    def append(self, k: Tensor | QTensor, v: Tensor | QTensor, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def append(
+        self,
+        k: Tensor | QTensor,
+        v: Tensor | QTensor,
+        layer: int,
+        dtype: torch.dtype,
+        offset: Offset | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """See `IntegerStore.append`: what a module of the model computed. Tokens count once the last block has them.
 
         Raises:
@@ -199,10 +234,14 @@ class PackedCache(Cache, IntegerStore):
         if end > room.places:
             room.reserve(2 * end)
         room.write(layer, (k, v))
-        keys, values = (store.read(end).to(dtype) for store in room.stores[layer])
+        keys, values = (store.read(end) for store in room.stores[layer])
+        if offset is not None:
+            if offset.angles is not None:
+                room.turn(*offset.angles)
+            keys = keys + offset.at(None if room.angles is None else room.angles[:, :end])
         if layer == len(room.stores) - 1:
             room.advance(k.shape[-2])
-        return keys, values
+        return keys.to(dtype), values.to(dtype)
 
     def check(self, batch: int, device: torch.device) -> None:
         """Raise a ModelError unless the cache is one for so many sequences on a device."""

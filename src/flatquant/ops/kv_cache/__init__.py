@@ -4,9 +4,9 @@ from torch import Tensor
 
 from flatquant.ops import HAS_TRITON
 from flatquant.ops.kv_cache import reference
-from flatquant.ops.kv_cache.reference import Heads, Store
+from flatquant.ops.kv_cache.reference import Heads, Store, offset_matrix
 
-__all__ = ["Heads", "Store", "append", "attend"]
+__all__ = ["Heads", "Store", "append", "attend", "offset_matrix"]
 
 
 def append(
@@ -21,11 +21,19 @@ def append(
 
 
 def attend(
-    q: Tensor, keys: Store, values: Store, last: Tensor, start: Tensor, window: int | None, scaling: float, parts: int
+    q: Tensor,
+    keys: Store,
+    values: Store,
+    last: Tensor,
+    start: Tensor,
+    window: int | None,
+    scaling: float,
+    parts: int,
+    short: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attend`, or its kernel, which cuts the tokens that count into at most `parts` parts."""
     if q.is_cuda and HAS_TRITON:
         from flatquant.ops.kv_cache import triton
 
-        return triton.attend(q, keys, values, last, start, window, scaling, parts=parts)
-    return reference.attend(q, keys, values, last, start, window, scaling)
+        return triton.attend(q, keys, values, last, start, window, scaling, short, parts=parts)
+    return reference.attend(q, keys, values, last, start, window, scaling, short)

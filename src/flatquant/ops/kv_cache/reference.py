@@ -35,6 +35,38 @@ class Heads(NamedTuple):
     head_dim: int
     matrices: Tensor | None  # P_h^-T of queries and P_h of keys, (2, head_dim, head_dim), float32 for the reference
     ratios: Tensor  # of keys, of values: shares of a row's lower and upper end that the grid covers, float32, (2, 2)
+    offset: Tensor | None = None  # m: a place j holds keys less R_j m, m before RoPE, float32, (keys, head_dim)
+    back: Tensor | None = None  # `offset_matrix` of m and P_h, float32, (keys, head_dim, head_dim)
+
+    def given_back(self, angles: Tensor) -> Tensor:
+        """R_j m P_h, by which what places hold is short.  # (B, T, head_dim) -> float32 (B, keys, T, head_dim)"""
+        assert self.back is not None
+        return angles.float()[:, None] @ self.back
+
+    def shortage(self, q: Tensor) -> Tensor:
+        """What a transformed query's scores are short of, per cosine and sine of a place.
+
+        (B, queries, head_dim) -> float32 (B, queries, head_dim)
+        """
+        assert self.back is not None
+        return (q.float().unflatten(1, (self.keys, -1)) @ self.back.mT).flatten(1, 2)
+
+
+def offset_matrix(m: Tensor, p: Tensor | None) -> Tensor:
+    """B with [cos_j | sin_j] B = R_j m P: of R_j m, channel i is m_i cos - m_i' sin, channel i' is m_i' cos + m_i sin.
+
+    Args:
+        m: (heads, head_dim).
+        p: (head_dim, head_dim), or None for the identity.
+
+    Returns:
+        (heads, head_dim, head_dim).
+    """
+    a, b = m.chunk(2, dim=-1)
+    cosines = torch.cat((a.diag_embed(), b.diag_embed()), dim=-1)  # (heads, head_dim / 2, head_dim)
+    sines = torch.cat((-b.diag_embed(), a.diag_embed()), dim=-1)
+    whole = torch.cat((cosines, sines), dim=-2)
+    return whole if p is None else whole @ p
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,6 +92,8 @@ def append(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn queries and keys by their positions, transform them (FlatQuant, section 3.2), and store keys and values.
 
+    Keys are stored, and returned, less their offset.
+
     Args:
         qkv: queries, keys and values of all heads, (B, T, (queries + 2 keys) head_dim).
         cos, sin: of the tokens' positions, (B or 1, T, head_dim).
@@ -71,6 +105,8 @@ def append(
     h, d = heads, heads.head_dim
     rows = qkv.float().unflatten(-1, (-1, d)).transpose(1, 2)  # (B, heads, T, head_dim)
     q, k, v = rows.split((h.queries, h.keys, h.keys), dim=1)
+    if h.offset is not None:
+        k = k - h.offset[:, None]
     cos, sin = cos.float()[:, None], sin.float()[:, None]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if h.matrices is not None:
@@ -81,7 +117,14 @@ def append(
 
 
 def attend(
-    q: Tensor, keys: Store, values: Store, last: Tensor, start: Tensor, window: int | None, scaling: float
+    q: Tensor,
+    keys: Store,
+    values: Store,
+    last: Tensor,
+    start: Tensor,
+    window: int | None,
+    scaling: float,
+    short: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token per sequence over its cache.
 
@@ -90,6 +133,8 @@ def attend(
         last: the new token's place, the last one in use, an integer, (1,).
         start: the first place of each sequence that is no padding, integers, (B,).
         window: how many places count at most, or None.
+        short: of keys less an offset: `Heads.shortage` of q, float32, (B, queries, head_dim), and the places' cosines
+            and sines, (B, S, head_dim).
 
     Returns:
         float32 (B, queries, 1, head_dim), and the scores' log-sum-exps (B, queries, 1): all in one part.
@@ -97,7 +142,10 @@ def attend(
     n = int(last) + 1
     groups = q.shape[1] // keys.packed.shape[1]
     k, v = (s.read(n).repeat_interleave(groups, dim=1) for s in (keys, values))
-    scores = (q.float()[:, :, None] @ k.mT)[:, :, 0] * scaling  # (B, queries, n)
+    scores = (q.float()[:, :, None] @ k.mT)[:, :, 0]  # (B, queries, n)
+    if short is not None:
+        scores = scores + short[0] @ short[1][:, :n].float().mT
+    scores = scores * scaling
     place = torch.arange(n, device=q.device)
     counts = place >= start[:, None]
     if window is not None:

@@ -73,10 +73,10 @@ def _put(
 
 @triton.jit
 def _append(
-    qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr,
-    q_ptr, k_ptr, v_ptr, rows, T, S, shared,
+    qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, offset_ptr, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr,
+    vz_ptr, q_ptr, k_ptr, v_ptr, rows, T, S, shared,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr, DENSE: tl.constexpr,
-    R: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    OFFSET: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`R` tokens, of whatever sequences, and `GROUP` heads of one kind: a matrix is loaded once."""
     dtype = qkv_ptr.dtype.element_ty
@@ -100,13 +100,13 @@ def _append(
     sin_ptr += angle
     if group < HQ:
         for head in range(group, group + GROUP):
-            x = _turned(x_ptr + head * D, cos_ptr, sin_ptr, m, c, mask, D, MATRIX)
+            x = _turned(x_ptr + head * D, cos_ptr, sin_ptr, offset_ptr, 0, m, c, mask, D, MATRIX, False)
             out = q_ptr + (row * HQ + head)[:, None] * D + c[None, :]
             tl.store(out, x.to(dtype), mask=mask)
     elif group < HQ + HK:
         for head in range(group, group + GROUP):
-            x = _turned(x_ptr + head * D, cos_ptr, sin_ptr, m, c, mask, D, MATRIX)
             h = head - HQ
+            x = _turned(x_ptr + head * D, cos_ptr, sin_ptr, offset_ptr, h, m, c, mask, D, MATRIX, OFFSET)
             _put(x, ratio_ptr, kp_ptr, ks_ptr, kz_ptr, k_ptr, place + h * S, row * HK + h, inside, D, DP, DENSE, R)
     else:
         for head in range(group, group + GROUP):
@@ -116,14 +116,20 @@ def _append(
 
 
 @triton.jit
-def _turned(x_ptr, cos_ptr, sin_ptr, m, c, mask, D: tl.constexpr, MATRIX: tl.constexpr):
-    """A head's rows, turned by their positions, times m.  # (R, DP)"""
+def _turned(
+    x_ptr, cos_ptr, sin_ptr, offset_ptr, h, m, c, mask, D: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """A head's rows, less its offset, turned by their positions, times m.  # (R, DP)"""
     partner = tl.where(c < D // 2, c + D // 2, c - D // 2)[None, :]
     # Angles come from the cache for every head: kept, they would take half of a thread's registers.
     cos = tl.load(cos_ptr, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + c[None, :], mask=mask, other=0.0).to(tl.float32)
     other = tl.load(x_ptr + partner, mask=mask, other=0.0).to(tl.float32)
+    if OFFSET:
+        some = (c < D)[None, :]
+        x -= tl.load(offset_ptr + h * D + c[None, :], mask=some, other=0.0)
+        other -= tl.load(offset_ptr + h * D + partner, mask=some, other=0.0)
     x = x * cos + other * tl.where((c < D // 2)[None, :], -sin, sin)
     return tl.dot(x.to(m.dtype), m, input_precision="ieee") if MATRIX else x
 
@@ -152,9 +158,9 @@ def _nibble(u, I: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, out_ptr, lse_ptr, last_ptr, start_ptr, window, scaling, S,
-    PARTS, most, least, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    B: tl.constexpr, EARLY: tl.constexpr, EMULATE: tl.constexpr,
+    q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, short_ptr, angle_ptr, out_ptr, lse_ptr, last_ptr, start_ptr,
+    window, scaling, S, PARTS, most, least, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+    W: tl.constexpr, B: tl.constexpr, SHORT: tl.constexpr, EARLY: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
     bh = tl.program_id(0)
@@ -177,6 +183,13 @@ def _attend(
         sums = sums + (tl.zeros((GP, W), tl.float32),)
     LOG2_E: tl.constexpr = 1.4426950408889634
     OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0 if dtype == tl.float16 else 0.0
+    if SHORT:
+        c = tl.arange(0, 4 * W)[None, :]
+        at = (bh * G + g)[:, None] * D + c
+        short = tl.load(short_ptr + at, mask=(g < G)[:, None] & (c < D), other=0.0) * (scaling * LOG2_E)  # (GP, 4 W)
+        near = short.to(dtype)
+        rest = (short - near.to(tl.float32)).to(dtype)  # what rounding took from a number as large as the offset
+        angle_ptr += (bh // HK).to(tl.int64) * S * D
     top = tl.full((GP,), -1e30, tl.float32)
     totals, zeros = tl.zeros((GP, B), tl.float32), tl.zeros((GP, B), tl.float32)  # summed over B in the end
     base = bh.to(tl.int64) * S
@@ -200,6 +213,10 @@ def _attend(
         for i in tl.static_range(1, 4):
             score = tl.dot(qs[i], tl.trans(_nibble(k, i, dtype, EMULATE)), score, input_precision="ieee")  # (GP, B)
         score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * (scaling * LOG2_E))
+        if SHORT:
+            angles = tl.load(angle_ptr + s[:, None] * D + c, mask=some[:, None] & (c < D), other=0.0)  # (B, 4 W)
+            score += tl.dot(near, tl.trans(angles), input_precision="ieee")
+            score += tl.dot(rest, tl.trans(angles), input_precision="ieee")
         score = tl.where(some[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, axis=1))
         shrink = tl.exp2(top - new)
@@ -246,10 +263,10 @@ def append(
         most = 1 if b * t <= 1024 else 4 if blocks * (h.queries + 2 * h.keys) > 4 * _PROGRAMS else 2
         group = math.gcd(h.queries, h.keys, most)
     _append[(blocks, (h.queries + 2 * h.keys) // group)](
-        qkv, cos, sin, h.matrices, h.ratios, at, *keys, *values, q, k, v,
+        qkv, cos, sin, h.matrices, h.offset, h.ratios, at, *keys, *values, q, k, v,
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
-        DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense, R=rows, GROUP=group,
-        EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
+        DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense,
+        OFFSET=h.offset is not None, R=rows, GROUP=group, EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
         num_warps=warps or (4 if rows == 16 else 8), num_stages=1, maxnreg=128,
         enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
@@ -265,6 +282,7 @@ def attend(
     start: Tensor,
     window: int | None,
     scaling: float,
+    short: tuple[Tensor, Tensor] | None = None,
     *,
     parts: int,
     least: int = 128,
@@ -272,7 +290,7 @@ def attend(
     warps: int = 2,
     stages: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.attend`; in at most `parts` parts.
+    """See `reference.attend`; in at most `parts` parts. Angles are of q's type.
 
     Where parts begin and end depends on the tokens that count alone: sums, and so their last bits, do not depend on how
     many places the cache has. Of as many parts as all places could need, the last ones may be empty.
@@ -287,10 +305,11 @@ def attend(
     lse = torch.empty((b, hq, parts), dtype=torch.float32, device=q.device)
     group = hq // hk
     _attend[(b * hk, parts)](
-        q, *_words(keys), *_words(values), out, lse, last, start, s if window is None else window, scaling, s,
-        parts, most, least, HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d,
-        W=max(16, triton.next_power_of_2(d // 4)), B=block, EARLY=early(q, b), EMULATE=not q.is_cuda,
-        launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
+        q, *_words(keys), *_words(values), *(short or (None, None)), out, lse, last, start,
+        s if window is None else window, scaling, s, parts, most, least,
+        HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, W=max(16, triton.next_power_of_2(d // 4)),
+        B=block, SHORT=short is not None, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
