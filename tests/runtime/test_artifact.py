@@ -621,3 +621,17 @@ def test_a_card_without_our_marks_is_left_alone(folder: Path, tmp_path: Path) ->
     (folder / "README.md").unlink()
     assert keep_evaluation(folder, {})
     assert "| perplexity, wikitext2 |" in (folder / "README.md").read_text()
+
+    shard.write_bytes(b"")
+    with pytest.raises(ArtifactError, match="damaged"):
+        inspect(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inspect_counts_the_angles_of_keys_with_an_offset(quantised, tmp_path: Path, dtype: torch.dtype) -> None:
+    q = quantised("kv4", bias=True, dtype=dtype)
+    save(q.model, q.plan, tmp_path / "model", recipe=spec.to_dict(q.recipe), report={})
+    cache = QuantizedCache(q.model)
+    q.model(q.tokens, **{CACHE: cache})
+    assert inspect(tmp_path / "model").kv_bytes_per_token * q.tokens.numel() == cache.nbytes()
+    assert cache.nbytes() == q.tokens.numel() * (2 * 2 * 2 * (5 + 4 + 1) + 10 * dtype.itemsize)

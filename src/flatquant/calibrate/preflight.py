@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel
 
-from flatquant import seams
+from flatquant import seams, versions
 from flatquant.calibrate.capture import BlockCall
 from flatquant.errors import FlatQuantError, ModelError
 from flatquant.models import Checkpoint
@@ -396,5 +396,5 @@ def _generator(seed: int) -> torch.Generator:
 
 def _is_tested(version: str) -> bool:
     """Whether a release of transformers lies in the range that the test suite passes with."""
-    low, release, high = (tuple(map(int, v.split(".")[:2])) for v in (seams.TESTED[0], version, seams.TESTED[1]))
+    low, release, high = (tuple(map(int, v.split(".")[:2])) for v in (versions.TESTED[0], version, versions.TESTED[1]))
     return low <= release <= high

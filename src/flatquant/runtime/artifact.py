@@ -575,8 +575,8 @@ class Inspection:
             `dense`, `left_in_16_bit` which weights, activations, keys and values the scheme gives no grid.
         bits_per_quantised_weight: packed, grids and transforms over the quantised parameters; None if there are none.
         bits_per_parameter: all tensors over all parameters. `compression` is 16 bit over that.
-        kv_bytes_per_token: of `QuantizedCache`, all layers, scales and zero points included; `kv_bytes_per_token_16bit`
-            of a plain cache.
+        kv_bytes_per_token: of `QuantizedCache`, all layers, scales and zero points included, and the angles that keys
+            with an offset need, if all layers turn by the same; `kv_bytes_per_token_16bit` of a plain cache.
         damaged: files that are missing or differ from their hash; empty for a whole folder. Numbers are then of the
             tensors whose files can still be read.
         report: `flatquant_report.json` without its lists (their lengths instead), the verdict in full; None if it is
@@ -672,7 +672,9 @@ def _kv_bytes(folder: Folder) -> tuple[int, int]:
         raise ArtifactError(f"{folder.path / CONFIG_FILE} is damaged: no number of attention heads")
     blocks = folder.plan.blocks
     kv = sum(token_bytes(b.head_dim, b.keys) + token_bytes(b.head_dim, b.values) for b in blocks)
-    return heads * kv, heads * sum(4 * b.head_dim for b in blocks)
+    turned = [b.head_dim for b in blocks if b.key_offset is not None and b.key_offset.pairing != "none"]
+    angles = max(turned, default=0) * (4 if folder.config.get("dtype") == "float32" else 2)
+    return heads * kv + angles, heads * sum(4 * b.head_dim for b in blocks)
 
 
 def _summary(data: Mapping[str, Any]) -> dict[str, Any]:
