@@ -267,7 +267,7 @@ def append(
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
         DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense,
         OFFSET=h.offset is not None, R=rows, GROUP=group, EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
-        num_warps=warps or (4 if rows == 16 else 8), num_stages=1, maxnreg=128,
+        num_warps=warps or (4 if rows == 16 and h.offset is None else 8), num_stages=1, maxnreg=128,
         enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
