@@ -476,7 +476,7 @@ def _quantised_rows(report: dict[str, Any], plan: Plan) -> dict[str, str]:
     sizes, timing = report["sizes"], report["timing"]
     seconds = {stage: value for stage, value in timing["seconds"].items() if value >= 0.05}
     rows = {
-        "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()),
+        "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in {**seconds, "total": timing["total"]}.items()),
         "memory": _memory(timing),
         **_unquantised_rows(sizes["unquantised_bytes"], left_in_16_bit(plan), untied=sizes["untied"]),
     }
