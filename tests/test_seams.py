@@ -43,7 +43,7 @@ class Turned(seams.KeyValue):
     def query(self, q: Tensor) -> Tensor:
         return q @ torch.linalg.inv(self.basis).mT
 
-    def key(self, k: Tensor) -> Tensor:
+    def key(self, k: Tensor, angles: object = None) -> Tensor:
         return (k @ self.basis * 2).round() / 2
 
     def value(self, v: Tensor) -> Tensor:
