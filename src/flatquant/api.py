@@ -299,7 +299,8 @@ class _Run:
                 "tied": artifact.is_tied(self.model),
             }
         identity = self._identity(data, original["sha256"])
-        self.preflight = preflight(self.model, self.recipe, device=self.device, checkpoint=self.checkpoint)
+        with _stage("preflight", self.progress):
+            self.preflight = preflight(self.model, self.recipe, device=self.device, checkpoint=self.checkpoint)
         state = None
         if self.place is not None:
             if (finished := self.place.finished(identity)) is not None:
@@ -458,12 +459,11 @@ class _Run:
         """What the model writes after a few prompts; nothing where it is not in memory, or has no room to write."""
         if self.tokenizer is None or self.checkpoint is not None:
             return []
-        if self.progress is not None:
-            self.progress("texts", 0, 1)
+        done = int("texts" in self.seconds)  # of two: the original's, and the quantised model's
+        self.progress("texts", done, 2)
         with self._timed("texts"), self._writing() as model:
             written = [] if model is None else continuations(model, self.tokenizer)
-        if self.progress is not None:
-            self.progress("texts", 1, 1)
+        self.progress("texts", done + 1, 2)
         return written
 
     @contextmanager
@@ -511,8 +511,7 @@ class _Run:
         found = {**verdict(witness), "source": windows.source, "kept_back": windows.kept_back, "packed": None}
         found |= {"blame": [], "proposal": None}
         if is_bad(found["word"]):
-            progress, scheme = self.progress, self.recipe.scheme
-            told = None if progress is None else lambda done, total: progress("blame", done, total)
+            told, scheme = partial(self.progress, "blame"), self.recipe.scheme
             with self._timed("blame"):
                 found["blame"], found["proposal"] = blame(witness, self.model, plan, scheme, bring, progress=told)
         after = self._continuations() if before else []

@@ -540,7 +540,7 @@ def _recipe(
 
     base = recipe(method, scheme, preset)
     if key_offset is not None:
-        if base.scheme.keys is None:
+        if base.scheme.keys is None and not base.scheme.cache_overrides:
             raise SpecError(f"scheme {base.scheme} does not quantise keys: leave out --key-offset")
         base = replace(base, scheme=from_dict(Scheme, to_dict(base.scheme) | {"key_offset": key_offset}, "scheme"))
     steps = {"batch_size": batch_size, "lr": lr}

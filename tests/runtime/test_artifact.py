@@ -374,7 +374,7 @@ def change_shard(folder: Path, change: Callable[[dict], None]) -> None:
         (lambda t: t.pop(sorted(t)[0]), "lacks tensor"),
         (lambda t: t.update({sorted(t)[0]: torch.zeros(1)}), "the plan says"),
         (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]].to(torch.uint8)}), "the plan says"),
-        (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]].to(torch.int64)}), "stored as I64"),
+        (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]].to(torch.int64)}), "is torch.int64, the plan says"),
         (lambda t: t.update({k: v.half() for k, v in t.items() if v.dtype == torch.float32}), "the plan says"),
     ],
     ids=["extra", "missing", "shape", "integers", "wide integers", "half-precision scales"],

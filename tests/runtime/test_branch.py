@@ -67,7 +67,7 @@ def test_a_loaded_model_is_the_saved_one(tmp_path: Path, name: str, shape: str) 
                     assert linear.up.dtype == linear.site.down.dtype == torch.float16
     found = inspect(tmp_path / "a")
     assert sum(found.bytes_by_kind.values()) == stored_bytes(model)
-    branches = sum(t.nbytes for n, t in model.state_dict().items() if n.endswith((".up", ".down")))
+    branches = sum(t.nbytes for n, t in model.state_dict().items() if n.endswith((".up", ".down", ".key_offset")))
     assert found.bytes_by_kind["transforms"] == branches
     assert from_dict(Recipe, to_dict(chosen)) == chosen
     save(loaded, plan, tmp_path / "b", recipe=to_dict(chosen), report={})

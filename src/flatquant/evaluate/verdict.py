@@ -40,7 +40,7 @@ from flatquant.wiring.archs import arch_of
 _BLAME_TOKENS = 512  # of one window
 _SUSPECTS = 4  # parts of a kind that are confirmed
 _MARGIN = 1.25  # times the KL with all of a kind at 8 bits: few parts at 8 bits are enough if they come so near
-_NEW_TOKENS = 20
+_NEW_TOKENS = 12
 _PACKED_TOKENS = 16
 PACKED_KL = 1e-3  # the same integers: only sums may be taken in another order
 
