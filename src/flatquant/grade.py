@@ -1,7 +1,7 @@
 """The verdict on a quantised model: its words, their bounds, and how it reads. Pure data; `evaluate.verdict` measures.
 
 The word goes by the mean KL divergence from the original, in nats per token. exp(KL) is about the factor by which
-perplexity grows: the bounds are some 5 %, 40 % and eight times. docs/verdict.md has what they were held against.
+perplexity grows: the bounds are some 5 %, 40 % and e times. docs/verdict.md has what they were held against.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # The largest KL of each word, nats per token. Anything above, or not finite, is destroyed.
-BOUNDS = {"excellent": 0.05, "good": 0.35, "degraded": 2.0}
+BOUNDS = {"excellent": 0.05, "good": 0.35, "degraded": 1.0}
 DESTROYED = "destroyed"
 WORDS = (*BOUNDS, DESTROYED)
 

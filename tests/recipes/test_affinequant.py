@@ -145,7 +145,7 @@ def test_with_only_the_diagonal_open_it_is_learned_scales() -> None:
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a4kv4"])
 def test_the_loss_falls_and_the_result_beats_rounding(scheme: str) -> None:
     original = family("llama", dtype=torch.float32, **SHAPES["gqa"])
-    fitted, _, report = calibrated(original, small(scheme))
+    fitted, _, report = calibrated(original, small(scheme, epochs=20, samples=32))
     rounded, _, _ = calibrated(original, rtn(scheme))
     assert report.blocks[0]["losses"][-1] < report.blocks[0]["losses"][0]
     unseen = tokens_for(original, 4, 16, seed=9)
