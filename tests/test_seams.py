@@ -348,11 +348,15 @@ def test_a_registration_without_effect_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "name", [*CONFIG_HOOKS, "_process_model_before_weight_loading", "_process_model_after_weight_loading"]
+    "names", [CONFIG_HOOKS, ["_process_model_before_weight_loading"], ["_process_model_after_weight_loading"]], ids=str
 )
-def test_a_renamed_method_of_quantisers_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    without(monkeypatch, name)
-    with fails(f"a quantiser of transformers has no .*{name}"):
+def test_a_renamed_method_of_quantisers_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    """Some releases have both hooks for the config; one is enough."""
+    for name in names:
+        without(monkeypatch, name)
+    with fails(f"a quantiser of transformers has no .*{names[0]}"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -48,7 +48,7 @@ from flatquant.calibrate.work import work
 from flatquant.data import calibration_windows
 from flatquant.errors import ArtifactError, CalibrationError, DataError, ModelError, QualityWarning
 from flatquant.evaluate.prose import PROSE
-from flatquant.evaluate.verdict import PACKED_KL, blame, continuations, packed_agrees, verdict
+from flatquant.evaluate.verdict import PACKED_ERROR, blame, continuations, packed_agrees, verdict
 from flatquant.families import plan_for
 from flatquant.grade import BUILT_IN, RANDOM, TOKENS, is_bad, sentences
 from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve, warn_of_positions
@@ -745,7 +745,7 @@ def _check_packed(report: Mapping[str, Any], output: Path) -> None:
     packed, own = judged.get("packed"), judged.get("kl")
     if packed is None or packed["equal"] or own is None:  # two models that are not finite cannot be compared
         return
-    if packed["kl"] is None or packed["kl"] > max(PACKED_KL, own / 10):
+    if packed["error"] is None or packed["error"] > PACKED_ERROR:
         raise ArtifactError(
             f"{output} was written, but read back it is not the model in memory: KL divergence {packed['kl']} on "
             f"{packed['tokens']} tokens; do not use it, and report this"

@@ -289,7 +289,8 @@ def test_the_packed_folder_is_compared_with_the_model_in_memory(tmp_path: Path) 
     recipe = dataclasses.replace(quick("w4a4kv4"), data=DataSpec(samples=4, seqlen=12))
     result = flatquant.quantize(tiny_llama(), recipe, tokens(4, 12), device=CPU, output=tmp_path / "out")
     assert result.verdict is not None
-    assert result.verdict["packed"] == {"tokens": 12, "kl": pytest.approx(0, abs=1e-6), "equal": True}
+    same = {"tokens": 12, "kl": pytest.approx(0, abs=1e-6), "equal": True, "error": 0.0}
+    assert result.verdict["packed"] == same
     stored = json.loads((tmp_path / "out/flatquant_report.json").read_text())["verdict"]
     assert stored == json.loads(json.dumps(result.verdict))
     found = artifact.inspect(tmp_path / "out").report
