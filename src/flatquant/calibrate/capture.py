@@ -45,16 +45,20 @@ class BlockCall:
 
     def to(self, device: torch.device) -> BlockCall:
         """The same call with its tensors on `device`."""
-        return replace(self, args=_to(self.args, device), kwargs=_to(self.kwargs, device))
+        return self.map(lambda t: t.to(device))
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> BlockCall:
+        """The same call with `f` of its tensors."""
+        return replace(self, args=_map(self.args, f), kwargs=_map(self.kwargs, f))
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def _map(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return f(value)
     if isinstance(value, tuple | list):
-        return type(value)(_to(v, device) for v in value)
+        return type(value)(_map(v, f) for v in value)
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        return {k: _map(v, f) for k, v in value.items()}
     return value
 
 

@@ -300,7 +300,7 @@ class _Check:
         out: list[Tensor] = []
 
         def called(given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            call = BlockCall(args=_wide(args, self.device), kwargs=_wide(kwargs, self.device), basis=basis)
+            call = BlockCall(args=args, kwargs=kwargs, basis=basis).map(_wide).to(self.device)
             out.append(call(block, hidden) - hidden)
             return given
 
@@ -353,19 +353,13 @@ class _WideSoftmax(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _wide(value: Any, device: torch.device) -> Any:
-    """Arguments of a block on a device, floating-point ones in float64."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        # The lowest float16, with which an additive mask hides a token, is above some scores.
-        hidden = value == torch.finfo(value.dtype).min
-        return value.to(torch.float64).masked_fill(hidden, torch.finfo(torch.float32).min).to(device)
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_wide(v, device) for v in value)
-    if isinstance(value, dict):
-        return {k: _wide(v, device) for k, v in value.items()}
-    return value
+def _wide(t: Tensor) -> Tensor:
+    """An argument of a block; a floating-point one in float64."""
+    if not t.is_floating_point():
+        return t
+    # The lowest float16, with which an additive mask hides a token, is above some scores.
+    hidden = t == torch.finfo(t.dtype).min
+    return t.to(torch.float64).masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
 def _rounded(x: Tensor) -> Tensor:
