@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ from flatquant.runtime import fused
 from flatquant.runtime.build import install
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite
+from flatquant.spec import Scheme
 from flatquant.transforms import kronecker_split
 from flatquant.transforms.hadamard import hadamard, has_hadamard
 from flatquant.wiring.arch import Geometry
@@ -332,19 +333,23 @@ def config_of(shape: str, layers: int | None = None) -> Any:
 
 
 @torch.no_grad()
-def packed_model(config: Any, device: torch.device, transform: str = "kronecker") -> PreTrainedModel:
+def packed_model(
+    config: Any, device: torch.device, transform: str = "kronecker", *, key_offset: bool = False
+) -> PreTrainedModel:
     """A W4A4KV4 model of random integers, with the fused runtime attached.
 
     Args:
         transform: "kronecker" everywhere; "hadamard" where QuaRot has it online, in front of o_proj and down_proj and
             on queries and keys; or "none".
+        key_offset: keys are cached less a constant.
     """
     with torch.device("meta"):
         own = copy.deepcopy(config)  # which names the attention
         model: Any = LlamaForCausalLM(own).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
     seams.use_attention(model)
     arch = arch_of(config)
-    plan = make_plan(flatquant("w4a4kv4"), arch, Geometry.of(config), model.model.layers)
+    scheme = replace(Scheme.parse("w4a4kv4"), key_offset="mean" if key_offset else "none")
+    plan = make_plan(flatquant(scheme), arch, Geometry.of(config), model.model.layers)
     for block, block_plan in zip(model.model.layers, plan.blocks, strict=True):
         install(block, plan.attention, block_plan, packed=True)
     model.to_empty(device=device)

@@ -66,20 +66,22 @@ def measured_on(found: Mapping[str, Any]) -> str:
 
 
 def blamed(found: Mapping[str, Any]) -> list[str]:
-    """What putting parts back to 16 bits has shown; nothing for a model that is good."""
+    """What was found on the parts of a model; nothing for a model that is good."""
     lines = []
     for entry in found.get("blame") or ():
         if entry["block"] is not None:
             continue
         kind = entry["kind"]
         if "alone" in entry:
-            text = f"with weights rounded and all else in 16 bits, KL {number(entry['alone'])} remains"
-            blocks = ", ".join(f"{e['block']} ({number(e['error'])})" for e in _of(found, kind))
-            lines.append(text + (f"; rounding changes most the outputs of blocks {blocks}" if blocks else ""))
-            continue
-        text = f"with {kind} in 16 bits, KL {number(entry['kl'])} remains"
-        parts = ", ".join(f"{e['block']}{_site(e)} ({number(e['kl'])})" for e in _of(found, kind))
-        lines.append(text + (f"; with those of one block only: block {parts}" if parts else ""))
+            lines.append(f"with weights rounded and all else in 16 bits, KL {number(entry['alone'])} remains")
+        else:
+            text = f"with {kind} in 16 bits, KL {number(entry['kl'])} remains"
+            one = ", ".join(f"{_place(e)} ({number(e['kl'])})" for e in _of(found, kind) if "kl" in e)
+            lines.append(text + (f"; with those of one block only: block {one}" if one else ""))
+        worst = sorted((e for e in _of(found, kind)), key=lambda e: -_size(e))
+        changed = ", ".join(f"{_place(e)} by {_percent(e['error'])}" for e in worst)
+        if changed:
+            lines.append(f"rounding {kind} alone changes the output of block {changed}")
     return lines
 
 
@@ -105,5 +107,13 @@ def _of(found: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
     return [entry for entry in found["blame"] if entry["kind"] == kind and entry["block"] is not None]
 
 
-def _site(entry: Mapping[str, Any]) -> str:
-    return f" at {entry['site']}" if entry.get("site") else ""
+def _place(entry: Mapping[str, Any]) -> str:
+    return f"{entry['block']} at {entry['site']}" if entry.get("site") else str(entry["block"])
+
+
+def _size(entry: Mapping[str, Any]) -> float:
+    return float("inf") if entry["error"] is None else entry["error"]
+
+
+def _percent(value: float | None) -> str:
+    return "more than all" if value is None else f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"

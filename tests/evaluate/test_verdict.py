@@ -224,6 +224,40 @@ def test_a_constant_channel_in_the_keys_does_no_harm_or_is_found() -> None:
         assert WORDS.index(again["word"]) < WORDS.index(found["word"])
 
 
+def test_blame_names_keys_that_the_rest_was_fitted_to() -> None:
+    """As a constant in keys, without an offset: what rounding them does alone tells, also after a fit."""
+
+    def fitted(scheme: str) -> dict:
+        recipe = quick(scheme, epochs=4, samples=16, seqlen=32)
+        recipe = dataclasses.replace(recipe, scheme=dataclasses.replace(recipe.scheme, key_offset="none"))
+        held_out = torch.randint(0, 512, (2, 128), generator=torch.Generator().manual_seed(1))
+        model = qwen(bias=300.0)
+        found = flatquant.quantize(model, recipe, tokens(16, 32), device=CPU, held_out=held_out).verdict
+        assert found is not None
+        return found
+
+    with pytest.warns(QualityWarning):
+        found = fitted("w4a4kv4")
+    errors = {(e["kind"], e["block"]): e["error"] for e in found["blame"] if e["block"] is not None}
+    assert errors["keys", 0] > 0.4 > 0.1 > errors["keys", 1]
+    assert errors["keys", 0] == found["alone"][0]["keys"]
+    assert any(line.startswith("rounding keys alone changes the output of block 0 by") for line in sentences(found))
+    assert "0.k" in found["proposal"]["scheme"]
+    again = fitted(found["proposal"]["scheme"])
+    assert again["kl"] < 0.7 * found["kl"]
+
+
+def test_what_a_part_changes_alone_adds_up() -> None:
+    """One part is rounded: its change is the block's whole error, and the others have none."""
+    held_out = tokens(1, 64)
+    found = flatquant.quantize(tiny_llama(layers=2), recipes.rtn("w4"), device=CPU, held_out=held_out).verdict
+    assert found is not None
+    assert found["alone"][0] == {"weights": pytest.approx(found["blocks"][0], rel=1e-4)}
+    found = flatquant.quantize(tiny_llama(layers=2), recipes.rtn("k3"), device=CPU, held_out=held_out).verdict
+    assert found is not None
+    assert found["alone"][0] == {"keys": pytest.approx(found["blocks"][0], rel=1e-4), "weights": 0.0}
+
+
 def test_activations_are_blamed_by_site() -> None:
     found = judged(tiny_llama(layers=3), recipes.rtn("w8a2"))
     parts = [entry for entry in found["blame"] if entry["kind"] == "activations"]

@@ -487,14 +487,14 @@ class _Run:
                     hessians = self._output_hessians(index, calls, quantised)
             if self.witness is not None:
                 with self.clock("verdict"), torch.no_grad():
-                    self.witness.see_unrounded(index, block)
+                    self.witness.see_unrounded(index, block, plan)
             with self.clock("solve"):
                 rounds = self.recipe.branch.rounds if self.recipe.branch else 1
                 solve_block(block, plan, self.solver, call, quantised, self.batch, hessians, rounds)
         if self.witness is not None:
             with self.clock("verdict"), torch.no_grad():
-                rounding = self.witness.see_quantised(index, block, self.notes[index].get("rounding"))
-            self.notes[index] = {**self.notes[index], "rounding": rounding}
+                alone = self.witness.see_quantised(index, block, plan, self.notes[index].get("alone"))
+            self.notes[index] = {**self.notes[index], "alone": alone}
         if self.state is not None and self.end_to_end is None and not solved:
             self.state.save(solved_name(index), block.state_dict(), self.notes[index])
         if quantised is not None:

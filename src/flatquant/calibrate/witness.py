@@ -8,21 +8,50 @@ where one block is in memory at a time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flatquant import seams
 from flatquant.calibrate.capture import BlockCall, capture
+from flatquant.quantizers import Dynamic
+from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.linear import FrozenSite
+from flatquant.spec import BlockPlan, QuantSpec
 from flatquant.transforms import Factor
 from flatquant.wiring.arch import Arch, logits, submodule
 
-_MARKS = 256  # tokens whose hidden states are kept for every block
+_SAMPLE = 256  # tokens of the first window whose hidden states are kept after every block
 
 Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What is rounded in a block: the activations of one site, its keys, its values, or all its weights."""
+
+    kind: str
+    block: int
+    site: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`keys`, or `activations.mlp_in`."""
+        return self.kind if self.site is None else f"{self.kind}.{self.site}"
+
+
+def rounded_parts(plan: BlockPlan, index: int) -> list[Part]:
+    """The parts of a block whose grids can be taken away: all but the weights."""
+    found = [Part(kind="activations", block=index, site=name) for name, site in plan.sites.items() if site.activations]
+    found += [Part(kind="keys", block=index)] if plan.keys else []
+    return found + ([Part(kind="values", block=index)] if plan.values else [])
 
 
 class Witness:
@@ -35,14 +64,15 @@ class Witness:
         original, quantised: hidden states after the last block that was seen.  # (N, T, h)
         errors: of every quantised block's outputs, relative to the original's: |difference| / |original|, mean over
             tokens. It holds what the blocks before have caused.
-        rounding: of every block's outputs, likewise, what rounding its weights alone has changed.
+        alone: by block, and by name of a part, what rounding this part alone changes in the block's output, relative
+            to it, on the original's inputs. None for a block that an earlier run rounded and did not look at.
         ends: final norm and output embedding of the original model.
     """
 
     def __init__(self, windows: Tensor) -> None:
         self.windows = windows
         self.errors: list[float] = []
-        self.rounding: list[float | None] = []
+        self.alone: list[dict[str, float] | None] = []
 
     def begin(self, model: PreTrainedModel, arch: Arch, device: torch.device, dtype: torch.dtype) -> None:
         """Embed the windows, and note the original head. Blocks need not have their tensors yet."""
@@ -51,10 +81,12 @@ class Witness:
         self.device, self.dtype = device, dtype
         self.first = self.original = self.quantised = hidden.to(device, dtype)
         self.calls = [call.to(device) for call in calls]
-        tokens = self.windows.numel()
-        self._places = torch.linspace(0, tokens - 1, min(tokens, _MARKS), device=device).round().long()
-        self._marks: list[Tensor] = []
-        self._unrounded: Tensor | None = None
+        _, calls = capture(model, arch, self._sampled(self.windows))
+        self._sample_calls = [call.to(device) for call in calls]
+        self._samples = [self._sampled(self.first)]  # before every block, and after the last
+        self._arch = arch
+        self._exact: Tensor | None = None
+        self._changes: dict[str, float] = {}
         self.ends = Ends(model, arch)
 
     def see_original(self, index: int, block: nn.Module) -> None:
@@ -66,35 +98,76 @@ class Witness:
             with torch.autocast(self.device.type, enabled=False):
                 out = through(copy.deepcopy(block), call, hidden.float())
         self.original = out
-        self._marks.append(self._marked(out))
+        self._samples.append(self._sampled(out))
 
     def rotate(self, index: int, basis: Factor | None) -> None:
         """From now on, block `index` works in a rotated residual stream."""
         self.calls[index] = replace(self.calls[index], basis=basis)
+        self._sample_calls[index] = replace(self._sample_calls[index], basis=basis)
 
-    def see_unrounded(self, index: int, block: nn.Module) -> None:
-        """Send the windows through a folded block whose weights will be rounded next."""
-        self._unrounded = self._marked(through(block, self.calls[index], self.quantised))
+    def see_unrounded(self, index: int, block: nn.Module, plan: BlockPlan) -> None:
+        """Look at a folded block whose weights will be rounded next: what does each of its other grids change?"""
+        parts = rounded_parts(plan, index)
+        self._exact = self._sample(index, block, parts)
+        self._changes = {
+            part.name: relative(self._sample(index, block, [p for p in parts if p != part]), self._exact)
+            for part in parts
+        }
 
-    def see_quantised(self, index: int, block: nn.Module, rounding: float | None = None) -> float | None:
+    def see_quantised(
+        self, index: int, block: nn.Module, plan: BlockPlan, alone: dict[str, float] | None = None
+    ) -> dict[str, float] | None:
         """Send the windows through a rounded block, and compare.
 
         Args:
-            rounding: what this returned when an earlier run rounded the block.
+            alone: what this returned when an earlier run rounded the block.
 
         Returns:
-            The block's entry in `rounding`.
+            The block's entry in `alone`.
         """
         self.quantised = through(block, self.calls[index], self.quantised)
-        out = self._marked(self.quantised)
-        self.errors.append(relative(out, self._marks[index]))
-        if self._unrounded is not None:
-            rounding, self._unrounded = relative(out, self._unrounded), None
-        self.rounding.append(rounding)
-        return rounding
+        self.errors.append(relative(self._sampled(self.quantised), self._samples[index + 1]))
+        if self._exact is not None:
+            out = self._sample(index, block, rounded_parts(plan, index))
+            alone = {**self._changes, "weights": relative(out, self._exact)}
+            self._exact = None
+        self.alone.append(alone)
+        return alone
 
-    def _marked(self, hidden: Tensor) -> Tensor:
-        return hidden.flatten(0, 1)[self._places]  # (tokens, h)
+    def _sample(self, index: int, block: nn.Module, without: list[Part]) -> Tensor:
+        """What a block makes of the original's inputs, without the grids of some parts.  # (1, tokens, h)"""
+        with put(block, self._arch.attention, dict.fromkeys(without)):
+            return through(block, self._sample_calls[index], self._samples[index])
+
+    @staticmethod
+    def _sampled(x: Tensor) -> Tensor:
+        return x[:1, :_SAMPLE]
+
+
+@contextmanager
+def put(block: nn.Module, attention: str, parts: Mapping[Part, int | None]) -> Iterator[None]:
+    """Put grids of a frozen block to other bits for a while, None for 16.
+
+    Args:
+        attention: path of the attention module inside the block.
+    """
+    before: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for part, bits in parts.items():
+            if part.kind == "activations":
+                owner: Any = block.get_submodule(f"{SITES_SLOT}.{part.site}")
+                assert isinstance(owner, FrozenSite)
+            else:
+                owner = seams.attached(block.get_submodule(attention))
+                assert isinstance(owner, FrozenKeyValue)
+            before.append((owner, part.kind, getattr(owner, part.kind)))
+            symmetric = part.kind == "activations"
+            grid = None if bits is None else Dynamic(QuantSpec(bits=bits, symmetric=symmetric))
+            setattr(owner, part.kind, grid)
+        yield
+    finally:
+        for owner, name, grid in reversed(before):
+            setattr(owner, name, grid)
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -2,21 +2,24 @@
 
 Measured on windows that a `Witness` has sent through both models.
 
-Blame is found by putting parts back to 16 bits: activations, keys or values of all blocks, then of single blocks. A
-rounded weight cannot be put back, since its original is gone; weights are judged by what they cause alone, with all
-else in 16 bits, and block by block by what rounding them changed in the block's output (`Witness.rounding`).
+Blame is found in two ways, since each is blind where the other sees. The witness has measured what rounding one part
+alone changes in its block's output (`Witness.alone`). And walks through the quantised model put parts back to 16 bits:
+activations, keys or values of all blocks, then the parts of single blocks that change most. A fit learns to live with
+what a broken part gives it, so that putting the part back afterwards may help nothing: a part that changes its block
+far more than the same part of other blocks does is to blame all the same. Rounded weights cannot be put back: what they
+cause alone, with all else in 16 bits, is measured.
 
-What was given up: pairs of parts that are harmless one at a time. Single blocks are ranked by what putting a part back
-changes in the block's own output, and only the worst are confirmed through the whole model. So a search costs a fixed
-number of passes over a few hundred tokens, whatever the model.
+What was given up: pairs of parts that are harmless one at a time. A search costs a fixed number of passes over a few
+hundred tokens, whatever the model.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,21 +29,18 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import seams
 from flatquant.calibrate.capture import capture
-from flatquant.calibrate.witness import Ends, Head, Witness, relative, through
+from flatquant.calibrate.witness import Ends, Head, Part, Witness, put, rounded_parts, through
 from flatquant.evaluate.perplexity import CHUNK
 from flatquant.evaluate.prose import PROMPTS
 from flatquant.grade import BOUNDS, is_bad, word
-from flatquant.quantizers import Dynamic
-from flatquant.runtime.build import SITES_SLOT
-from flatquant.runtime.keyvalue import FrozenKeyValue
-from flatquant.runtime.linear import FrozenSite
-from flatquant.spec import CacheBits, Plan, QuantSpec, Scheme, SiteBits
+from flatquant.spec import CacheBits, Plan, Scheme, SiteBits
 from flatquant.wiring.archs import arch_of
 
-_BLAME_TOKENS = 512  # of one window
-_SUSPECTS = 4  # parts of a kind that are confirmed
+_BLAME_TOKENS = 256  # of one window
+_SUSPECTS = 4  # parts of a kind that are put back one at a time
+_LARGE, _STANDS_OUT = 0.1, 4.0  # a part is to blame that changes so much of a block, and so many times the median block
 _MARGIN = 1.25  # times the KL with all of a kind at 8 bits: few parts at 8 bits are enough if they come so near
-_NEW_TOKENS = 12
+_NEW_TOKENS, _TEXT_SECONDS = 12, 4.0  # of a text; fewer tokens where a model does not write them in this time
 _PACKED_TOKENS = 16
 PACKED_ERROR = 1e-2  # of a block; the integers are the same, so that only the order of sums can differ
 
@@ -52,7 +52,9 @@ Bring = Callable[[int], AbstractContextManager[nn.Module]]
 
 @torch.no_grad()
 def verdict(witness: Witness) -> dict[str, Any]:
-    """What the witness saw, JSON-ready: `word`, `kl`, `top1`, `perplexity`, `windows`, `seqlen`, `bounds`, `blocks`."""
+    """What the witness saw, JSON-ready: `word`, `kl`, `top1`, `perplexity`, `windows`, `seqlen`, `bounds`, and by block
+    the error of its outputs (`blocks`) and what rounding each of its parts changes alone (`alone`).
+    """
     kl, top1, original, quantised = _distance(
         witness.ends.head(witness.device, witness.dtype), witness.original, witness.quantised, witness.windows
     )
@@ -65,6 +67,7 @@ def verdict(witness: Witness) -> dict[str, Any]:
         "seqlen": witness.windows.shape[1],
         "bounds": dict(BOUNDS),
         "blocks": [_finite(error) for error in witness.errors],
+        "alone": [a and {name: _finite(error) for name, error in a.items()} for a in witness.alone],
     }
 
 
@@ -101,15 +104,6 @@ def _finite(value: float) -> float | None:
 # --------------------------------------------------------------------------------------------- blame
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A grid that can be taken away: the activations of one site of a block, or a block's keys or values."""
-
-    kind: str
-    block: int
-    site: str | None = None
-
-
 Setting = Mapping[Part, int | None]  # the bits that parts are put to, None for 16
 
 
@@ -129,62 +123,92 @@ def blame(
         progress: called with (walks over the model done, at most so many).
 
     Returns:
-        Entries {kind, block, site, kl}: the divergence that remains with this part in 16 bits, `block` and `site` None
-        for all of a kind. Entries {kind: weights, block, alone | error}: `alone` is what weights cause when all else
-        is in 16 bits, `error` what rounding changed in the block's output.
-        And {scheme, kl, before}, the divergence that was measured with these parts at 8 bits and without, on the same
-        tokens; `kl` is None where weights need more bits, which cannot be measured without rounding anew.
+        Entries {kind, block, site, kl, error}. `kl` is the divergence that remains with this part in 16 bits; `block`
+        and `site` are None for all of a kind. `error` is what rounding this part alone changes in its block's output,
+        relative to it. An entry of weights of all blocks has `alone` instead, the divergence with all else in 16 bits.
+        And {scheme, kl, before}: the divergence that was measured with these parts at 8 bits and without, on the same
+        tokens. `kl` is None for a proposal that cannot be measured without a fit or rounding anew.
     """
     walks = _Walks(witness, model, plan, bring, progress)
     parts = _parts(plan)
     kinds = [kind for kind in KINDS if parts[kind]]
     everything: Setting = {part: None for kind in kinds for part in parts[kind]}
     base, weights_alone, *without = walks.kls([{}, everything, *(dict.fromkeys(parts[k]) for k in kinds)])
-    entries: list[dict[str, Any]] = [
-        {"kind": kind, "block": None, "site": None, "kl": _finite(kl)} for kind, kl in zip(kinds, without, strict=True)
-    ]
+    entries = [_entry(kind, kl=kl) for kind, kl in zip(kinds, without, strict=True)]
     setting: dict[Part, int | None] = {}
     now = base
     for kind, remaining in sorted(zip(kinds, without, strict=True), key=lambda pair: _order(pair[1])):
         if not is_bad(word(_finite(now))) or _order(remaining) > 0.9 * _order(base):
             continue
-        suspects = walks.suspects(parts[kind], setting)
+        suspects = _worst(witness, parts[kind])
         confirmed = walks.kls([{**setting, part: None} for part in suspects])
         ranked = sorted(zip(confirmed, suspects, strict=True), key=lambda pair: _order(pair[0]))
-        entries += [{"kind": kind, "block": p.block, "site": p.site, "kl": _finite(kl)} for kl, p in ranked]
+        entries += [_entry(kind, part, kl=kl, error=_error(witness, part)) for kl, part in ranked]
         choice, kl = walks.smallest([part for _, part in ranked], parts[kind], setting)
         if _order(kl) < 0.9 * _order(now):
             setting |= choice
             now = kl
     walks.end()
+    known = {(entry["kind"], entry["block"], entry["site"]) for entry in entries}
+    hidden = [part for kind in kinds for part in _outstanding(witness, parts[kind]) if part not in setting]
+    entries += [
+        _entry(part.kind, part, error=_error(witness, part))
+        for part in hidden
+        if (part.kind, part.block, part.site) not in known
+    ]
     if any(site.weights for block in plan.blocks for site in block.sites.values()):
         entries += _weights(witness, weights_alone)
-    return entries, _proposal(scheme, plan, setting, base, now, weights_alone)
+    if hidden:  # what their fits have made of all else is not known without a fit
+        return entries, _proposal(scheme, plan, setting | dict.fromkeys(hidden, 8), base, None)
+    if is_bad(word(_finite(weights_alone))) and (wider := _wider_weights(scheme)) is not None:
+        return entries, _proposal(wider, plan, setting, base, None)
+    return entries, _proposal(scheme, plan, setting, base, now) if setting else None
 
 
-def _order(kl: float) -> float:
-    return kl if math.isfinite(kl) else math.inf
+def _entry(kind: str, part: Part | None = None, **found: float | None) -> dict[str, Any]:
+    where = {"block": None, "site": None} if part is None else {"block": part.block, "site": part.site}
+    return {"kind": kind, **where, **{name: _finite(_order(value)) for name, value in found.items()}}
+
+
+def _error(witness: Witness, part: Part) -> float:
+    """What rounding a part alone changes in its block; zero where an earlier run has not looked."""
+    return (witness.alone[part.block] or {}).get(part.name, 0.0)
+
+
+def _worst(witness: Witness, parts: Sequence[Part]) -> list[Part]:
+    """The parts that change most."""
+    return sorted(parts, key=lambda part: -_order(_error(witness, part)))[:_SUSPECTS]
+
+
+def _outstanding(witness: Witness, parts: Sequence[Part]) -> list[Part]:
+    """Parts that change far more than the same parts of other blocks do, worst first."""
+    found = []
+    for part in _worst(witness, parts):
+        error, same = _error(witness, part), sorted(_error(witness, p) for p in parts if p.site == part.site)
+        if error > max(_LARGE, _STANDS_OUT * same[(len(same) - 1) // 2]):
+            found.append(part)
+    return found
+
+
+def _order(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.inf
 
 
 def _parts(plan: Plan) -> dict[str, list[Part]]:
     """Every grid of activations, keys and values, by kind."""
     found: dict[str, list[Part]] = {kind: [] for kind in KINDS}
     for index, block in enumerate(plan.blocks):
-        found["activations"] += [
-            Part(kind="activations", block=index, site=name) for name, site in block.sites.items() if site.activations
-        ]
-        found["keys"] += [Part(kind="keys", block=index)] if block.keys else []
-        found["values"] += [Part(kind="values", block=index)] if block.values else []
+        for part in rounded_parts(block, index):
+            found[part.kind].append(part)
     return found
 
 
 def _weights(witness: Witness, alone: float) -> list[dict[str, Any]]:
     """What weights cause alone; where that is bad, the blocks that rounding changed most."""
-    found: list[dict[str, Any]] = [{"kind": "weights", "block": None, "alone": _finite(alone)}]
-    errors = [(error, index) for index, error in enumerate(witness.rounding) if error is not None]
+    found = [_entry("weights", alone=alone)]
     if is_bad(word(_finite(alone))):
-        worst = sorted(errors, key=lambda pair: -pair[0])[:_SUSPECTS]
-        found += [{"kind": "weights", "block": index, "error": _finite(error)} for error, index in worst]
+        parts = [Part(kind="weights", block=index) for index, seen in enumerate(witness.alone) if seen is not None]
+        found += [_entry("weights", part, error=_error(witness, part)) for part in _worst(witness, parts)]
     return found
 
 
@@ -204,7 +228,7 @@ class _Walks:
         self.first, self.original = witness.first[:1, :tokens], witness.original[:1, :tokens]
         self.head = witness.ends.head(device, witness.dtype)
         self.plan, self.bring = plan, bring
-        self.done, self.most = 0, 1 + 3 * len(KINDS)
+        self.done, self.most = 0, (1 + 2 * len(KINDS)) * len(self.calls)
         self.progress = progress or (lambda *_: None)
         self.progress(0, self.most)
 
@@ -217,33 +241,17 @@ class _Walks:
                 for i, setting in enumerate(settings):
                     here = {part: bits for part, bits in setting.items() if part.block == index}
                     if here or streams[i] is not None:
-                        with _put(block, self.plan.attention, here):
+                        with put(block, self.plan.attention, here):
                             stream = streams[i]
                             streams[i] = through(block, call, base if stream is None else stream)
                 base = through(block, call, base)
-        self._step()
+            self._step()
         found = (base if stream is None else stream for stream in streams)
         return [self._kl(hidden) for hidden in found]
 
     def _kl(self, hidden: Tensor) -> float:
         kl = _distance(self.head, self.original, hidden, self.windows)[0]
         return math.inf if kl is None else kl
-
-    def suspects(self, parts: Sequence[Part], setting: Setting) -> list[Part]:
-        """The parts whose return to 16 bits changes their block's output most."""
-        hidden, changes = self.first, []
-        for index, call in enumerate(self.calls):
-            with self.bring(index) as block:
-                here = {part: bits for part, bits in setting.items() if part.block == index}
-                with _put(block, self.plan.attention, here):
-                    out = through(block, call, hidden)
-                for part in parts:
-                    if part.block == index:
-                        with _put(block, self.plan.attention, {**here, part: None}):
-                            changes.append((relative(through(block, call, hidden), out), part))
-                hidden = out
-        self._step()
-        return [part for _, part in sorted(changes, key=lambda pair: -pair[0])[:_SUSPECTS]]
 
     def smallest(
         self, ranked: Sequence[Part], parts: Sequence[Part], setting: Setting
@@ -267,39 +275,21 @@ class _Walks:
         self.progress(self.most, self.most)
 
 
-@contextmanager
-def _put(block: nn.Module, attention: str, parts: Setting) -> Iterator[None]:
-    """Put parts of a block to other bits for a while."""
-    before: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for part, bits in parts.items():
-            if part.kind == "activations":
-                owner: Any = block.get_submodule(f"{SITES_SLOT}.{part.site}")
-                assert isinstance(owner, FrozenSite)
-            else:
-                owner = seams.attached(block.get_submodule(attention))
-                assert isinstance(owner, FrozenKeyValue)
-            before.append((owner, part.kind, getattr(owner, part.kind)))
-            symmetric = part.kind == "activations"
-            grid = None if bits is None else Dynamic(QuantSpec(bits=bits, symmetric=symmetric))
-            setattr(owner, part.kind, grid)
-        yield
-    finally:
-        for owner, name, grid in reversed(before):
-            setattr(owner, name, grid)
-
-
-def _proposal(
-    scheme: Scheme, plan: Plan, setting: Setting, before: float, now: float, weights_alone: float
-) -> dict[str, Any] | None:
-    """The scheme with these parts at 8 bits; with more bits for weights where they alone are too much."""
-    proposed, measured = _with_parts(scheme, plan, setting), True
+def _wider_weights(scheme: Scheme) -> Scheme | None:
+    """More bits for weights; None from 8 on."""
     weights = scheme.weights
-    if weights is not None and weights.bits < 8 and is_bad(word(_finite(weights_alone))):
-        proposed, measured = replace(proposed, weights=replace(weights, bits=4 if weights.bits < 4 else 8)), False
-    if proposed == scheme:
+    if weights is None or weights.bits >= 8:
         return None
-    return {"scheme": str(proposed), "kl": _finite(now) if measured else None, "before": _finite(before)}
+    return replace(scheme, weights=replace(weights, bits=4 if weights.bits < 4 else 8))
+
+
+def _proposal(scheme: Scheme, plan: Plan, setting: Setting, before: float, now: float | None) -> dict[str, Any]:
+    """A scheme with these parts at 8 bits."""
+    return {
+        "scheme": str(_with_parts(scheme, plan, setting)),
+        "kl": None if now is None else _finite(now),
+        "before": _finite(before),
+    }
 
 
 def _with_parts(scheme: Scheme, plan: Plan, setting: Setting) -> Scheme:
@@ -379,8 +369,10 @@ def packed_agrees(
 def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
     """What a model writes after `PROMPTS`, taking the likeliest token each time: [{prompt, text}].
 
-    All are written at once. A longer prompt is cut to the tokens of the shortest, so that none needs padding.
+    All are written at once. A longer prompt is cut to the tokens of the shortest, so that none needs padding. A model
+    that writes slowly writes less.
     """
+    end = time.perf_counter() + _TEXT_SECONDS
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     length = min(map(len, prompts))
     ids = torch.tensor([prompt[:length] for prompt in prompts], dtype=torch.int64)  # (prompts, length)
@@ -389,6 +381,8 @@ def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         out = model(input_ids=step, use_cache=True, logits_to_keep=1, **{seams.CACHE: cache})
         step = out.logits[:, -1:].argmax(-1)  # (prompts, 1)
         columns.append(step.cpu())
+        if time.perf_counter() > end:
+            break
     written = torch.cat(columns, dim=1) if columns else ids[:, :0]
 
     def text(tokens: Tensor) -> str:
