@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import __version__, store
+from flatquant.calibrate.blockwise import held_out_windows
+from flatquant.calibrate.end2end import FittedModel
 from flatquant.calibrate.memory import (
     Estimate,
     Limits,
@@ -40,7 +42,7 @@ from flatquant.calibrate.memory import (
     peak_resident_bytes,
     return_freed_memory,
 )
-from flatquant.calibrate.pipeline import Report, calibrate, solved_name
+from flatquant.calibrate.pipeline import Report, calibrate, measured, solved_name
 from flatquant.calibrate.preflight import preflight
 from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded, tensor_bytes
 from flatquant.calibrate.witness import Witness
@@ -329,6 +331,7 @@ class _Run:
             layout=self.layout,
             checkpoint=self.checkpoint,
             witness=witness,
+            held_out=self._held_out_of_fits(),
         )
         bring = partial(self._brought, state)
         judged = None
@@ -427,11 +430,24 @@ class _Run:
     # ----------------------------------------------------------------------------------------- verdict
 
     def _windows_to_keep(self) -> int:
-        """How many windows of the calibration text are kept back."""
-        if not self.judged or self.held_out is not None:
-            return 0
+        """How many windows of the calibration text are kept back: for fits, then for the verdict.
+
+        As many without a verdict: so it changes no bit of the model.
+        """
+        return self._windows_of_fits() + self._windows_of_verdict()
+
+    def _windows_of_fits(self) -> int:
+        fitted = self.recipe.fit is not None or self.recipe.end_to_end is not None
+        return held_out_windows(self.recipe.data.samples, self.recipe.data.seqlen) if fitted else 0
+
+    def _windows_of_verdict(self) -> int:
         fewest, most = _JUDGED_WINDOWS
         return min(most, max(fewest, -(-_JUDGED_TOKENS // self.recipe.data.seqlen)))
+
+    def _held_out_of_fits(self) -> Tensor | None:
+        """What tells whether a fit has helped; None where nothing was kept back."""
+        count = self._windows_of_fits()
+        return self.kept[:count] if self.kept is not None and count else None
 
     def _judged_windows(self, tokens: Tensor | None, data: Mapping[str, Any] | None) -> _Judged:
         """What the verdict is measured on."""
@@ -440,8 +456,8 @@ class _Run:
         if data is None or tokens is None:
             return self._textless()
         if self.kept is not None:
-            return _Judged(self.kept[:, :_JUDGED_SEQLEN], data["source"], True)
-        return _Judged(tokens[: max(1, self._windows_to_keep()), :_JUDGED_SEQLEN], data["source"], False)
+            return _Judged(self.kept[self._windows_of_fits() :, :_JUDGED_SEQLEN], data["source"], True)
+        return _Judged(tokens[: self._windows_of_verdict(), :_JUDGED_SEQLEN], data["source"], False)
 
     def _textless(self) -> _Judged:
         """A text that comes with the package; without a tokenizer, tokens at random."""
@@ -559,10 +575,10 @@ class _Run:
     ) -> dict[str, Any]:
         blocks = [
             {"block": b["block"], "before": _first(b["losses"]), "after": _last(b["losses"]), "losses": b["losses"]}
-            | {key: b[key] for key in ("experts", "dtype") if key in b}
+            | {key: b[key] for key in ("experts", "dtype", "held_out", "undone") if key in b}
             for b in calibration.blocks
         ]
-        losses = calibration.end_to_end
+        whole = calibration.end_to_end
         seconds = {"calibration text": text_seconds, **calibration.seconds, **self.seconds}
         return {
             "recipe": to_dict(self.recipe),
@@ -579,7 +595,7 @@ class _Run:
             "device": _device_name(self.device),
             "versions": {**identity["versions"], "python": platform.python_version()},
             "blocks": blocks,
-            "end_to_end": {"before": _first(losses), "after": _last(losses), "losses": losses} if losses else None,
+            "end_to_end": None if whole is None or not whole.losses else _whole_fit(whole),
             "sizes": {
                 "original_bytes": original["bytes"],
                 "quantised_bytes": stored_bytes(self.model),
@@ -817,6 +833,13 @@ def _sha256(tensor: Tensor) -> str:
 
 def _run_hash(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _whole_fit(fitted: FittedModel) -> dict[str, Any]:
+    """What a report says of an end-to-end fit."""
+    losses = fitted.losses
+    found: dict[str, Any] = {"before": _first(losses), "after": _last(losses), "losses": losses}
+    return found if fitted.held_out is None else found | measured(fitted)
 
 
 def _first(values: list[float]) -> float | None:

@@ -509,15 +509,22 @@ def _unquantised_rows(sizes: Mapping[str, int], without: Sequence[str], *, untie
 
 
 def _losses(report: dict[str, Any]) -> Table:
-    """Losses before and after, block by block, then of the end-to-end fit."""
-    table = Table("", "before", "after", "after / before", title="losses", title_justify="left")
+    """Losses before and after, block by block, then of the end-to-end fit: in training, and on windows held out."""
+    table = Table("", "before", "after", "after / before", "held out", title="losses", title_justify="left")
     rows = [(f"block {block['block']}", block) for block in report["blocks"]]
     rows += [("end to end", report["end_to_end"])] if report["end_to_end"] else []
     for name, found in rows:
         before, after = found["before"], found["after"]
         if before is not None and after is not None:
-            table.add_row(name, f"{before:.4g}", f"{after:.4g}", f"{after / before:.3f}" if before else "-")
+            ratio = f"{after / before:.3f}" if before else "-"
+            table.add_row(name, f"{before:.4g}", f"{after:.4g}", ratio, _held_out(found))
     return table
+
+
+def _held_out(found: dict[str, Any]) -> str:
+    """A fit's loss before and after it, on windows that it was not trained on."""
+    before_and_after = " -> ".join("not finite" if x is None else f"{x:.4g}" for x in found.get("held_out") or ())
+    return before_and_after + (", undone" if found.get("undone") else "")
 
 
 def _recipe(

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from flatquant.errors import CalibrationError
 from flatquant.recipes import RECIPES
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec
 from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 FALLEN = "block 1: the loss or a gradient in float16 is not finite; the block is fitted in bfloat16"
 
@@ -125,8 +126,8 @@ def test_an_end_to_end_fit_takes_a_step_that_overflowed_again(weight_lr: float, 
     match = "the end-to-end divergence or a gradient in float16 is not finite at step 1; the fit goes on in bfloat16"
     with pytest.warns(UserWarning, match=match):
         whole, _, report = calibrated(model, recipe, dtype=torch.float16)
-    assert len(report.end_to_end) == 10
-    assert sum(report.end_to_end) < float("inf")
+    assert len(report.end_to_end.losses) == 10
+    assert sum(report.end_to_end.losses) < float("inf")
 
     class Killed(Exception):
         pass
@@ -217,3 +218,84 @@ def test_rows_go_on_with_the_first_after_the_last() -> None:
         assert cyclic(where, 3, 4).flatten().tolist() == [3, 4, 0, 1]
         assert cyclic(where, 12, 2).flatten().tolist() == [2, 3]
         assert cyclic(where, 4, 7).flatten().tolist() == [4, 0, 1, 2, 3, 4, 0]
+
+
+# -------------------------------------------------------------------------------------------------- never worse
+
+
+def same_tensors(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """Whether two models hold the same; a mean over text may be summed in another order."""
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.allclose(left[k], right[k], rtol=1e-5, atol=1e-6) for k in left)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("inputs", ["full_precision", "quantised"])
+def test_a_fit_that_makes_blocks_worse_is_undone(name: str, inputs: str) -> None:
+    """Whatever the learning rate did: the tensors are those of a run without a fit."""
+    model, recipe = family(name, dtype=torch.float32), quick("w4a4kv4", epochs=2, samples=8, seqlen=256)
+    wild = dataclasses.replace(recipe, fit=FitSpec(epochs=2, batch_size=2, lr=3.0, clip_lr=30.0, inputs=inputs))
+    with pytest.warns(UserWarning, match="the fit made the outputs worse on windows that it was not trained on"):
+        got, _, report = calibrated(model, wild)
+    want, _, _ = calibrated(model, dataclasses.replace(recipe, fit=None))
+    assert all(block["undone"] for block in report.blocks)
+    assert all(after is None or before < after for before, after in (block["held_out"] for block in report.blocks))
+    assert same_tensors(got, want)
+
+
+@pytest.mark.parametrize("weight_lr", [0.0, 1.0])
+@pytest.mark.parametrize("objective", ["kl", "cross_entropy"])
+def test_an_end_to_end_fit_that_makes_the_model_worse_is_undone(weight_lr: float, objective: str) -> None:
+    model, recipe = (
+        family("llama", dtype=torch.float32),
+        dataclasses.replace(quick("w4a4kv4", samples=8, seqlen=256), fit=None),
+    )
+    spec = EndToEndSpec(steps=6, batch_size=2, lr=3.0, clip_lr=30.0, weight_lr=weight_lr, objective=objective)
+    with pytest.warns(UserWarning, match="the end-to-end fit made the model worse on windows that it was not trained"):
+        got, _, report = calibrated(model, dataclasses.replace(recipe, end_to_end=spec))
+    want, _, _ = calibrated(model, recipe)
+    assert report.end_to_end.undone
+    assert not report.end_to_end.held_out[1] <= report.end_to_end.held_out[0]
+    assert same_tensors(got, want)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-2, 1e-1, 1.0])
+def test_no_rate_of_learning_leaves_a_block_worse_on_what_it_did_not_see(lr: float) -> None:
+    """What the report says of held-out windows is what the model computes on them."""
+    model, recipe = family("llama", dtype=torch.float32), quick("w4a4kv4", epochs=2, samples=8, seqlen=256)
+    held_out = tokens_for(model, 1, 300, seed=5)
+    fitted = dataclasses.replace(recipe, fit=FitSpec(epochs=2, batch_size=2, lr=lr, clip_lr=10 * lr))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got, _, report = calibrated(model, fitted, held_out=held_out)
+    start, _, _ = calibrated(model, dataclasses.replace(recipe, fit=None))
+    with torch.no_grad():
+        before, after = (
+            float((m.model(held_out, output_hidden_states=True).hidden_states[1] - want).square().mean())
+            for want in [model.model(held_out, output_hidden_states=True).hidden_states[1]]
+            for m in (start, got)
+        )
+    assert after <= before * (1 + 1e-4)
+    kept = report.blocks[0]["held_out"]
+    assert before == pytest.approx(kept[0], rel=1e-2)
+    assert after == pytest.approx(min(kept), rel=1e-2)
+
+
+def test_windows_held_out_of_a_text_are_not_those_of_the_verdict(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 900)
+    seen: list[Tensor] = []
+    begin = pipeline.Witness.begin
+
+    def noting(self: pipeline.Witness, *args: object) -> None:
+        seen.append(self.windows)
+        begin(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.Witness, "begin", noting)
+        result = flatquant.quantize(
+            tiny_llama(), quick("w4", seqlen=256), tmp_path / "text.txt", tokenizer=tiny_tokenizer(), device="cpu"
+        )
+    verdict, fits = seen
+    assert len(fits) == 1
+    assert not any(torch.equal(a, b) for a in verdict for b in fits)
+    assert all({"held_out", "undone"} <= block.keys() for block in result.report["blocks"])

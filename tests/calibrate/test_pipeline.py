@@ -42,15 +42,15 @@ def test_an_end_to_end_fit_lowers_the_divergence(model, checkpoint: bool, weight
     recipe = quick("w3a4kv4", samples=8, seqlen=16)
     with_it, _, report = calibrated(model, dataclasses.replace(recipe, end_to_end=spec))
     without, _, _ = calibrated(model, recipe)
-    assert len(report.end_to_end) == 24
-    assert sum(report.end_to_end[-2:]) < 0.8 * sum(report.end_to_end[:2])  # two steps see all 8 windows
+    assert len(report.end_to_end.losses) == 24
+    assert sum(report.end_to_end.losses[-2:]) < 0.8 * sum(report.end_to_end.losses[:2])  # two steps see all 8 windows
     seen = tokens_for(model, 8, 16, seed=1)
     with torch.no_grad():
         want = model(seen).logits
         after, before = (float(kl_divergence(want, m(seen).logits)) for m in (with_it, without))
     assert after < 0.8 * before
     # What was fitted is what is served.
-    assert before == pytest.approx(sum(report.end_to_end[:2]) / 2, rel=0.3)
+    assert before == pytest.approx(sum(report.end_to_end.losses[:2]) / 2, rel=0.3)
 
 
 def test_blocks_fitted_side_by_side_end_as_they_would_alone(model) -> None:

@@ -127,7 +127,7 @@ def test_training_lowers_the_cross_entropy_and_beats_its_start(solver: str) -> N
         model = copy.deepcopy(original)
         _, report = calibrate(model, used, tokens, device=torch.device("cpu"), dtype=torch.float32)
         if steps:
-            losses = report.end_to_end
+            losses = report.end_to_end.losses
             assert len(losses) == 40
             assert sum(losses[-8:]) < sum(losses[:8])
         with torch.no_grad():
@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path) -> None:
         calibrated(original, recipe, state=RunState(tmp_path, {"run": 1}, resume=False), progress=kill)
     resumed, _, report = calibrated(original, recipe, state=RunState(tmp_path, {"run": 1}, resume=True))
     assert same_bytes(resumed, whole)
-    assert len(report.end_to_end) == 16
+    assert len(report.end_to_end.losses) == 16
 
 
 # --------------------------------------------------------------------------------------------- combinations

@@ -67,7 +67,7 @@ def test_training_lowers_the_loss_by_moving_codes_and_levels() -> None:
     assert chosen.end_to_end is not None
     fit = dataclasses.replace(chosen.end_to_end, code_lr=2e-2)
     ours, _, report = calibrated(original, dataclasses.replace(chosen, end_to_end=fit))
-    first, last = report.end_to_end[:4], report.end_to_end[-4:]
+    first, last = report.end_to_end.losses[:4], report.end_to_end.losses[-4:]
     assert sum(last) < 0.95 * sum(first)
     before, after = start.model.layers[0].mlp.up_proj, ours.model.layers[0].mlp.up_proj
     moved = float((before.indices != after.indices).float().mean())

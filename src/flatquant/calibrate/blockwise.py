@@ -2,13 +2,16 @@
 
 FlatQuant, section 3.1 (objective) and 4.1 (settings): inputs and targets are full-precision activations; the loss is
 the mean squared error divided by its own detached value, which makes the learning rate scale-free.
+
+A fit does not leave a block worse than it found it: where the error on windows that it was not trained on has grown,
+the block gets back the parameters that it began with.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +26,14 @@ from flatquant.modules import Bounded, Group, Scheduled
 from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
+
+_FEWEST_TOKENS = 256  # with fewer, chance decides whether a fit has helped
+
+
+def held_out_windows(samples: int, seqlen: int) -> int:
+    """How many windows a fit on so many is measured on before and after; none where they are too short to tell."""
+    count = min(4, max(1, samples // 32))
+    return count if count * seqlen >= _FEWEST_TOKENS else 0
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -49,10 +60,20 @@ def wide(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Windows that a block is measured on, and not trained: how it is called, inputs, the original's outputs."""
+
+    call: BlockCall
+    inputs: Tensor  # (M, T, h)
+    targets: Tensor  # (M, T, h)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockFit:
     """One wrapped block, how it is called, its inputs (N, T, h), and the original's outputs on full-precision ones.
 
-    `second` are the original's outputs on these very inputs, where the fit minds them too.
+    `second` are the original's outputs on these very inputs, where the fit minds them too. Without `held_out`, the
+    first windows that the block is trained on tell whether the fit has helped.
     """
 
     index: int
@@ -61,14 +82,24 @@ class BlockFit:
     inputs: Kept
     targets: Kept
     second: Kept | None = None
+    held_out: HeldOut | None = None
+
+    def kept(self) -> tuple[Kept, ...]:
+        """What a step reads: inputs, targets, and the second targets where there are any."""
+        return (self.inputs, self.targets, *(() if self.second is None else (self.second,)))
 
 
 @dataclass(kw_only=True)
 class Fitted:
-    """How a block's fit went: the mean loss (MSE) of every epoch, and the dtype of its products."""
+    """How a block's fit went: the mean loss (MSE) of every epoch, and the dtype of its products.
+
+    `held_out` is the loss before and after the fit, on windows that it was not trained on. `undone`: it had grown.
+    """
 
     dtype: torch.dtype
     losses: list[float] = field(default_factory=list)
+    held_out: tuple[float, float] | None = None
+    undone: bool = False
 
 
 def fit_blocks(
@@ -100,17 +131,16 @@ def fit_blocks(
         CalibrationError: a block's loss is not finite, in float32 too.
     """
     done: dict[int, Fitted] = {}
-    todo, starts = list(blocks), {}
-    if blocks and safer(dtype, blocks[0].inputs.device) is not None:
-        starts = {block.index: block.fit.state() for block in blocks}
+    todo, starts = list(blocks), {block.index: block.fit.state() for block in blocks}
     while todo:
-        fitted = _Pass(todo, spec, dtype, graph, splits).run(progress)
+        wider = safer(dtype, todo[0].inputs.device)
+        fitted = _Pass(todo, spec, dtype, graph, splits, last=wider is None).run(progress)
+        _undo_worse([block for block in todo if block.index in fitted], fitted, starts)
         done |= fitted
         todo = [block for block in todo if block.index not in fitted]
         if not todo:
             break
         progress = None  # it has counted these blocks' epochs
-        wider = safer(dtype, todo[0].inputs.device)
         for block in todo:
             overflow = f"block {block.index}: the loss or a gradient in {named(dtype)} is not finite"
             if wider is None:
@@ -123,11 +153,38 @@ def fit_blocks(
     return [done[block.index] for block in blocks]
 
 
+def _undo_worse(
+    blocks: Sequence[BlockFit], fitted: Mapping[int, Fitted], starts: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Give blocks whose fit has made them worse the parameters back that they began with."""
+    for block in blocks:
+        found = fitted[block.index]
+        found.undone = found.held_out is not None and grown(*found.held_out)
+        if found.undone:
+            block.fit.load_state(starts[block.index])
+    undone = [str(block.index) for block in blocks if fitted[block.index].undone]
+    if undone:
+        warnings.warn(
+            f"block {', '.join(undone)}: the fit made the outputs worse on windows that it was not trained on, and was "
+            "undone; more calibration text or a lower --lr may help",
+            stacklevel=3,
+        )
+
+
+def grown(before: float, after: float) -> bool:
+    """Whether a loss has grown. Anything is better than one that was not finite, if it is."""
+    return not after <= before if math.isfinite(before) else not math.isfinite(after)
+
+
 class _Pass:
     """One pass of a fit, over blocks side by side, in one dtype."""
 
-    def __init__(self, blocks: Sequence[BlockFit], spec: FitSpec, dtype: torch.dtype, graph: bool, splits: int) -> None:
-        self.blocks, self.spec = blocks, spec
+    def __init__(
+        self, blocks: Sequence[BlockFit], spec: FitSpec, dtype: torch.dtype, graph: bool, splits: int, *, last: bool
+    ) -> None:
+        """`last`: there is no wider dtype."""
+        self.blocks, self.spec, self.last = blocks, spec, last
+        self.dtype = dtype
         self.fitted = {block.index: Fitted(dtype=dtype) for block in blocks}
         self.running = [
             (block, _optimiser(block, spec, dtype, graph, splits))
@@ -136,16 +193,28 @@ class _Pass:
         ]
 
     def run(self, progress: Callable[[float, int], None] | None) -> dict[int, Fitted]:
-        """All epochs; what came of the blocks whose losses stayed finite."""
+        """All epochs; what came of blocks whose losses stayed finite, and in the last dtype of those that began so."""
         epochs, count = self.spec.epochs if self.running else 0, len(self.blocks)
 
         def tell(done: float) -> None:
             if progress:
                 progress(done * count, epochs * count)
 
+        before = {block.index: _held_out_loss(block, self.dtype) for block, _ in self.running}
+        begun = [block for block, _ in self.running]
         for epoch in range(epochs):
             self._epoch(epoch, tell)
             tell(epoch + 1)
+        for block in begun:
+            start = before[block.index]
+            if block.index in self.fitted:
+                end = _held_out_loss(block, self.dtype)
+            elif self.last and start is not None and math.isfinite(start):  # what the fit has made of it is undone
+                self.fitted[block.index], end = Fitted(dtype=self.dtype), math.nan
+            else:
+                continue
+            if start is not None and end is not None:
+                self.fitted[block.index].held_out = start, end
         return self.fitted
 
     def _epoch(self, epoch: int, tell: Callable[[float], None]) -> None:
@@ -159,8 +228,7 @@ class _Pass:
         for step in range(epoch * steps, (epoch + 1) * steps):
             start, count = step * self.spec.batch_size, self.spec.batch_size
             for block, optimiser in self.running:
-                kept = (block.inputs, block.targets, *(() if block.second is None else (block.second,)))
-                losses[block.index].append(optimiser.step(*(cyclic(rows, start, count) for rows in kept)))
+                losses[block.index].append(optimiser.step(*(cyclic(rows, start, count) for rows in block.kept())))
             if not on_gpu and (step + 1) % steps:
                 tell((step + 1) / steps)
         for block, optimiser in self.running:
@@ -178,13 +246,30 @@ def _steps_per_epoch(block: BlockFit, spec: FitSpec) -> int:
     return math.ceil(block.inputs.shape[0] / spec.batch_size)
 
 
+def _loss(fit: FitBlock, call: BlockCall, dtype: torch.dtype, x: Tensor, *targets: Tensor) -> Tensor:
+    """The mean squared error, summed over the kinds of targets."""
+    with shared_inverses(fit.roots()), autocast(x.device, dtype):
+        predicted = call(fit.block, wide(x, dtype))
+    return torch.stack([F.mse_loss(predicted.float(), y.float()) for y in targets]).sum()
+
+
+@torch.no_grad()
+def _held_out_loss(block: BlockFit, dtype: torch.dtype) -> float | None:
+    """The loss on windows that are not trained on; without any, on the first that are; None where these are short."""
+    call, kept = block.call, block.kept()
+    count = held_out_windows(*kept[0].shape[:2])
+    if block.held_out is not None:
+        call, kept = block.held_out.call, (block.held_out.inputs, block.held_out.targets)
+        count = kept[0].shape[0]
+    losses = [_loss(block.fit, call, dtype, *(rows[i : i + 1] for rows in kept)) for i in range(count)]
+    return float(torch.stack(losses).mean()) if losses else None
+
+
 def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, splits: int) -> Optimiser:
     fit, call = block.fit, block.call
 
     def loss_fn(x: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
-        with shared_inverses(fit.roots()), autocast(x.device, dtype):
-            predicted = call(fit.block, wide(x, dtype))
-        loss = torch.stack([F.mse_loss(predicted.float(), y.float()) for y in targets]).sum()
+        loss = _loss(fit, call, dtype, x, *targets)
         return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny), loss  # no error: nothing to learn, not NaN
 
     rates: dict[Group, float] = {

@@ -7,9 +7,11 @@ pass: its logits are one product away. The other objective, cross entropy with t
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flatquant.calibrate.activations import Kept, cyclic
-from flatquant.calibrate.blockwise import autocast, named, safer, wide
+from flatquant.calibrate.blockwise import autocast, grown, named, safer, wide
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError
@@ -33,6 +35,27 @@ SAVE_EVERY = 8  # steps
 # entropy a share, since at few bits a weight's gradient, summed over tokens, would overflow. AdamW sees a difference in
 # its eps alone.
 _SHARES = {"kl": 1.0, "cross_entropy": 1 / 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutModel:
+    """A few windows that the model is measured on, and not trained; as the arguments of `fit_end_to_end`."""
+
+    calls: Sequence[BlockCall]
+    inputs: Tensor  # (M, T, h)
+    targets: Tensor  # (M, T, h), or (M, T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedModel:
+    """How the fit went: the loss of every step, nats per token; and before and after it, on held-out windows.
+
+    `undone`: the latter had grown, and the parameters are those that the fit began with.
+    """
+
+    losses: list[float]
+    held_out: tuple[float, float] | None = None
+    undone: bool = False
 
 
 def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -51,10 +74,11 @@ def fit_end_to_end(
     dtype: torch.dtype,
     graph: bool = True,
     splits: int = 1,
+    held_out: HeldOutModel | None = None,
     start: tuple[int, list[float], dict[str, Tensor], torch.dtype] | None = None,
     save: Callable[[int, list[float], dict[str, Tensor], torch.dtype], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[float]:
+) -> FittedModel:
     """Fit all wrapped blocks together.
 
     A step whose divergence or gradients overflow `dtype` has changed nothing: it is taken again, and all that follow,
@@ -66,15 +90,13 @@ def fit_end_to_end(
         inputs: hidden states before block 0, (N, T, h).
         targets: the original's hidden states after the last block, (N, T, h), or for cross entropy the tokens, (N, T).
         dtype: of the matrix products (parameters stay float32).
+        held_out: where the loss has grown on these windows, the fit is undone, with a warning.
         start: (steps done, losses so far, state, dtype) to go on from, as `save` received them.
         graph: on CUDA, replay steps from a CUDA graph.
         splits: parts that a batch is taken in, to need less memory; it divides the batch size.
         save: keeps the state at the end, and every `SAVE_EVERY` steps unless that would slow the fit by more than a
             twentieth.
         progress: called with (steps done, steps).
-
-    Returns:
-        KL divergence, or cross entropy, of every step, nats per token.
 
     Raises:
         CalibrationError: the divergence is not finite, in float32 too.
@@ -84,13 +106,13 @@ def fit_end_to_end(
             fit.release_weights()
     parameters = trainable_parameters(*(root for fit in fits for root in fit.roots()))  # what blocks share, once
     if not any(parameters.values()):
-        return []
+        return FittedModel(losses=[])
 
     def run(fit: FitBlock, call: BlockCall, x: Tensor) -> Tensor:
         with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same
             return call(fit.block, x)
 
-    def student(x: Tensor) -> Tensor:
+    def student(calls: Sequence[BlockCall], x: Tensor) -> Tensor:
         for fit, call in zip(fits, calls, strict=True):
             if spec.checkpoint:
                 x = cast(Tensor, checkpoint(run, fit, call, x, use_reentrant=False, preserve_rng_state=False))
@@ -98,17 +120,24 @@ def fit_end_to_end(
                 x = run(fit, call, x)
         return head(x)
 
-    def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(calls: Sequence[BlockCall], x: Tensor, y: Tensor) -> Tensor:
         with autocast(x.device, dtype):
             teacher = None
             if spec.objective == "kl":
                 with torch.no_grad():
                     teacher = head(wide(y, dtype))
-            logits = student(wide(x, dtype))
+            logits = student(calls, wide(x, dtype))
         if teacher is None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten())
-        else:
-            loss = kl_divergence(teacher, logits)
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten())
+        return kl_divergence(teacher, logits)
+
+    @torch.no_grad()
+    def held_out_loss(held_out: HeldOutModel) -> float:
+        windows = zip(held_out.inputs.split(1), held_out.targets.split(1), strict=True)
+        return float(torch.stack([measure(held_out.calls, x, y) for x, y in windows]).mean())
+
+    def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss = measure(calls, x, y)
         return loss * (_SHARES[spec.objective] * x.shape[0] * x.shape[1]), loss
 
     rates: dict[Group, float] = {
@@ -133,6 +162,8 @@ def fit_end_to_end(
     )
     losses: list[float] = []
     done = 0
+    first = None if held_out is None else [p.detach().cpu().clone() for p in optimiser.parameters]
+    before = None if held_out is None else held_out_loss(held_out)
     if start is not None:
         done, losses, state, reached = start
         optimiser.load_state(done, state)
@@ -152,13 +183,17 @@ def fit_end_to_end(
         while not loss < float("inf"):
             overflow = f"the end-to-end divergence or a gradient in {named(dtype)} is not finite at step {step + 1}"
             wider = safer(dtype, inputs.device)
-            if wider is None:
+            if wider is None and (before is None or not math.isfinite(before)):
                 raise CalibrationError(f"{overflow}; try a lower learning rate, or other calibration text")
+            if wider is None:
+                break
             warnings.warn(f"{overflow}; the fit goes on in {named(wider)}", stacklevel=2)
             dtype = wider
             _widen(fits)
             optimiser.restart(step)
             loss = stepped(step)
+        if not loss < float("inf"):  # what the fit has made of the model is undone
+            break
         losses.append(loss)
         now = time.perf_counter()
         due = (step + 1) % SAVE_EVERY == 0 and now - saved > 20 * cost
@@ -168,7 +203,20 @@ def fit_end_to_end(
             cost = saved - now
         if progress:
             progress(step + 1, spec.steps)
-    return losses
+    if held_out is None or before is None or first is None:
+        return FittedModel(losses=losses)
+    after = held_out_loss(held_out) if len(losses) == spec.steps else math.nan
+    undone = grown(before, after)
+    if undone:
+        with torch.no_grad():
+            for p, value in zip(optimiser.parameters, first, strict=True):
+                p.copy_(value)
+        warnings.warn(
+            f"the end-to-end fit made the model worse on windows that it was not trained on ({before:.3g} -> "
+            f"{after:.3g} nats per token), and was undone; more calibration text or a lower learning rate may help",
+            stacklevel=2,
+        )
+    return FittedModel(losses=losses, held_out=(before, after), undone=undone)
 
 
 def _widen(fits: Sequence[FitBlock]) -> None:

@@ -9,6 +9,7 @@ and forgotten when the state has it solved.
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +25,19 @@ from transformers import PreTrainedModel
 
 from flatquant import seams
 from flatquant.calibrate.activations import Kept, mapped, room
-from flatquant.calibrate.blockwise import BlockFit, Fitted, autocast, fit_blocks, named, safer, wide
+from flatquant.calibrate.blockwise import (
+    BlockFit,
+    Fitted,
+    HeldOut,
+    autocast,
+    fit_blocks,
+    held_out_windows,
+    named,
+    safer,
+    wide,
+)
 from flatquant.calibrate.capture import BlockCall, Observer, capture, run_block
-from flatquant.calibrate.end2end import fit_end_to_end
+from flatquant.calibrate.end2end import FittedModel, HeldOutModel, fit_end_to_end
 from flatquant.calibrate.gradients import output_hessians
 from flatquant.calibrate.memory import Estimate, Limits, capped, check_streamable, estimate, full_step, splits
 from flatquant.calibrate.optimise import deterministic
@@ -51,7 +62,7 @@ class Report:
     """What happened, for `flatquant_report.json`. Seconds are wall time, memory is peak bytes on the device."""
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
-    end_to_end: list[float] = field(default_factory=list)
+    end_to_end: FittedModel | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
 
@@ -99,6 +110,7 @@ def calibrate(
     layout: Estimate | None = None,
     checkpoint: Checkpoint | None = None,
     witness: Witness | None = None,
+    held_out: Tensor | None = None,
 ) -> tuple[Plan, Report]:
     """Quantise `model` in place: its blocks end up with frozen linears, its attention with the quantised cache seam.
 
@@ -116,6 +128,8 @@ def calibrate(
         checkpoint: where a block's tensors come from when its turn comes; the model's blocks are on the meta device,
             and are there again afterwards: `state` has them.
         witness: sends windows of its own through every block before and after.
+        held_out: windows that no fit is trained on, int64, (M, T'): a fit that ends worse on them than it began is
+            undone. By default the first of `tokens`. Too few tokens decide nothing.
 
     Raises:
         CalibrationError: NaN in a block (named); data missing; a memory limit that the estimate does not keep.
@@ -147,8 +161,16 @@ def calibrate(
         )
     progress = progress or (lambda *_: None)
     run = _Run(model, recipe, plan, tokens, device, dtype, seed, state, progress, graph, layout, checkpoint, witness)
+    if tokens is not None and (run.end_to_end is not None or recipe.fit is not None):
+        run.held_out = _held_out(tokens if held_out is None else held_out, len(tokens))
     with capped(device, limits):
         return plan, run()
+
+
+def _held_out(windows: Tensor, samples: int) -> Witness | None:
+    """What tells whether fits have helped."""
+    count = held_out_windows(samples, windows.shape[1])
+    return Witness(windows[:count]) if count else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +183,7 @@ class _Wrapped:
     inputs: Kept | None  # (N, T, h), None if the recipe reads no text
     targets: Kept | None
     second: Kept | None = None  # outputs on the inputs that the quantised blocks before give
+    held_out: HeldOut | None = None
 
 
 class _Run:
@@ -183,6 +206,7 @@ class _Run:
         witness: Witness | None,
     ) -> None:
         self.model, self.recipe, self.plan, self.witness = model, recipe, plan, witness
+        self.held_out: Witness | None = None  # what fits are measured on
         self.arch = arch_of(model.config, model)
         self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
@@ -218,6 +242,8 @@ class _Run:
         seams.use_attention(self.model)
         if self.witness is not None:
             self.witness.begin(self.model, self.arch, self.device, self.dtype)
+        if self.held_out is not None:
+            self.held_out.begin(self.model, self.arch, self.device, self.dtype)
         first, calls = self._capture()
         if self.output_adaptive:
             for index in range(len(self.blocks)):
@@ -229,7 +255,7 @@ class _Run:
             group = range(start, min(start + self.side_by_side, len(calls)))
             wrapped, hidden = self._wrap(group, calls, hidden, quantised)
             self._fit(wrapped, quantised if self.feeds_fit else None)
-            wrapped = [replace(w, inputs=None, targets=None, second=None) for w in wrapped]
+            wrapped = [replace(w, inputs=None, targets=None, second=None, held_out=None) for w in wrapped]
             if self.end_to_end is not None:
                 fits += [w.fit for w in wrapped]
             else:
@@ -278,9 +304,18 @@ class _Run:
         for index in group:
             with _named(index):
                 second = self._second(index, calls[index], quantised)
+                held_out = self._hold_out(index)
                 inputs, (fit, hidden) = hidden, self._wrap_one(index, calls[index], hidden)
             wrapped.append(
-                _Wrapped(index=index, call=calls[index], fit=fit, inputs=inputs, targets=hidden, second=second)
+                _Wrapped(
+                    index=index,
+                    call=calls[index],
+                    fit=fit,
+                    inputs=inputs,
+                    targets=hidden,
+                    second=second,
+                    held_out=held_out,
+                )
             )
         return wrapped, hidden
 
@@ -309,6 +344,18 @@ class _Run:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         fit = wrap_block(block, self.arch, plan, self.recipe, statistics, generator, residual=self.residual)
         return fit, targets
+
+    def _hold_out(self, index: int) -> HeldOut | None:
+        """What the original block makes of the windows that its fit is measured on."""
+        if self.held_out is None:
+            return None
+        block, inputs = self._bring(index), self.held_out.original
+        with self.clock("full precision"), torch.no_grad(), autocast(self.device, self.dtype):
+            self.held_out.see_original(index, block)
+        self.held_out.rotate(index, self.residual)
+        if self.feeds_fit:  # its inputs are others
+            return None
+        return HeldOut(call=self.held_out.calls[index], inputs=inputs, targets=self.held_out.original)
 
     def _second(self, index: int, call: BlockCall, quantised: Kept | None) -> Kept | None:
         """The original block's outputs on the quantised stream, if the fit minds them and is still to come."""
@@ -370,6 +417,8 @@ class _Run:
         seconds = round((time.perf_counter() - start) / max(len(todo), 1), 3)
         for w, fitted in zip(todo, results, strict=True):
             note = {"block": w.index, "losses": fitted.losses, "seconds": seconds, **self.routed.get(w.index, {})}
+            if fitted.held_out is not None:
+                note |= measured(fitted)
             if fitted.dtype != self.dtype:
                 note["dtype"] = named(fitted.dtype)
             self.notes[w.index] = note
@@ -386,6 +435,7 @@ class _Run:
                 inputs=w.inputs,
                 targets=w.targets,
                 second=w.second,
+                held_out=w.held_out,
             )
             for w in todo
             if w.fit is not None and w.inputs is not None and w.targets is not None
@@ -416,9 +466,15 @@ class _Run:
             if self.state is not None:
                 self.state.save(END_TO_END, tensors, {"step": step, "losses": losses, "dtype": named(dtype)})
 
+        held_out = None
+        if self.held_out is not None:
+            kept = self.held_out
+            held_out = HeldOutModel(calls=kept.calls, inputs=kept.first, targets=kept.original)
         if spec.objective == "cross_entropy":
             assert self.tokens is not None
             targets = self.tokens.to(self.device)
+            if held_out is not None and self.held_out is not None:
+                held_out = replace(held_out, targets=self.held_out.windows.to(self.device))
         self.progress("end to end", 0 if start is None else start[0], spec.steps)
         with self.clock("end to end"), unrounded_weights(() if spec.round_weights else fits):
             self.report.end_to_end = fit_end_to_end(
@@ -431,6 +487,7 @@ class _Run:
                 dtype=self.dtype,
                 graph=self.graph,
                 splits=splits(spec.batch_size, self.layout.windows),
+                held_out=held_out,
                 start=start,
                 save=save,
                 progress=partial(self.progress, "end to end"),
@@ -565,6 +622,12 @@ def check_room(needed: int, free: int) -> None:
             f"the end-to-end fit keeps all blocks on the device, {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
             "are free; use --preset reference, which has one block there at a time, or a larger GPU"
         )
+
+
+def measured(fitted: Fitted | FittedModel) -> dict[str, Any]:
+    """What a fit came to on windows that it was not trained on, JSON-ready: before and after, None where not finite."""
+    assert fitted.held_out is not None
+    return {"held_out": [x if math.isfinite(x) else None for x in fitted.held_out], "undone": fitted.undone}
 
 
 END_TO_END = "end-to-end"
