@@ -4,7 +4,8 @@
 
 The command line quantises MODEL with OPTIONS (`--preset reference`, ...) in a process of its own. With
 `--propose`, a second run takes the scheme that the first one proposes. The perplexity of WikiText-2 test text follows,
-which no run has seen. Each run is added to `NAME.json` with its report's verdict and its seconds by stage.
+which no run has seen, and with `--compare` the divergence from the original on windows of several texts. Each run is
+added to `NAME.json` with its report's verdict and its seconds by stage.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import torch
 from benchmarks.common import environment, read_samples, write_result
 from flatquant import load
 from flatquant.data import evaluation_windows
+from flatquant.evaluate import divergence
 from flatquant.evaluate.perplexity import perplexity
-from flatquant.models import load_tokenizer
+from flatquant.models import load_model, load_tokenizer
 from flatquant.runtime.folder import REPORT_FILE, read_json
 
 TEXT = "wikitext-2-raw/wiki.test.raw"
-OVERHEAD = ("verdict", "texts", "blame")  # stages that only prove a run, beside preflight
+OVERHEAD = ("verdict", "texts", "blame", "held out")  # stages that only prove a run, beside preflight
 
 
 def run(model: str, options: list[str], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -53,8 +55,24 @@ def run(model: str, options: list[str], folder: Path, args: argparse.Namespace) 
         Path(args.data) / TEXT, load_tokenizer(folder), seqlen=args.seqlen, windows=args.windows
     )
     sample["wikitext2"] = {"perplexity": perplexity(quantised, windows, batch_size=4).value, "windows": len(windows)}
-    print(json.dumps({k: sample[k] for k in ("exit", "seconds", "verdict", "timing", "wikitext2")}), flush=True)
+    if args.compare:
+        sample["texts"] = compared(model, quantised, folder, args)
+    shown = ("exit", "seconds", "verdict", "timing", "wikitext2", "texts")
+    print(json.dumps({k: sample[k] for k in shown if k in sample}), flush=True)
     return sample
+
+
+def compared(model: str, quantised: Any, folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """KL divergence, top-1 agreement and both perplexities on each text."""
+    tokenizer = load_tokenizer(folder)
+    original = load_model(model)[0].to(args.device)
+    found = {}
+    for text in args.compare:
+        windows = evaluation_windows(text, tokenizer, seqlen=args.seqlen, windows=args.compare_windows)
+        far = divergence(quantised, original, windows)
+        before, after = (perplexity(m, windows, batch_size=4).value for m in (original, quantised))
+        found[text] = {"kl": far.kl, "top1": far.top1, "original": before, "quantised": after, "windows": len(windows)}
+    return found
 
 
 def main() -> None:
@@ -66,6 +84,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--windows", type=int, help="of the test text; by default all")
+    parser.add_argument("--compare", nargs="*", default=[], help="texts: wikitext2, c4, files")
+    parser.add_argument("--compare-windows", type=int, default=24)
     parser.add_argument("--propose", action="store_true", help="run again with the scheme that the verdict proposes")
     parser.add_argument("options", nargs="*", help="of flatquant quantize, after --")
     args = parser.parse_args()
@@ -100,6 +120,7 @@ def metrics(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "blame": verdict.get("blame"),
                 "proposal": verdict.get("proposal"),
                 "wikitext2": (sample.get("wikitext2") or {}).get("perplexity"),
+                "texts": sample.get("texts"),
                 "total seconds": timing.get("total"),
                 "proving seconds": spent,
             }
