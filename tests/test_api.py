@@ -103,7 +103,8 @@ def test_report(recipe: Recipe, tmp_path: Path) -> None:
         assert "seconds" not in block
     assert 0 < report["sizes"]["quantised_bytes"] < report["sizes"]["original_bytes"]
     assert report["timing"]["total"] > 0
-    assert flatquant.spec.from_dict(Recipe, report["recipe"]) == recipe
+    data = dataclasses.replace(recipe.data, text="tokens")
+    assert flatquant.spec.from_dict(Recipe, report["recipe"]) == dataclasses.replace(recipe, data=data)
 
 
 def test_a_model_goes_by_the_name_of_its_folder_and_not_by_its_path(recipe: Recipe, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_same_seed_same_model_other_seed_other_model(recipe: Recipe) -> None:
 
 def test_shape_of_tokens_counts(recipe: Recipe) -> None:
     result = flatquant.quantize(tiny_llama(), recipe, tokens(3, 8), device="cpu")
-    assert result.report["recipe"]["data"] == {"samples": 3, "seqlen": 8}
+    assert result.report["recipe"]["data"] == {"samples": 3, "seqlen": 8, "text": "tokens"}
 
 
 def test_rounding_reads_no_text() -> None:
@@ -149,7 +150,8 @@ def test_rounding_reads_no_text() -> None:
 @pytest.mark.parametrize(
     ("calibration", "error", "message"),
     [
-        (None, DataError, "reads calibration text; name it"),
+        (None, DataError, "tokenizer"),  # the recipe's own text
+        ("c4:x", DataError, "share 'x' of calibration text c4 is no number above 0"),
         ("self", DataError, "tokenizer"),
         (tokens().float(), DataError, "int64"),
         (tokens() + 100, DataError, "outside the model's 128"),
@@ -319,12 +321,86 @@ def test_resume_of_a_finished_run_finds_it(recipe: Recipe, tmp_path: Path) -> No
 
 def test_own_text_is_written_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tiny_llama(), recipe, "self", tmp_path / "out", tokenizer=tiny_tokenizer())
-    monkeypatch.setattr("flatquant.api.calibration_windows", lambda *_, **__: pytest.fail("wrote it again"))
+    monkeypatch.setattr("flatquant.api.written_part", lambda *_, **__: pytest.fail("wrote it again"))
     result = flatquant.quantize(
         tiny_llama(), recipe, "self", tokenizer=tiny_tokenizer(), output=tmp_path / "out", device="cpu", resume=True
     )
     assert result.report["data"]["source"] == "self"
     assert len(result.report["data"]["sha256"]) == 64
+
+
+# ------------------------------------------------------------------------------------------------- mixtures
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of two texts."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("abc def, ghi. " * 60)
+    (folder / "b.txt").write_text("123 456, 789. " * 60)
+    return folder
+
+
+def test_a_run_says_what_it_was_calibrated_on(recipe: Recipe, tmp_path: Path, texts: Path) -> None:
+    recipe = recipe.tuned(samples=8)
+    mixture = f"{texts / 'a.txt'}:1,{texts / 'b.txt'}:2,self:1"
+    options = {"tokenizer": tiny_tokenizer(), "device": "cpu"}
+    result = flatquant.quantize(tiny_llama(), recipe, mixture, output=tmp_path / "out", **options)
+    data = result.report["data"]
+    told = "a.txt:1,b.txt:2,self:1"
+    assert (data["source"], data["samples"], data["seqlen"]) == (told, 8, 16)
+    assert [(part["source"], part["windows"]) for part in data["sources"]] == [("a.txt", 2), ("b.txt", 4), ("self", 2)]
+    assert result.report["recipe"]["data"]["text"] == told
+    verdict = result.report["verdict"]
+    assert (verdict["source"], verdict["kept_back"], verdict["windows"]) == (told, True, 8)
+    line = (
+        f"{told}, 8 windows of 16 tokens (2 of a.txt across documents, 4 of b.txt across documents, 2 of self written"
+    )
+    assert line in (tmp_path / "out" / "README.md").read_text()
+    inspected = flatquant.runtime.artifact.inspect(tmp_path / "out").report
+    assert inspected is not None
+    assert inspected["data"] == data
+    assert str(tmp_path) not in (tmp_path / "out" / "flatquant_report.json").read_text()
+
+
+def test_a_recipe_names_its_text(recipe: Recipe, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(texts)
+    named = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, text="a.txt,b.txt"))
+    options = {"tokenizer": tiny_tokenizer(), "device": "cpu"}
+    own = flatquant.quantize(tiny_llama(), named, **options).report
+    given = flatquant.quantize(tiny_llama(), recipe, "a.txt:3,b.txt:3", **options).report
+    assert own["data"] == given["data"]
+    assert own["data"]["source"] == "a.txt:1,b.txt:1"
+    assert own["run"] == given["run"]
+    other = flatquant.quantize(tiny_llama(), named, "a.txt", **options).report
+    assert other["data"]["source"] == "a.txt"
+    presets = {preset: recipes.flatquant("w4a4kv4", preset).data.text for preset in ("reference", "best", "quick")}
+    assert presets == {"reference": "wikitext2", "best": "wikitext2:1,c4:3", "quick": "wikitext2"}
+
+
+@pytest.mark.parametrize("own", ["", ",self:2"], ids=["read", "partly written"])
+def test_a_run_is_gone_on_with_by_its_own_mixture_alone(
+    recipe: Recipe, tmp_path: Path, texts: Path, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe.tuned(samples=6)
+    a, b = texts / "a.txt", texts / "b.txt"
+    options = {"tokenizer": tiny_tokenizer(), "device": "cpu"}
+    flatquant.quantize(tiny_llama(), recipe, f"{a},{b}:2{own}", output=tmp_path / "whole", **options)
+    out = tmp_path / "out"
+    interrupted(tiny_llama(), recipe, f"{a},{b}:2{own}", out, tokenizer=tiny_tokenizer())
+    monkeypatch.setattr("flatquant.api.written_part", lambda *_, **__: pytest.fail("wrote it again"))
+    for other in (f"{a}:2,{b}{own}", f"{b}:2,{a}{own}", f"{a}"):
+        with pytest.raises(CalibrationError, match="differs in data"):
+            flatquant.quantize(tiny_llama(), recipe, other, output=out, resume=True, **options)
+    text = a.read_text()
+    a.write_text(text.replace("d", "e"))
+    with pytest.raises(CalibrationError, match="differs in data"):
+        flatquant.quantize(tiny_llama(), recipe, f"{a},{b}:2{own}", output=out, resume=True, **options)
+    a.write_text(text)
+    flatquant.quantize(tiny_llama(), recipe, f"{a},{b}:2{own}", output=out, resume=True, **options)
+    for file in ("config.json", "flatquant.safetensors"):
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_damaged_state_is_said(recipe: Recipe, tmp_path: Path) -> None:

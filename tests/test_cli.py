@@ -152,7 +152,7 @@ def test_options_reach_the_recipe(place: Path, tmp_path: Path) -> None:
     assert (recipe["fit"]["epochs"], recipe["fit"]["batch_size"]) == (1, 2)
     assert (recipe["fit"]["lr"], recipe["fit"]["clip_lr"]) == pytest.approx((1e-3, 1e-2))
     assert recipe["solver"]["kind"] == "gptq"
-    assert recipe["data"] == {"samples": 2, "seqlen": 16}
+    assert recipe["data"] == {"samples": 2, "seqlen": 16, "text": "self"}
     assert report["seed"] == 5
     assert report["data"]["source"] == "self"
 
@@ -284,6 +284,8 @@ def test_inspect(place: Path) -> None:
     assert result["scheme"] == "w4a4kv4"
     assert result["damaged"] == []
     assert result["bits_per_quantised_weight"] > 4
+    words = " ".join(re.sub("[│┃]", " ", done.stdout).split())
+    assert "calibration text.txt, 2 windows of 16 tokens (2 of text.txt across documents)" in words
 
 
 def test_version_and_help_are_fast() -> None:
@@ -468,6 +470,9 @@ def test_an_output_layer_of_its_own_is_told(place: Path, tmp_path: Path) -> None
         (["--dtype", "int4"], "unknown dtype 'int4'; known: float16"),
         (["--device", "toaster"], "unknown device 'toaster'"),
         (["--calibration", "nowhere.txt", "--device", "cpu"], "no such text: nowhere.txt"),
+        (["--calibration", "wikitext2:3,nowhere.txt"], "no such text: nowhere.txt"),
+        (["--calibration", "wikitext2:3,self:none"], "share 'none' of calibration text self is no number above 0"),
+        (["--preset", "best"], "FLATQUANT_DATA has no c4/"),  # a part of its default text
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

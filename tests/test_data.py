@@ -7,12 +7,24 @@ import types
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flatquant.data import _kept_back, calibration_tokens, calibration_windows, evaluation_windows
+from flatquant.data import (
+    ACROSS,
+    INSIDE,
+    WRITTEN,
+    _kept_back,
+    calibration_tokens,
+    calibration_windows,
+    check_source,
+    evaluation_windows,
+    read_parts,
+    written_part,
+)
 from flatquant.errors import DataError
-from tests.tiny_models import VOCAB, tiny_llama, tiny_tokenizer
+from flatquant.mixture import Mixture, interleaved
+from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXT = "".join(chr(32 + (i * i + i // 7) % 90) for i in range(997))
@@ -120,6 +132,19 @@ def test_a_model_writes_the_windows_that_are_kept_back_too():
     assert (windows.shape, kept.shape) == ((2, 8), (3, 8))
 
 
+def test_a_text_alone_is_drawn_as_ever(text):
+    """Stripped lines joined with a blank line, starts from one call of randint: results depend on these windows."""
+    stream = torch.tensor(ids(TEXT.strip()))
+    for samples, seqlen, seed in ((1, 1, 0), (5, 40, 3), (64, 128, 17)):
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(stream) - seqlen + 1, (samples,), generator=generator)
+        expected = torch.stack([stream[start : start + seqlen] for start in starts])
+        for source in (text, str(text), f"{text}:3"):
+            assert torch.equal(
+                calibration_tokens(source, TOKENIZER, samples=samples, seqlen=seqlen, seed=seed), expected
+            )
+
+
 def test_other_seed_other_windows(text):
     a, b = (calibration_tokens(text, TOKENIZER, samples=4, seqlen=50, seed=seed) for seed in (0, 1))
     assert not torch.equal(a, b)
@@ -206,6 +231,164 @@ def test_bad_sources(tmp_path):
     assert "model=" in refusal(calibration_tokens, "self", TOKENIZER, samples=1, seqlen=4, seed=0)
 
 
+# ------------------------------------------------------------------------------------------------------- mixtures
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Three texts with no character in common."""
+    folder = tmp_path_factory.mktemp("three")
+    for name, alphabet in (("a", "abcdefg"), ("b", "hijklmnop"), ("c", "qrstuvw")):
+        (folder / f"{name}.txt").write_text("".join(alphabet[(i * i + i // 5) % len(alphabet)] for i in range(3000)))
+    return folder
+
+
+def of(window) -> str:
+    """The text of a window."""
+    (name,) = {"a" if t <= ord("g") else "b" if t <= ord("p") else "c" for t in window.tolist()}
+    return name
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.integers(1, 5), min_size=1), st.integers(3, 30), st.integers(0, 2**31)
+)
+def test_a_mixture_holds_each_text_as_drawn_alone_by_its_share(three, shares, samples, seed):
+    source = ",".join(f"{three / name}.txt:{share}" for name, share in shares.items())
+    arguments = {"seqlen": 20, "seed": seed}
+    windows, kept = calibration_windows(source, TOKENIZER, samples=samples, kept=3, **arguments)
+    counts = Mixture.parse(source).divided(samples)
+    names = [of(window) for window in windows]
+    assert names == [list(shares)[text] for text, _ in interleaved(counts)]
+    assert kept is not None
+    assert sorted(map(of, kept)) == sorted(list(shares)[t] for t, _ in interleaved(Mixture.parse(source).divided(3)))
+    for name, count in zip(shares, counts, strict=True):
+        own = windows[[i for i, found in enumerate(names) if found == name]]
+        assert torch.equal(own, calibration_tokens(three / f"{name}.txt", TOKENIZER, samples=count, **arguments))
+    again, without = calibration_windows(source, TOKENIZER, samples=samples, **arguments)
+    assert torch.equal(again, windows)
+    assert without is None
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 12), st.integers(2, 60), st.integers(2, 4), st.integers(0, 9))
+def test_windows_of_a_mixture_kept_back_overlap_none(tmp_path_factory, samples, seqlen, kept, seed):
+    folder = tmp_path_factory.mktemp("places")  # every three characters say where they stand
+    for name, first in (("a", 32), ("b", 76)):
+        digits = "".join(chr(first + i // 961) + chr(first + i // 31 % 31) + chr(first + i % 31) for i in range(900))
+        (folder / f"{name}.txt").write_text("\n".join([digits]))
+    source = f"{folder / 'a.txt'},{folder / 'b.txt'}:2"
+    windows, back = calibration_windows(source, TOKENIZER, samples=samples, seqlen=seqlen, seed=seed, kept=kept)
+    assert back is not None
+    texts = [(folder / f"{name}.txt").read_text().strip() for name in "ab"]
+
+    def places(window) -> set[tuple[int, int]]:
+        piece = TOKENIZER.decode(window)
+        text = int(any(ord(c) >= 76 for c in piece))
+        if len(window) < 5:
+            return set()  # too short to say where it stands
+        assert texts[text].count(piece) == 1
+        start = texts[text].index(piece)
+        return {(text, place) for place in range(start, start + len(window))}
+
+    trained = set().union(*map(places, windows))
+    for window in back:
+        assert not places(window) & trained
+
+
+def test_windows_kept_back_are_as_short_as_the_shortest(three, tmp_path):
+    (tmp_path / "short.txt").write_text("xyz" * 100)
+    source, lengths = f"{three / 'a.txt'},{tmp_path / 'short.txt'}", set()
+    for seed in range(9):
+        windows, kept = calibration_windows(source, TOKENIZER, samples=2, seqlen=130, seed=seed, kept=2)
+        assert windows.shape == (2, 130)
+        assert kept is not None
+        assert len(kept) == 2
+        lengths.add(kept.shape[1])
+    assert lengths == {130, 65}
+    (tmp_path / "short.txt").write_text("xyz" * 50)
+    assert calibration_windows(source, TOKENIZER, samples=2, seqlen=130, seed=0, kept=2)[1] is None
+
+
+def test_a_model_writes_its_share(three):
+    source, model = f"{three / 'a.txt'},self:3", tiny_llama()
+    sizes = {"samples": 8, "seqlen": 16, "seed": 0, "kept": 4}
+    windows, kept = calibration_windows(source, TOKENIZER, **sizes, model=model)
+    assert (windows.shape, kept.shape) == ((8, 16), (4, 16))
+    mixture = Mixture.parse(source)
+    read, none = read_parts(mixture, TOKENIZER, **sizes)
+    own = written_part(mixture, model, TOKENIZER, **sizes)
+    assert none is None
+    assert read is not None
+    assert (read.cut, own.cut) == (ACROSS, WRITTEN)
+    assert ([len(read.tokens), len(read.kept)], [len(own.tokens), len(own.kept)]) == ([2, 1], [6, 3])
+    parts = [read.tokens, own.tokens]
+    assert torch.equal(windows, torch.stack([parts[text][i] for text, i in interleaved((2, 6))]))
+    assert "model=" in refusal(calibration_windows, source, TOKENIZER, **sizes)
+
+
+def test_every_text_of_a_mixture_is_checked_at_once(three, tmp_path, no_data, monkeypatch):
+    a = three / "a.txt"
+    check_source(f"self,{a}:3")
+    (tmp_path / "x.pdf").write_text("x")
+    assert "no such text: missing.txt" in refusal(check_source, f"self,{a}:3,missing.txt:2")
+    assert "unknown kind" in refusal(check_source, f"{a},{tmp_path / 'x.pdf'}:2")
+    assert "share a.txt" in refusal(check_source, f"{a},{three}:2")
+    monkeypatch.chdir(three)
+    assert "share a.txt" in refusal(check_source, f"{a},a.txt:2")
+    assert "share a.txt" in refusal(calibration_windows, f"{a},a.txt:2", TOKENIZER, samples=4, seqlen=4, seed=0)
+    assert "no number above 0" in refusal(check_source, "c4:none")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "downloading c4 needs" in refusal(check_source, f"{a},c4")
+    assert "too few for 2 texts" in refusal(calibration_tokens, f"{a},self", TOKENIZER, samples=1, seqlen=4, seed=0)
+
+
+# --------------------------------------------------------------------------------------------------------------- C4
+
+
+@pytest.fixture
+def c4(tmp_path, monkeypatch):
+    """A C4 file of documents of 10, 20, ... 400 characters, each with its own beginning and end."""
+    (tmp_path / "c4").mkdir()
+    documents = [f"<{i:02}>" + chr(48 + i) * (10 * i - 8) + f"<{i:02}>" for i in range(1, 41)]
+    documents = documents[::2] + documents[1::2]  # the halves have documents of every length
+    file = tmp_path / "c4" / "c4-en-sample.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    monkeypatch.setenv("FLATQUANT_DATA", str(tmp_path))
+    return documents
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 8), st.integers(0, 3), st.integers(5, 210), st.integers(0, 99))
+def test_windows_of_c4_lie_inside_documents_that_evaluation_does_not_read(c4, samples, kept, seqlen, seed):
+    mixture, sizes = Mixture.parse("c4"), {"samples": samples, "seqlen": seqlen, "seed": seed, "kept": kept}
+    (part,) = read_parts(mixture, TOKENIZER, **sizes)
+    assert part.cut == INSIDE
+    windows, back = calibration_windows("c4", TOKENIZER, **sizes)
+    assert torch.equal(part.tokens, windows)
+    back = windows[:0] if back is None else back
+    homes = [[i for i, text in enumerate(c4) if TOKENIZER.decode(window) in text] for window in [*windows, *back]]
+    assert all(home and min(home) >= 20 for home in homes)
+    if seqlen > 20:  # more than the ends, that documents do not share
+        assert all(len(home) == 1 for home in homes)
+        assert len({home[0] for home in homes}) == samples + len(back)
+    assert torch.equal(windows, calibration_tokens("c4", TOKENIZER, samples=samples, seqlen=seqlen, seed=seed))
+
+
+def test_documents_of_c4_are_joined_where_too_few_are_long_enough(c4):
+    for samples, seqlen, cut in ((8, 210, INSIDE), (17, 210, ACROSS), (1, 401, ACROSS)):
+        (part,) = read_parts(Mixture.parse("c4"), TOKENIZER, samples=samples, seqlen=seqlen, seed=0, kept=1)
+        assert part.cut == cut
+        assert part.tokens.shape == (samples, seqlen)
+
+
+def test_c4_is_evaluated_on_the_other_documents(c4):
+    joined = " ".join(c4[:20])
+    windows = evaluation_windows("c4", TOKENIZER, seqlen=len(joined))
+    assert TOKENIZER.decode(windows[0]) == joined
+    assert len(windows) == 1
+
+
 # --------------------------------------------------------------------------------------------------- named sources
 
 
@@ -218,8 +401,8 @@ def test_named_sources_come_from_the_data_folder(tmp_path, monkeypatch):
     (tmp_path / "c4").mkdir()
     (tmp_path / "c4" / "c4-en-sample.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert TOKENIZER.decode(evaluation_windows("wikitext2", TOKENIZER, seqlen=5)[0]) == "test\n"
-    assert TOKENIZER.decode(evaluation_windows("c4", TOKENIZER, seqlen=7)[0]) == "one two"
-    for source, expected in (("wikitext2", "valid"), ("c4", "one\n\ntwo")):
+    assert TOKENIZER.decode(evaluation_windows("c4", TOKENIZER, seqlen=3)[0]) == "one"
+    for source, expected in (("wikitext2", "valid"), ("c4", "two")):
         windows = calibration_tokens(source, TOKENIZER, samples=1, seqlen=len(expected), seed=0)
         assert TOKENIZER.decode(windows[0]) == expected
 
@@ -248,7 +431,7 @@ def test_download_asks_for_the_published_splits(no_data, monkeypatch):
         ("Salesforce/wikitext", "test"),
         ("Salesforce/wikitext", "train"),
         ("allenai/c4", "validation[0:1100]"),
-        ("allenai/c4", "validation[1100:6100]"),
+        ("allenai/c4", "validation[1100:21100]"),
     ]
 
 
@@ -271,53 +454,3 @@ def test_published_texts_are_read_whole():
     assert windows.shape[1] == 2048
     assert len(windows) > 500  # one token a character
     assert "Robert Boulter" in TOKENIZER.decode(windows[0])
-
-
-# ------------------------------------------------------------------------------------------------- from the model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_self_fills_every_window(dtype):
-    model = tiny_llama(dtype=dtype)
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    state, seen = torch.get_rng_state(), []
-    windows = calibration_tokens(
-        "self", TOKENIZER, samples=5, seqlen=24, seed=3, model=model, progress=lambda *at: seen.append(at)
-    )
-    assert windows.shape == (5, 24)
-    assert windows.dtype == torch.int64
-    assert int(windows.max()) < VOCAB - 3  # no special token, so no end of text either
-    assert len({tuple(window.tolist()) for window in windows}) == 5
-    assert seen[-1] == (120, 120)
-    assert seen == sorted(seen)
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
-
-
-def test_self_is_one_text_per_seed():
-    a, b, c = (
-        calibration_tokens("self", TOKENIZER, samples=3, seqlen=16, seed=seed, model=tiny_llama()) for seed in (0, 0, 1)
-    )
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
-
-
-def test_self_windows_longer_than_a_text():
-    windows = calibration_tokens("self", TOKENIZER, samples=2, seqlen=300, seed=0, model=tiny_llama(layers=1))
-    assert windows.shape == (2, 300)
-
-
-def test_self_writes_what_the_model_finds_likely():
-    from flatquant.evaluate import perplexity
-
-    model = tiny_llama()
-    own = calibration_tokens("self", TOKENIZER, samples=8, seqlen=32, seed=0, model=model)
-    noise = torch.randint(VOCAB - 3, (8, 32), generator=torch.Generator().manual_seed(0))
-    assert perplexity(model, own).value < 0.5 * perplexity(model, noise).value
-
-
-def test_self_of_a_broken_model():
-    model = tiny_llama()
-    with torch.no_grad():
-        model.model.norm.weight.fill_(torch.nan)
-    assert "not finite" in refusal(calibration_tokens, "self", TOKENIZER, samples=1, seqlen=4, seed=0, model=model)

@@ -179,7 +179,8 @@ def test_what_needs_the_whole_model_is_not_streamed(folder: Path, tmp_path: Path
     refused("end-to-end fit runs through all blocks at once.*--no-stream", folder, end, tokens, **output)
     adaptive = dataclasses.replace(SMALL, solver=SolverSpec(kind="gptq", hessian="output_adaptive"))
     refused("gradient through all blocks.*--no-stream", folder, adaptive, tokens, **output)
-    refused("writes its own calibration text.*--no-stream", folder, SMALL, "self", **output)
+    for text in ("self", "wikitext2:3,self"):
+        refused("writes its own calibration text.*--no-stream", folder, SMALL, text, **output)
     refused("no output folder is given.*--no-stream", folder, SMALL, tokens)
     refused("in memory cannot be streamed", tiny_llama(), SMALL, tokens, error=ModelError, **output)
     refused("only a local folder can be streamed", "some/model", SMALL, tokens, error=ModelError, **output)

@@ -47,12 +47,13 @@ from flatquant.calibrate.preflight import preflight
 from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded, tensor_bytes
 from flatquant.calibrate.witness import Witness
 from flatquant.calibrate.work import work
-from flatquant.data import calibration_windows
+from flatquant.data import WRITTEN, Part, joined, read_parts, written_part
 from flatquant.errors import ArtifactError, CalibrationError, DataError, ModelError, QualityWarning
 from flatquant.evaluate.prose import PROSE
 from flatquant.evaluate.verdict import PACKED_ERROR, blame, continuations, packed_agrees, verdict
 from flatquant.families import plan_for
 from flatquant.grade import BUILT_IN, RANDOM, TOKENS, is_bad, sentences
+from flatquant.mixture import Mixture
 from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve, warn_of_positions
 from flatquant.progress import Progress
 from flatquant.runtime import artifact
@@ -120,8 +121,9 @@ def quantize(
     Args:
         model: a model, which is quantised in place, or a name that `models.load_model` takes, tokenizer included.
         recipe: the method and its settings, from `flatquant.recipes`.
-        calibration: `wikitext2`, `c4`, `self` (the model writes the text), a text file or folder, or int64 token ids
-            (samples, seqlen), whose shape then counts instead of the recipe's. None for recipes that read no text.
+        calibration: `wikitext2`, `c4`, `self` (the model writes the text), a text file or folder, several of these with
+            their shares of the windows (`wikitext2:1,c4:3,self:1,FILE`), or int64 token ids (samples, seqlen), whose
+            shape then counts instead of the recipe's. None is the recipe's own choice.
         tokenizer: for calibration text, and saved along.
         output: folder to write; absent or empty. None keeps the result in memory only.
         device: where blocks are fitted; a GPU if there is one. The model stays where it is.
@@ -149,12 +151,13 @@ def quantize(
     if place is not None:
         place.check(resume)
     name, checkpoint = None, None
+    mixture = _mixture(recipe, calibration)
     say = progress or (lambda *_: None)
     limits = Limits(device=_bytes(max_memory), host=_bytes(max_host_memory))
     if not isinstance(model, PreTrainedModel):
         name = str(model) if model in ALIASES or isinstance(resolve(model), str) else None
         with _stage("load", say):
-            model, own, checkpoint = _open(model, recipe, calibration, place, limits, stream)
+            model, own, checkpoint = _open(model, recipe, mixture, place, limits, stream)
         tokenizer = tokenizer or own
     elif stream:
         raise ModelError("a model that is in memory cannot be streamed; give its folder")
@@ -164,7 +167,10 @@ def quantize(
     _check_model(model, recipe)
     if isinstance(calibration, Tensor):
         _check_tokens("calibration", calibration, model)
-        recipe = replace(recipe, data=DataSpec(samples=calibration.shape[0], seqlen=calibration.shape[1]))
+        samples, seqlen = calibration.shape
+        recipe = replace(recipe, data=DataSpec(samples=samples, seqlen=seqlen, text=TOKENS))
+    if mixture is not None:
+        recipe = replace(recipe, data=replace(recipe.data, text=str(mixture)))
     if held_out is not None:
         _check_tokens("held-out", held_out, model)
     if recipe.needs_data:
@@ -172,7 +178,7 @@ def quantize(
     model.eval().requires_grad_(False)
     plan = make_plan(recipe, arch_of(model.config, model), Geometry.of(model.config), _blocks(model))
     shape = (recipe.data.samples, recipe.data.seqlen) if recipe.needs_data else None
-    writes_text = recipe.needs_data and calibration == "self"
+    written = 0 if mixture is None else mixture.written(recipe.data.samples)
     layout = estimate(
         model,
         plan,
@@ -183,14 +189,14 @@ def quantize(
         limits=limits,
         streamed=checkpoint is not None,
         windows=recorded(place.state).get("windows") if place is not None and resume else None,
-        writes_text=writes_text,
+        written=written,
     )
-    layout = replace(layout, work=work(model, plan, recipe, shape, writes_text=writes_text, saves=place is not None))
+    layout = replace(layout, work=work(model, plan, recipe, shape, written=written, saves=place is not None))
     run = _Run(
         model,
         name,
         recipe,
-        calibration,
+        calibration if isinstance(calibration, Tensor) else mixture,
         tokenizer,
         place,
         device,
@@ -211,17 +217,24 @@ def quantize(
     return result
 
 
+def _mixture(recipe: Recipe, calibration: str | Path | Tensor | None) -> Mixture | None:
+    """The texts to read, if any."""
+    if not recipe.needs_data or isinstance(calibration, Tensor):
+        return None
+    return Mixture.parse(recipe.data.text if calibration is None else calibration)
+
+
 def _open(
     name: str | Path,
     recipe: Recipe,
-    calibration: object,
+    mixture: Mixture | None,
     place: _Place | None,
     limits: Limits,
     stream: bool | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Checkpoint | None]:
     """A model with all its tensors, or with those outside its blocks and the place where the others are read."""
     why = needs_all_blocks(recipe)
-    if not why and recipe.needs_data and calibration == "self":
+    if not why and mixture is not None and mixture.writes:
         why = "the model writes its own calibration text"
     if not why and place is None:
         why = "no output folder is given, where solved blocks could go"
@@ -259,7 +272,7 @@ class _Run:
         model: PreTrainedModel,
         name: str | None,
         recipe: Recipe,
-        calibration: str | Path | Tensor | None,
+        calibration: Mixture | Tensor | None,
         tokenizer: PreTrainedTokenizerBase | None,
         place: _Place | None,
         device: torch.device,
@@ -282,7 +295,8 @@ class _Run:
         self.title = self._title()
         self.held_out, self.judged = held_out, verdict
         self.seconds: dict[str, float] = {}  # of the verdict's stages
-        self.kept: Tensor | None = None  # windows of the calibration text that are not trained on
+        self.parts: list[Part | None] = []  # of the calibration text; None is what the model has yet to write
+        self.kept: Tensor | None = None  # windows of it that are not trained on
         self.start = time.perf_counter()
 
     def __call__(self) -> Quantized:
@@ -373,59 +387,65 @@ class _Run:
         return tensor
 
     def _text(self) -> tuple[dict[str, Any] | None, Tensor | None]:
-        """What the text is, and its tokens; those of `self` are not written yet."""
+        """What the text is, and its tokens; None where the model has yet to write some of them."""
         if not self.recipe.needs_data:
             return None, None
-        source, spec, kept = self.calibration, self.recipe.data, self._windows_to_keep()
-        data: dict[str, Any] = {"samples": spec.samples, "seqlen": spec.seqlen}
-        if source is None:
-            raise DataError(
-                f"the recipe {self.recipe.name} reads calibration text; name it: wikitext2, c4, self, or a text file"
-            )
+        source, spec = self.calibration, self.recipe.data
+        data: dict[str, Any] = {"source": spec.text, "samples": spec.samples, "seqlen": spec.seqlen}
         if isinstance(source, Tensor):
             tokens = source.cpu()
-            return {"source": TOKENS, **data, "sha256": _sha256(tokens)}, tokens
+            return {**data, "sha256": _sha256(tokens)}, tokens
+        assert source is not None
         if self.tokenizer is None:
             raise DataError(
                 "calibration text needs the model's tokenizer; pass tokenizer=, or token ids instead of text"
             )
-        if source == "self":
-            return {"source": "self", **data}, None
-        with _stage("text", self.progress):
-            tokens, self.kept = calibration_windows(
-                source, self.tokenizer, samples=spec.samples, seqlen=spec.seqlen, seed=self.seed, kept=kept
-            )
-        # A file's name without its folder: the report travels, and where the file lay says nothing elsewhere.
-        return {"source": Path(source).name, **data, "sha256": _sha256(tokens)}, tokens
+        with nullcontext() if source.writes else _stage("text", self.progress):
+            self.parts = read_parts(source, self.tokenizer, **self._drawing())
+        shares = zip(source.sources, source.divided(spec.samples), self.parts, strict=True)
+        data["sources"] = [
+            {"source": text.name, "windows": windows, "cut": part.cut, "sha256": _sha256(part.tokens)}
+            if part is not None
+            else {"source": text.name, "windows": windows, "cut": WRITTEN}
+            for text, windows, part in shares
+        ]
+        if source.writes:
+            return data, None
+        tokens, self.kept = joined([part for part in self.parts if part is not None])
+        return {**data, "sha256": _sha256(tokens)}, tokens
+
+    def _drawing(self) -> dict[str, int]:
+        """How windows of text are drawn."""
+        spec = self.recipe.data
+        return {"samples": spec.samples, "seqlen": spec.seqlen, "seed": self.seed, "kept": self._windows_to_keep()}
 
     def _own_text(self, state: RunState | None) -> Tensor:
-        """Text that the model writes; kept, since writing takes long and not every device writes the same."""
+        """The text with what the model writes of it."""
+        own = self._written(state)
+        tokens, self.kept = joined([part or own for part in self.parts])
+        return tokens
+
+    def _written(self, state: RunState | None) -> Part:
+        """What the model writes; kept, since writing takes long and not every device writes the same."""
         if state is not None and state.has(_TEXT):
             tensors, digest = state.load(_TEXT)
             if _sha256(tensors["tokens"]) != digest:
                 raise CalibrationError(f"the calibration text in {state.folder} is damaged; delete that folder")
-            self.kept = tensors.get("kept")
-            return tensors["tokens"]
+            return Part(tensors["tokens"], tensors.get("kept"), WRITTEN)
         assert self.tokenizer is not None
+        assert isinstance(self.calibration, Mixture)
         home = next(self.model.parameters()).device
-        spec = self.recipe.data
-        self.progress("text", 0, spec.samples * spec.seqlen)
+        drawing = self._drawing()
+        self.progress("text", 0, self.calibration.written(drawing["samples"]) * drawing["seqlen"])
         self.model.to(self.device)  # pyright: ignore[reportArgumentType]
-        tokens, self.kept = calibration_windows(
-            "self",
-            self.tokenizer,
-            samples=spec.samples,
-            seqlen=spec.seqlen,
-            seed=self.seed,
-            kept=self._windows_to_keep(),
-            model=self.model,
-            progress=partial(self.progress, "text"),
+        own = written_part(
+            self.calibration, self.model, self.tokenizer, **drawing, progress=partial(self.progress, "text")
         )
         self.model.to(home)  # pyright: ignore[reportArgumentType]
         if state is not None:
-            kept = {} if self.kept is None else {"kept": self.kept}
-            state.save(_TEXT, {"tokens": tokens, **kept}, _sha256(tokens))
-        return tokens
+            kept = {} if own.kept is None else {"kept": own.kept}
+            state.save(_TEXT, {"tokens": own.tokens, **kept}, _sha256(own.tokens))
+        return own
 
     # ----------------------------------------------------------------------------------------- verdict
 
@@ -442,7 +462,8 @@ class _Run:
 
     def _windows_of_verdict(self) -> int:
         fewest, most = _JUDGED_WINDOWS
-        return min(most, max(fewest, -(-_JUDGED_TOKENS // self.recipe.data.seqlen)))
+        count = min(most, max(fewest, -(-_JUDGED_TOKENS // self.recipe.data.seqlen)))
+        return self.calibration.evenly(count, most) if isinstance(self.calibration, Mixture) else count
 
     def _held_out_of_fits(self) -> Tensor | None:
         """What tells whether a fit has helped; None where nothing was kept back."""

@@ -29,6 +29,7 @@ from rich.table import Table
 from flatquant import __version__
 from flatquant.errors import FlatQuantError, ModelError, PositionsWarning, QualityWarning, SpecError
 from flatquant.grade import DESTROYED, readable, tried
+from flatquant.mixture import calibrated_on
 from flatquant.progress import Forecast, duration
 
 if TYPE_CHECKING:
@@ -354,7 +355,11 @@ def quantize(
         str, typer.Option(help="reference: the paper's recipe; best: more accurate; quick: for a laptop CPU.")
     ] = "reference",
     calibration: Annotated[
-        str | None, typer.Option(help="wikitext2 (default), c4, self (the model writes it), or a text file or folder.")
+        str | None,
+        typer.Option(
+            help="wikitext2, c4, self (the model writes it), a text file or folder, or several with their shares: "
+            "wikitext2:1,c4:3,FILE; by default the preset's own."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
@@ -413,7 +418,7 @@ def quantize(
             mistakes.found.append(SpecError(f"method {method} fits nothing: leave out --losses"))
         mistakes(models.check, model)
         if recipe.needs_data if recipe else calibration and not named:
-            mistakes(check_source, calibration or "wikitext2")
+            mistakes(check_source, (calibration or recipe.data.text) if recipe else calibration)
         mistakes(partial(api.check_output, resume=resume), output)
         mistakes(_device, device)
         mistakes(_dtype, dtype)
@@ -429,7 +434,7 @@ def quantize(
             result = api.quantize(
                 model,
                 recipe,
-                (calibration or "wikitext2") if recipe.needs_data else None,
+                calibration if recipe.needs_data else None,
                 output=output,
                 device=_device(device),
                 dtype=_dtype(dtype),
@@ -679,15 +684,15 @@ def compare(
     methods: Annotated[str, typer.Option(help="Comma-separated; those that `flatquant methods` lists.")],
     schemes: Annotated[str, typer.Option(help="Comma-separated: w4a4kv4,w4a16,w3a16.")] = "w4a4kv4",
     calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, self (the model writes it), or a text file or folder.")
-    ] = "wikitext2",
+        str | None, typer.Option(help="As for quantize; by default each recipe's own, mostly wikitext2.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="reference: the papers' recipes; quick: for a laptop CPU.")] = "reference",
     perplexity: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="wikitext2 (default), c4, or a text; repeatable.")
     ] = None,
     windows: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    divergence_windows: Annotated[int, typer.Option(min=1, help="Windows that divergence is measured on.")] = 8,
+    divergence_windows: Annotated[int, typer.Option(min=1, help="Of each text, that divergence is measured on.")] = 8,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of block-wise fits.")] = None,
@@ -1038,6 +1043,7 @@ def inspect(
                 "architecture": f"{found.architecture}, {found.blocks} blocks, {found.parameters:,} parameters",
                 "recipe, scheme": f"{found.recipe}, {found.scheme}",
                 **({"verdict": "\n".join(readable(judged))} if judged else {}),
+                **({"calibration": text} if (text := calibrated_on((found.report or {}).get("data"))) else {}),
                 "quantised parameters": f"{found.quantised_parameters:,}",
                 **{f"bytes, {kind}": f"{size:,}" for kind, size in found.bytes_by_kind.items()},
                 **{name: value for name, value in kept.items() if value},
@@ -1117,8 +1123,8 @@ def _collect(
         samples=max(1, tokens // 256),
         seqlen=min(tokens, 256),
         seed=2,
-        model=original if text == "self" else None,
-        progress=(lambda done, total: display("text", done, total)) if text == "self" else None,
+        model=original,
+        progress=lambda done, total: display("text", done, total),
     )
     return collect(
         quantised, original, opened.plan, windows, progress=lambda done, total: display("collect", done, total)

@@ -5,24 +5,32 @@ The rules are those behind every published figure, because a perplexity means no
 * WikiText-2 evaluation: each row keeps its newline, a blank row becomes the empty string, rows are joined with a blank
   line, the whole is tokenised once without special tokens and cut into windows that do not overlap.
 * C4 evaluation: documents are joined with spaces; 1,100 of them, at most 256 windows.
-* Calibration: non-empty lines, stripped, joined with a blank line; windows begin at random.
+* Calibration on WikiText-2 and on files: non-empty lines (documents of a .jsonl file), stripped, joined with a blank
+  line; windows begin at random. A line of WikiText-2 is a paragraph, so that joined lines are the articles again.
+* Calibration on C4: every window lies inside one document, drawn at random among those of at least `seqlen` tokens, as
+  in GPTQ's code and all that took it over (QuaRot, SpinQuant, FlatQuant). Documents of C4 have nothing to do with one
+  another, and a window of four of them teaches attention to ignore what came before. Here no document is drawn twice.
+  Where fewer documents than windows are long enough, they are joined as those of a file are; the report says which.
+  The documents that evaluation reads are left out: of a file in FLATQUANT_DATA, the first 1,100 or half of them.
 
-A text is looked for in the folder that the environment variable FLATQUANT_DATA names, else fetched with the `datasets`
-library. `self` needs neither: the model writes its own calibration text.
+Several texts make a mixture (`flatquant.mixture`): each is drawn by its own rule with the same seed, as if it were
+alone. A text is looked for in the folder that the environment variable FLATQUANT_DATA names, else fetched with the
+`datasets` library. `self` needs neither: the model writes it (`flatquant.writing`).
 """
 
-import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flatquant import seams
+from flatquant import writing
 from flatquant.errors import DataError
+from flatquant.mixture import SELF, Mixture, interleaved
 
 Progress = Callable[[int, int], None]
 
@@ -34,20 +42,22 @@ _LOCAL = {
     ("c4", "evaluation"): "c4/c4-en-sample.jsonl",
 }
 _C4_EVALUATION_DOCUMENTS = 1100
-_C4_CALIBRATION_DOCUMENTS = 5000
+_C4_CALIBRATION_DOCUMENTS = 20_000  # few of them are as long as a window
+_C4_JOINED_DOCUMENTS = 5000
 _C4_WINDOWS = 256
 _SHORTEST_KEPT = 64  # tokens of a window that is kept back, where calibration takes longer ones
 
-# Sampling from the model
-_TEXT_TOKENS = 256
-_NUCLEUS = 0.95
-_CANDIDATES = 512
-_CACHE_BYTES = 8 << 30
-_MAX_ROWS = 256
-_PREAMBLE = "\n\n"
-_OPENINGS = ("The", "This", "These", "There", "They", "We", "When", "While", "Where", "What", "If", "Although")
-_OPENINGS += ("Because", "Since", "Before", "After", "During", "Despite", "According", "However", "Many", "Most")
-_OPENINGS += ("Some", "Several", "People", "Children", "Students", "Scientists", "Today", "Early")
+# How windows of a text are cut.
+INSIDE, ACROSS, WRITTEN = "inside documents", "across documents", "written by the model"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Windows of one text: int64 `tokens` (n, seqlen), and `kept` back (k, at most seqlen) or None without room."""
+
+    tokens: torch.Tensor
+    kept: torch.Tensor | None
+    cut: str  # `INSIDE`, `ACROSS` or `WRITTEN`
 
 
 def calibration_tokens(
@@ -64,7 +74,7 @@ def calibration_tokens(
 
     Args:
         source: `wikitext2`, `c4`, `self` (the model writes it), a .txt, .raw or .jsonl file (field `text`), or a
-            folder of such files.
+            folder of such files; or several with their shares of the windows, `wikitext2:1,c4:3,self:1,FILE`.
         tokenizer: of the model; no special tokens are added.
         samples: number of windows.
         seqlen: tokens in a window.
@@ -76,7 +86,8 @@ def calibration_tokens(
         int64 token ids on the CPU, (samples, seqlen).
 
     Raises:
-        DataError: a text that is missing, unreachable, unreadable or shorter than one window.
+        DataError: a text that is missing, unreachable, unreadable or shorter than one window; a mixture that is none,
+            or of more texts than windows.
     """
     return calibration_windows(
         source, tokenizer, samples=samples, seqlen=seqlen, seed=seed, model=model, progress=progress
@@ -97,7 +108,7 @@ def calibration_windows(
     """Windows to calibrate on, and windows of the same text that are kept back to measure the result on.
 
     Args:
-        kept: windows to keep back. They overlap no calibration window. Where the text has no room for windows of
+        kept: windows to keep back. They overlap no calibration window. Where a text has no room for windows of
             `seqlen` tokens, they are shorter.
 
     Other arguments and errors are those of `calibration_tokens`. `kept` does not change the windows that are drawn from
@@ -106,34 +117,145 @@ def calibration_windows(
     Returns:
         What `calibration_tokens` returns, and int64 (kept, at most seqlen), or None if no window is left.
     """
-    _check_sizes(samples=samples, seqlen=seqlen)
-    if source == "self":
+    mixture = Mixture.parse(source)
+    parts = read_parts(mixture, tokenizer, samples=samples, seqlen=seqlen, seed=seed, kept=kept)
+    if mixture.writes:
         if model is None:
             raise DataError("calibration text 'self' is written by the model, and none was given; pass model=")
-        both = _sample_from(model, tokenizer, samples=samples + kept, seqlen=seqlen, seed=seed, progress=progress)
-        return cast(torch.LongTensor, both[:samples]), cast(torch.LongTensor, both[samples:]) if kept else None
-    tokens = _tokenize(tokenizer, _calibration_text(source))  # (tokens,)
-    _check_length(tokens, seqlen, source)
+        own = written_part(
+            mixture, model, tokenizer, samples=samples, seqlen=seqlen, seed=seed, kept=kept, progress=progress
+        )
+        parts = [part or own for part in parts]
+    return joined(cast(list[Part], parts))
+
+
+def read_parts(
+    mixture: Mixture, tokenizer: PreTrainedTokenizerBase, *, samples: int, seqlen: int, seed: int, kept: int
+) -> list[Part | None]:
+    """The share of each text in `samples` and `kept` windows; None for `self`, which is not read but written.
+
+    Raises:
+        DataError: as `calibration_tokens`.
+    """
+    _check_sizes(samples=samples, seqlen=seqlen)
+    _check_apart(mixture)
+    shares = zip(mixture.sources, mixture.divided(samples), _kept_shares(mixture, kept), strict=True)
+    return [
+        None if source.text == SELF else _read(source.text, tokenizer, count, seqlen, seed, back)
+        for source, count, back in shares
+    ]
+
+
+def written_part(
+    mixture: Mixture,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    kept: int,
+    progress: Progress | None = None,
+) -> Part:
+    """What the model writes of a mixture: the share of `self` in `samples` and `kept` windows."""
+    count = mixture.written(samples)
+    index = [source.text for source in mixture.sources].index(SELF)
+    back = _kept_shares(mixture, kept)[index]
+    both = writing.write(model, tokenizer, samples=count + back, seqlen=seqlen, seed=seed, progress=progress)
+    return Part(both[:count], both[count:] if back else None, WRITTEN)
+
+
+def joined(parts: Sequence[Part]) -> tuple[torch.LongTensor, torch.LongTensor | None]:
+    """The windows of several texts as one batch, each text spread evenly over it, and those kept back likewise.
+
+    The latter are cut to the length of the shortest; None where a text has none.
+    """
+    tokens = _interleaved([part.tokens for part in parts])
+    kept = [part.kept for part in parts if part.kept is not None]
+    if len(kept) < len(parts):
+        return tokens, None
+    length = min(windows.shape[1] for windows in kept)
+    return tokens, _interleaved([windows[:, :length] for windows in kept])
+
+
+def _interleaved(windows: Sequence[torch.Tensor]) -> torch.LongTensor:
+    order = interleaved([len(part) for part in windows])
+    return cast(torch.LongTensor, torch.stack([windows[source][i] for source, i in order]))
+
+
+def _kept_shares(mixture: Mixture, kept: int) -> tuple[int, ...]:
+    return mixture.divided(kept) if kept else (0,) * len(mixture.sources)
+
+
+def _read(source: str, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int, kept: int) -> Part:
+    """Windows of a text that is not written by the model."""
     generator = torch.Generator().manual_seed(seed)
+    pieces = _calibration_pieces(source)
+    if source == "c4":
+        windows, rest = _inside(pieces, tokenizer, samples, seqlen, generator)
+        if windows is not None:
+            return Part(windows, _kept_documents(rest, tokenizer, seqlen, kept, generator), INSIDE)
+        pieces = pieces[:_C4_JOINED_DOCUMENTS]
+    tokens = _tokenize(tokenizer, "\n\n".join(piece.strip() for piece in pieces if piece.strip()))  # (tokens,)
+    _check_length(tokens, seqlen, source)
     starts = torch.randint(len(tokens) - seqlen + 1, (samples,), generator=generator)  # (samples,)
     windows = tokens[starts[:, None] + torch.arange(seqlen)]  # (samples, seqlen)
-    return cast(torch.LongTensor, windows), _kept_back(tokens, starts, seqlen, kept, generator)
+    return Part(windows, _kept_back(tokens, starts, seqlen, kept, generator), ACROSS)
+
+
+def _inside(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, generator: torch.Generator
+) -> tuple[torch.Tensor | None, list[str]]:
+    """A window at random inside each of `count` documents drawn at random, and the documents that were not drawn.
+
+    None where fewer documents have `seqlen` tokens.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for index in torch.randperm(len(documents), generator=generator).tolist():
+        text = documents[index].strip()
+        if len(text.encode()) < seqlen:  # a token is at least a byte
+            continue
+        tokens = _tokenize(tokenizer, text)
+        if len(tokens) >= seqlen:
+            start = int(torch.randint(len(tokens) - seqlen + 1, (1,), generator=generator))
+            found[index] = tokens[start : start + seqlen]
+        if len(found) == count:
+            rest = [document for i, document in enumerate(documents) if i not in found]
+            return torch.stack(list(found.values())), rest
+    return None, documents
+
+
+def _kept_documents(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, seqlen: int, count: int, generator: torch.Generator
+) -> torch.Tensor | None:
+    """A window inside each of `count` documents, as long as there are documents for; None without."""
+    for length in _kept_lengths(seqlen) if count else ():
+        windows, _ = _inside(documents, tokenizer, count, length, generator)
+        if windows is not None:
+            return windows
+    return None
+
+
+def _kept_lengths(seqlen: int) -> Iterator[int]:
+    """Tokens of windows that are kept back, the best first."""
+    length = seqlen
+    while length >= min(_SHORTEST_KEPT, seqlen):
+        yield length
+        length //= 2
 
 
 def _kept_back(
     tokens: torch.Tensor, starts: torch.Tensor, seqlen: int, count: int, generator: torch.Generator
-) -> torch.LongTensor | None:
+) -> torch.Tensor | None:
     """Windows that overlap neither those of `seqlen` tokens at `starts` nor each other; None without room for them."""
-    length = seqlen
-    while count and length >= min(_SHORTEST_KEPT, seqlen):
+    for length in _kept_lengths(seqlen) if count else ():
         taken = [(int(start), seqlen) for start in starts]
         found: list[int] = []
         while len(found) < count and len(free := _free_starts(len(tokens), taken, length)):
             found.append(int(free[torch.randint(len(free), (1,), generator=generator)]))
             taken.append((found[-1], length))
         if len(found) == count:
-            return cast(torch.LongTensor, torch.stack([tokens[start : start + length] for start in found]))
-        length //= 2
+            return torch.stack([tokens[start : start + length] for start in found])
     return None
 
 
@@ -146,18 +268,32 @@ def _free_starts(tokens: int, taken: list[tuple[int, int]], length: int) -> torc
 
 
 def check_source(source: str | Path) -> None:
-    """What can be said of a calibration text at once: nothing is read or fetched.
+    """What can be said of a calibration text, or of each in a mixture, at once: nothing is read or fetched.
 
     Raises:
-        DataError: it is missing, of an unknown kind, or what would fetch it is not installed.
+        DataError: it is missing, of an unknown kind, or what would fetch it is not installed; or a mixture is not one.
     """
-    if source == "self":
-        return
-    file = _file_of(source, "calibration")
-    if file is None:
-        _datasets(str(source))
-    else:
-        _files(file)
+    mixture = Mixture.parse(source)
+    for part in mixture.sources:
+        if part.text == SELF:
+            continue
+        file = _file_of(part.text, "calibration")
+        if file is None:
+            _datasets(part.text)
+        else:
+            _files(file)
+    _check_apart(mixture)
+
+
+def _check_apart(mixture: Mixture) -> None:
+    """No file is of two texts, whose windows might then overlap."""
+    seen: dict[Path, str] = {}
+    for source in mixture.sources if len(mixture.sources) > 1 else ():
+        file = None if source.text == SELF else _file_of(source.text, "calibration")
+        for path in _files(file) if file is not None else ():
+            other = seen.setdefault(path.resolve(), source.text)
+            if other != source.text:
+                raise DataError(f"calibration texts {other} and {source.text} share {path.name}; leave one of them out")
 
 
 def evaluation_windows(
@@ -210,24 +346,32 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------- texts
 
 
-def _calibration_text(source: str | Path) -> str:
+def _calibration_pieces(source: str) -> list[str]:
+    """Lines or documents."""
     file = _file_of(source, "calibration")
-    if file is not None:
-        pieces = [piece for path in _files(file) for piece in _documents(path)]
-    elif source == "wikitext2":
-        pieces = _wikitext("train")
-    else:  # the documents after those that evaluation reads
-        pieces = _c4(_C4_EVALUATION_DOCUMENTS, _C4_EVALUATION_DOCUMENTS + _C4_CALIBRATION_DOCUMENTS)
-    return "\n\n".join(piece.strip() for piece in pieces if piece.strip())
+    if file is None and source == "wikitext2":
+        return _wikitext("train")
+    if file is None:  # the documents after those that evaluation reads
+        return _c4(_C4_EVALUATION_DOCUMENTS, _C4_EVALUATION_DOCUMENTS + _C4_CALIBRATION_DOCUMENTS)
+    if source == "c4":
+        documents = _documents(file)
+        return documents[_evaluated(documents) :]
+    return [piece for path in _files(file) for piece in _documents(path)]
 
 
 def _evaluation_text(source: str | Path) -> str:
     file = _file_of(source, "evaluation")
-    if file is not None:
-        return "\n\n".join(_joined(path) for path in _files(file))
-    if source == "wikitext2":
-        return _join_rows(_wikitext("test"))
-    return " ".join(_c4(0, _C4_EVALUATION_DOCUMENTS))
+    if file is None:
+        return _join_rows(_wikitext("test")) if source == "wikitext2" else " ".join(_c4(0, _C4_EVALUATION_DOCUMENTS))
+    if source == "c4":
+        documents = _documents(file)
+        return " ".join(documents[: _evaluated(documents)])
+    return "\n\n".join(_joined(path) for path in _files(file))
+
+
+def _evaluated(documents: Sequence[str]) -> int:
+    """How many documents of a C4 file are for evaluation: as published, and half of a file that is shorter."""
+    return min(_C4_EVALUATION_DOCUMENTS, -(-len(documents) // 2))
 
 
 def _joined(path: Path) -> str:
@@ -319,125 +463,3 @@ def _download(source: str, path: str, **arguments: object) -> list[str]:
             f"cannot download {source} ({reason}); set FLATQUANT_DATA to a folder that has the text, or calibrate with "
             "--calibration self"
         ) from error
-
-
-# ----------------------------------------------------------------------------------------- text from the model itself
-
-
-@torch.no_grad()
-def _sample_from(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int,
-    seqlen: int,
-    seed: int,
-    progress: Progress | None,
-) -> torch.LongTensor:
-    """Windows cut out of texts that the model writes, sampled at temperature 1 as in LLM-QAT (arXiv 2305.17888).
-
-    What was tried on SmolLM2-135M-Instruct, reading the text:
-
-    * From BOS alone, an instruct model goes on with a chat turn; from its end-of-text token, or from a random token
-      as in LLM-QAT, half of the texts are program code, tables or other languages. A word that opens an English
-      sentence gives prose on one subject after another, but not as the very first token: that one serves the model
-      as an attention sink, and what follows it is noise. So a blank line comes first, after BOS where the tokenizer
-      itself would put one; neither is kept.
-    * The whole distribution at temperature 1 leaves the road after some fifty tokens in a model this small, as each
-      step has a few per cent of chance of a token that no text would have. A nucleus of 0.95 keeps it on. It is
-      taken of the 512 likeliest tokens, since sorting the vocabulary costs a quarter of a step.
-    * A text is 256 tokens, and a window joins as many as it takes, as windows of real text join articles: many short
-      texts in one batch cost a fraction of a few long ones, and are more diverse.
-    * Special tokens, end of text among them, are never drawn, so that every text is full.
-
-    On the CPU a half-precision model writes with a float32 copy of itself: six times as fast without bf16 units.
-    Raises DataError if the logits are not finite.
-    """
-    device = torch.device(model.device)
-    if device.type == "cpu" and model.dtype != torch.float32:
-        model = copy.deepcopy(model).float()
-    length = min(_TEXT_TOKENS, seqlen)
-    texts = -(-samples * seqlen // length)
-    generator = torch.Generator(device).manual_seed(seed)
-    openings = _opening_tokens(tokenizer, texts, seed).to(device)  # (texts,)
-    preamble = _preamble(tokenizer)
-    banned = _banned(model, tokenizer, device)  # (ids,)
-    done, out = 0, []
-    for first in openings.split(_rows_at_once(model, length + len(preamble))):  # (rows,)
-        prefix = torch.tensor(preamble, dtype=torch.int64, device=device).expand(len(first), -1)  # (rows, prefix)
-        columns = [first]
-        step, cache = torch.cat([prefix, first[:, None]], dim=1), DynamicCache(config=model.config)
-        while len(columns) < length:
-            logits = model(input_ids=step, use_cache=True, logits_to_keep=1, **{seams.CACHE: cache}).logits[:, -1]
-            columns.append(_draw(logits.float().index_fill(1, banned, -torch.inf), generator))  # (rows,)
-            step = columns[-1][:, None]  # (rows, 1)
-            if progress is not None:
-                progress(done + len(first) * len(columns), texts * length)
-        done += len(first) * length
-        out.append(torch.stack(columns, dim=1).cpu())  # (rows, length)
-    tokens = torch.cat(out).flatten()[: samples * seqlen]
-    return cast(torch.LongTensor, tokens.view(samples, seqlen))  # (samples, seqlen)
-
-
-def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One token a row from the nucleus of (rows, vocab) float32 logits."""
-    top, index = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=1)  # (rows, candidates), descending
-    if not bool(torch.isfinite(top[:, 0]).all()):
-        raise DataError("the model's logits are not finite, so it cannot write calibration text; load it in float32")
-    chance = (top - logits.logsumexp(dim=1, keepdim=True)).exp()  # of the whole vocabulary, not of the candidates
-    chance = chance.masked_fill(chance.cumsum(dim=1) - chance > _NUCLEUS, 0.0)  # the first token always stays
-    return index.gather(1, torch.multinomial(chance, 1, generator=generator))[:, 0]
-
-
-def _opening_tokens(tokenizer: PreTrainedTokenizerBase, texts: int, seed: int) -> torch.Tensor:
-    """The first tokens of words that open sentences, in random order, over and over."""
-    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in _OPENINGS]
-    first = torch.tensor([word[0] for word in cast(list[list[int]], ids) if word], dtype=torch.int64)  # (words,)
-    generator = torch.Generator().manual_seed(seed)
-    rounds = [first[torch.randperm(len(first), generator=generator)] for _ in range(-(-texts // len(first)))]
-    return torch.cat(rounds)[:texts]  # (texts,)
-
-
-def _preamble(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands before a text and is not kept: BOS where the tokenizer puts one, and a blank line."""
-    blank = cast(list[int], tokenizer(_PREAMBLE, add_special_tokens=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    ids = cast(list[int], tokenizer("a")["input_ids"])
-    return [bos, *blank] if isinstance(bos, int) and ids[:1] == [bos] else blank
-
-
-def _banned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> torch.Tensor:
-    """Ids that are never drawn: special tokens, ends of text, and embedding rows that no token has."""
-    config = model.config.get_text_config()
-    vocab = config.vocab_size
-    ids = set(tokenizer.all_special_ids) | set(range(len(tokenizer), vocab))
-    ids |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for end in (config.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None):
-        ids.update([end] if isinstance(end, int) else end or ())
-    return torch.tensor(sorted(index for index in ids if index < vocab), dtype=torch.int64, device=device)  # (ids,)
-
-
-def writing_bytes(model: PreTrainedModel, device: torch.device, samples: int, seqlen: int) -> int:
-    """What writing calibration text takes on a device besides the model, counted from shapes."""
-    length = min(_TEXT_TOKENS, seqlen)
-    rows = min(-(-samples * seqlen // length), _rows_at_once(model, length))
-    config = model.config.get_text_config()
-    copied = device.type == "cpu" and model.dtype != torch.float32
-    item = torch.float32.itemsize if copied else model.dtype.itemsize
-    cache = rows * _cache_row(model, length) * item
-    logits = 4 * 4 * rows * config.vocab_size  # the head's, in float32, without what is banned, and in exponentials
-    return cache + logits + (item * sum(p.numel() for p in model.parameters()) if copied else 0)
-
-
-def _cache_row(model: PreTrainedModel, length: int) -> int:
-    """Numbers in the KV cache of a row."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * length
-
-
-def _rows_at_once(model: PreTrainedModel, length: int) -> int:
-    """Rows whose KV cache stays within 8 GiB; a rule without the machine in it, so that a seed means one text."""
-    row = _cache_row(model, length) * model.dtype.itemsize
-    return max(1, min(_MAX_ROWS, _CACHE_BYTES // row))

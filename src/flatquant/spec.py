@@ -636,10 +636,14 @@ class BranchSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """How much calibration text: `samples` windows of `seqlen` tokens."""
+    """Calibration text: `samples` windows of `seqlen` tokens, of `text` where a run is given no other.
+
+    `text` is written as for `flatquant.data.calibration_tokens`.
+    """
 
     samples: int = 128
     seqlen: int = 2048
+    text: str = "wikitext2"
 
     def __post_init__(self) -> None:
         _check(self.samples >= 1 and self.seqlen >= 2, f"{self.samples} x {self.seqlen} tokens: too few to calibrate")

@@ -286,7 +286,7 @@ def test_what_a_user_is_told_is_within_a_quarter_of_what_the_process_takes(case:
 def test_a_run_that_writes_its_text_is_told_the_memory_for_it() -> None:
     model = tiny_llama(hidden=64, intermediate=160, vocab=65536, dtype=torch.bfloat16)
     recipe = quick("w4a4kv4", samples=8, seqlen=64)
-    plain, writes = counted(model, recipe), counted(model, recipe, writes_text=True)
+    plain, writes = counted(model, recipe), counted(model, recipe, written=8)
     copied = 4 * sum(p.numel() for p in model.parameters())
     assert writes.host > copied + 2 * copied // 4
     assert writes.host > plain.host

@@ -27,12 +27,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flatquant.calibrate.activations import Place
-from flatquant.data import writing_bytes
 from flatquant.errors import CalibrationError, SpecError
 from flatquant.spec import BlockPlan, Plan, Recipe
 from flatquant.wiring.arch import submodule
 from flatquant.wiring.plan import rotates_residual
 from flatquant.wiring.residual import ROWS
+from flatquant.writing import writing_bytes
 
 FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
 MOST_TOGETHER = 6  # blocks, for their memory
@@ -219,7 +219,7 @@ def estimate(
     streamed: bool = False,
     side_by_side: int | None = None,
     windows: int | None = None,
-    writes_text: bool = False,
+    written: int = 0,
 ) -> Estimate:
     """Count what a run will need, and lay it out within limits.
 
@@ -228,7 +228,7 @@ def estimate(
         dtype: of the fit's products.
         limits: what is not given is what is free now.
         side_by_side, windows: fixed, where given.
-        writes_text: the model writes the calibration text before anything else; no limit holds for that.
+        written: calibration windows that the model writes before anything else; no limit holds for that.
 
     Raises:
         CalibrationError: a given limit is less than the least that the run needs.
@@ -255,7 +255,7 @@ def estimate(
             continue  # blocks side by side read one another's rows: they would be brought twice
         least = count.layout(place, w, k)
         if _within(least.device, device_limit) and _within(least.host, host_limit):
-            return count.with_text(least) if writes_text else least
+            return count.with_text(least, written) if written else least
     assert least is not None
     # What is free is taken as a wish: an estimate must not stop a run that might go well.
     if not (_within(least.device, limits.device) and _within(least.host, limits.host)):
@@ -339,10 +339,10 @@ class _Count:
             shared=not self.fused,
         )
 
-    def with_text(self, layout: Estimate) -> Estimate:
-        """The same layout, of a run whose text the model writes first."""
+    def with_text(self, layout: Estimate, written: int) -> Estimate:
+        """The same layout, of a run that has the model write so many windows first."""
         assert self.shape is not None
-        size = writing_bytes(self.model, self.device, *self.shape)
+        size = writing_bytes(self.model, self.device, written, self.shape[1])
         whole = self.ends + sum(s.stored for s in self.sizes)
         if self.fused:
             return replace(layout, device=max(layout.device, whole + size))

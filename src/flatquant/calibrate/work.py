@@ -29,14 +29,14 @@ def work(
     recipe: Recipe,
     shape: tuple[int, int] | None,
     *,
-    writes_text: bool = False,
+    written: int = 0,
     saves: bool = True,
 ) -> dict[str, float]:
     """The cost of every stage that the run will have, by its name in progress.
 
     Args:
         shape: of the calibration tokens, (N, T); None for a recipe that reads none.
-        writes_text: the model writes them.
+        written: how many of the windows the model writes.
         saves: to a folder.
     """
     blocks = list(submodule(model, plan.blocks_path).children())
@@ -47,8 +47,8 @@ def work(
     tokens = 0 if shape is None else shape[0] * shape[1]
     forward = weights * tokens
     found: dict[str, float] = {"hash": _A_BYTE_HASHED * stored, "fold": _A_WEIGHT_FOLDED * weights}
-    if writes_text:
-        found["text"] = _A_TOKEN_WRITTEN * tokens * (weights + head)
+    if written and shape is not None:
+        found["text"] = _A_TOKEN_WRITTEN * written * shape[1] * (weights + head)
     if recipe.needs_data:
         second = recipe.fit is not None and recipe.fit.both_targets
         found |= {"capture": 50 * tokens * hidden, "full precision": forward * (2 if second else 1)}

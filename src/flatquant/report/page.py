@@ -17,6 +17,7 @@ from flatquant import store
 from flatquant.errors import FlatQuantError
 from flatquant.grade import BOUNDS, DESTROYED, blamed, measured_on, tried
 from flatquant.grade import number as told
+from flatquant.mixture import calibrated_on
 from flatquant.report import plots
 from flatquant.report.plots import number
 
@@ -361,7 +362,7 @@ def _reproduce(inspection: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     facts = {
         "content hash": inspection.get("content_hash"),
         "model": _at(report, "model", "sha256"),
-        "calibration": _at(report, "data", "source"),
+        "calibration": calibrated_on(report.get("data")) or None,
         "calibration tokens (sha256)": _at(report, "data", "sha256"),
         "seed": report.get("seed"),
         "device": report.get("device"),

@@ -579,8 +579,8 @@ class Inspection:
             with an offset need, if all layers turn by the same; `kv_bytes_per_token_16bit` of a plain cache.
         damaged: files that are missing or differ from their hash; empty for a whole folder. Numbers are then of the
             tensors whose files can still be read.
-        report: `flatquant_report.json` without its lists (their lengths instead), the verdict in full; None if it is
-            missing.
+        report: `flatquant_report.json` without its lists (their lengths instead), with calibration text and verdict in
+            full; None if it is missing.
     """
 
     scheme: str
@@ -683,4 +683,4 @@ def _summary(data: Mapping[str, Any]) -> dict[str, Any]:
             return {k: short(v) for k, v in value.items()}
         return len(value) if isinstance(value, list) else value
 
-    return {k: v if k == "verdict" else short(v) for k, v in data.items()}
+    return {k: v if k in ("data", "verdict") else short(v) for k, v in data.items()}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flatquant.grade import readable
+from flatquant.mixture import calibrated_on
 
 _USE = """```python
 import flatquant  # registers the format; without it transformers refuses to load this model
@@ -110,10 +111,8 @@ def _transforms(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _data(report: Mapping[str, Any]) -> dict[str, str]:
-    data = _dict(report, "data")
-    if not data:
-        return {}
-    return {"calibration": f"{data.get('source')}, {data.get('samples')} windows of {data.get('seqlen')} tokens"}
+    text = calibrated_on(report.get("data"))
+    return {"calibration": text} if text else {}
 
 
 def _versions(report: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,293 @@
+"""Calibration text that the model writes itself: `self`.
+
+Texts begin with prompts of many topics and forms. A chat model gets them as a user's turn through its own template, and
+answers; its windows hold whole conversations, special tokens included, as in use. Any other model goes on from a
+heading and the first word of a sentence.
+
+Tokens are sampled at temperature 1, as in LLM-QAT (arXiv 2305.17888). What was tried on SmolLM2-135M-Instruct, without
+its template, reading the text:
+
+* From BOS alone, an instruct model goes on with a chat turn; from its end-of-text token, or from a random token as in
+  LLM-QAT, half of the texts are program code, tables or other languages. A word that opens an English sentence gives
+  prose on one subject after another, but not as the very first token: that one serves the model as an attention sink,
+  and what follows it is noise. So a blank line comes first, after BOS where the tokenizer itself would put one; neither
+  is kept.
+* The whole distribution at temperature 1 leaves the road after some fifty tokens in a model this small, as each step
+  has a few per cent of chance of a token that no text would have. A nucleus of 0.95 keeps it on. It is taken of the 512
+  likeliest tokens, since sorting the vocabulary costs a quarter of a step.
+* A text is 256 tokens, and a window joins as many as it takes, as windows of real text join articles: many short texts
+  in one batch cost a fraction of a few long ones, and are more diverse.
+* Special tokens are never drawn, but for the end of a chat model's turn. After it another conversation begins, so that
+  every text is full.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from typing import Any, cast
+
+import torch
+from jinja2 import TemplateError
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from flatquant import seams
+from flatquant.errors import DataError
+
+Progress = Callable[[int, int], None]
+
+_TEXT_TOKENS = 256
+_REPLY_TOKENS = 128  # room for a reply after the longest prompt, where a template's own words are long
+_NUCLEUS = 0.95
+_CANDIDATES = 512
+_CACHE_BYTES = 8 << 30
+_MAX_ROWS = 256
+_PREAMBLE = "\n\n"
+_REPLY = "reply"  # stands for one, to see what a template puts after it
+
+_TOPICS = """
+the history of bridges; how vaccines work; sorting a list of numbers; a stormy night at sea; baking bread; black
+holes; the rules of chess; learning a second language; a small town newspaper; electric cars; the French Revolution;
+gardening in spring; prime numbers; a job interview; coral reefs; how a bill becomes law; jazz music; healthy sleep;
+photography; a detective and a missing painting; database indexes; the water cycle; football tactics; paying off a
+debt; the Silk Road; the human heart; a trip to Japan; volcanoes; writing a cover letter; the theory of evolution; a
+painting robot; bicycle repair; inflation and interest rates; Shakespeare's plays; an argument between neighbours;
+solar panels; parsing text files; ancient Egypt; raising a puppy; probability and dice; a lighthouse keeper's diary;
+tea and coffee; wildfires; the printing press; a web page for a bakery; muscles and exercise; migration of birds;
+court trials; the moon landing; cooking rice; climbing a mountain; encryption; a family dinner; antibiotics; the stock
+market; folk tales; architecture of cathedrals; recycling plastic; a lost phone; space telescopes; fractions and
+percentages; rivers of Africa; fashion of the 1920s; teaching children to read
+"""
+_REQUESTS = (
+    "Explain {} to a beginner.",
+    "Write a short story about {}.",
+    "What are the most important facts about {}?",
+    "Write a program that has to do with {}, and say how it works.",
+    "Write a conversation between two people about {}.",
+    "Give step-by-step advice on {}.",
+    "Write a news report about {}.",
+    "What do people often get wrong about {}?",
+    "Make up a question about {} that needs some calculation, and solve it.",
+    "Compare different views on {}.",
+    "I have to give a talk about {}. Help me with an outline.",
+)
+_OPENINGS = ("The", "This", "These", "There", "They", "We", "When", "While", "Where", "What", "If", "Although")
+_OPENINGS += ("Because", "Since", "Before", "After", "During", "Despite", "According", "However", "Many", "Most")
+_OPENINGS += ("Some", "Several", "People", "Children", "Students", "Scientists", "Today", "Early")
+
+
+@dataclass(frozen=True)
+class _Script:
+    """How texts go: what each begins with, what is not kept of it, and what follows the end of a turn.
+
+    `prompts` are token ids in random order, every topic once before any comes again. `ends` are the tokens with which a
+    model ends its turn, and `closing` is the template's end of a turn; both are empty without a template.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    preamble: int  # tokens at the beginning of a text that are not kept
+    ends: frozenset[int]
+    closing: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text that are kept."""
+        return max(_TEXT_TOKENS, max(map(len, self.prompts)) - self.preamble + _REPLY_TOKENS)
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> torch.LongTensor:
+    """Windows cut out of texts that the model writes: int64 token ids on the CPU, (samples, seqlen).
+
+    On the CPU a half-precision model writes with a float32 copy of itself: six times as fast without bf16 units. The
+    same seed gives the same prompts, and on the same kind of device the same text.
+
+    Raises:
+        DataError: the logits are not finite, or the tokenizer's chat template refuses a user's turn.
+    """
+    device = torch.device(model.device)
+    if device.type == "cpu" and model.dtype != torch.float32:
+        model = copy.deepcopy(model).float()
+    script = _script(model, tokenizer, seed)
+    texts = -(-samples * seqlen // script.length)
+    generator = torch.Generator(device).manual_seed(seed)
+    banned = _banned(model, tokenizer, script.ends, device)  # (ids,)
+    supply = cycle(script.prompts)
+    rows = _rows_at_once(model, script.length + script.preamble)
+    out: list[torch.Tensor] = []
+    for first in range(0, texts, rows):
+        count = min(rows, texts - first)
+        said = None if progress is None else _counting(progress, first * script.length, count, texts * script.length)
+        out.append(_written(model, script, count, supply, banned, generator, said))
+    tokens = torch.cat(out).flatten()[: samples * seqlen]
+    return cast(torch.LongTensor, tokens.view(samples, seqlen))  # (samples, seqlen)
+
+
+def _counting(progress: Progress, before: int, rows: int, total: int) -> Callable[[int], None]:
+    return lambda columns: progress(before + rows * columns, total)
+
+
+@torch.no_grad()
+def _written(
+    model: PreTrainedModel,
+    script: _Script,
+    rows: int,
+    supply: Iterator[Sequence[int]],
+    banned: torch.Tensor,
+    generator: torch.Generator,
+    progress: Callable[[int], None] | None,
+) -> torch.Tensor:
+    """So many texts, written side by side: int64 on the CPU, (rows, length).
+
+    Prompts differ in length, and there is no padding: a row that is still in its prompt takes the next token from there
+    instead of the one drawn.
+    """
+    waiting = [deque(prompt) for prompt in islice(supply, rows)]  # tokens that a row has yet to take
+    together = min(map(len, waiting))
+    columns = [[row.popleft() for row in waiting] for _ in range(together)]
+    step = torch.tensor(columns, dtype=torch.int64, device=model.device).T  # (rows, together)
+    cache = DynamicCache(config=model.config)
+    while len(columns) < script.preamble + script.length:
+        logits = model(input_ids=step, use_cache=True, logits_to_keep=1, **{seams.CACHE: cache}).logits[:, -1]
+        drawn = _draw(logits.float().index_fill(1, banned, -torch.inf), generator)  # (rows,)
+        columns.append([_taken(token, row, script, supply) for token, row in zip(drawn.tolist(), waiting, strict=True)])
+        step = torch.tensor(columns[-1], dtype=torch.int64, device=model.device)[:, None]  # (rows, 1)
+        if progress is not None:
+            progress(len(columns) - script.preamble)
+    return torch.tensor(columns[script.preamble :], dtype=torch.int64).T  # (rows, length)
+
+
+def _taken(drawn: int, waiting: deque[int], script: _Script, supply: Iterator[Sequence[int]]) -> int:
+    """A row's next token. After the end of a turn, another conversation waits."""
+    if waiting:
+        return waiting.popleft()
+    if drawn in script.ends:
+        rest = script.closing[1:] if script.closing[:1] == (drawn,) else ()
+        waiting.extend(chain(rest, next(supply)))
+    return drawn
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token a row from the nucleus of (rows, vocab) float32 logits."""
+    top, index = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=1)  # (rows, candidates), descending
+    if not bool(torch.isfinite(top[:, 0]).all()):
+        raise DataError("the model's logits are not finite, so it cannot write calibration text; load it in float32")
+    chance = (top - logits.logsumexp(dim=1, keepdim=True)).exp()  # of the whole vocabulary, not of the candidates
+    chance = chance.masked_fill(chance.cumsum(dim=1) - chance > _NUCLEUS, 0.0)  # the first token always stays
+    return index.gather(1, torch.multinomial(chance, 1, generator=generator))[:, 0]
+
+
+# --------------------------------------------------------------------------------------------------------- prompts
+
+
+def _script(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> _Script:
+    """Of a chat model, conversations by its template; of any other, prose."""
+    generator = torch.Generator().manual_seed(seed)
+    topics = " ".join(_TOPICS.split()).split("; ")
+    if not tokenizer.chat_template:
+        heads = [f"{topic[0].upper()}{topic[1:]}\n\n" for topic in topics]
+        texts = [head + word for head, word in _pairs(heads, _OPENINGS, generator)]
+        preamble = _preamble(tokenizer)
+        return _Script(tuple((*preamble, *_ids(tokenizer, text)) for text in texts), len(preamble), frozenset(), ())
+    asked = [request.format(topic) for topic, request in _pairs(topics, _REQUESTS, generator)]
+    prompts = tuple(_ids(tokenizer, _rendered(tokenizer, [("user", text)])) for text in asked)
+    whole = _rendered(tokenizer, [("user", asked[0]), ("assistant", _REPLY)])
+    closing = _ids(tokenizer, whole.rpartition(_REPLY)[2])
+    special = _special_ids(tokenizer).intersection(closing[:1])
+    return _Script(prompts, 0, frozenset(_end_ids(model) | special), closing)
+
+
+def _pairs(topics: Sequence[str], forms: Sequence[str], generator: torch.Generator) -> list[tuple[str, str]]:
+    """Every topic with every form, in random order: a round has each topic once, and all forms about as often."""
+    order: list[int] = torch.randperm(len(topics), generator=generator).tolist()
+    turn: list[int] = torch.randperm(len(forms), generator=generator).tolist()
+    rounds = range(len(forms))
+    return [(topics[t], forms[turn[(i + shift) % len(turn)]]) for shift in rounds for i, t in enumerate(order)]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
+    """A conversation by the chat template, up to where the model's turn begins if the user's is the last."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=turns[-1][0] == "user")
+    except (TemplateError, ValueError, TypeError, KeyError) as error:  # what a template may raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"the tokenizer's chat template refuses a turn ({reason}); set tokenizer.chat_template to None for prose"
+        ) from error
+    return cast(str, text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _preamble(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What stands before a text and is not kept: BOS where the tokenizer puts one, and a blank line."""
+    blank = _ids(tokenizer, _PREAMBLE)
+    bos = tokenizer.bos_token_id
+    ids = cast(list[int], tokenizer("a")["input_ids"])
+    return (bos, *blank) if isinstance(bos, int) and ids[:1] == [bos] else blank
+
+
+def _end_ids(model: PreTrainedModel) -> set[int]:
+    """Tokens that end a text, or a turn."""
+    found: set[int] = set()
+    for end in (
+        model.config.get_text_config().eos_token_id,
+        model.generation_config.eos_token_id if model.generation_config else None,
+    ):
+        found.update([end] if isinstance(end, int) else end or ())
+    return found
+
+
+def _banned(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], device: torch.device
+) -> torch.Tensor:
+    """Ids that are never drawn: special tokens, ends of text, and embedding rows that no token has, but not `ends`."""
+    vocab = model.config.get_text_config().vocab_size
+    ids = _special_ids(tokenizer) | set(range(len(tokenizer), vocab)) | _end_ids(model)
+    return torch.tensor(sorted(i for i in ids - ends if i < vocab), dtype=torch.int64, device=device)  # (ids,)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def writing_bytes(model: PreTrainedModel, device: torch.device, samples: int, seqlen: int) -> int:
+    """What writing calibration text takes on a device besides the model, counted from shapes."""
+    rows = min(-(-samples * seqlen // _TEXT_TOKENS), _rows_at_once(model, _TEXT_TOKENS))
+    config = model.config.get_text_config()
+    copied = device.type == "cpu" and model.dtype != torch.float32
+    item = torch.float32.itemsize if copied else model.dtype.itemsize
+    cache = rows * _cache_row(model, _TEXT_TOKENS) * item
+    logits = 4 * 4 * rows * config.vocab_size  # the head's, in float32, without what is banned, and in exponentials
+    return cache + logits + (item * sum(p.numel() for p in model.parameters()) if copied else 0)
+
+
+def _cache_row(model: PreTrainedModel, length: int) -> int:
+    """Numbers in the KV cache of a row."""
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * length
+
+
+def _rows_at_once(model: PreTrainedModel, length: int) -> int:
+    """Rows whose KV cache stays within 8 GiB; a rule without the machine in it, so that a seed means one text."""
+    row = _cache_row(model, length) * model.dtype.itemsize
+    return max(1, min(_MAX_ROWS, _CACHE_BYTES // row))
