@@ -35,7 +35,6 @@ from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.cost import online_flops
 
 _COLUMNS = (
-    ("KL", "kl", "{:.4f}"),
     ("top-1", "top1", "{:.1%}"),
     ("seconds", "seconds", "{:,.0f}"),
     ("peak memory, MB", "peak_bytes", "{:,.0f}"),
@@ -53,22 +52,27 @@ class Settings:
 
     Attributes:
         model: a name that `models.load_model` takes.
-        calibration: of the methods that read text; see `api.quantize`.
+        calibration: of the methods that read text, as for `api.quantize`; None is each recipe's own.
         perplexity: texts to measure on; windows of `window` tokens, at most `windows` of each (None: all).
-        divergence_windows: KL divergence from the original is measured on so many windows of the first text, whose
-            logits are kept in memory.
+        divergence_windows: KL divergence from the original is measured on so many windows of each text. The original's
+            logits are kept in memory, two bytes for each token of them and each of the vocabulary.
         evaluation_batch: windows at a time.
+        tasks: zero-shot tasks, `task_limit` questions of each (None: all).
+        verdict: also have each run measure itself on text that it kept back.
         samples, seqlen, epochs, batch_size: instead of the recipes', where they have such a setting.
     """
 
     model: str
-    calibration: str = "wikitext2"
+    calibration: str | None = None
     preset: str = "reference"
     perplexity: tuple[str, ...] = ("wikitext2",)
     windows: int | None = None
     window: int = 2048
     divergence_windows: int = 8
     evaluation_batch: int = 1
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    verdict: bool = False
     samples: int | None = None
     seqlen: int | None = None
     epochs: int | None = None
@@ -80,7 +84,8 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, JSON-ready."""
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        fields = {**vars(self), "device": device.type, "perplexity": list(self.perplexity), "dtype": str(self.dtype)}
+        lists = {"perplexity": list(self.perplexity), "tasks": list(self.tasks)}
+        fields = {**vars(self), **lists, "device": device.type, "dtype": str(self.dtype)}
         return fields | {"flatquant": __version__, "torch": torch.__version__}
 
     def recipe(self, method: str, scheme: str) -> Recipe:
@@ -203,15 +208,15 @@ class Bench:
         }
 
     @cached_property
-    def held_out(self) -> Tensor:
-        """Windows that divergence is measured on."""
-        return next(iter(self.texts.values()))[: self.settings.divergence_windows]
+    def held_out(self) -> dict[str, Tensor]:
+        """The windows of each text that divergence is measured on."""
+        return {source: ids[: self.settings.divergence_windows] for source, ids in self.texts.items()}
 
     @cached_property
-    def logits(self) -> list[Tensor]:
+    def logits(self) -> dict[str, list[Tensor]]:
         """What the original says about `held_out`."""
-        batch = self.settings.evaluation_batch
-        return evaluate.reference_logits(self._load_original()[0], self.held_out, batch_size=batch)
+        model, batch = self._load_original()[0], self.settings.evaluation_batch
+        return {s: evaluate.reference_logits(model, ids, batch_size=batch) for s, ids in self.held_out.items()}
 
     def _load_original(self) -> tuple[Any, Any]:
         model, tokenizer = self._load()
@@ -242,10 +247,11 @@ class Bench:
         return row
 
     def _measure_original(self) -> dict[str, Any]:
-        model, _ = self._load_original()
+        model, tokenizer = self._load_original()
         geometry = Geometry.of(model.config)
         return {
             "perplexity": self._perplexity(model, "original"),
+            **self._tasks(model, tokenizer),
             "bits_per_weight": 16.0,
             "bytes_per_token": 2 * (sum(p.numel() for p in model.parameters()) - _looked_up(model).numel()),
             "kv_bytes_per_token": 4 * model.config.num_hidden_layers * geometry.kv_heads * geometry.head_dim,
@@ -272,12 +278,14 @@ class Bench:
             seed=settings.seed,
             resume=True,
             progress=lambda stage, done, total: self.say(f"{label}: {stage}", done, total),
-            verdict=False,  # every row is measured on test text
+            verdict=settings.verdict,  # every row is measured on test text too
         )
         peak = _peak(self.device)
         found = artifact.inspect(folder)
         timing = made.report["timing"]
         row = {
+            "calibration": (made.report["data"] or {}).get("source"),
+            **({} if made.verdict is None else {"verdict": made.verdict}),
             "seconds": timing["total"],
             "stages": timing["seconds"],
             "peak_bytes": peak,
@@ -290,7 +298,8 @@ class Bench:
         del model, made
         _free()
         model = artifact.load(folder, device=self.device, dtype=self.dtype)
-        row = {"perplexity": self._perplexity(model, label), **self._divergence(model, label), **row}
+        quality = {**self._divergence(model, label), **self._tasks(model, tokenizer)}
+        row = {"perplexity": self._perplexity(model, label), **quality, **row}
         del model
         _free()
         shutil.rmtree(folder, ignore_errors=True)
@@ -307,15 +316,24 @@ class Bench:
             for source, ids in self.texts.items()
         }
 
-    def _divergence(self, model: Any, label: str) -> dict[str, float]:
-        far = evaluate.divergence_from_logits(
-            model,
-            self.logits,
-            self.held_out,
-            batch_size=self.settings.evaluation_batch,
-            progress=lambda done, total: self.say(f"{label}: divergence", done, total),
-        )
-        return {"kl": far.kl, "top1": far.top1}
+    def _divergence(self, model: Any, label: str) -> dict[str, Any]:
+        """Of each text; `kl` and `top1` are those of the first."""
+        found: dict[str, dict[str, float]] = {}
+        for source, ids in self.held_out.items():
+            far = evaluate.divergence_from_logits(
+                model,
+                self.logits[source],
+                ids,
+                batch_size=self.settings.evaluation_batch,
+                progress=lambda done, total, s=source: self.say(f"{label}: divergence on {s}", done, total),
+            )
+            found[Path(source).name] = {"kl": far.kl, "top1": far.top1}
+        return {**next(iter(found.values())), "divergence": found}
+
+    def _tasks(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        if not self.settings.tasks:
+            return {}
+        return {"tasks": evaluate.zero_shot(model, tokenizer, self.settings.tasks, limit=self.settings.task_limit)}
 
 
 def _flops(made: api.Quantized) -> int:
@@ -370,14 +388,15 @@ def write_outputs(result: dict[str, Any], output: Path, *, plot: bool) -> None:
 def cells(result: dict[str, Any]) -> list[list[str]]:
     """The rows as text under a header; a row that was refused shows why, and is shorter."""
     texts = list(result["original"].get("perplexity", {}))
-    header = ["scheme", "method", *(f"perplexity, {t}" for t in texts), *(title for title, _, _ in _COLUMNS)]
-    lines = [header]
+    header = ["scheme", "method", "calibrated on", *(f"perplexity, {t}" for t in texts)]
+    lines = [[*header, *(f"KL, {t}" for t in texts), *(title for title, _, _ in _COLUMNS)]]
     for row in [{"scheme": "-", "method": "original", **result["original"]}, *result["rows"]]:
         if "error" in row:
             lines.append([row["scheme"], row["method"], row["error"]])
             continue
-        line = [row["scheme"], row["method"]]
+        line = [row["scheme"], row["method"], row.get("calibration") or "-"]
         line += [f"{row['perplexity'][t]:.2f}" for t in texts]
+        line += [f"{row['divergence'][t]['kl']:.4f}" if "divergence" in row else "-" for t in texts]
         for _, key, form in _COLUMNS:
             value = row.get(key)
             line.append("-" if value is None else form.format(value / 1e6 if key in _MEGA else value))
