@@ -40,7 +40,7 @@ from flatquant.compare import Bench, Settings
 from flatquant.errors import FlatQuantError
 from flatquant.models import load_model
 from flatquant.recipes import RECIPES, recipe
-from flatquant.spec import DataSpec, Recipe, Scheme, to_dict
+from flatquant.spec import Recipe, Scheme, to_dict
 
 NAME = "compare-smollm2"
 SEED = 0
@@ -118,7 +118,8 @@ def tiny(made: Recipe) -> Recipe:
         fit = dataclasses.replace(fit, epochs=1, batch_size=2)
     if end_to_end is not None:
         end_to_end = dataclasses.replace(end_to_end, steps=2, batch_size=2)
-    return dataclasses.replace(made, fit=fit, end_to_end=end_to_end, data=DataSpec(samples=4, seqlen=32))
+    data = dataclasses.replace(made.data, samples=4, seqlen=32)
+    return dataclasses.replace(made, fit=fit, end_to_end=end_to_end, data=data)
 
 
 class Original:

@@ -1,0 +1,225 @@
+"""What each rung of accuracy costs and gives, on any model: rtn, quarot, spinquant, reference and best, by scheme.
+
+    python -m benchmarks.ladder smollm2-135m
+    python -m benchmarks.ladder ./Qwen2.5-Coder-1.5B-Instruct --texts code.jsonl --tasks all
+
+A model is whatever `flatquant quantize` takes; each has a results file of its own, `ladder-NAME.json`. A row has
+perplexity and KL divergence from the original on every text, the seconds and the peak memory of its run, the verdict,
+and zero-shot scores if tasks are asked for. It is measured on the folder that was written, read back
+(`flatquant.compare`), and is kept as soon as it is there: rows that a results file holds, by the same settings, are not
+made again (`--again` does). A pair that a method refuses is a row that says why.
+
+Every recipe is calibrated on its own text unless `--calibration` names one. Texts are WikiText-2's test text, documents
+of C4 that calibration does not read, and files; with `--windows`, so many windows of each count for perplexity, and
+with `--divergence-windows`, so many for KL divergence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, commit, environment, read_samples, write_result
+from benchmarks.compare_smollm2 import Original, tiny
+from flatquant.compare import Bench, Settings
+from flatquant.errors import FlatQuantError, QualityWarning
+from flatquant.evaluate import TASKS
+from flatquant.mixture import Mixture
+from flatquant.recipes import RECIPES, recipe
+from flatquant.spec import Recipe, Scheme, to_dict
+
+# Rungs that are not a method by its reference preset.
+PRESETS = {"reference": ("flatquant", "reference"), "best": ("flatquant", "best"), "quick": ("flatquant", "quick")}
+RUNGS = ("rtn", "quarot", "spinquant", "reference", "best")
+SCHEMES = ("w4a4kv4", "w4a16", "w16a16kv4")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row."""
+
+    rung: str
+    scheme: str
+    seed: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What a row is known by, besides its settings."""
+        return {"rung": self.rung, "scheme": str(Scheme.parse(self.scheme)), "seed": self.seed}
+
+    def recipe(self) -> Recipe:
+        """A method by its reference preset, or one of `PRESETS`.
+
+        Raises:
+            SpecError: the method does not take the scheme.
+        """
+        method, preset = PRESETS.get(self.rung, (self.rung, "reference"))
+        return recipe(method, self.scheme, preset)
+
+
+def measure(
+    jobs: list[Job],
+    base: Settings,
+    load: Callable[[], Any],
+    path: Path,
+    *,
+    again: bool = False,
+    prepare: Callable[[Recipe], Recipe] = lambda made: made,
+) -> None:
+    """Make the rows that `path` does not hold yet by these settings, or all of them `again`.
+
+    Args:
+        base: settings of all rows; the seed is each job's own.
+        load: gives the original anew.
+        prepare: changes every recipe.
+    """
+    shared = measured_by(base)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rows").mkdir()
+        bench = Bench(base, Path(folder), load=load)
+        for job in jobs:
+            known = {**job.key, "settings": shared}
+            there = read_samples(path)
+            others = [s for s in there if any(s[name] != value for name, value in known.items())]
+            if len(others) < len(there) and not again:
+                continue
+            bench.settings = dataclasses.replace(base, seed=job.seed)
+            row = {**known, **measured(bench, job, prepare), "original": bench.original(), "commit": commit()}
+            shown = ("rung", "scheme", "seed", "perplexity", "divergence", "seconds", "error")
+            print({name: row[name] for name in shown if name in row}, flush=True)
+            write(path, [*others, row])
+
+
+def measured(bench: Bench, job: Job, prepare: Callable[[Recipe], Recipe]) -> dict[str, Any]:
+    """A row's content, or why there is none."""
+    start = time.perf_counter()
+    try:
+        made = prepare(job.recipe())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QualityWarning)  # the row has the verdict
+            row = bench.measure(made) | {"recipe": to_dict(made)}
+    except (FlatQuantError, torch.OutOfMemoryError) as error:
+        row = {"error": " ".join(str(error).split())}
+    return row | {"row_seconds": round(time.perf_counter() - start, 1)}
+
+
+def measured_by(settings: Settings) -> dict[str, Any]:
+    """What must agree for rows to be compared; without folders."""
+    kept = ("windows", "window", "divergence_windows", "task_limit", "samples", "seqlen")
+    found = {name: getattr(settings, name) for name in kept}
+    names = [Path(text).name for text in settings.perplexity]
+    calibration = None if settings.calibration is None else str(Mixture.parse(settings.calibration))
+    return found | {"texts": names, "tasks": list(settings.tasks), "calibration": calibration}
+
+
+def write(path: Path, samples: list[dict[str, Any]]) -> None:
+    """The results file."""
+    write_result(
+        path,
+        path.stem,
+        seeds=sorted({s["seed"] for s in samples}),
+        metrics=summary(samples),
+        samples=samples,
+    )
+
+
+def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds of the rows of the last settings, and the original by them."""
+    settings = samples[-1]["settings"]
+    same = [s for s in samples if s["settings"] == settings]
+    rows: dict[str, Any] = {}
+    for name in dict.fromkeys(f"{s['rung']}/{s['scheme']}" for s in same):
+        runs = [s for s in same if f"{s['rung']}/{s['scheme']}" == name]
+        rows[name] = brief(runs)
+    return {"settings": settings, "original": samples[-1]["original"], "rows": rows}
+
+
+def brief(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the documents show of a row: means over its seeds."""
+    whole = [run for run in runs if "error" not in run]
+    if not whole:
+        return {"error": runs[-1]["error"]}
+
+    def mean(of: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.mean(of(run) for run in whole)
+
+    texts, tasks = whole[0]["perplexity"], whole[0].get("tasks", {})
+    peaks = [run["peak_bytes"] for run in whole if run["peak_bytes"] is not None]
+    return {
+        "seeds": [run["seed"] for run in whole],
+        "calibration": whole[0]["calibration"],
+        "perplexity": {text: mean(lambda run, t=text: run["perplexity"][t]) for text in texts},
+        "kl": {text: mean(lambda run, t=text: run["divergence"][t]["kl"]) for text in texts},
+        "tasks": {task: mean(lambda run, t=task: run["tasks"][t]["value"]) for task in tasks},
+        "verdicts": [run["verdict"]["word"] for run in whole],
+        "seconds": mean(lambda run: run["seconds"]),
+        "peak_bytes": max(peaks, default=None),
+        "bits_per_weight": whole[0]["bits_per_weight"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2-135m")
+    known = ", ".join([*PRESETS, *sorted(RECIPES)])
+    parser.add_argument("--methods", nargs="+", default=list(RUNGS), metavar="RUNG", help=f"of {known}")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--texts", nargs="*", default=[], metavar="FILE", help="to measure on, beside wikitext2 and c4")
+    parser.add_argument("--only-texts", action="store_true", help="measure on the files alone")
+    parser.add_argument("--calibration", help="instead of each recipe's own text")
+    parser.add_argument("--windows", type=int, help="at most so many windows of each text; all of them by default")
+    parser.add_argument("--divergence-windows", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window that is measured on")
+    parser.add_argument("--tasks", nargs="*", default=[], help="zero-shot tasks, or all")
+    parser.add_argument("--limit", type=int, help="questions of each task; all of them by default")
+    parser.add_argument("--batch", type=int, default=1, help="windows at a time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--again", action="store_true", help="make rows that are there already")
+    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--tiny", action="store_true", help="a dry run of two blocks that measures nothing")
+    args = parser.parse_args()
+    unknown = [name for name in args.methods if name not in PRESETS and name not in RECIPES]
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; known: {known}")
+    jobs = [Job(rung, scheme, seed) for seed in args.seeds for scheme in args.schemes for rung in args.methods]
+    named = () if args.only_texts else ("wikitext2", "c4")
+    settings = Settings(
+        model="",  # loaded here
+        calibration=args.calibration,
+        perplexity=(*named, *args.texts),
+        windows=2 if args.tiny else args.windows,
+        window=64 if args.tiny else args.seqlen,
+        divergence_windows=2 if args.tiny else args.divergence_windows,
+        evaluation_batch=args.batch,
+        tasks=tuple(TASKS if args.tasks == ["all"] else args.tasks),
+        task_limit=args.limit,
+        verdict=True,
+        device=args.device,
+    )
+    if not settings.perplexity:
+        parser.error("--only-texts needs --texts")
+    print(environment(), len(jobs), "rows a model", flush=True)
+    for model in args.models:
+        measure(
+            jobs,
+            settings,
+            Original(model, blocks=2 if args.tiny else None),
+            Path(args.out) / f"ladder-{Path(model).name.removesuffix('.gguf').lower()}.json",
+            again=args.again,
+            prepare=tiny if args.tiny else lambda made: made,
+        )
+
+
+if __name__ == "__main__":
+    main()

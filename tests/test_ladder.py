@@ -1,0 +1,109 @@
+"""The ladder: a row for every rung and scheme of any model, kept as it is made, and made again only when asked for."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks import ladder
+
+from flatquant.compare import Bench
+from flatquant.errors import SpecError
+from tests.tiny_models import tiny_llama, tiny_tokenizer
+
+MODEL = "Tiny-2.5-Base"  # a dot that begins no ending
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ladder")
+    tiny_llama(layers=3).save_pretrained(folder / MODEL)
+    tiny_tokenizer().save_pretrained(folder / MODEL)
+    (folder / "code.txt").write_text("def f(x):\n    return x + 1\n" * 40)
+    (folder / "data" / "wikitext-2-raw").mkdir(parents=True)
+    (folder / "data" / "c4").mkdir()
+    for name in ("valid", "test"):
+        (folder / "data" / "wikitext-2-raw" / f"wiki.{name}.raw").write_text("A river rises in the hills.\n" * 60)
+    documents = "".join(json.dumps({"text": f"{i} sheep are in the meadow. " * 9}) + "\n" for i in range(40))
+    (folder / "data" / "c4" / "c4-en-sample.jsonl").write_text(documents)
+    return folder
+
+
+@pytest.fixture
+def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the script, and return the content of its results file."""
+    monkeypatch.setenv("FLATQUANT_DATA", str(place / "data"))
+
+    def call(*arguments: object) -> dict:
+        given = [str(place / MODEL), "--tiny", "--device", "cpu", "--out", str(tmp_path), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", ["ladder", *given])
+        ladder.main()
+        (file,) = tmp_path.glob("*.json")
+        assert file.name == "ladder-tiny-2.5-base.json"
+        return json.loads(file.read_text())
+
+    return call
+
+
+def test_rows_are_kept_and_not_made_twice(run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rungs = ("--methods", "rtn", "best", "--schemes", "w4a4kv4")
+    first = run(*rungs, "--texts", place / "code.txt")
+    rows = {(s["rung"], s["scheme"]): s for s in first["samples"]}
+    assert list(rows) == [("rtn", "w4a4kv4"), ("best", "w4a4kv4")]
+    for row in rows.values():
+        assert row["perplexity"].keys() == row["divergence"].keys() == {"wikitext2", "c4", "code.txt"}
+        assert row["kl"] == row["divergence"]["wikitext2"]["kl"] > 0
+        assert row["verdict"]["word"] in ("excellent", "good", "degraded", "destroyed")
+        assert row["seconds"] > 0
+    assert rows["rtn", "w4a4kv4"]["calibration"] is None
+    assert rows["best", "w4a4kv4"]["calibration"] == "wikitext2:1,c4:3"
+    assert first["metrics"]["rows"].keys() == {"rtn/w4a4kv4", "best/w4a4kv4"}
+    assert first["metrics"]["original"]["perplexity"].keys() == {"wikitext2", "c4", "code.txt"}
+    assert str(place) not in json.dumps(first)
+
+    made: list[str] = []
+    measure = Bench.measure
+    monkeypatch.setattr(Bench, "measure", lambda self, parts: (made.append(parts.name), measure(self, parts))[1])
+    second = run(*rungs, "--texts", place / "code.txt", "--methods", "rtn", "best", "quarot")
+    assert made == ["quarot"]
+    assert second["samples"][:2] == first["samples"]
+    run("--methods", "rtn", "--schemes", "w4a4kv4", "--texts", place / "code.txt", "--again")
+    assert made == ["quarot", "rtn"]
+    other = run("--methods", "rtn", "--schemes", "w4a4kv4")  # measured on less: another row
+    assert made == ["quarot", "rtn", "rtn"]
+    assert len(other["samples"]) == 4
+    assert other["metrics"]["rows"].keys() == {"rtn/w4a4kv4"}
+
+
+def test_what_a_method_refuses_is_a_row(run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self):
+        raise SpecError("not this\nscheme")
+
+    monkeypatch.setattr(ladder.Job, "recipe", refuse)
+    found = run("--methods", "rtn", "--schemes", "kv4", "--only-texts", "--texts", place / "code.txt")
+    (row,) = found["samples"]
+    assert (row["rung"], row["scheme"], row["error"]) == ("rtn", "w16a16kv4", "not this scheme")
+    assert found["metrics"]["rows"] == {"rtn/w16a16kv4": {"error": "not this scheme"}}
+
+
+def test_every_rung_takes_every_scheme() -> None:
+    for rung in (*ladder.RUNGS, *ladder.PRESETS):
+        for scheme in ladder.SCHEMES:
+            made = ladder.Job(rung, scheme, 0).recipe()
+            assert str(made.scheme) == ladder.Job(rung, scheme, 0).key["scheme"]
+
+
+def test_means_are_over_seeds() -> None:
+    row = {
+        "rung": "rtn",
+        "scheme": "w4a4kv4",
+        "settings": {},
+        "original": {},
+        "calibration": None,
+        "bits_per_weight": 4.0,
+    }
+    row |= {"perplexity": {"t": 3.0}, "divergence": {"t": {"kl": 1.0}}, "verdict": {"word": "good"}, "seconds": 1.0}
+    other = {**row, "seed": 1, "divergence": {"t": {"kl": 3.0}}, "peak_bytes": None, "verdict": {"word": "degraded"}}
+    found = ladder.summary([{**row, "seed": 0, "peak_bytes": 7}, other])["rows"]["rtn/w4a4kv4"]
+    assert (found["seeds"], found["kl"], found["verdicts"]) == ([0, 1], {"t": 2.0}, ["good", "degraded"])
+    assert found["peak_bytes"] == 7
