@@ -128,6 +128,12 @@ def test_a_template_with_much_to_say_leaves_room_for_a_reply():
     assert script.length == write(chat_tokenizer("x" * 300 + CHAT), samples=1, seqlen=script.length).shape[1]
 
 
+def test_the_date_of_a_template_is_always_the_same():
+    dated = "{{ strftime_now('%d %b %Y') }} " + CHAT
+    prompt, plain = (writing._script(tiny_llama(), chat_tokenizer(t), seed=0).prompts[0] for t in (dated, CHAT))
+    assert prompt == (*map(ord, "1 January 2025 "), *plain)
+
+
 def test_a_template_that_refuses_is_said():
     refusing = "{{ raise_exception('only system turns\nhere') }}"
     with pytest.raises(DataError, match=r"^the tokenizer's chat template refuses a turn \(only system turns\); set"):

@@ -46,6 +46,8 @@ _CANDIDATES = 512
 _CACHE_BYTES = 8 << 30
 _MAX_ROWS = 256
 _PREAMBLE = "\n\n"
+# Some templates tell the date, and a seed means one text. The last part keeps a line break at a template's beginning.
+_NO_CLOCK = "{% macro strftime_now(format) %}1 January 2025{% endmacro %}{{ '' }}"
 _REPLY = "reply"  # stands for one, to see what a template puts after it
 
 _TOPICS = """
@@ -219,7 +221,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str
     """A conversation by the chat template, up to where the model's turn begins if the user's is the last."""
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=turns[-1][0] == "user")
+        template = _NO_CLOCK + tokenizer.get_chat_template()
+        ask = turns[-1][0] == "user"
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=ask
+        )
     except (TemplateError, ValueError, TypeError, KeyError) as error:  # what a template may raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
