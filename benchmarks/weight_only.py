@@ -1,6 +1,6 @@
 """Weights alone, in groups: roundings of ours beside those of peers, on the same text and windows.
 
-    python -m benchmarks.weight_only --data DATA [--only VARIANT ..] [--device cuda]
+    python -m benchmarks.weight_only --data DATA [--only VARIANT ..] [--device cuda] [--blocks N]
     python -m benchmarks.weight_only --data DATA --peer auto-round=PYTHON --peer llm-compressor=PYTHON --bits 4 3 2
 
 16k tokens of WikiText-2's validation text to calibrate on, ten windows of 1,024 of its test text to measure on:
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -33,7 +34,7 @@ from flatquant.calibrate.pipeline import calibrate
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.models import load_model, resolve
 from flatquant.recipes import gptq, rtn
-from flatquant.spec import Clip, DataSpec, Recipe, Scheme, to_dict
+from flatquant.spec import Clip, DataSpec, Recipe, RoundingSpec, Scheme, to_dict
 
 NAME = "weight-only"
 
@@ -53,22 +54,35 @@ def solving(recipe: Recipe, **changes: Any) -> Recipe:
 def variants() -> dict[str, Recipe]:
     """By name, the bits first."""
     found = {}
-    for bits in (4, 3, 2):
-        for symmetric in (True, False):
-            for clip in ("none", "search"):
-                name = (
-                    f"w{bits}g64 " + ("symmetric" if symmetric else "asymmetric") + (", searched" * (clip == "search"))
-                )
-                scheme = grid(bits, symmetric=symmetric, clip=clip)
-                found[f"{name} rtn"] = rtn(scheme)
-                for order in (False, True):
-                    for damping in (0.01, 0.1):
-                        settings = (", ordered" * order) + (f", damping {damping}" * (damping != 0.01))
-                        found[f"{name} gptq{settings}"] = solving(gptq(scheme), act_order=order, damping=damping)
+    for bits, symmetric, clip in itertools.product((4, 3, 2), (True, False), ("none", "search")):
+        name = f"w{bits}g64 {'symmetric' if symmetric else 'asymmetric'}" + ", searched" * (clip == "search")
+        scheme = grid(bits, symmetric=symmetric, clip=clip)
+        own = {f"{name} rtn": rtn(scheme)}
+        for order, damping in itertools.product((False, True), (0.01, 0.1)):
+            settings = ", ordered" * order + f", damping {damping}" * (damping != 0.01)
+            own[f"{name} gptq{settings}"] = solving(gptq(scheme), act_order=order, damping=damping)
+        original = solving(gptq(scheme), act_order=True, inputs="original")
+        learned = {
+            f"{variant}, learned in {steps} steps": solving(recipe, learned=RoundingSpec(steps=steps))
+            for variant, recipe in own.items()
+            for steps in (50, 200)
+        }
+        found |= own | {f"{name} gptq, ordered, original inputs": original} | learned
     return found
 
 
 VARIANTS = variants()
+
+
+def quantised(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, blocks: int | None, seed: int) -> PreTrainedModel:
+    """A copy of the model with all blocks quantised, or the first ones."""
+    ours = copy.deepcopy(model)
+    rest = ours.model.layers[blocks:] if blocks else []
+    ours.model.layers = ours.model.layers[:blocks]
+    given = tokens if recipe.needs_data else None
+    calibrate(ours, recipe, given, device=model.device, dtype=torch.float32, seed=seed)
+    ours.model.layers.extend(rest)
+    return ours
 
 
 @torch.no_grad()
@@ -111,6 +125,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--peer-steps", type=int, default=50, help="of a peer that learns")
     parser.add_argument("--bits", type=int, nargs="*", default=[4], help="that peers round to")
+    parser.add_argument("--blocks", type=int, help="quantise only the first ones; written to a file of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
@@ -125,7 +140,8 @@ def main() -> None:
     )
     windows = evaluation_windows(text / "wiki.test.raw", tokenizer, seqlen=seqlen, windows=count)
     original = logits_of(model, windows)
-    path = Path(args.out) / f"{NAME}.json"
+    name = NAME if args.blocks is None else f"{NAME}-{args.blocks}-blocks"
+    path = Path(args.out) / f"{name}.json"
 
     def keep(variant: str, ours: PreTrainedModel, **told: Any) -> None:
         """Measure, and add a row to the file."""
@@ -133,7 +149,7 @@ def main() -> None:
         samples = [*read_samples(path), row | measured(ours, original, windows)]
         metrics = {f"{s['model']} {s['variant']}": {k: s[k] for k in ("perplexity", "kl")} for s in samples}
         seeds = sorted({s["seed"] for s in samples})
-        write_result(path, NAME, seeds=seeds, samples=samples, metrics=metrics)
+        write_result(path, name, seeds=seeds, samples=samples, metrics=metrics)
         print(f"{variant:60s} {samples[-1]['perplexity']:8.2f} {samples[-1]['kl']:.4f}", flush=True)
 
     def done(variant: str) -> bool:
@@ -147,9 +163,8 @@ def main() -> None:
         if done(variant):
             continue
         recipe = dataclasses.replace(VARIANTS[variant], data=data)
-        ours, start = copy.deepcopy(model), time.perf_counter()
-        given = tokens if recipe.needs_data else None
-        calibrate(ours, recipe, given, device=torch.device(args.device), dtype=torch.float32, seed=args.seed)
+        start = time.perf_counter()
+        ours = quantised(model, recipe, tokens, args.blocks, args.seed)
         seconds = time.perf_counter() - start
         keep(variant, ours, recipe=to_dict(recipe), seconds=seconds)
     for peer, _, python in (given.partition("=") for given in args.peer):

@@ -1,9 +1,9 @@
-"""A peer's side of `benchmarks.weight_only`: run by the Python of an environment that has the peer, and not this package.
+"""A peer's side of `benchmarks.weight_only`, run by the Python of an environment that has the peer.
 
     PYTHON benchmarks/weight_only_peer.py auto-round MODEL TOKENS OUT --bits 4 --group 64
 
-TOKENS is a file of int64 token ids (samples, seqlen), as torch saves it. OUT gets the model's weights after rounding, as
-numbers under their own names, and a JSON file with the versions, the settings and the seconds.
+TOKENS is a file of int64 token ids (samples, seqlen), as torch saves it. OUT gets the model's weights after rounding,
+as numbers under their own names, and a JSON file with the versions, the settings and the seconds.
 """
 
 from __future__ import annotations
