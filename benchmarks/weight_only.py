@@ -126,11 +126,12 @@ def main() -> None:
     parser.add_argument("--peer-steps", type=int, default=50, help="of a peer that learns")
     parser.add_argument("--bits", type=int, nargs="*", default=[4], help="that peers round to")
     parser.add_argument("--blocks", type=int, help="quantise only the first ones; written to a file of its own")
+    parser.add_argument("--windows", type=int, default=10, help="to measure on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
     args = parser.parse_args()
-    data, seqlen, count = DataSpec(samples=32, seqlen=512), 1024, 10
+    data, seqlen, count = DataSpec(samples=32, seqlen=512), 1024, args.windows
     if args.tiny:
         data, seqlen, count = DataSpec(samples=2, seqlen=32), 32, 1
     model, tokenizer = load_model(args.model, dtype=torch.float32, device=args.device)

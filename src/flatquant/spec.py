@@ -586,7 +586,7 @@ class RoundingSpec:
 
     Attributes:
         steps: of the signed gradients; 0 leaves the solver's rounding as it is.
-        batch_size: windows in a step.
+        batch_size: windows in a step; all of them where there are fewer.
         reach: how far an offset, in steps of its grid, and a factor can get from their start in all steps.
         checks: how often the error on all windows is measured on the way; the best of these, and of the start, is kept.
     """
@@ -738,15 +738,10 @@ class Recipe:
             trained or not clipped or bool(self.transforms),
             f"recipe {self.name}: learned clipping needs a fit; use clip='none' or give the recipe a fit",
         )
-        if self.solver.learned is not None and self.solver.learns:
+        if self.solver.learns:
             _check(
                 self.scheme.weights is None or self.scheme.weights.scope == "row",
                 f"recipe {self.name}: rounding is learned with scales by row or group, not with one for a tensor",
-            )
-            _check(
-                self.solver.learned.batch_size <= self.data.samples,
-                f"recipe {self.name}: batch size {self.solver.learned.batch_size} of learned rounding exceeds "
-                f"{self.data.samples} samples",
             )
         if self.solver.codebook is not None and self.scheme.weights is not None:
             _check(not trained, f"recipe {self.name}: fits round weights to a uniform grid, which codebooks are not")
@@ -802,7 +797,10 @@ class Recipe:
             fit = dataclasses.replace(fit, **steps(fit), epochs=fit.epochs if epochs is None else epochs)
         if end_to_end is not None:
             end_to_end = dataclasses.replace(end_to_end, **steps(end_to_end))
-        return dataclasses.replace(self, data=data, fit=fit, end_to_end=end_to_end)
+        solver = self.solver
+        if solver.learned is not None and batch_size is not None:
+            solver = dataclasses.replace(solver, learned=dataclasses.replace(solver.learned, batch_size=batch_size))
+        return dataclasses.replace(self, data=data, fit=fit, end_to_end=end_to_end, solver=solver)
 
     def _check_residual(self) -> None:
         residual = self.transforms.get("residual", ())

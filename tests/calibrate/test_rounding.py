@@ -17,7 +17,7 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError
 from flatquant.recipes import flatquant, gptq, quarot, rtn, svdquant
 from flatquant.runtime.linear import FrozenLinear
-from flatquant.spec import DataSpec, Recipe, RoundingSpec, SolverSpec
+from flatquant.spec import SITES, DataSpec, Recipe, RoundingSpec, SolverSpec
 from tests.laws import CPU, tokens_for
 from tests.tiny_models import FAMILIES, tiny_family, tiny_llama
 
@@ -133,6 +133,13 @@ def test_gram_matrices_of_the_original_model_differ_after_the_first_block() -> N
 
 def equal_block(a: Any, b: Any, index: int) -> bool:
     return equal(integers(a.model.layers[index]), integers(b.model.layers[index]))
+
+
+def test_a_block_without_grids_has_nothing_to_learn() -> None:
+    sixteen = ",".join(f"0.{site}=w16" for site in SITES)
+    _, blocks = run(tiny_llama(), learning(rtn(f"w2a16,{sixteen}")))
+    assert blocks[0]["learned_rounding"] == {"before": 0.0, "after": 0.0}
+    assert blocks[1]["learned_rounding"]["after"] < blocks[1]["learned_rounding"]["before"]
 
 
 def test_an_error_that_is_not_finite_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -549,7 +549,7 @@ class _Run:
                 targets,
                 spec,
                 windows=self.batch,
-                splits=splits(spec.batch_size, self.layout.windows),
+                splits=partial(splits, windows=self.layout.windows),
                 progress=lambda step: self.progress("solve", index + step / (spec.steps + 1), total),
             )
         self.notes[index] = {**self.notes[index], "learned_rounding": {"before": before, "after": after}}

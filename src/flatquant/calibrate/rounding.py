@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def learn_rounding(
     spec: RoundingSpec,
     *,
     windows: int,
-    splits: int = 1,
+    splits: Callable[[int], int] = lambda _: 1,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[float, float]:
     """Train the rounding of every `RoundingLinear` in a block, and replace it by the `FrozenLinear` that it ends as.
@@ -62,7 +63,7 @@ def learn_rounding(
         inputs: the block's in the quantised model, (N, T, h).
         targets: what it is to give, (N, T, h).
         windows: at a time, where nothing trains.
-        splits: parts that a batch is taken in, for their memory; it divides the batch size.
+        splits: equal parts that a batch of so many windows is taken in, for their memory.
         progress: called with the number of steps done.
 
     Returns:
@@ -72,38 +73,41 @@ def learn_rounding(
         CalibrationError: the error before the first step is not finite.
     """
     linears = {path: module for path, module in block.named_modules() if isinstance(module, RoundingLinear)}
-    parts = [module.rounding for module in linears.values()]
-    before = error = _error(block, call, inputs, targets, windows)
+    parameters = [p for module in linears.values() for p in module.rounding.parameters()]
+    error = partial(_error, block, call, inputs, targets, windows)
+    before = least = error()
     if not math.isfinite(before):
         raise CalibrationError("the error of its rounded weights is not finite; try --dtype float32 or bfloat16")
-    best, losses = _values(parts), []
-    optimiser = _optimiser(block, call, parts, spec, splits)
+    if not parameters:  # an override leaves this block its weights
+        return before, before
+    best = [p.detach().clone() for p in parameters]
+    batch = min(spec.batch_size, inputs.shape[0])
+    optimiser = _optimiser(block, call, [module.rounding for module in linears.values()], spec, splits(batch))
     checks = {spec.steps * k // spec.checks for k in range(1, spec.checks + 1)}
+    losses = []
     for step in range(spec.steps):
-        losses.append(
-            optimiser.step(*(cyclic(kept, step * spec.batch_size, spec.batch_size) for kept in (inputs, targets)))
-        )
-        if step + 1 in checks and (now := _error(block, call, inputs, targets, windows)) < error:
-            best, error = _values(parts), now
+        losses.append(optimiser.step(*(cyclic(kept, step * batch, batch) for kept in (inputs, targets))))
+        if step + 1 in checks and (now := error()) < least:
+            best, least = [p.detach().clone() for p in parameters], now
         if progress is not None:
             progress(step + 1)
     if skipped := int((~torch.isfinite(torch.stack(losses))).sum()):
-        warnings.warn(
-            f"{skipped} of {spec.steps} steps of learned rounding overflowed, and changed nothing", stacklevel=2
-        )
-    _restore(parts, best)
+        what = f"{skipped} of {spec.steps} steps of learned rounding overflowed, and changed nothing"
+        warnings.warn(what, stacklevel=2)
+    with torch.no_grad():
+        for p, value in zip(parameters, best, strict=True):
+            p.copy_(value)
     for path, module in linears.items():
         replace_submodule(block, path, module.frozen())
-    return before, error
+    return before, least
 
 
 def _optimiser(
     block: nn.Module, call: BlockCall, parts: Sequence[LearnedRounding], spec: RoundingSpec, splits: int
 ) -> Optimiser:
     def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            loss = F.mse_loss(call(block, x).float(), y.float())
-        # Only signs count. Relative to an output, gradients do not vanish in half precision.
+        loss = F.mse_loss(call(block, x).float(), y.float())
+        # Only signs count. The gradient of an output is made so large that half precision holds it.
         return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny) * y.numel() ** 0.5, loss
 
     first = 2 * spec.reach / (spec.steps + 1)  # the rates of all steps add up to `reach`
@@ -128,13 +132,3 @@ def _error(block: nn.Module, call: BlockCall, inputs: Kept, targets: Kept, windo
     for x, y in zip(inputs.split(windows), targets.split(windows), strict=True):
         total += F.mse_loss(call(block, x).double(), y.double(), reduction="sum")
     return float(total) / math.prod(inputs.shape)
-
-
-def _values(parts: Sequence[LearnedRounding]) -> list[Tensor]:
-    return [p.detach().clone() for part in parts for p in part.parameters()]
-
-
-@torch.no_grad()
-def _restore(parts: Sequence[LearnedRounding], values: Sequence[Tensor]) -> None:
-    for p, value in zip([p for part in parts for p in part.parameters()], values, strict=True):
-        p.copy_(value)

@@ -39,6 +39,14 @@ def fitting_few_levels(scheme: str | Scheme) -> Scheme:
     return dataclasses.replace(read, weights=dataclasses.replace(read.weights, symmetric=False, clip="search"))
 
 
+def searched(scheme: str | Scheme) -> Scheme:
+    """A scheme as it is; read from a text, one with ranges of weights searched, and a zero point at 2 and 3 bits."""
+    read = fitting_few_levels(scheme)
+    if not isinstance(scheme, str) or read.weights is None:
+        return read
+    return dataclasses.replace(read, weights=dataclasses.replace(read.weights, clip="search"))
+
+
 def unclipped(scheme: str | Scheme) -> Scheme:
     """A scheme as it is; read from a text, one with full ranges."""
     return Scheme.parse(scheme, clip="none") if isinstance(scheme, str) else scheme
