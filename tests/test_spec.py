@@ -10,17 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatquant.errors import FlatQuantError, SpecError
-from flatquant.recipes import flatquant, gptq, oac, quarot, recipe, rtn, vptq
+from flatquant.recipes import autoround, flatquant, gptq, oac, quarot, recipe, rtn, vptq
 from flatquant.spec import (
     SITES,
     BlockPlan,
     CacheBits,
+    CodebookSpec,
     DataSpec,
     EndToEndSpec,
     FitSpec,
     Plan,
     QuantSpec,
     Recipe,
+    RoundingSpec,
     Scheme,
     SiteBits,
     SitePlan,
@@ -196,7 +198,7 @@ FULL = Recipe(
     },
     fit=FitSpec(epochs=3, lr=1e-2, warmup_steps=2),
     end_to_end=EndToEndSpec(steps=7, checkpoint=False),
-    solver=SolverSpec(kind="gptq", damping=0.1, act_order=True),
+    solver=SolverSpec(kind="gptq", damping=0.1, act_order=True, learned=RoundingSpec(steps=9, reach=0.25)),
     data=DataSpec(samples=8, seqlen=64),
 )  # fmt: skip
 PLAN = Plan(
@@ -323,6 +325,13 @@ NONE = Scheme.parse("w4a4", clip="none")
         lambda: EndToEndSpec(lr=0.0),
         lambda: SolverSpec(damping=0.0),
         lambda: SolverSpec(block_size=0),
+        lambda: SolverSpec(inputs="original"),
+        lambda: SolverSpec(kind="gptq", hessian="output_adaptive", inputs="original"),
+        lambda: SolverSpec(kind="codebook", codebook=CodebookSpec(), learned=RoundingSpec()),
+        lambda: RoundingSpec(steps=-1),
+        lambda: RoundingSpec(batch_size=0),
+        lambda: RoundingSpec(reach=0.0),
+        lambda: RoundingSpec(checks=0),
         lambda: DataSpec(samples=0),
         lambda: DataSpec(seqlen=1),
         lambda: SitePlan(readers=(), shape=(1, 1)),
@@ -363,6 +372,8 @@ def test_specs_are_frozen_and_keyword_only() -> None:
         (rtn("w4a4kv4"), False),
         (gptq("w4"), True),
         (gptq("a4"), False),  # nothing for GPTQ to round
+        (autoround("w4"), True),
+        (autoround("a4"), False),
         (flatquant("w4"), True),
         (Recipe(name="r", scheme=NONE, transforms={"mlp_in": (KRON,)}), False),
         (Recipe(name="r", scheme=NONE, transforms={"mlp_in": (TransformSpec(kind="diagonal", init="absmax"),)}), True),

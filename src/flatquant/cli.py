@@ -582,7 +582,7 @@ def _recipe(
     base = base.tuned(samples=samples, seqlen=seqlen, epochs=epochs, batch_size=batch_size, lr=lr)
     if weight_clip is not None:
         base = _with_weight_clip(base, weight_clip)
-    settings = {"act_order": act_order, "damping": damping, "inputs": gram_inputs}
+    settings = {"act_order": act_order, "damping": damping, "gram_inputs": gram_inputs}
     changed = _with_solver(base, solver, hessian, {n: v for n, v in settings.items() if v is not None})
     if rounding_steps is not None:
         changed = _with_learned_rounding(changed, rounding_steps).tuned(batch_size=batch_size)
@@ -603,17 +603,16 @@ def _with_solver(base: Recipe, solver: str | None, hessian: str | None, settings
     if not base.transforms and any(own[name] != value for name, value in kinds.items()):
         given = _options({name: 0 for name, value in (("solver", solver), ("hessian", hessian)) if value})
         raise SpecError(f"method {base.name} rounds with {base.solver.kind}: leave out {given}, or change --method")
+    kept = own if solver is None else {"learned": own["learned"]}
+    rounding = kept | kinds | {"inputs" if name == "gram_inputs" else name: v for name, v in settings.items()}
     scheme = base.scheme
-    rounding = {"learned": own["learned"]} | kinds | settings if solver is not None else own | kinds | settings
     if solver == "codebook":
         rounding["codebook"] = {}  # its defaults, and no clip
         if scheme.weights is not None:
             scheme = replace(scheme, weights=replace(scheme.weights, clip="none"))
     made = from_dict(SolverSpec, rounding, "solver")
     if settings and not made.needs_hessian:
-        words = {"act_order": "act_order", "damping": "damping", "inputs": "gram_inputs"}
-        given = _options({words[name]: 0 for name in settings})
-        raise SpecError(f"the solver {made.kind} uses no Hessian: leave out {given}, or choose --solver gptq")
+        raise SpecError(f"the solver {made.kind} uses no Hessian: leave out {_options(settings)}, or take gptq")
     return replace(base, solver=made, scheme=scheme)
 
 
@@ -622,13 +621,10 @@ def _with_weight_clip(base: Recipe, clip: str) -> Recipe:
     from flatquant.spec import QuantSpec, from_dict, to_dict
 
     weights = base.scheme.weights
-    if weights is None or weights.clip == "learned" or clip not in ("none", "search"):
-        why = (
-            "--weight-clip is none or search"
-            if weights is not None and weights.clip != "learned"
-            else (f"method {base.name} at {base.scheme} has no ranges of weights to choose: leave out --weight-clip")
-        )
-        raise SpecError(why)
+    if weights is None or weights.clip == "learned":
+        raise SpecError(f"method {base.name} at {base.scheme} leaves no ranges to choose: leave out --weight-clip")
+    if clip not in ("none", "search"):
+        raise SpecError(f"unknown weight clip {clip!r}; known: none, search")
     made = from_dict(QuantSpec, to_dict(weights) | {"clip": clip}, "weights")
     return replace(base, scheme=replace(base.scheme, weights=made))
 

@@ -643,7 +643,10 @@ class SolverSpec:
         _check(self.damping > 0, f"damping {self.damping}: must be positive")
         _check(self.block_size >= 1, f"block size {self.block_size}: at least 1")
         grams = self.needs_hessian and self.hessian == "input_gram"
-        _check(grams or self.inputs == "quantised", "only a Gram matrix is of quantised or of original inputs")
+        _check(
+            grams or self.inputs == "quantised",
+            f"the solver {self.kind} with {self.hessian} has no Gram matrix of {self.inputs} inputs",
+        )
         _check(not self.learns or self.kind != "codebook", "rounding is learned on a grid, which codebooks are not")
 
     @property
