@@ -205,6 +205,9 @@ class _Copies:
 _EAGER = _Copies(kept=4, made=6, inputs=5, outputs=3, hidden=10)
 # Of seven whole runs on an H100 (calibration-h100.json, proof-*.json), the estimate is 1.01 to 1.18 times the peak.
 _FUSED = _Copies(kept=2.5, made=3.5, inputs=3, outputs=2, hidden=8)
+# Of a folded block whose rounding is learned, with weights alone on a grid, and with activations too.
+_LEARNED = _Copies(kept=2, made=1, inputs=1, outputs=1, hidden=5)
+_ROUNDED = replace(_LEARNED, inputs=4)
 
 
 def estimate(
@@ -308,6 +311,7 @@ class _Count:
         self.end_to_end = recipe.end_to_end if recipe.end_to_end is not None and recipe.end_to_end.steps else None
         rounds = recipe.scheme.weights is not None
         self.learned = recipe.solver.learned if rounds and recipe.solver.learns else None
+        self.rounds_inputs = any(site.activations is not None for block in plan.blocks for site in block.sites.values())
         batches = [spec.batch_size for spec in (fit, self.end_to_end, self.learned) if spec is not None]
         self.fits = fit is not None and recipe.needs_data
         self.batch = max(batches, default=4)
@@ -373,8 +377,7 @@ class _Count:
         solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.hessian else 0)
         passes = tokens * self.item * (2 * s.inputs + s.outputs)
         fit = side_by_side * (4 * s.weights + self._kept(s, tokens) + self._made(s)) if self.fits else 0
-        # Offsets, their gradients, and the best ones so far, beside the weights.
-        learn = 16 * s.weights + self._kept(s, tokens) + self._made(s) if self.learned is not None else 0
+        learn = self._learning(s, tokens) if self.learned is not None else 0
         end = 0
         if self.end_to_end is not None:
             trained = 12 * sum(b.weights for b in self.sizes) if self.end_to_end.weight_lr else 0
@@ -391,6 +394,12 @@ class _Count:
         c = self.copies
         activations = self.item * (c.inputs * s.inputs + c.outputs * s.outputs) + 4 * c.hidden * self.hidden
         return 4 * (s.weights * c.kept + (3 * s.dense if self.fused else 0)) + tokens * activations
+
+    def _learning(self, s: _Sizes, tokens: int) -> float:
+        """A step of learned rounding: beside the weights their offsets, the gradients of these, and the best so far."""
+        c = _ROUNDED if self.rounds_inputs else _LEARNED
+        activations = self.item * (c.inputs * s.inputs + c.outputs * s.outputs) + 4 * c.hidden * self.hidden
+        return 4 * (s.weights * (4 + c.kept) + s.largest * c.made) + tokens * activations
 
     def _made(self, s: _Sizes) -> float:
         """What the largest step of a backward pass makes."""
