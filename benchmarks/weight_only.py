@@ -111,6 +111,7 @@ def peer_weights(
     torch.save(tokens, folder / "tokens.pt")
     script = Path(__file__).with_name("weight_only_peer.py")
     options = ["--bits", bits, "--seed", args.seed, "--device", args.device, "--steps", args.peer_steps]
+    options += [] if args.blocks is None else ["--blocks", args.blocks]
     command = [python, script, peer, resolve(model), folder / "tokens.pt", folder, *options]
     subprocess.run([str(part) for part in command], check=True)
     return load_file(folder / "weights.safetensors"), json.loads((folder / "peer.json").read_text())

@@ -78,10 +78,13 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--blocks", type=int, help="only the first ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model.model.layers = model.model.layers[: args.blocks]
+    model.config.num_hidden_layers = len(model.model.layers)
     names = [name for name, _ in model.named_parameters()]
     start = time.perf_counter()
     rounded, settings = PEERS[args.peer](
