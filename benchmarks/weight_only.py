@@ -60,8 +60,8 @@ def variants() -> dict[str, Recipe]:
         own = {f"{name} rtn": rtn(scheme)}
         for order, damping in itertools.product((False, True), (0.01, 0.1)):
             settings = ", ordered" * order + f", damping {damping}" * (damping != 0.01)
-            own[f"{name} gptq{settings}"] = solving(gptq(scheme), act_order=order, damping=damping)
-        original = solving(gptq(scheme), act_order=True, inputs="original")
+            own[f"{name} gptq{settings}"] = solving(gptq(scheme, authors=True), act_order=order, damping=damping)
+        original = solving(gptq(scheme, authors=True), act_order=True, inputs="original")
         learned = {
             f"{variant}, learned in {steps} steps": solving(recipe, learned=RoundingSpec(steps=steps))
             for variant, recipe in own.items()

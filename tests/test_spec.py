@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -385,12 +386,27 @@ def test_data_is_read_only_where_needed(r: Recipe, needs: bool) -> None:
     assert r.needs_data == needs
 
 
-@pytest.mark.parametrize("make", [gptq, oac])
-def test_few_bits_get_a_zero_point_and_a_searched_range(make) -> None:
-    for bits, symmetric, clip in ((2, False, "search"), (3, False, "search"), (4, True, "none")):
+FEW_BITS = {
+    gptq: ((2, False, "search"), (3, False, "search"), (4, True, "search")),
+    partial(gptq, authors=True): ((2, False, "none"), (3, False, "none"), (4, True, "none")),
+    oac: ((2, False, "search"), (3, False, "search"), (4, True, "none")),
+    autoround: ((2, False, "search"), (3, False, "search"), (4, True, "none")),
+}
+
+
+@pytest.mark.parametrize("make", FEW_BITS, ids=["gptq", "the authors' gptq", "oac", "autoround"])
+def test_few_bits_get_a_zero_point_and_a_range(make) -> None:
+    for bits, symmetric, clip in FEW_BITS[make]:
         weights = make(f"w{bits}g16a8").scheme.weights
         assert (weights.symmetric, weights.clip, weights.group_size) == (symmetric, clip, 16)
-        assert make(f"w{bits}a16").solver.act_order == (bits < 4)
-    given = Scheme.parse("w2a16", clip="none")
+    assert make("w4a16").scheme == Scheme.parse("w4a16", clip="none")  # rows are not searched
+    given = Scheme.parse("w2g16a16", clip="none")
     assert make(given).scheme == given
-    assert not make(given).solver.act_order
+
+
+def test_gptq_rounds_with_what_measured_best_or_as_its_authors() -> None:
+    for bits in (2, 3, 4, 8):
+        assert gptq(f"w{bits}a16").solver == SolverSpec(kind="gptq", act_order=True, damping=0.1)
+        assert gptq(f"w{bits}a16", authors=True).solver == SolverSpec(kind="gptq")
+        assert oac(f"w{bits}a16").solver.act_order == (bits < 4)
+    assert not oac(Scheme.parse("w2a16", clip="none")).solver.act_order

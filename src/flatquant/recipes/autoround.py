@@ -8,7 +8,7 @@ Other than the official code: batches follow one another and are not drawn; the 
 start and four times on the way, not on each step's batch; factors are relative to a searched grid and may grow.
 """
 
-from flatquant.recipes.common import of_preset, searched
+from flatquant.recipes.common import fitting_few_levels, of_preset
 from flatquant.spec import DataSpec, Recipe, RoundingSpec, Scheme, SolverSpec
 
 TEXTS = {
@@ -32,4 +32,4 @@ def autoround(scheme: str | Scheme = "w4a16", preset: str = "reference") -> Reci
             solver = SolverSpec(learned=RoundingSpec(steps=50, batch_size=4))
         case _:
             solver = SolverSpec(learned=RoundingSpec())
-    return Recipe(name="autoround", scheme=searched(scheme), solver=solver, data=data)
+    return Recipe(name="autoround", scheme=fitting_few_levels(scheme), solver=solver, data=data)
