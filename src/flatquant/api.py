@@ -559,7 +559,7 @@ class _Run:
     ) -> dict[str, Any]:
         blocks = [
             {"block": b["block"], "before": _first(b["losses"]), "after": _last(b["losses"]), "losses": b["losses"]}
-            | {key: b[key] for key in ("experts", "dtype") if key in b}
+            | {key: b[key] for key in ("experts", "dtype", "learned_rounding") if key in b}
             for b in calibration.blocks
         ]
         losses = calibration.end_to_end

@@ -101,6 +101,14 @@ def test_an_isotropic_hessian_leaves_nothing_to_compensate(spec: QuantSpec, act_
     assert not GPTQ.needs_hessian or torch.equal(want.values, RTN().solve(w, grid, correlated(24)).values)
 
 
+@pytest.mark.parametrize("damping", [0.01, 0.1])
+def test_the_order_of_columns_is_no_matter_where_they_do_not_depend_on_one_another(damping: float) -> None:
+    w, h = random(7, 24), random(24, seed=1).exp().diag()
+    q = [GPTQ(act_order=order, damping=damping, block_size=5).solve(w, W4, h) for order in (False, True)]
+    want = RTN().solve(w, W4, None)
+    assert all(torch.equal(got.values, want.values) and torch.equal(got.scale, want.scale) for got in q)
+
+
 def test_block_sizes_agree_in_float32() -> None:
     w, h = random(9, 40).float(), correlated(40).float()
     results = [GPTQ(block_size=b).solve(w, W4, h) for b in (1, 7, 40, 128)]

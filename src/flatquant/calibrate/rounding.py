@@ -73,33 +73,56 @@ def learn_rounding(
         CalibrationError: the error before the first step is not finite.
     """
     linears = {path: module for path, module in block.named_modules() if isinstance(module, RoundingLinear)}
-    parameters = [p for module in linears.values() for p in module.rounding.parameters()]
+    parts = [module.rounding for module in linears.values()]
     error = partial(_error, block, call, inputs, targets, windows)
-    before = least = error()
+    before = after = error()
     if not math.isfinite(before):
         raise CalibrationError("the error of its rounded weights is not finite; try --dtype float32 or bfloat16")
-    if not parameters:  # an override leaves this block its weights
-        return before, before
-    best = [p.detach().clone() for p in parameters]
-    batch = min(spec.batch_size, inputs.shape[0])
-    optimiser = _optimiser(block, call, [module.rounding for module in linears.values()], spec, splits(batch))
+    if parts:  # an override may leave this block its weights
+        batch = min(spec.batch_size, inputs.shape[0])
+        optimiser = _optimiser(block, call, parts, spec, splits(batch))
+
+        def step(done: int) -> Tensor:
+            if progress is not None:
+                progress(done)
+            return optimiser.step(*(cyclic(kept, done * batch, batch) for kept in (inputs, targets)))
+
+        after = _best(step, error, before, optimiser.parameters, spec)
+    for path, module in linears.items():
+        replace_submodule(block, path, module.frozen())
+    return before, after
+
+
+def _best(
+    step: Callable[[int], Tensor],
+    error: Callable[[], float],
+    least: float,
+    parameters: Sequence[nn.Parameter],
+    spec: RoundingSpec,
+) -> float:
+    """Take all steps, and leave the parameters where a check found the least error, or where they were.
+
+    Args:
+        step: takes the step after so many; its loss.
+        error: on all windows.
+        least: the error before.
+
+    Returns:
+        The error there.
+    """
+    best, losses = [p.detach().clone() for p in parameters], []
     checks = {spec.steps * k // spec.checks for k in range(1, spec.checks + 1)}
-    losses = []
-    for step in range(spec.steps):
-        losses.append(optimiser.step(*(cyclic(kept, step * batch, batch) for kept in (inputs, targets))))
-        if step + 1 in checks and (now := error()) < least:
+    for done in range(spec.steps):
+        losses.append(step(done))
+        if done + 1 in checks and (now := error()) < least:
             best, least = [p.detach().clone() for p in parameters], now
-        if progress is not None:
-            progress(step + 1)
     if skipped := int((~torch.isfinite(torch.stack(losses))).sum()):
         what = f"{skipped} of {spec.steps} steps of learned rounding overflowed, and changed nothing"
         warnings.warn(what, stacklevel=2)
     with torch.no_grad():
         for p, value in zip(parameters, best, strict=True):
             p.copy_(value)
-    for path, module in linears.items():
-        replace_submodule(block, path, module.frozen())
-    return before, least
+    return least
 
 
 def _optimiser(
