@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatquant import quantize
+from flatquant import load, quantize
 from flatquant.calibrate import pipeline
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.rounding import RoundingLinear
@@ -171,12 +171,15 @@ def test_splits_of_a_batch_give_the_same_rounding_but_for_ties() -> None:
             assert (values == parts.state_dict()[name]).float().mean() > 0.99
 
 
-def test_a_report_tells_the_errors(tmp_path: Path) -> None:
+def test_what_is_saved_is_read_back_and_its_report_tells_the_errors(tmp_path: Path) -> None:
     model = tiny_llama(layers=1)
     made = quantize(model, learning(rtn("w2a16")), tokens_for(model, 4, 12), output=tmp_path / "out", device="cpu")
     told = json.loads((tmp_path / "out" / "flatquant_report.json").read_text())["blocks"][0]["learned_rounding"]
     assert told == made.report["blocks"][0]["learned_rounding"]
     assert 0 < told["after"] < told["before"]
+    tokens = tokens_for(model, 2, 9)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out")(tokens).logits, made.model(tokens).logits)
 
 
 def test_solver_of_a_scheme_without_weights_reads_nothing() -> None:
