@@ -39,11 +39,14 @@ from flatquant.spec import Clip, DataSpec, Recipe, RoundingSpec, Scheme, to_dict
 NAME = "weight-only"
 
 
-def grid(bits: int, *, symmetric: bool = True, clip: Clip = "none", group: int = 64) -> Scheme:
-    """Weights alone on a uniform grid, in groups."""
+KINDS = {"symmetric": {}, "signed": {"signed_scale": True}, "asymmetric": {"symmetric": False}}
+
+
+def grid(bits: int, kind: str, clip: Clip = "none", group: int = 64) -> Scheme:
+    """Weights alone on a uniform grid of a kind, in groups."""
     scheme = Scheme.parse(f"w{bits}g{group}a16", clip="none")
     assert scheme.weights is not None
-    return dataclasses.replace(scheme, weights=dataclasses.replace(scheme.weights, symmetric=symmetric, clip=clip))
+    return dataclasses.replace(scheme, weights=dataclasses.replace(scheme.weights, clip=clip, **KINDS[kind]))
 
 
 def solving(recipe: Recipe, **changes: Any) -> Recipe:
@@ -54,9 +57,9 @@ def solving(recipe: Recipe, **changes: Any) -> Recipe:
 def variants() -> dict[str, Recipe]:
     """By name, the bits first."""
     found = {}
-    for bits, symmetric, clip in itertools.product((4, 3, 2), (True, False), ("none", "search")):
-        name = f"w{bits}g64 {'symmetric' if symmetric else 'asymmetric'}" + ", searched" * (clip == "search")
-        scheme = grid(bits, symmetric=symmetric, clip=clip)
+    for bits, kind, clip in itertools.product((4, 3, 2), KINDS, ("none", "search")):
+        name = f"w{bits}g64 {kind}" + ", searched" * (clip == "search")
+        scheme = grid(bits, kind, clip)
         own = {f"{name} rtn": rtn(scheme)}
         for order, damping in itertools.product((False, True), (0.01, 0.1)):
             settings = ", ordered" * order + f", damping {damping}" * (damping != 0.01)

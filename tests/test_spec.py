@@ -304,6 +304,10 @@ NONE = Scheme.parse("w4a4", clip="none")
         lambda: QuantSpec(bits=1),
         lambda: QuantSpec(bits=16),
         lambda: QuantSpec(bits=4, group_size=1),
+        lambda: QuantSpec(bits=4, symmetric=False, signed_scale=True),
+        lambda: QuantSpec(bits=4, clip="learned", signed_scale=True),
+        lambda: QuantSpec(bits=4, scope="tensor", signed_scale=True),
+        lambda: Scheme(activations=QuantSpec(bits=4, signed_scale=True)),
         lambda: Scheme(activations=QuantSpec(bits=4, group_size=128)),
         lambda: Scheme(keys=QuantSpec(bits=4, group_size=128)),
         lambda: Scheme(overrides={"x.mlp_mid": SiteBits(weights=8)}),
@@ -399,7 +403,8 @@ def test_few_bits_get_a_zero_point_and_a_range(make) -> None:
     for bits, symmetric, clip in FEW_BITS[make]:
         weights = make(f"w{bits}g16a8").scheme.weights
         assert (weights.symmetric, weights.clip, weights.group_size) == (symmetric, clip, 16)
-    assert make("w4a16").scheme == Scheme.parse("w4a16", clip="none")  # rows are not searched
+    rows = make("w4a16").scheme.weights
+    assert rows == QuantSpec(bits=4, signed_scale=make is autoround)  # not searched
     given = Scheme.parse("w2g16a16", clip="none")
     assert make(given).scheme == given
 

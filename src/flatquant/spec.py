@@ -127,6 +127,8 @@ class QuantSpec:
         kind: `uniform`, or `levels`: the sums of `bits` numbers with signs. Weights have numbers of their own in every
             row or group, trained together with the codes that choose the signs; activations share a site's, found from
             calibration text, and have a scale per token.
+        signed_scale: of symmetric weights: the scale has the sign that puts the weight of largest magnitude on the end
+            -2^(b-1), which nothing takes otherwise: steps are (2^(b-1) - 1) / 2^(b-1) as wide.
         weigh: of levels of activations: what they minimise, the errors of all `channels` relative to the channels'
             power, or the `total` error.
     """
@@ -141,11 +143,17 @@ class QuantSpec:
     width: float = 1.0
     kind: Literal["uniform", "levels"] = "uniform"
     weigh: Literal["channels", "total"] = "channels"
+    signed_scale: bool = False
 
     def __post_init__(self) -> None:
         plain = self.symmetric and self.clip == "none" and self.scope == "row"
         _check(self.kind == "uniform" or plain, "levels have no zero point, no clip, and scales by row or token")
         _check(self.kind == "levels" or self.weigh == "channels", "only levels weigh errors in two ways")
+        signed = self.symmetric and self.clip in ("none", "search") and (self.kind, self.scope) == ("uniform", "row")
+        _check(
+            not self.signed_scale or signed,
+            "a signed scale is of symmetric weights by row or group, with no learned clip",
+        )
         whole = self.symmetric and self.group_size is None and self.clip == "none"
         _check(self.scope == "row" or whole, "one scale for a tensor is symmetric, without groups and without a clip")
         _check(self.width == 1 or self.scope == "tensor", "only a grid with one scale for a tensor splits channels")
@@ -240,6 +248,7 @@ class Scheme:
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
             _check(spec is None or spec.clip != "search", f"{name}: a searched clip is for weights only")
+            _check(spec is None or not spec.signed_scale, f"{name}: a signed scale is for weights only")
             uniform = spec is None or spec.kind == "uniform" or name == "activations"
             _check(uniform, f"{name}: levels are for weights and activations only")
             static = spec is not None and spec.scope == "tensor"

@@ -13,6 +13,8 @@ from tests.solvers.test_solvers import correlated, random
 SPECS = {
     "symmetric": QuantSpec(bits=4),
     "searched groups": QuantSpec(bits=3, group_size=4, clip="search"),
+    "signed scale": QuantSpec(bits=4, group_size=4, signed_scale=True),
+    "signed scale, searched": QuantSpec(bits=2, signed_scale=True, clip="search"),
     "asymmetric": QuantSpec(bits=3, symmetric=False),
     "asymmetric, searched groups": QuantSpec(bits=2, symmetric=False, group_size=4, clip="search"),
 }

@@ -62,6 +62,7 @@ GRIDS = {
     "symmetric": QuantSpec(bits=4),
     "asymmetric": QuantSpec(bits=3, symmetric=False),
     "groups": QuantSpec(bits=4, group_size=4),
+    "signed scale": QuantSpec(bits=3, group_size=4, signed_scale=True),
     "asymmetric groups": QuantSpec(bits=2, symmetric=False, group_size=4),
 }
 

@@ -5,12 +5,12 @@ steps on the error of the block's output; the best is kept (section 3, algorithm
 quantised blocks before them give, as in the authors' code. Nothing is left of it at inference but other integers.
 
 Other than the official code: batches follow one another and are not drawn; the best is chosen on all windows, at the
-start and four times on the way, not on each step's batch; factors are relative to the solver's grid and may grow. A
-symmetric grid has a positive scale, which hardly uses its end -2^(b-1); theirs has the sign that puts the largest weight
-there.
+start and four times on the way, not on each step's batch; factors are relative to the solver's grid and may grow.
+Grids of 2 and 3 bits are asymmetric and searched. From 4 bits on they are symmetric, as the authors': a scale has the
+sign that puts the largest weight on the end -2^(b-1).
 """
 
-from flatquant.recipes.common import TEXT, fitting_few_levels, of_preset
+from flatquant.recipes.common import TEXT, of_preset, signed_scales
 from flatquant.spec import Recipe, RoundingSpec, Scheme, SolverSpec
 
 TEXTS = {**TEXT, "best": TEXT["reference"]}
@@ -24,4 +24,4 @@ def autoround(scheme: str | Scheme = "w4a16", preset: str = "reference") -> Reci
     """
     data = of_preset(preset, TEXTS)
     learned = RoundingSpec(steps=50, batch_size=4) if preset == "quick" else RoundingSpec()
-    return Recipe(name="autoround", scheme=fitting_few_levels(scheme), solver=SolverSpec(learned=learned), data=data)
+    return Recipe(name="autoround", scheme=signed_scales(scheme), solver=SolverSpec(learned=learned), data=data)

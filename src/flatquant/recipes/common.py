@@ -47,6 +47,14 @@ def searched_groups(scheme: str | Scheme) -> Scheme:
     return dataclasses.replace(read, weights=dataclasses.replace(read.weights, clip="search"))
 
 
+def signed_scales(scheme: str | Scheme) -> Scheme:
+    """`fitting_few_levels`, and scales of either sign where weights have no zero point: all their levels are used."""
+    read = fitting_few_levels(scheme)
+    if not isinstance(scheme, str) or read.weights is None or not read.weights.symmetric:
+        return read
+    return dataclasses.replace(read, weights=dataclasses.replace(read.weights, signed_scale=True))
+
+
 def unclipped(scheme: str | Scheme) -> Scheme:
     """A scheme as it is; read from a text, one with full ranges."""
     return Scheme.parse(scheme, clip="none") if isinstance(scheme, str) else scheme

@@ -49,8 +49,8 @@ class LearnedRounding(Trainable, Bounded):
 
     def _rounding_to(self, values: Tensor, w: Tensor) -> Tensor:
         """The weights nearest to w that round to these integers.  # (o, g, n / g)"""
-        middle = values if self.zero is None else values - self.zero
-        inside = w.clamp(self.scale * (middle - _INSIDE), self.scale * (middle + _INSIDE))
+        middle = self.scale * (values if self.zero is None else values - self.zero)
+        inside = w.clamp(middle - _INSIDE * self.scale.abs(), middle + _INSIDE * self.scale.abs())
         return torch.where(quantize(w, self.scale, self.zero, self.spec.low, self.spec.high) == values, w, inside)
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
