@@ -42,6 +42,8 @@ def test_it_starts_at_the_solvers_rounding(solver, dtype: torch.dtype, spec: Qua
         assert torch.equal(got.scale, start.scale)
         assert start.zero is None or torch.equal(got.zero, start.zero)  # type: ignore[arg-type]
         torch.testing.assert_close(rounding(), start.dequantize(dtype), rtol=1e-6, atol=1e-7)
+        moved, error = (rounding.weight.flatten(-2) - w).abs(), (start.dequantize(dtype) - w).abs()
+        assert bool((moved <= error).all())  # it starts between the weight and what that is rounded to
     nearest = LearnedRounding(w, RTN().solve(w, WeightGrid(spec), None))
     assert torch.equal(nearest.weight.flatten(-2), w)
 
