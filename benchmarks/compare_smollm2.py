@@ -95,12 +95,12 @@ def _jobs() -> list[Job]:
     """All of them: four bits everywhere first, then weights alone, the harder ones before the easier."""
     seconds = {
         "rtn": 12, "gptq": 20, "smoothquant": 16, "quarot": 24, "flattenquant": 24, "flatquant": 66, "spinquant": 60,
-        "omniquant": 60, "affinequant": 70, "svdquant": 60, "oac": 80, "vptq": 90, "direct": 60,
+        "omniquant": 60, "affinequant": 70, "svdquant": 60, "oac": 80, "vptq": 90, "direct": 60, "autoround": 240,
     }  # fmt: skip
     everything = ("flatquant", "rtn", "quarot", "spinquant", "smoothquant", "gptq", "omniquant", "svdquant", "direct")
     everything += ("flattenquant", "affinequant")
     weights = ("rtn", "gptq", "flatquant", "quarot", "omniquant", "vptq", "oac", "spinquant", "direct", "affinequant")
-    weights += ("svdquant", "smoothquant", "flattenquant")
+    weights += ("svdquant", "smoothquant", "flattenquant", "autoround")
     pairs = [(method, "w4a4kv4") for method in everything]
     # A method's row at 4 bits is not far from the original's: the last of them tell least.
     for part in (weights[:7], weights[7:]):

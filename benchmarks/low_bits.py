@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.common import RESULTS, commit, read_samples, write_result
+from flatquant import recipes
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate import divergence_from_logits, reference_logits
 from flatquant.models import load_model
-from flatquant.recipes import direct, gptq, oac, rtn, vptq
+from flatquant.recipes import direct, oac, rtn, vptq
 from flatquant.spec import SITES, Clip, DataSpec, Recipe, Scheme, SiteBits, to_dict
 
 NAME = "low-bits"
@@ -59,6 +60,11 @@ def quantised(model: PreTrainedModel, recipe: Recipe, tokens: Tensor) -> PreTrai
     calibrate(ours, recipe, given, device=torch.device("cpu"), dtype=torch.float32)
     ours.model.layers.extend(rest)
     return ours
+
+
+def gptq(scheme: Scheme) -> Recipe:
+    """With the settings of the authors, but for what a variant says."""
+    return recipes.gptq(scheme, authors=True)
 
 
 def unfitted(recipe: Recipe) -> Recipe:

@@ -20,6 +20,7 @@ from flatquant import quantize
 from flatquant.calibrate.memory import Estimate
 from flatquant.cli import Display, _recipe, app
 from flatquant.recipes import recipe
+from flatquant.spec import QuantSpec, Recipe, RoundingSpec, Scheme, SolverSpec
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,24 @@ def test_options_reach_the_recipe(place: Path, tmp_path: Path) -> None:
     assert recipe["data"] == {"samples": 2, "seqlen": 16, "text": "self"}
     assert report["seed"] == 5
     assert report["data"]["source"] == "self"
+
+
+def test_options_reach_the_solver() -> None:
+    def made(method: str = "gptq", scheme: str = "w4g16a16", **options: object) -> Recipe:
+        own = dict.fromkeys(("calibration", "samples", "seqlen", "epochs", "batch_size", "lr", "solver"))
+        return _recipe(method, scheme, "reference", **(own | options))  # type: ignore[arg-type]
+
+    authors = made(act_order=False, damping=0.02, gram_inputs="original", weight_clip="none")
+    assert authors.solver == SolverSpec(kind="gptq", act_order=False, damping=0.02, inputs="original")
+    assert authors.scheme == Scheme.parse("w4g16a16", clip="none")
+    assert made(weight_clip="search").scheme.weights == QuantSpec(bits=4, group_size=16, clip="search")
+    learned = made("flatquant", solver="gptq", act_order=True, rounding_steps=7, batch_size=3)
+    assert learned.solver == SolverSpec(kind="gptq", act_order=True, learned=RoundingSpec(steps=7, batch_size=3))
+    assert learned.fit is not None
+    assert learned.fit.batch_size == 3
+    assert made("rtn", rounding_steps=7).needs_data
+    assert not made("autoround", rounding_steps=0).needs_data
+    assert made("autoround", batch_size=2).solver.learned == RoundingSpec(batch_size=2)
 
 
 def test_options_reach_the_end_to_end_fit() -> None:
@@ -460,6 +479,18 @@ def test_an_output_layer_of_its_own_is_told(place: Path, tmp_path: Path) -> None
         (["--method", "vptq", "--scheme", "w2a8"], "vptq quantises weights only"),
         (["--method", "gptq", "--hessian", "output_adaptive"], "rounds with gptq: leave out --hessian"),
         (["--hessian", "output_adaptive"], "the solver rtn uses no Hessian"),
+        (["--act-order"], "the solver rtn uses no Hessian: leave out --act-order, or take gptq"),
+        (["--solver", "gptq", "--damping", "0"], "damping 0.0: must be positive"),
+        (["--method", "gptq", "--gram-inputs", "mine"], "'mine' is not one of 'quantised', 'original'"),
+        (["--method", "oac", "--gram-inputs", "original"], "output_adaptive has no Gram matrix of original inputs"),
+        (["--weight-clip", "none"], "leaves no ranges to choose: leave out --weight-clip"),
+        (["--method", "rtn", "--weight-clip", "fixed"], "unknown weight clip 'fixed'; known: none, search"),
+        (["--rounding-steps", "-1"], "rounding steps -1: at least 0"),
+        (["--scheme", "a4", "--rounding-steps", "5"], "does not quantise weights: leave out --rounding-steps"),
+        (["--method", "vptq", "--scheme", "w2a16", "--rounding-steps", "5"], "rounding is learned on a grid"),
+        (["--method", "flattenquant", "--rounding-steps", "5"], "not with one for a tensor"),
+        (["--method", "direct", "--rounding-steps", "5"], "the fit chooses levels and codes of weights"),
+        (["--method", "autoround", "--lr", "1"], "method autoround fits nothing: leave out --lr"),
         (["--preset", "quick", "--epochs", "3"], "preset quick has no block-wise fit: leave out --epochs"),
         (["--scheme", "w4", "--key-offset", "mean"], "does not quantise keys: leave out --key-offset"),
         (["--key-offset", "median"], "'median' is not one of 'auto', 'none', 'bias', 'mean'"),

@@ -75,6 +75,7 @@ def test_every_method_is_described() -> None:
         "grid": "w4 a4 symmetric; k4 v4 asymmetric", "solver": "rtn", "objective": "-", "data": "-", "online": 0.0,
     }  # fmt: skip
     assert rows["oac"]["solver"] == "gptq (output_adaptive)"
+    assert rows["autoround"]["solver"] == "rtn, learned in 200 steps"
     assert rows["vptq"]["scheme"] == "w4a16kv16"
     assert rows["vptq"]["grid"] == "w4 in codebooks of vectors of 4"
     flat = rows["flatquant"]
@@ -100,7 +101,7 @@ def test_methods_on_the_command_line() -> None:
 def test_families_on_the_command_line() -> None:
     done = run("methods", "--families")
     assert done.exit_code == 0, done.output
-    for text in ("qwen3_moe", "quarot", "w4a16", "with every family: direct, flatquant"):
+    for text in ("qwen3_moe", "quarot", "w4a16", "with every family: autoround, direct, flatquant"):
         assert text in done.stdout
     rows = json.loads(run("methods", "--families", "--json").stdout)
     assert all(set(row) == {"family", *RECIPES} for row in rows)

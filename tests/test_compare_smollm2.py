@@ -28,7 +28,8 @@ def test_jobs_are_all_methods_at_all_schemes_that_they_take() -> None:
     assert len(pairs) == len(JOBS)
     for scheme in ("w4a16", "w3a16", "w2a16"):
         assert {method for method, at in pairs if at == scheme} == set(RECIPES)
-    assert {m for m, s in pairs if s == "w4a4kv4"} == set(RECIPES) - {"vptq", "oac"}  # which are about weights alone
+    weights_alone = {"autoround", "vptq", "oac"}
+    assert {m for m, s in pairs if s == "w4a4kv4"} == set(RECIPES) - weights_alone
     for job in JOBS:
         made = job.recipe()
         assert (made == RECIPES[job.method](job.scheme)) == (job.method not in CHANGES)

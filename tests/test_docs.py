@@ -68,11 +68,14 @@ def test_the_combinations_are_recipes_and_what_does_not_combine_says_so() -> Non
     names: dict[str, Any] = {}
     exec(compile(example("combinations"), "methods.md", "exec"), names)
     made = {name: value for name, value in names.items() if isinstance(value, Recipe)}
-    assert set(made) == {"with_gptq", "with_oac", "with_branch", "books", "rotated_books"}
+    assert set(made) == {
+        "with_gptq", "with_oac", "with_branch", "with_learned_rounding", "books", "rotated_books",
+    }  # fmt: skip
     for recipe in made.values():
         assert from_dict(Recipe, to_dict(recipe)) == recipe
     assert made["with_oac"].solver.hessian == "output_adaptive"
     assert made["with_branch"].transforms == RECIPES["flatquant"]("w4a4kv4").transforms
+    assert made["with_learned_rounding"].solver.learns
     assert made["rotated_books"].solver.codebook is not None
     with pytest.raises(SpecError, match="codebooks are not"):
         names["replace"](made["with_gptq"], solver=made["books"].solver)

@@ -15,8 +15,9 @@ import flatquant
 from flatquant.cli import app
 from flatquant.errors import ArtifactError, ModelError
 from flatquant.interchange import export_compressed, export_dense, import_matrices, read_matrices
-from flatquant.recipes import gptq, rtn
+from flatquant.recipes import autoround, gptq, rtn
 from flatquant.runtime.artifact import load
+from flatquant.spec import Recipe
 from tests.laws import calibrated, quick, tokens_for
 from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
 
@@ -198,10 +199,13 @@ def test_a_dense_checkpoint_cannot_round_activations(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("scheme, tied", [("w4a16", True), ("w4g8a16", False), ("w8a16", True)])
-def test_compressed_tensors_load_in_transformers(scheme: str, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "recipe, tied",
+    [(rtn("w4a16"), True), (gptq("w4g8a16"), False), (rtn("w8a16"), True), (autoround("w4g8a16", "quick"), True)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_compressed_tensors_load_in_transformers(recipe: Recipe, tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    recipe = rtn(scheme) if "g" not in scheme else gptq(scheme)
     model = tiny_llama(tied=tied, intermediate=72)
     tokens = tokens_for(model, 16, 16, seed=1)
     result = flatquant.quantize(model, recipe, tokens if recipe.needs_data else None, device="cpu")

@@ -16,7 +16,7 @@ from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.modules import Trainable
 from flatquant.qtensor import QTensor
-from flatquant.recipes import flatquant, gptq, oac, rtn, svdquant, vptq
+from flatquant.recipes import autoround, flatquant, gptq, oac, rtn, svdquant, vptq
 from flatquant.rotary import Angles
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite
@@ -414,7 +414,7 @@ def test_every_scheme_runs_and_gives_finite_logits(float_model, scheme: str) -> 
     torch.testing.assert_close(decoded(model, tokens), hidden(model, tokens), rtol=1e-3, atol=1e-3)
 
 
-UNFITTED = [make("w16a16") for make in (rtn, gptq, oac, vptq, svdquant)]
+UNFITTED = [make("w16a16") for make in (autoround, rtn, gptq, oac, vptq, svdquant)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

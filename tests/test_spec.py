@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatquant.errors import FlatQuantError, SpecError
-from flatquant.recipes import flatquant, gptq, oac, quarot, recipe, rtn, vptq
+from flatquant.recipes import autoround, flatquant, gptq, oac, quarot, recipe, rtn, vptq
 from flatquant.spec import (
     SITES,
     BlockPlan,
     CacheBits,
+    CodebookSpec,
     DataSpec,
     EndToEndSpec,
     FitSpec,
     Plan,
     QuantSpec,
     Recipe,
+    RoundingSpec,
     Scheme,
     SiteBits,
     SitePlan,
@@ -196,7 +199,7 @@ FULL = Recipe(
     },
     fit=FitSpec(epochs=3, lr=1e-2, warmup_steps=2),
     end_to_end=EndToEndSpec(steps=7, checkpoint=False),
-    solver=SolverSpec(kind="gptq", damping=0.1, act_order=True),
+    solver=SolverSpec(kind="gptq", damping=0.1, act_order=True, learned=RoundingSpec(steps=9, reach=0.25)),
     data=DataSpec(samples=8, seqlen=64),
 )  # fmt: skip
 PLAN = Plan(
@@ -301,6 +304,10 @@ NONE = Scheme.parse("w4a4", clip="none")
         lambda: QuantSpec(bits=1),
         lambda: QuantSpec(bits=16),
         lambda: QuantSpec(bits=4, group_size=1),
+        lambda: QuantSpec(bits=4, symmetric=False, signed_scale=True),
+        lambda: QuantSpec(bits=4, clip="learned", signed_scale=True),
+        lambda: QuantSpec(bits=4, scope="tensor", signed_scale=True),
+        lambda: Scheme(activations=QuantSpec(bits=4, signed_scale=True)),
         lambda: Scheme(activations=QuantSpec(bits=4, group_size=128)),
         lambda: Scheme(keys=QuantSpec(bits=4, group_size=128)),
         lambda: Scheme(overrides={"x.mlp_mid": SiteBits(weights=8)}),
@@ -323,6 +330,13 @@ NONE = Scheme.parse("w4a4", clip="none")
         lambda: EndToEndSpec(lr=0.0),
         lambda: SolverSpec(damping=0.0),
         lambda: SolverSpec(block_size=0),
+        lambda: SolverSpec(inputs="original"),
+        lambda: SolverSpec(kind="gptq", hessian="output_adaptive", inputs="original"),
+        lambda: SolverSpec(kind="codebook", codebook=CodebookSpec(), learned=RoundingSpec()),
+        lambda: RoundingSpec(steps=-1),
+        lambda: RoundingSpec(batch_size=0),
+        lambda: RoundingSpec(reach=0.0),
+        lambda: RoundingSpec(checks=0),
         lambda: DataSpec(samples=0),
         lambda: DataSpec(seqlen=1),
         lambda: SitePlan(readers=(), shape=(1, 1)),
@@ -363,6 +377,8 @@ def test_specs_are_frozen_and_keyword_only() -> None:
         (rtn("w4a4kv4"), False),
         (gptq("w4"), True),
         (gptq("a4"), False),  # nothing for GPTQ to round
+        (autoround("w4"), True),
+        (autoround("a4"), False),
         (flatquant("w4"), True),
         (Recipe(name="r", scheme=NONE, transforms={"mlp_in": (KRON,)}), False),
         (Recipe(name="r", scheme=NONE, transforms={"mlp_in": (TransformSpec(kind="diagonal", init="absmax"),)}), True),
@@ -374,12 +390,28 @@ def test_data_is_read_only_where_needed(r: Recipe, needs: bool) -> None:
     assert r.needs_data == needs
 
 
-@pytest.mark.parametrize("make", [gptq, oac])
-def test_few_bits_get_a_zero_point_and_a_searched_range(make) -> None:
-    for bits, symmetric, clip in ((2, False, "search"), (3, False, "search"), (4, True, "none")):
+FEW_BITS = {
+    gptq: ((2, False, "search"), (3, False, "search"), (4, True, "search")),
+    partial(gptq, authors=True): ((2, False, "none"), (3, False, "none"), (4, True, "none")),
+    oac: ((2, False, "search"), (3, False, "search"), (4, True, "none")),
+    autoround: ((2, False, "search"), (3, False, "search"), (4, True, "none")),
+}
+
+
+@pytest.mark.parametrize("make", FEW_BITS, ids=["gptq", "the authors' gptq", "oac", "autoround"])
+def test_few_bits_get_a_zero_point_and_a_range(make) -> None:
+    for bits, symmetric, clip in FEW_BITS[make]:
         weights = make(f"w{bits}g16a8").scheme.weights
         assert (weights.symmetric, weights.clip, weights.group_size) == (symmetric, clip, 16)
-        assert make(f"w{bits}a16").solver.act_order == (bits < 4)
-    given = Scheme.parse("w2a16", clip="none")
+    rows = make("w4a16").scheme.weights
+    assert rows == QuantSpec(bits=4, signed_scale=make is autoround)  # not searched
+    given = Scheme.parse("w2g16a16", clip="none")
     assert make(given).scheme == given
-    assert not make(given).solver.act_order
+
+
+def test_gptq_rounds_with_what_measured_best_or_as_its_authors() -> None:
+    for bits in (2, 3, 4, 8):
+        assert gptq(f"w{bits}a16").solver == SolverSpec(kind="gptq", act_order=True, damping=0.1)
+        assert gptq(f"w{bits}a16", authors=True).solver == SolverSpec(kind="gptq")
+        assert oac(f"w{bits}a16").solver.act_order == (bits < 4)
+    assert not oac(Scheme.parse("w2a16", clip="none")).solver.act_order

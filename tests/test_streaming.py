@@ -99,6 +99,7 @@ def test_every_family_is_read_as_transformers_reads_it(name: str, tied: bool, tm
     [
         SMALL,
         dataclasses.replace(SMALL, solver=SolverSpec(kind="gptq")),
+        dataclasses.replace(recipes.autoround("w3", "quick"), data=SMALL.data),
         recipes.rtn("w4a4kv4"),
         dataclasses.replace(recipes.quarot("w4a4kv4"), data=SMALL.data),  # rotates the ends too
         dataclasses.replace(recipes.vptq("w3"), data=SMALL.data),  # codebooks

@@ -596,7 +596,7 @@ class _Run:
     ) -> dict[str, Any]:
         blocks = [
             {"block": b["block"], "before": _first(b["losses"]), "after": _last(b["losses"]), "losses": b["losses"]}
-            | {key: b[key] for key in ("experts", "dtype", "held_out", "undone") if key in b}
+            | {key: b[key] for key in ("experts", "dtype", "held_out", "undone", "learned_rounding") if key in b}
             for b in calibration.blocks
         ]
         whole = calibration.end_to_end

@@ -370,6 +370,20 @@ def quantize(
     hessian: Annotated[
         str | None, typer.Option(help="What the solver preserves: input_gram (layers) or output_adaptive (the loss).")
     ] = None,
+    act_order: Annotated[
+        bool | None,
+        typer.Option("--act-order/--no-act-order", help="Whether the solver rounds columns of large curvature first."),
+    ] = None,
+    damping: Annotated[float | None, typer.Option(help="Of the solver's Hessian, as a share of its mean.")] = None,
+    gram_inputs: Annotated[
+        str | None, typer.Option(help="What the solver's Hessian is of: quantised (blocks' inputs) or original.")
+    ] = None,
+    weight_clip: Annotated[
+        str | None, typer.Option(help="Ranges of weights that no fit learns: none (all of it), or search.")
+    ] = None,
+    rounding_steps: Annotated[
+        int | None, typer.Option(help="Steps by which each block's rounding is then learned; 0 for none.")
+    ] = None,
     key_offset: Annotated[
         str | None,
         typer.Option(help="A constant that cached keys leave out: auto (keys with a bias), none, bias, or mean."),
@@ -412,8 +426,16 @@ def quantize(
         mistakes(Scheme.parse, scheme)
         mistakes(recipes.recipe, method, "w4a16", preset)  # method and preset, whatever the scheme
         options = (samples, seqlen, epochs, batch_size, lr, solver, hessian, key_offset)
+        rounding = {
+            "act_order": act_order,
+            "damping": damping,
+            "gram_inputs": gram_inputs,
+            "weight_clip": weight_clip,
+            "rounding_steps": rounding_steps,
+        }
         named = not mistakes.found
-        recipe = mistakes(_recipe, method, scheme, preset, calibration, *options) if named else None
+        made = partial(_recipe, **rounding)
+        recipe = mistakes(made, method, scheme, preset, calibration, *options) if named else None
         if recipe and losses and recipe.fit is None and recipe.end_to_end is None:
             mistakes.found.append(SpecError(f"method {method} fits nothing: leave out --losses"))
         mistakes(models.check, model)
@@ -545,10 +567,16 @@ def _recipe(
     solver: str | None,
     hessian: str | None = None,
     key_offset: str | None = None,
+    *,
+    act_order: bool | None = None,
+    damping: float | None = None,
+    gram_inputs: str | None = None,
+    weight_clip: str | None = None,
+    rounding_steps: int | None = None,
 ) -> Recipe:
     """The method's recipe with what the options change; an option that would change nothing is an error."""
     from flatquant.recipes import recipe
-    from flatquant.spec import Scheme, SolverSpec, from_dict, to_dict
+    from flatquant.spec import Scheme, from_dict, to_dict
 
     base = recipe(method, scheme, preset)
     if key_offset is not None:
@@ -557,30 +585,70 @@ def _recipe(
         base = replace(base, scheme=from_dict(Scheme, to_dict(base.scheme) | {"key_offset": key_offset}, "scheme"))
     steps = {"batch_size": batch_size, "lr": lr}
     steps = {name: value for name, value in steps.items() if value is not None}
+    learns = base.solver.learned is not None if rounding_steps is None else rounding_steps > 0
     data = {name: value for name, value in (("samples", samples), ("seqlen", seqlen)) if value is not None}
-    if steps and base.fit is None and base.end_to_end is None:
+    if steps and base.fit is None and base.end_to_end is None and not (learns and lr is None):
         raise SpecError(f"method {method} fits nothing: leave out {_options(steps)}")
     if epochs is not None and base.fit is None:
         raise SpecError(f"method {method} with preset {preset} has no block-wise fit: leave out --epochs")
     base = base.tuned(samples=samples, seqlen=seqlen, epochs=epochs, batch_size=batch_size, lr=lr)
-    changes: dict[str, Any] = {}
-    pairs = (("kind", solver), ("hessian", hessian))
-    rounding: dict[str, Any] = {name: value for name, value in pairs if value is not None}
-    if rounding:
-        own = to_dict(base.solver)
-        if not base.transforms and any(own[name] != value for name, value in rounding.items()):
-            given = _options({name: 0 for name, value in (("solver", solver), ("hessian", hessian)) if value})
-            raise SpecError(f"method {method} rounds with {base.solver.kind}: leave out {given}, or change --method")
-        if solver == "codebook":
-            rounding["codebook"] = {}  # its defaults, and no clip
-            if base.scheme.weights is not None:
-                changes["scheme"] = replace(base.scheme, weights=replace(base.scheme.weights, clip="none"))
-        changes["solver"] = from_dict(SolverSpec, rounding if solver is not None else own | rounding, "solver")
-    changed = replace(base, **changes)
+    if weight_clip is not None:
+        base = _with_weight_clip(base, weight_clip)
+    settings = {"act_order": act_order, "damping": damping, "gram_inputs": gram_inputs}
+    changed = _with_solver(base, solver, hessian, {n: v for n, v in settings.items() if v is not None})
+    if rounding_steps is not None:
+        changed = _with_learned_rounding(changed, rounding_steps).tuned(batch_size=batch_size)
     if not changed.needs_data and (data or calibration is not None):
         given = data if calibration is None else {**data, "calibration": calibration}
         raise SpecError(f"method {method} at {changed.scheme} reads no calibration text: leave out {_options(given)}")
     return changed
+
+
+def _with_solver(base: Recipe, solver: str | None, hessian: str | None, settings: dict[str, Any]) -> Recipe:
+    """The recipe with another way to round, or with other settings of its own."""
+    from flatquant.spec import SolverSpec, from_dict, to_dict
+
+    kinds = {name: value for name, value in (("kind", solver), ("hessian", hessian)) if value is not None}
+    if not kinds and not settings:
+        return base
+    own = to_dict(base.solver)
+    if not base.transforms and any(own[name] != value for name, value in kinds.items()):
+        given = _options({name: 0 for name, value in (("solver", solver), ("hessian", hessian)) if value})
+        raise SpecError(f"method {base.name} rounds with {base.solver.kind}: leave out {given}, or change --method")
+    kept = own if solver is None else {"learned": own["learned"]}
+    rounding = kept | kinds | {"inputs" if name == "gram_inputs" else name: v for name, v in settings.items()}
+    scheme = base.scheme
+    if solver == "codebook":
+        rounding["codebook"] = {}  # its defaults, and no clip
+        if scheme.weights is not None:
+            scheme = replace(scheme, weights=replace(scheme.weights, clip="none"))
+    made = from_dict(SolverSpec, rounding, "solver")
+    if settings and not made.needs_hessian:
+        raise SpecError(f"the solver {made.kind} uses no Hessian: leave out {_options(settings)}, or take gptq")
+    return replace(base, solver=made, scheme=scheme)
+
+
+def _with_weight_clip(base: Recipe, clip: str) -> Recipe:
+    """The recipe with other ranges of weights."""
+    from flatquant.spec import QuantSpec, from_dict, to_dict
+
+    weights = base.scheme.weights
+    if weights is None or weights.clip == "learned":
+        raise SpecError(f"method {base.name} at {base.scheme} leaves no ranges to choose: leave out --weight-clip")
+    if clip not in ("none", "search"):
+        raise SpecError(f"unknown weight clip {clip!r}; known: none, search")
+    made = from_dict(QuantSpec, to_dict(weights) | {"clip": clip}, "weights")
+    return replace(base, scheme=replace(base.scheme, weights=made))
+
+
+def _with_learned_rounding(base: Recipe, steps: int) -> Recipe:
+    """The recipe with so many steps of learned rounding."""
+    from flatquant.spec import RoundingSpec
+
+    if base.scheme.weights is None:
+        raise SpecError(f"scheme {base.scheme} does not quantise weights: leave out --rounding-steps")
+    learned = base.solver.learned or RoundingSpec()
+    return replace(base, solver=replace(base.solver, learned=replace(learned, steps=steps)))
 
 
 def _options(names: dict[str, Any]) -> str:

@@ -92,7 +92,9 @@ def _solver(found: Recipe) -> str:
     if found.scheme.weights is None:
         return "-"
     branch = f", branch of rank {found.branch.rank}" if found.branch else ""
-    return found.solver.kind + (f" ({found.solver.hessian})" if found.solver.needs_hessian else "") + branch
+    learned = found.solver.learned
+    steps = f", learned in {learned.steps} steps" if learned is not None and found.solver.learns else ""
+    return found.solver.kind + (f" ({found.solver.hessian})" if found.solver.needs_hessian else "") + branch + steps
 
 
 def _objective(found: Recipe) -> str:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 # "rotation" parameters are orthogonal matrices and stay so: their optimiser moves them on the manifold of those.
-Group = Literal["transform", "scale", "clip", "weight", "rotation", "code"]
+# "rounding" parameters are moved by the signs of their gradients.
+Group = Literal["transform", "scale", "clip", "weight", "rotation", "code", "rounding"]
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 

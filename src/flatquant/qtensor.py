@@ -2,7 +2,8 @@
 
 Invariants, checked on construction:
 - `values` is int8 (symmetric) or uint8 (asymmetric), shape [.., n]; every value lies in [spec.low, spec.high];
-- `scale` is floating, shape [.., g], strictly positive, where g * group = n: one scale for `group` neighbours;
+- `scale` is floating, shape [.., g], where g * group = n: one scale for `group` neighbours; strictly positive
+  unless `spec.signed_scale`, where it is only not 0;
 - `zero` is None if symmetric, else an integer-valued tensor of scale's shape in [0, 2^b - 1] range of the grid;
 - the real values are `scale * (values - zero)`.
 """
@@ -50,11 +51,12 @@ class QTensor:
         return self.values.shape[-1] // self.scale.shape[-1]
 
     def check_range(self) -> None:
-        """Raise ValueError unless every integer lies on the grid and every scale is positive and finite."""
+        """Raise ValueError unless every integer lies on the grid and every scale is finite and has its sign."""
         low, high = int(self.values.min()), int(self.values.max())
         if low < self.spec.low or high > self.spec.high:
             raise ValueError(f"integers {low}..{high} outside the grid {self.spec.low}..{self.spec.high}")
-        if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
+        scale = self.scale.abs() if self.spec.signed_scale else self.scale
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError("scales must be positive and finite")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -127,6 +127,8 @@ class QuantSpec:
         kind: `uniform`, or `levels`: the sums of `bits` numbers with signs. Weights have numbers of their own in every
             row or group, trained together with the codes that choose the signs; activations share a site's, found from
             calibration text, and have a scale per token.
+        signed_scale: of symmetric weights: the scale has the sign that puts the weight of largest magnitude on the end
+            -2^(b-1), which nothing takes otherwise: steps are (2^(b-1) - 1) / 2^(b-1) as wide.
         weigh: of levels of activations: what they minimise, the errors of all `channels` relative to the channels'
             power, or the `total` error.
     """
@@ -141,11 +143,17 @@ class QuantSpec:
     width: float = 1.0
     kind: Literal["uniform", "levels"] = "uniform"
     weigh: Literal["channels", "total"] = "channels"
+    signed_scale: bool = False
 
     def __post_init__(self) -> None:
         plain = self.symmetric and self.clip == "none" and self.scope == "row"
         _check(self.kind == "uniform" or plain, "levels have no zero point, no clip, and scales by row or token")
         _check(self.kind == "levels" or self.weigh == "channels", "only levels weigh errors in two ways")
+        signed = self.symmetric and self.clip in ("none", "search") and (self.kind, self.scope) == ("uniform", "row")
+        _check(
+            not self.signed_scale or signed,
+            "a signed scale is of symmetric weights by row or group, with no learned clip",
+        )
         whole = self.symmetric and self.group_size is None and self.clip == "none"
         _check(self.scope == "row" or whole, "one scale for a tensor is symmetric, without groups and without a clip")
         _check(self.width == 1 or self.scope == "tensor", "only a grid with one scale for a tensor splits channels")
@@ -240,6 +248,7 @@ class Scheme:
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
             _check(spec is None or spec.clip != "search", f"{name}: a searched clip is for weights only")
+            _check(spec is None or not spec.signed_scale, f"{name}: a signed scale is for weights only")
             uniform = spec is None or spec.kind == "uniform" or name == "activations"
             _check(uniform, f"{name}: levels are for weights and activations only")
             static = spec is not None and spec.scope == "tensor"
@@ -577,6 +586,33 @@ class CodebookSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundingSpec:
+    """Rounding that is learned block by block, by signed gradients (AutoRound, arXiv 2309.05516).
+
+    Every weight has an offset, up to half a step of its grid, that is added before rounding, and every scale a factor.
+    They start where the solver's rounding is, and train on the quantised block's output error, on the inputs that the
+    quantised blocks before give. A step moves each by the sign of its gradient; steps shrink linearly to 0.
+
+    Attributes:
+        steps: of the signed gradients; 0 leaves the solver's rounding as it is.
+        batch_size: windows in a step; all of them where there are fewer.
+        reach: how far an offset, in steps of its grid, and a factor can get from their start in all steps.
+        checks: how often the error on all windows is measured on the way; the best of these, and of the start, is kept.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    reach: float = 0.5
+    checks: int = 4
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 0, f"rounding steps {self.steps}: at least 0")
+        _check(self.batch_size >= 1, f"batch size {self.batch_size} of learned rounding: at least 1")
+        _check(self.reach > 0, f"reach {self.reach}: must be positive")
+        _check(self.checks >= 1, f"checks {self.checks}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SolverSpec:
     """How the folded weights are rounded.
 
@@ -585,19 +621,24 @@ class SolverSpec:
             (`gptq`) or in codebooks of as many bits (`codebook`).
         hessian: what that error costs: `input_gram`, the layer's output error; `output_adaptive`, the model's loss.
         gradients: of `output_adaptive`: one outer product for every sequence, or for every token.
+        inputs: of the block, that the Gram matrix is of: what the `quantised` blocks before it give, or the `original`
+            model's.
         damping: of the Hessian, relative to its mean diagonal.
         block_size: columns after which the error reaches those outside; a matter of speed alone.
         act_order: columns of large diagonal first; codebooks always do.
         codebook: of the kind `codebook`, and of no other.
+        learned: what becomes of that rounding by learning.
     """
 
     kind: Literal["rtn", "gptq", "codebook"] = "rtn"
     hessian: Literal["input_gram", "output_adaptive"] = "input_gram"
     gradients: Literal["sequence", "token"] = "sequence"
+    inputs: Literal["quantised", "original"] = "quantised"
     damping: float = 0.01
     block_size: int = 128
     act_order: bool = False
     codebook: CodebookSpec | None = None
+    learned: RoundingSpec | None = None
 
     def __post_init__(self) -> None:
         _check(
@@ -610,11 +651,27 @@ class SolverSpec:
         )
         _check(self.damping > 0, f"damping {self.damping}: must be positive")
         _check(self.block_size >= 1, f"block size {self.block_size}: at least 1")
+        grams = self.needs_hessian and self.hessian == "input_gram"
+        _check(
+            grams or self.inputs == "quantised",
+            f"the solver {self.kind} with {self.hessian} has no Gram matrix of {self.inputs} inputs",
+        )
+        _check(not self.learns or self.kind != "codebook", "rounding is learned on a grid, which codebooks are not")
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether rounding reads data."""
+        """Whether rounding minds a Hessian."""
         return self.kind != "rtn"
+
+    @property
+    def learns(self) -> bool:
+        """Whether signed gradients follow."""
+        return self.learned is not None and self.learned.steps > 0
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether rounding reads text."""
+        return self.needs_hessian or self.learns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -697,6 +754,11 @@ class Recipe:
             trained or not clipped or bool(self.transforms),
             f"recipe {self.name}: learned clipping needs a fit; use clip='none' or give the recipe a fit",
         )
+        if self.solver.learns:
+            _check(
+                self.scheme.weights is None or self.scheme.weights.scope == "row",
+                f"recipe {self.name}: rounding is learned with scales by row or group, not with one for a tensor",
+            )
         if self.solver.codebook is not None and self.scheme.weights is not None:
             _check(not trained, f"recipe {self.name}: fits round weights to a uniform grid, which codebooks are not")
             _check(
@@ -751,7 +813,10 @@ class Recipe:
             fit = dataclasses.replace(fit, **steps(fit), epochs=fit.epochs if epochs is None else epochs)
         if end_to_end is not None:
             end_to_end = dataclasses.replace(end_to_end, **steps(end_to_end))
-        return dataclasses.replace(self, data=data, fit=fit, end_to_end=end_to_end)
+        solver = self.solver
+        if solver.learned is not None and batch_size is not None:
+            solver = dataclasses.replace(solver, learned=dataclasses.replace(solver.learned, batch_size=batch_size))
+        return dataclasses.replace(self, data=data, fit=fit, end_to_end=end_to_end, solver=solver)
 
     def _check_residual(self) -> None:
         residual = self.transforms.get("residual", ())
@@ -787,7 +852,7 @@ class Recipe:
         moved = any(t.parameters != "fixed" for parts in self.transforms.values() for t in parts)
         _check(not moved, f"{where}: weights on levels train themselves; only fixed transforms may come before them")
         _check(
-            self.solver.kind == "rtn" and self.branch is None,
+            self.solver.kind == "rtn" and not self.solver.learns and self.branch is None,
             f"{where}: the fit chooses levels and codes of weights; use the solver rtn, and no branch",
         )
         released = self.end_to_end is not None and (self.end_to_end.weight_lr or not self.end_to_end.round_weights)
@@ -801,7 +866,7 @@ class Recipe:
         inputs = self.scheme.activations
         static = inputs is not None and (inputs.scope == "tensor" or inputs.kind == "levels")
         offset = self.scheme.key_offset == "mean"
-        return fits or starts or static or offset or (self.solver.needs_hessian and self.scheme.weights is not None)
+        return fits or starts or static or offset or (self.solver.needs_data and self.scheme.weights is not None)
 
 
 # --------------------------------------------------------------------------------------------- a concrete model

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, SpecError
 from flatquant.recipes import flatquant, rtn
-from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, SolverSpec
+from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, RoundingSpec, SolverSpec
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
@@ -85,6 +86,8 @@ def layout(model, recipe: Recipe, **changes) -> Estimate:
         quick("w4a4kv4", solver=SolverSpec(kind="gptq")),
         quick("w3a8", solver=SolverSpec(kind="gptq", hessian="output_adaptive")),
         quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)),
+        quick("w3a8", solver=SolverSpec(learned=RoundingSpec(steps=3, batch_size=2))),
+        quick("w3a8", solver=SolverSpec(kind="gptq", inputs="original", learned=RoundingSpec(steps=3, batch_size=2))),
     ],
 )
 def test_where_activations_lie_changes_no_bit(model, recipe: Recipe, place: str, tmp_path: Path) -> None:
@@ -216,6 +219,18 @@ def test_the_estimate_is_within_a_quarter_of_what_a_run_takes(
     tokens = tokens_for(model, 2 * batch, seqlen)
     with TensorBytes() as tensors:
         calibrate(model, recipe, tokens, device=CPU, dtype=torch.float32)
+    assert want.device == pytest.approx(tensors.peak, rel=0.25)
+
+
+@pytest.mark.parametrize("scheme, kind", [("w4a16", "rtn"), ("w4a16", "gptq"), ("w4a4kv4", "rtn")])
+@pytest.mark.parametrize("hidden, intermediate, seqlen", [(256, 704, 16), (128, 512, 256)])
+def test_so_is_that_of_learned_rounding(hidden: int, intermediate: int, seqlen: int, scheme: str, kind: Any) -> None:
+    model = tiny_llama(hidden=hidden, intermediate=intermediate)
+    solver = SolverSpec(kind=kind, learned=RoundingSpec(steps=2, batch_size=2, checks=2))
+    recipe = dataclasses.replace(rtn(scheme), solver=solver, data=DataSpec(samples=4, seqlen=seqlen))
+    want = counted(model, recipe)
+    with TensorBytes() as tensors:
+        calibrate(model, recipe, tokens_for(model, 4, seqlen), device=CPU, dtype=torch.float32)
     assert want.device == pytest.approx(tensors.peak, rel=0.25)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatquant.calibrate.optimise import EAGER_STEPS, Optimiser, cosine
+from flatquant.calibrate.optimise import EAGER_STEPS, Optimiser, cosine, linear
 from flatquant.modules import GROUPS
 
 
@@ -116,6 +116,25 @@ def test_a_resumed_run_ends_with_the_same_bytes() -> None:
         assert [float(second.step(b)) for b in batches()[5:]] == losses[5:]
         assert all(torch.equal(a, b) for a, b in zip(final(parameters), want, strict=True))
     assert all(torch.equal(state[k], kept[k]) for k in kept)
+
+
+def test_signs_move_by_the_rate_alone_along_a_line_to_zero() -> None:
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    slopes = torch.tensor([1e-9, -1e9, 0.0], dtype=torch.float64)
+    optimiser = Optimiser(
+        {"rounding": [p]},
+        {"rounding": 0.4},
+        floors={"rounding": 0.0},
+        steps=4,
+        schedule=linear,
+        loss_fn=lambda x: ((p * slopes * x).sum(), x.sum()),
+        graph=False,
+    )
+    for done in (0.4, 0.7, 0.9, 1.0):
+        optimiser.step(torch.ones(1))
+        torch.testing.assert_close(p.detach(), torch.tensor([-done, done, 0.0]).double(), rtol=1e-6, atol=1e-7)
+    optimiser.step(torch.tensor([torch.inf]))  # overflows
+    torch.testing.assert_close(p.detach(), torch.tensor([-1.0, 1.0, 0.0]).double(), rtol=1e-6, atol=1e-7)
 
 
 def test_it_is_adamw_with_a_rate_for_each_group() -> None:

@@ -345,3 +345,25 @@ def test_clips_of_a_scheme() -> None:
     assert scheme.keys == QuantSpec(bits=4, symmetric=False, clip="fixed", clip_ratio=0.95)
     assert scheme.values == QuantSpec(bits=8, symmetric=False)
     assert Scheme.parse("w16", clip="none").with_clips(weights="search") == Scheme()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("clip", ["none", "search"])
+def test_a_signed_scale_puts_the_largest_weight_on_the_far_end(bits: int, clip) -> None:
+    w = torch.randn(16, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w[0] = 0
+    w[1].abs_()
+    w[2].abs_().neg_()
+    grid = WeightGrid(QuantSpec(bits=bits, group_size=8, clip=clip, signed_scale=True))
+    scale, zero = grid.grid(w)
+    assert zero is None
+    groups = w.unflatten(-1, (-1, 8))
+    q = (groups / scale[..., None]).round().clamp(grid.spec.low, grid.spec.high)
+    far = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # (o, g, 1)
+    assert bool((q.amin(-1)[1:] == grid.spec.low).all())
+    if clip == "none":
+        torch.testing.assert_close(far[..., 0][1:], scale[1:] * grid.spec.low)
+        assert bool((scale[0] == 1).all())
+        torch.testing.assert_close(grid(w), grid.clamp_and_round(w), rtol=0, atol=0)
+        plain = WeightGrid(QuantSpec(bits=bits, group_size=8)).grid(w)[0]
+        torch.testing.assert_close(scale[1:].abs(), plain[1:] * (1 - 0.5 ** (bits - 1)))

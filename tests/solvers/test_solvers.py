@@ -62,6 +62,7 @@ GRIDS = {
     "symmetric": QuantSpec(bits=4),
     "asymmetric": QuantSpec(bits=3, symmetric=False),
     "groups": QuantSpec(bits=4, group_size=4),
+    "signed scale": QuantSpec(bits=3, group_size=4, signed_scale=True),
     "asymmetric groups": QuantSpec(bits=2, symmetric=False, group_size=4),
 }
 
@@ -99,6 +100,14 @@ def test_an_isotropic_hessian_leaves_nothing_to_compensate(spec: QuantSpec, act_
     assert torch.equal(got.values, want.values)
     assert torch.equal(got.scale, want.scale)
     assert not GPTQ.needs_hessian or torch.equal(want.values, RTN().solve(w, grid, correlated(24)).values)
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.1])
+def test_the_order_of_columns_is_no_matter_where_they_do_not_depend_on_one_another(damping: float) -> None:
+    w, h = random(7, 24), random(24, seed=1).exp().diag()
+    q = [GPTQ(act_order=order, damping=damping, block_size=5).solve(w, W4, h) for order in (False, True)]
+    want = RTN().solve(w, W4, None)
+    assert all(torch.equal(got.values, want.values) and torch.equal(got.scale, want.scale) for got in q)
 
 
 def test_block_sizes_agree_in_float32() -> None:

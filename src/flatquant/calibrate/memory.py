@@ -205,6 +205,9 @@ class _Copies:
 _EAGER = _Copies(kept=4, made=6, inputs=5, outputs=3, hidden=10)
 # Of seven whole runs on an H100 (calibration-h100.json, proof-*.json), the estimate is 1.01 to 1.18 times the peak.
 _FUSED = _Copies(kept=2.5, made=3.5, inputs=3, outputs=2, hidden=8)
+# Of a folded block whose rounding is learned, with weights alone on a grid, and with activations too.
+_LEARNED = _Copies(kept=2, made=1, inputs=1, outputs=1, hidden=5)
+_ROUNDED = replace(_LEARNED, inputs=4)
 
 
 def estimate(
@@ -306,12 +309,17 @@ class _Count:
         self.copies = _FUSED if self.fused else _EAGER
         fit = recipe.fit if recipe.fit is not None and recipe.fit.epochs else None
         self.end_to_end = recipe.end_to_end if recipe.end_to_end is not None and recipe.end_to_end.steps else None
-        batches = [spec.batch_size for spec in (fit, self.end_to_end) if spec is not None]
+        rounds = recipe.scheme.weights is not None
+        self.learned = recipe.solver.learned if rounds and recipe.solver.learns else None
+        self.rounds_inputs = any(site.activations is not None for block in plan.blocks for site in block.sites.values())
+        batches = [spec.batch_size for spec in (fit, self.end_to_end, self.learned) if spec is not None]
         self.fits = fit is not None and recipe.needs_data
         self.batch = max(batches, default=4)
         feeds = fit is not None and fit.inputs == "quantised"
-        hessian = recipe.solver.needs_hessian and recipe.scheme.weights is not None
-        self.quantised, self.all_blocks = feeds or hessian, bool(needs_all_blocks(recipe))
+        hessian = recipe.solver.needs_hessian and rounds
+        self.sees_original = rounds and recipe.solver.inputs == "original"
+        grams = hessian and not self.sees_original
+        self.quantised, self.all_blocks = feeds or grams or self.learned is not None, bool(needs_all_blocks(recipe))
         self.hessian = hessian
         self.together = 1
         waits = feeds or recipe.solver.hessian == "output_adaptive"
@@ -358,7 +366,8 @@ class _Count:
         if self.shape is None:
             return 0
         q = int(self.quantised)
-        return max(side_by_side + 1 + q, 1 + 2 * q) + int(self.end_to_end is not None)
+        rounded = self.sees_original + (side_by_side if self.learned is not None else 1) + 2 * q
+        return max(side_by_side + 1 + q, rounded) + int(self.end_to_end is not None)
 
     def _peak(self, windows: int, side_by_side: int) -> float:
         tokens = windows * (self.shape[1] if self.shape else 0)
@@ -368,6 +377,7 @@ class _Count:
         solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.hessian else 0)
         passes = tokens * self.item * (2 * s.inputs + s.outputs)
         fit = side_by_side * (4 * s.weights + self._kept(s, tokens) + self._made(s)) if self.fits else 0
+        learn = self._learning(s, tokens) if self.learned is not None else 0
         end = 0
         if self.end_to_end is not None:
             trained = 12 * sum(b.weights for b in self.sizes) if self.end_to_end.weight_lr else 0
@@ -377,13 +387,19 @@ class _Count:
             chain = len(self.sizes) * tokens * self.hidden * self.item
             together = [s] if self.end_to_end.checkpoint else self.sizes
             end = trained + logits + chain + sum(self._kept(b, tokens) for b in together) + self._made(s)
-        return resident + max(fold, solve + passes, fit, end)
+        return resident + max(fold, solve + passes, learn, fit, end)
 
     def _kept(self, s: _Sizes, tokens: int) -> float:
         """What a block's forward pass leaves for its backward pass."""
         c = self.copies
         activations = self.item * (c.inputs * s.inputs + c.outputs * s.outputs) + 4 * c.hidden * self.hidden
         return 4 * (s.weights * c.kept + (3 * s.dense if self.fused else 0)) + tokens * activations
+
+    def _learning(self, s: _Sizes, tokens: int) -> float:
+        """A step of learned rounding: beside the weights their offsets, the gradients of these, and the best so far."""
+        c = _ROUNDED if self.rounds_inputs else _LEARNED
+        activations = self.item * (c.inputs * s.inputs + c.outputs * s.outputs) + 4 * c.hidden * self.hidden
+        return 4 * (s.weights * (4 + c.kept) + s.largest * c.made) + tokens * activations
 
     def _made(self, s: _Sizes) -> float:
         """What the largest step of a backward pass makes."""

@@ -1,4 +1,5 @@
-"""One optimiser for every fit: AdamW (Cayley SGD for rotations), a rate per group, a cosine, on a GPU a graph per step.
+"""One optimiser for every fit: AdamW (Cayley SGD for rotations, signs of gradients for rounding), a rate per group, a
+schedule, on a GPU a graph per step.
 
 A calibration step of a small model is bound by launches, not by arithmetic. On CUDA the whole step is captured once per
 block in two CUDA graphs, forward and backward in one, the update in the other, and replayed; the first steps run
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,31 @@ def cosine(step: int, steps: int, warmup: int, lr: float, floor: float) -> float
     """Learning rate of `step` (0-based): linear warm-up, then a half cosine from lr to floor over all steps."""
     ramp = min(1.0, 0.01 + 0.99 * step / warmup) if warmup else 1.0
     return ramp * (floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def linear(step: int, steps: int, warmup: int, lr: float, floor: float) -> float:
+    """Learning rate of `step` (0-based): from lr in even steps to floor, which is one step after the last."""
+    assert not warmup
+    return floor + (lr - floor) * (1 - step / steps)
+
+
+class SignSGD(torch.optim.Optimizer):
+    """p -= lr sign(gradient). `lr` may be a tensor; nothing moves where `found_inf`, as in `CayleySGD`, is 1."""
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: Iterable[dict], lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            lr = group["lr"] if self.found_inf is None else group["lr"] * (1 - self.found_inf)
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad.sign() * lr)
 
 
 @contextmanager
@@ -94,7 +120,8 @@ class Optimiser:
         parameters: by group.
         rates: start learning rate by group.
         floors: learning rate at the end by group.
-        steps: total number of steps (the cosine's length).
+        steps: total number of steps (the schedule's length).
+        schedule: `cosine` or `linear`.
         loss_fn: maps static batch tensors to (objective to differentiate, loss to report), both scalars. On CUDA it
             must not synchronise.
         graph: capture steps in a CUDA graph.
@@ -111,6 +138,7 @@ class Optimiser:
         *,
         floors: Mapping[Group, float],
         steps: int,
+        schedule: Callable[[int, int, int, float, float], float] = cosine,
         warmup: int = 0,
         weight_decay: float = 0.0,
         eps: float = 1e-8,
@@ -125,12 +153,12 @@ class Optimiser:
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"
         self.groups: list[tuple[dict[str, Any], float, float]] = []  # with the rate at the start and at the end
-        moved, turned = [], []
+        moved, turned, signed = [], [], []
         for name, ps in parameters.items():
             if ps:
                 group = {"params": ps, "lr": torch.tensor(rates[name], device=device)}
                 self.groups.append((group, rates[name], floors[name]))
-                (turned if name == "rotation" else moved).append(group)
+                (turned if name == "rotation" else signed if name == "rounding" else moved).append(group)
         self.optimisers: list[torch.optim.Optimizer] = []
         if moved:
             self.optimisers.append(
@@ -138,7 +166,9 @@ class Optimiser:
             )
         if turned:
             self.optimisers.append(CayleySGD(turned))
-        self.steps, self.warmup = steps, warmup
+        if signed:
+            self.optimisers.append(SignSGD(signed))
+        self.steps, self.warmup, self.schedule = steps, warmup, schedule
         self.loss_fn = loss_fn
         self.splits, self.relative = splits, relative
         self.stream = torch.cuda.Stream(device) if graph and on_gpu else None
@@ -154,7 +184,7 @@ class Optimiser:
 
     def _set_rates(self) -> None:
         for group, rate, floor in self.groups:
-            group["lr"].fill_(cosine(self.done - 1, self.steps, self.warmup, rate, floor))
+            group["lr"].fill_(self.schedule(self.done - 1, self.steps, self.warmup, rate, floor))
 
     def _gradients(self, *batch: Tensor) -> Tensor:
         """Of a batch, left with the parameters; its loss, the mean over its parts."""

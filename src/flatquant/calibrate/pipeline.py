@@ -1,9 +1,9 @@
 """A model through all stages: capture, fit block by block, fit end to end, fold, solve; resumable after each block.
 
-Two streams of hidden states run through the model: full precision (inputs and targets of the fit) and quantised (the
-inputs of solvers that use a Hessian). One block is on the device at a time unless an end-to-end fit or a Hessian of the
-model's loss needs them all. With a checkpoint, one block is in memory at all: its tensors are read when its turn comes,
-and forgotten when the state has it solved.
+Two streams of hidden states run through the model: full precision (inputs and targets of the fit, targets of learned
+rounding) and quantised (the inputs of solvers that use a Hessian, and of learned rounding). One block is on the device
+at a time unless an end-to-end fit or a Hessian of the model's loss needs them all. With a checkpoint, one block is in
+memory at all: its tensors are read when its turn comes, and forgotten when the state has it solved.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from flatquant.calibrate.end2end import FittedModel, HeldOutModel, fit_end_to_en
 from flatquant.calibrate.gradients import output_hessians
 from flatquant.calibrate.memory import Estimate, Limits, capped, check_streamable, estimate, full_step, splits
 from flatquant.calibrate.optimise import deterministic
+from flatquant.calibrate.rounding import learn_rounding
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.calibrate.witness import Witness
@@ -49,7 +50,7 @@ from flatquant.models import Checkpoint
 from flatquant.progress import Progress
 from flatquant.runtime.build import install
 from flatquant.runtime.experts import Experts, open_experts
-from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe
+from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe, RoundingSpec
 from flatquant.wiring.apply import FitBlock, InputStatistics, fold_block, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
@@ -227,7 +228,11 @@ class _Run:
         self.clock = Clock(seconds=self.report.seconds, device=device)
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
         self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
-        self.quantised_stream = self.feeds_fit or (self.solver.needs_hessian and recipe.scheme.weights is not None)
+        solver, rounds = recipe.solver, recipe.scheme.weights is not None
+        self.learned = solver.learned if rounds and solver.learns else None
+        self.sees_original = rounds and solver.inputs == "original"  # what Gram matrices are of
+        grams = rounds and solver.needs_hessian and not self.sees_original
+        self.quantised_stream = self.feeds_fit or grams or self.learned is not None
         self.output_adaptive = self.solver.needs_hessian and recipe.solver.hessian == "output_adaptive"
         self.output_adaptive &= recipe.scheme.weights is not None
 
@@ -255,7 +260,7 @@ class _Run:
             group = range(start, min(start + self.side_by_side, len(calls)))
             wrapped, hidden = self._wrap(group, calls, hidden, quantised)
             self._fit(wrapped, quantised if self.feeds_fit else None)
-            wrapped = [replace(w, inputs=None, targets=None, second=None, held_out=None) for w in wrapped]
+            wrapped = [self._without_streams(w) for w in wrapped]
             if self.end_to_end is not None:
                 fits += [w.fit for w in wrapped]
             else:
@@ -272,15 +277,26 @@ class _Run:
             for index, fit in enumerate(wrapped):
                 with _named(index):
                     self._fold(index, fit)
+            # No block is the original any more: what takes its place is the fitted model before it is rounded.
+            inputs = first if self.sees_original or self.learned is not None else None
             for index in range(len(calls)):
                 with _named(index):
-                    quantised = self._solve(index, calls, quantised, solved=False)
+                    targets = None
+                    if inputs is not None:
+                        targets = run_block(self.blocks[index], self._rotated(calls[index]), inputs, self.batch)
+                    quantised = self._solve(index, calls, quantised, inputs, targets, solved=False)
+                    inputs = targets
         self.report.blocks = [note for _, note in sorted(self.notes.items())]
         if self.residual is not None:
             rotate_ends(self.model, self.arch, self.residual)
         if self.device.type == "cuda":
             self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
         return self.report
+
+    def _without_streams(self, w: _Wrapped) -> _Wrapped:
+        """A fitted block with what rounding it still needs."""
+        inputs, targets = w.inputs if self.sees_original else None, w.targets if self.learned is not None else None
+        return replace(w, inputs=inputs, targets=targets, second=None, held_out=None)
 
     def _room(self, shape: tuple[int, ...], _: torch.dtype) -> Kept:
         """For activations, in the dtype of the products: so they are kept between blocks."""
@@ -515,20 +531,33 @@ class _Run:
         return head
 
     def _finish(self, w: _Wrapped, calls: list[BlockCall], quantised: Kept | None) -> Kept | None:
-        index, solved = w.index, w.fit is None
+        index, solved, inputs, targets = w.index, w.fit is None, w.inputs, w.targets
         with _named(index):
             if w.fit is not None:
                 self._fold(index, w.fit)
             del w  # and what was fitted, with its float32 weights
-            return self._solve(index, calls, quantised, solved=solved)
+            return self._solve(index, calls, quantised, inputs, targets, solved=solved)
 
     def _fold(self, index: int, fit: FitBlock) -> None:
         with self._stage("fold", index):
             fold_block(fit, dense=self.model_dtype)
             self.blocks[index].to(self.model_dtype)
 
-    def _solve(self, index: int, calls: list[BlockCall], quantised: Kept | None, *, solved: bool) -> Kept | None:
-        """Round a folded block, or take what an earlier run solved; its outputs on the quantised stream, if needed."""
+    def _solve(
+        self,
+        index: int,
+        calls: list[BlockCall],
+        quantised: Kept | None,
+        inputs: Kept | None,
+        targets: Kept | None,
+        *,
+        solved: bool,
+    ) -> Kept | None:
+        """Round a folded block, or take what an earlier run solved; its outputs on the quantised stream, if needed.
+
+        Args:
+            inputs, targets: what the original block sees and gives, where rounding needs it.
+        """
         block, plan, call = self.blocks[index], self.plan.blocks[index], self._rotated(calls[index])
         self.progress("solve", index, len(self.plan.blocks))
         if solved:
@@ -547,7 +576,13 @@ class _Run:
                     self.witness.see_unrounded(index, block, plan)
             with self.clock("solve"):
                 rounds = self.recipe.branch.rounds if self.recipe.branch else 1
-                solve_block(block, plan, self.solver, call, quantised, self.batch, hessians, rounds)
+                seen = inputs if self.sees_original else quantised
+                learns = self.learned is not None
+                solve_block(block, plan, self.solver, call, seen, self.batch, hessians, rounds, learns)
+            if self.learned is not None:
+                assert quantised is not None
+                assert targets is not None
+                self._learn_rounding(self.learned, index, call, quantised, targets)
         if self.witness is not None:
             with self.clock("verdict"), torch.no_grad():
                 alone = self.witness.see_quantised(index, block, plan, self.notes[index].get("alone"))
@@ -560,6 +595,21 @@ class _Run:
         block.to(self.home if self.checkpoint is None else "meta")
         self.progress("solve", index + 1, len(self.plan.blocks))
         return quantised
+
+    def _learn_rounding(self, spec: RoundingSpec, index: int, call: BlockCall, quantised: Kept, targets: Kept) -> None:
+        total = len(self.plan.blocks)
+        with self.clock("rounding"):
+            before, after = learn_rounding(
+                self.blocks[index],
+                call,
+                quantised,
+                targets,
+                spec,
+                windows=self.batch,
+                splits=partial(splits, windows=self.layout.windows),
+                progress=lambda step: self.progress("solve", index + step / (spec.steps + 1), total),
+            )
+        self.notes[index] = {**self.notes[index], "learned_rounding": {"before": before, "after": after}}
 
     def _output_hessians(self, index: int, calls: list[BlockCall], quantised: Kept | None) -> dict[str, Tensor]:
         assert quantised is not None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flatquant.calibrate.activations import Kept
 from flatquant.calibrate.capture import BlockCall
+from flatquant.calibrate.rounding import RoundingLinear
 from flatquant.codebook import CodebookTensor
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import VectorGrid, WeightGrid
@@ -46,6 +47,7 @@ def solve_block(
     batch_size: int,
     hessians: Mapping[str, Tensor] | None = None,
     rounds: int = 1,
+    learns: bool = False,
 ) -> None:
     """Replace the dense linears of a folded block by `FrozenLinear`s, or `CodebookLinear`s, where the plan has bits.
 
@@ -53,9 +55,11 @@ def solve_block(
     earlier one, and the activations' grid, as serving will (GPTQ's sequential groups: qkv, o, gate/up, down).
 
     Args:
-        inputs: the block's inputs in the quantised model, (N, T, h); needed by solvers that use a Hessian.
+        inputs: the block's inputs in the quantised (or the original) model, (N, T, h); needed by solvers that use a
+            Hessian.
         hessians: by reader, where they are not the Gram matrices of those inputs.
         rounds: of low-rank branches; see `BranchSpec`.
+        learns: leave `RoundingLinear`s instead of `FrozenLinear`s, for `learn_rounding`.
     """
     for site in plan.sites.values():
         if site.weights is None or site.weights.kind == "levels":  # a fit has chosen these
@@ -77,17 +81,20 @@ def solve_block(
             for paths in [together] if site.codebook is None else [(path,) for path in together]:
                 linears = [_folded(block, path) for path in paths]
                 joined = solver.solve(torch.cat([linear.weight for linear in linears]), grid, hessian)
-                for path, served in zip(paths, _served(linears, joined), strict=True):
+                for path, served in zip(paths, _served(linears, joined, learns), strict=True):
                     replace_submodule(block, path, BranchedLinear(served, ups[path]) if ups else served)
 
 
-def _served(linears: list[DenseLinear], joined: QTensor | CodebookTensor) -> list[SiteLinear]:
-    """The serving stages of linears that were solved together."""
+def _served(linears: list[DenseLinear], joined: QTensor | CodebookTensor, learns: bool) -> list[SiteLinear]:
+    """The serving stages of linears that were solved together, or what trains to be one."""
     if isinstance(joined, CodebookTensor):
         (linear,) = linears
         return [CodebookLinear.of(linear.site, joined, linear.bias)]
     rows = joined.split([linear.weight.shape[0] for linear in linears])
-    return [FrozenLinear(linear.site, weight, linear.bias) for linear, weight in zip(linears, rows, strict=True)]
+    frozen = [FrozenLinear(linear.site, weight, linear.bias) for linear, weight in zip(linears, rows, strict=True)]
+    if not learns:
+        return list(frozen)
+    return [RoundingLinear.of(f, linear.weight) for f, linear in zip(frozen, linears, strict=True)]
 
 
 def _branch_off(block: nn.Module, plan: SitePlan, rounds: int, hessian: Tensor | None) -> dict[str, Tensor]:

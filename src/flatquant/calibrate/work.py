@@ -60,6 +60,7 @@ def work(
         passes = end.batch_size * shape[1] * ((_A_STEP + end.checkpoint) * weights + 4 * head)
         found["end to end"] = end.steps * (passes + _A_WEIGHT_A_STEP * weights)
     found["solve"] = _A_WEIGHT_ROUNDED * weights + _solving(model, plan, recipe, forward)
+    found["solve"] += _learning(recipe, weights, shape)
     if saves:
         found["save"] = _A_WEIGHT_PACKED * weights
     return found
@@ -76,3 +77,12 @@ def _solving(model: PreTrainedModel, plan: Plan, recipe: Recipe, forward: float)
         solved += sum(n**3 + n * w for n, w in zip(widths, linear_weights(block, p), strict=True))
     adaptive = recipe.solver.hessian == "output_adaptive"
     return solved + forward * (3 * len(plan.blocks) / 2 if adaptive else 3)
+
+
+def _learning(recipe: Recipe, weights: int, shape: tuple[int, int] | None) -> float:
+    """What learned rounding adds to that."""
+    spec = recipe.solver.learned
+    if spec is None or not recipe.solver.learns or recipe.scheme.weights is None or shape is None:
+        return 0.0
+    step = weights * (_A_STEP * spec.batch_size * shape[1] + _A_WEIGHT_A_STEP)
+    return spec.steps * step + (spec.checks + 1) * weights * shape[0] * shape[1]

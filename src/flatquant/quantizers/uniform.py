@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from flatquant.ops.quantize import fake_quantize_clamped, fake_quantize_rows
-from flatquant.ops.quantize.reference import clamp_rows, covering_grid, fake_quantize, quantize, row_grid
+from flatquant.ops.quantize.reference import (
+    clamp_rows,
+    covering_grid,
+    fake_quantize,
+    quantize,
+    row_grid,
+    signed_grid,
+)
 from flatquant.qtensor import QTensor
 from flatquant.quantizers.clip import FixedClip, LearnedClip, NoClip, Range
 from flatquant.spec import QuantSpec
@@ -95,7 +102,7 @@ class WeightGrid(nn.Module):
 
     def clamp_and_round(self, w: Tensor) -> Tensor:
         """`clamp`, then `forward`, in one kernel where there is one.  # (o, n)"""
-        if self.spec.scope == "tensor":
+        if self.spec.scope == "tensor" or self.spec.signed_scale:
             return self(w)
         return fake_quantize_clamped(self.grouped(w), *self._ratios(w), self.spec.low, self.spec.high).flatten(-2)
 
@@ -110,6 +117,9 @@ class WeightGrid(nn.Module):
 
     def _covering(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point that cover (o, g, group).  # (o, g, 1)"""
+        if self.spec.signed_scale:
+            ends = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+            return signed_grid(*ends, self.spec.bits), None
         if self.spec.scope == "row":
             return covering_grid(groups, self.spec.low, self.spec.high)
         scale, zero = covering_grid(groups.reshape(1, 1, -1), self.spec.low, self.spec.high)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from flatquant.errors import SpecError
 from flatquant.recipes.affinequant import affinequant
+from flatquant.recipes.autoround import autoround
 from flatquant.recipes.direct import direct
 from flatquant.recipes.flatquant import flatquant
 from flatquant.recipes.flattenquant import flattenquant
@@ -20,6 +21,7 @@ from flatquant.spec import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "affinequant": affinequant,
+    "autoround": autoround,
     "direct": direct,
     "flatquant": flatquant,
     "flattenquant": flattenquant,
@@ -50,6 +52,7 @@ __all__ = [
     "RECIPES",
     "Recipe",
     "affinequant",
+    "autoround",
     "direct",
     "flatquant",
     "flattenquant",

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from flatquant.errors import SpecError
-from flatquant.spec import DataSpec, Scheme
+from flatquant.spec import Clip, DataSpec, Scheme
 
 # Text of methods that need second moments or gradients of it, but fit nothing on it.
 TEXT = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
@@ -27,16 +27,32 @@ def has_few_levels(scheme: str | Scheme) -> bool:
     return weights is not None and weights.bits <= 3
 
 
-def fitting_few_levels(scheme: str | Scheme) -> Scheme:
+def fitting_few_levels(scheme: str | Scheme, clip: Clip = "search") -> Scheme:
     """A scheme as it is; read from a text, one with full ranges, but for weights of 2 and 3 bits.
 
     Those have a zero point, and ranges searched for the least error: of the four levels of a symmetric grid of 2 bits
-    that covers its row, hardly a weight takes any but 0 (docs/experiments.md, "Weights at 2 and 3 bits").
+    that covers its row, hardly a weight takes any but 0 (docs/experiments.md, "Weights at 2 to 4 bits").
     """
     read = unclipped(scheme)
     if not has_few_levels(scheme) or read.weights is None:
         return read
-    return dataclasses.replace(read, weights=dataclasses.replace(read.weights, symmetric=False, clip="search"))
+    return dataclasses.replace(read, weights=dataclasses.replace(read.weights, symmetric=False, clip=clip))
+
+
+def searched_groups(scheme: str | Scheme) -> Scheme:
+    """`fitting_few_levels`, and the ranges of groups searched whatever their bits: with error compensation it helps."""
+    read = fitting_few_levels(scheme)
+    if not isinstance(scheme, str) or read.weights is None or read.weights.group_size is None:
+        return read
+    return dataclasses.replace(read, weights=dataclasses.replace(read.weights, clip="search"))
+
+
+def signed_scales(scheme: str | Scheme) -> Scheme:
+    """`fitting_few_levels`, and scales of either sign where weights have no zero point: all their levels are used."""
+    read = fitting_few_levels(scheme)
+    if not isinstance(scheme, str) or read.weights is None or not read.weights.symmetric:
+        return read
+    return dataclasses.replace(read, weights=dataclasses.replace(read.weights, signed_scale=True))
 
 
 def unclipped(scheme: str | Scheme) -> Scheme:

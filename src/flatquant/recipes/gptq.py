@@ -1,17 +1,27 @@
 """GPTQ (ICLR 2023, arXiv 2210.17323) on the original coordinates: error-compensated rounding, nothing else.
 
-At 2 and 3 bits grids are asymmetric, as the authors', and searched, and columns of large curvature come first (two
-options of their code). Other than the official code: from 4 bits on grids are symmetric, and scales of groups are those
-of the weights as they were, not as compensation has left them.
+Settings are those that measured best (docs/experiments.md, "GPTQ's settings"): columns of large curvature first, ten
+times the authors' damping, ranges searched in groups and at 2 and 3 bits, where grids are asymmetric too. `authors`
+gives those of the authors' code: columns as they come, full ranges, a hundredth of the mean as damping.
+
+Other than that code, with either: from 4 bits on grids are symmetric, and scales of groups are those of the weights as
+they were, not as compensation has left them.
 """
 
-from flatquant.recipes.common import TEXT, fitting_few_levels, has_few_levels, of_preset
+from flatquant.recipes.common import TEXT, fitting_few_levels, of_preset, searched_groups
 from flatquant.spec import Recipe, Scheme, SolverSpec
 
 TEXTS = {**TEXT, "best": TEXT["reference"]}
 
 
-def gptq(scheme: str | Scheme, preset: str = "reference") -> Recipe:
-    """GPTQ on grids that cover all, at 2 and 3 bits on searched ones; `quick` reads less text."""
-    solver = SolverSpec(kind="gptq", act_order=has_few_levels(scheme))
-    return Recipe(name="gptq", scheme=fitting_few_levels(scheme), solver=solver, data=of_preset(preset, TEXTS))
+def gptq(scheme: str | Scheme, preset: str = "reference", authors: bool = False) -> Recipe:
+    """GPTQ with the settings that measured best, or the authors'; `quick` reads less text.
+
+    Raises:
+        SpecError: an unknown preset or a scheme that is none.
+    """
+    data = of_preset(preset, TEXTS)
+    if authors:
+        return Recipe(name="gptq", scheme=fitting_few_levels(scheme, "none"), solver=SolverSpec(kind="gptq"), data=data)
+    solver = SolverSpec(kind="gptq", act_order=True, damping=0.1)
+    return Recipe(name="gptq", scheme=searched_groups(scheme), solver=solver, data=data)

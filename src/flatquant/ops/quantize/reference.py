@@ -32,6 +32,16 @@ def symmetric_grid(low: Tensor, high: Tensor, bits: int, eps: float = 0.0) -> Te
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def signed_grid(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Scale, of either sign, of the grid that has the end of largest magnitude at -2^(b-1); 1 where the range is empty.
+
+    Args:
+        low, high: same shape; low <= high.
+    """
+    scale = -_divided(torch.where(high > -low, high, low), 2 ** (bits - 1))
+    return torch.where(scale != 0, scale, torch.ones_like(scale))
+
+
 def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and integer zero point of the grid 0 .. 2^b-1 that covers [min(low, 0), max(high, 0)].
 
