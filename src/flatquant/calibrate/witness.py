@@ -28,7 +28,7 @@ from flatquant.spec import BlockPlan, QuantSpec
 from flatquant.transforms import Factor
 from flatquant.wiring.arch import Arch, logits, submodule
 
-_SAMPLE = 256  # tokens of the first window whose hidden states are kept after every block
+_SAMPLE = 128  # tokens of the first window whose hidden states are kept after every block
 
 Head = Callable[[Tensor], Tensor]
 
