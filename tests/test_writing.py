@@ -66,10 +66,11 @@ def test_the_model_finds_it_likely():
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, chat_tokenizer()], ids=["prose", "chat"])
 def test_texts_begin_with_the_prompts(tokenizer, monkeypatch: pytest.MonkeyPatch):
-    script = writing._script(tiny_llama(), tokenizer, seed=0)
-    for rows in (3, 256) if tokenizer is TOKENIZER else (256,):  # replies that end take prompts too
+    chat = tokenizer is not TOKENIZER
+    script = writing._conversations(tiny_llama(), tokenizer, seed=0) if chat else writing._prose(tokenizer, seed=0)
+    for rows in (256,) if chat else (3, 256):  # replies that end take prompts too
         monkeypatch.setattr(writing, "_MAX_ROWS", rows)
-        texts = write(tokenizer, samples=7, seqlen=script.length)
+        texts = write(tokenizer, samples=7, seqlen=script.length)[:: 1 + chat]
         for text, prompt in zip(texts, script.prompts, strict=False):
             assert tuple(text[: len(prompt) - script.preamble].tolist()) == prompt[script.preamble :]
 
@@ -94,7 +95,7 @@ def test_prompts_are_diverse():
 
 def test_a_chat_model_writes_conversations_by_its_template():
     """Every user's turn is one of the prompts; every reply that ends is closed and followed by another conversation."""
-    windows = write(chat_tokenizer(), tiny_llama(seed=1), samples=12, seqlen=256)
+    windows = write(chat_tokenizer(), tiny_llama(seed=1), samples=24, seqlen=256)[::2]
     text = "".join(chr(t) if t < VOCAB - 3 else {VOCAB - 2: "<s>", END: "</s>"}[t] for t in windows.flatten().tolist())
     starts = text.split("<s>[user] ")
     topics = " ".join(writing._TOPICS.split()).split("; ")
@@ -112,25 +113,43 @@ def test_a_chat_model_writes_conversations_by_its_template():
     assert ended > 0
 
 
+def test_a_chat_model_writes_every_second_window_as_prose():
+    tokenizer, model = chat_tokenizer(), tiny_llama(seed=1)
+    seen = []
+    windows = write(tokenizer, model, samples=7, seqlen=256, progress=lambda *at: seen.append(at))
+    assert [bool((window == END).any() or (window == VOCAB - 2).any()) for window in windows] == [True, False] * 3 + [
+        True
+    ]
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
+    assert torch.equal(write(tokenizer, model, samples=1, seqlen=256)[0, :20], windows[0, :20])
+
+
+def test_prose_without_topics_begins_with_a_word():
+    for tokenizer in (TOKENIZER, chat_tokenizer()):
+        texts = ["".join(map(chr, window.tolist())) for window in write(tokenizer, samples=6, seqlen=256, topics=False)]
+        assert all(text.startswith(writing._OPENINGS) for text in texts)
+
+
 def test_a_turn_ends_with_what_the_template_puts_there():
     plain = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    script = writing._script(tiny_llama(), chat_tokenizer(plain), seed=0)
+    script = writing._conversations(tiny_llama(), chat_tokenizer(plain), seed=0)
     assert script.ends == {END}  # the model's own: a line break is no end of a turn
     assert script.closing == (ord("\n"),)
-    script = writing._script(tiny_llama(), chat_tokenizer(CHAT.replace("eos_token", "bos_token")), seed=0)
+    script = writing._conversations(tiny_llama(), chat_tokenizer(CHAT.replace("eos_token", "bos_token")), seed=0)
     assert script.ends == {VOCAB - 2, END}
-    assert writing._script(tiny_llama(), TOKENIZER, seed=0).ends == frozenset()
+    assert writing._prose(TOKENIZER, seed=0).ends == frozenset()
 
 
 def test_a_template_with_much_to_say_leaves_room_for_a_reply():
-    script = writing._script(tiny_llama(), chat_tokenizer("x" * 300 + CHAT), seed=0)
+    script = writing._conversations(tiny_llama(), chat_tokenizer("x" * 300 + CHAT), seed=0)
     assert script.length >= max(map(len, script.prompts)) + 100
     assert script.length == write(chat_tokenizer("x" * 300 + CHAT), samples=1, seqlen=script.length).shape[1]
 
 
 def test_the_date_of_a_template_is_always_the_same():
     dated = "{{ strftime_now('%d %b %Y') }} " + CHAT
-    prompt, plain = (writing._script(tiny_llama(), chat_tokenizer(t), seed=0).prompts[0] for t in (dated, CHAT))
+    prompt, plain = (writing._conversations(tiny_llama(), chat_tokenizer(t), seed=0).prompts[0] for t in (dated, CHAT))
     assert prompt == (*map(ord, "1 January 2025 "), *plain)
 
 

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import api, evaluate
-from flatquant.data import calibration_tokens, evaluation_windows
+from flatquant.data import evaluation_windows
 from flatquant.errors import ArtifactError, QualityWarning
 from flatquant.models import load_model
 from flatquant.progress import Progress
@@ -30,6 +30,7 @@ from flatquant.runtime import artifact
 from flatquant.runtime.folder import CONFIG_FILE, METHOD, read_json
 from flatquant.runtime.generate import generate_text
 from flatquant.spec import DataSpec
+from flatquant.writing import write
 
 MODEL = "smollm2-135m"
 SCHEME = "w4a4kv4"
@@ -118,18 +119,18 @@ def run(output: Path, *, overwrite: bool = False, progress: Progress | None = No
 def _write_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSpec, say: Progress
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows to calibrate on and windows to test on, of different texts.
+    """Windows to calibrate on and windows to test on, of different texts: prose, as what is generated at the end.
 
     The model writes all of them at once: on a CPU, a row more costs little beside reading the weights for each token.
     """
     windows = -(-SIZE.windows * SIZE.seqlen // data.seqlen)
-    tokens = calibration_tokens(
-        "self",
+    tokens = write(
+        model,
         tokenizer,
         samples=data.samples + windows,
         seqlen=data.seqlen,
         seed=0,
-        model=model,
+        topics=False,
         progress=lambda done, total: say("text", done, total),
     )
     held_out = tokens[data.samples :].flatten()[: SIZE.windows * SIZE.seqlen]

@@ -1,8 +1,8 @@
 """Calibration text that the model writes itself: `self`.
 
-Texts begin with prompts of many topics and forms. A chat model gets them as a user's turn through its own template, and
-answers; its windows hold whole conversations, special tokens included, as in use. Any other model goes on from a
-heading and the first word of a sentence.
+Texts begin with prompts of many topics and forms: prose goes on from a heading and the first word of a sentence. A chat
+model writes half of its windows so, and in the other half answers to user's turns in its own template: whole
+conversations, special tokens included, as in use (docs/experiments.md, "What a model writes to calibrate on").
 
 Tokens are sampled at temperature 1, as in LLM-QAT (arXiv 2305.17888). What was tried on SmolLM2-135M-Instruct, without
 its template, reading the text:
@@ -36,6 +36,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import seams
 from flatquant.errors import DataError
+from flatquant.mixture import interleaved
 
 Progress = Callable[[int, int], None]
 
@@ -107,9 +108,15 @@ def write(
     samples: int,
     seqlen: int,
     seed: int,
+    topics: bool = True,
     progress: Progress | None = None,
 ) -> torch.LongTensor:
     """Windows cut out of texts that the model writes: int64 token ids on the CPU, (samples, seqlen).
+
+    A chat model's first window, and every second from there, holds conversations.
+
+    Args:
+        topics: without, all is prose that begins with a word alone.
 
     On the CPU a half-precision model writes with a float32 copy of itself: six times as fast without bf16 units. The
     same seed gives the same prompts, and on the same kind of device the same text.
@@ -120,19 +127,29 @@ def write(
     device = torch.device(model.device)
     if device.type == "cpu" and model.dtype != torch.float32:
         model = copy.deepcopy(model).float()
-    script = _script(model, tokenizer, seed)
-    texts = -(-samples * seqlen // script.length)
-    generator = torch.Generator(device).manual_seed(seed)
-    banned = _banned(model, tokenizer, script.ends, device)  # (ids,)
-    supply = cycle(script.prompts)
-    rows = _rows_at_once(model, script.length + script.preamble)
-    out: list[torch.Tensor] = []
-    for first in range(0, texts, rows):
-        count = min(rows, texts - first)
-        said = None if progress is None else _counting(progress, first * script.length, count, texts * script.length)
-        out.append(_written(model, script, count, supply, banned, generator, said))
-    tokens = torch.cat(out).flatten()[: samples * seqlen]
-    return cast(torch.LongTensor, tokens.view(samples, seqlen))  # (samples, seqlen)
+    chat = samples - samples // 2 if tokenizer.chat_template and topics else 0
+    scripts = [_conversations(model, tokenizer, seed)] if chat else []
+    scripts += [_prose(tokenizer, seed, topics)] if chat < samples else []
+    jobs = list(zip(scripts, filter(None, (chat, samples - chat)), strict=True))
+    total = sum(_texts(script, count, seqlen) * script.length for script, count in jobs)
+    generator, done, parts = torch.Generator(device).manual_seed(seed), 0, []
+    for script, count in jobs:
+        banned = _banned(model, tokenizer, script.ends, device)  # (ids,)
+        supply = cycle(script.prompts)
+        texts, rows, out = _texts(script, count, seqlen), _rows_at_once(model, script.length + script.preamble), []
+        for first in range(0, texts, rows):
+            together = min(rows, texts - first)
+            said = None if progress is None else _counting(progress, done, together, total)
+            out.append(_written(model, script, together, supply, banned, generator, said))
+            done += together * script.length
+        parts.append(torch.cat(out).flatten()[: count * seqlen].view(count, seqlen))
+    windows = [parts[source][i] for source, i in interleaved([len(part) for part in parts])]
+    return cast(torch.LongTensor, torch.stack(windows))  # (samples, seqlen)
+
+
+def _texts(script: _Script, windows: int, seqlen: int) -> int:
+    """How many texts fill so many windows."""
+    return -(-windows * seqlen // script.length)
 
 
 def _counting(progress: Progress, before: int, rows: int, total: int) -> Callable[[int], None]:
@@ -192,15 +209,22 @@ def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------- prompts
 
 
-def _script(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> _Script:
-    """Of a chat model, conversations by its template; of any other, prose."""
+def _topics() -> list[str]:
+    return [str(topic) for topic in " ".join(_TOPICS.split()).split("; ")]
+
+
+def _prose(tokenizer: PreTrainedTokenizerBase, seed: int, topics: bool = True) -> _Script:
+    """A heading and the first word of a sentence, or that word alone."""
     generator = torch.Generator().manual_seed(seed)
-    topics = " ".join(_TOPICS.split()).split("; ")
-    if not tokenizer.chat_template:
-        heads = [f"{topic[0].upper()}{topic[1:]}\n\n" for topic in topics]
-        texts = [head + word for head, word in _pairs(heads, _OPENINGS, generator)]
-        preamble = _preamble(tokenizer)
-        return _Script(tuple((*preamble, *_ids(tokenizer, text)) for text in texts), len(preamble), frozenset(), ())
+    heads = [f"{topic[0].upper()}{topic[1:]}\n\n" for topic in _topics()] if topics else [""]
+    texts = [head + word for head, word in _pairs(heads, _OPENINGS, generator)]
+    preamble = _preamble(tokenizer)
+    return _Script(tuple((*preamble, *_ids(tokenizer, text)) for text in texts), len(preamble), frozenset(), ())
+
+
+def _conversations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> _Script:
+    """A user's turn by the chat template."""
+    generator, topics = torch.Generator().manual_seed(seed), _topics()
     asked = [request.format(topic) for topic, request in _pairs(topics, _REQUESTS, generator)]
     prompts = tuple(_ids(tokenizer, _rendered(tokenizer, [("user", text)])) for text in asked)
     whole = _rendered(tokenizer, [("user", asked[0]), ("assistant", _REPLY)])
