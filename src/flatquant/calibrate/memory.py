@@ -332,7 +332,7 @@ class _Count:
         kept = self._streams(side_by_side) * self._stream
         peak = self._peak(windows, side_by_side) + (kept if place == "device" else 0)
         packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
-        host = self.base + self.ends + (kept if place == "host" else 0)
+        host = self.base + self.ends + self._beginnings + (kept if place == "host" else 0)
         # The file's pages stay in memory until the last of the model's own tensors is gone.
         blocks = sum(s.stored for s in self.sizes) + rounded
         host += 2 * max(s.stored for s in self.sizes) if self.streamed else blocks
@@ -355,6 +355,12 @@ class _Count:
         if self.fused:
             return replace(layout, device=max(layout.device, whole + size))
         return replace(layout, host=max(layout.host, int(self.base + whole + _FRAGMENTS * size)))
+
+    @property
+    def _beginnings(self) -> int:
+        """Weights as they were before an end-to-end fit that moves them, which may have to be undone."""
+        moves = self.end_to_end is not None and self.end_to_end.weight_lr
+        return 4 * sum(s.weights for s in self.sizes) if moves else 0
 
     @property
     def _stream(self) -> int:
