@@ -159,9 +159,12 @@ def blame(
     ]
     if any(site.weights for block in plan.blocks for site in block.sites.values()):
         entries += _weights(witness, weights_alone)
-    if hidden:  # what their fits have made of all else is not known without a fit
-        return entries, _proposal(scheme, plan, setting | dict.fromkeys(hidden, 8), base, None)
-    if is_bad(word(_finite(weights_alone))) and (wider := _wider_weights(scheme)) is not None:
+    wider = _wider_weights(scheme) if is_bad(word(_finite(weights_alone))) else None
+    if hidden:  # what their fits have made of all else, weights too, is not known without a fit
+        least = min(_error(witness, part) for part in hidden)
+        chosen = scheme if wider is None or _median_of_weights(witness) < least else wider
+        return entries, _proposal(chosen, plan, setting | dict.fromkeys(hidden, 8), base, None)
+    if wider is not None:
         return entries, _proposal(wider, plan, setting, base, None)
     return entries, _proposal(scheme, plan, setting, base, now) if setting else None
 
@@ -179,6 +182,12 @@ def _error(witness: Witness, part: Part) -> float:
 def _worst(witness: Witness, parts: Sequence[Part]) -> list[Part]:
     """The parts that change most."""
     return sorted(parts, key=lambda part: -_order(_error(witness, part)))[:_SUSPECTS]
+
+
+def _median_of_weights(witness: Witness) -> float:
+    """What rounding the weights of the median block changes in it."""
+    errors = sorted(seen["weights"] for seen in witness.alone if seen is not None)
+    return errors[(len(errors) - 1) // 2] if errors else 0.0
 
 
 def _outstanding(witness: Witness, parts: Sequence[Part]) -> list[Part]:
