@@ -84,6 +84,25 @@ def test_a_destroyed_model_is_written_and_fails_unless_it_is_accepted(place: Pat
     assert json.loads(better.stdout)["verdict"]["kl"] < first["kl"]
 
 
+def test_a_fit_that_was_undone_is_a_warning_and_a_row(place: Path, tmp_path: Path) -> None:
+    done = run("quantize", place / "model", "--output", tmp_path / "a", "--calibration", place / "text.txt", "--lr",
+               "3", "--samples", "2", "--seqlen", "256", "--epochs", "1", "--batch-size", "2", "--device", "cpu",
+               "--losses", "--accept")  # fmt: skip
+    assert done.exit_code == 0, (done.output, done.exception)
+    lines = [line for line in done.stderr.splitlines() if "undone" in line]
+    assert lines
+    assert all(line.startswith("warning: block") and ".py" not in line for line in lines)
+    assert re.search(r"block 0 .*, undone", done.stdout)
+
+
+def test_losses_of_learned_rounding_are_shown(place: Path, tmp_path: Path) -> None:
+    done = run("quantize", place / "model", "--output", tmp_path / "a", "--calibration", place / "text.txt", "--method",
+               "autoround", "--scheme", "w4a16", "--samples", "2", "--seqlen", "16", "--rounding-steps", "2",
+               "--losses", "--device", "cpu")  # fmt: skip
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert re.search(r"block 0, rounding +. +\d", done.stdout)
+
+
 def test_nobodys_warnings_are_printed(place: Path, tmp_path: Path) -> None:
     """In a process of its own, since pytest takes warnings and logs for itself."""
     model, text, out = place / "model", place / "text.txt", tmp_path / "out"

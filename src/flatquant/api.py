@@ -173,6 +173,8 @@ def quantize(
         recipe = replace(recipe, data=replace(recipe.data, text=str(mixture)))
     if held_out is not None:
         _check_tokens("held-out", held_out, model)
+        if held_out.shape[1] < 2:
+            raise DataError("held-out tokens: a window of one token predicts nothing; give two or more a window")
     if recipe.needs_data:
         warn_of_positions(model, recipe.data.seqlen, "calibration windows")
     model.eval().requires_grad_(False)

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flatquant import __version__
-from flatquant.errors import FlatQuantError, ModelError, PositionsWarning, QualityWarning, SpecError
+from flatquant.errors import FitWarning, FlatQuantError, ModelError, PositionsWarning, QualityWarning, SpecError
 from flatquant.grade import DESTROYED, readable, tried
 from flatquant.mixture import calibrated_on
 from flatquant.progress import Forecast, duration
@@ -217,11 +217,13 @@ def _warnings() -> Iterator[None]:
     """Our own warnings as lines on stderr, each once."""
     told: set[str] = set()
     with warnings.catch_warnings():
-        warnings.simplefilter("always", PositionsWarning)
+        ours = (PositionsWarning, FitWarning)
+        for kind in ours:
+            warnings.simplefilter("always", kind)
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if not issubclass(category, PositionsWarning):
+            if not issubclass(category, ours):
                 others(message, category, *where)
             elif str(message) not in told:
                 told.add(str(message))
@@ -436,7 +438,7 @@ def quantize(
         named = not mistakes.found
         made = partial(_recipe, **rounding)
         recipe = mistakes(made, method, scheme, preset, calibration, *options) if named else None
-        if recipe and losses and recipe.fit is None and recipe.end_to_end is None:
+        if recipe and losses and recipe.fit is recipe.end_to_end is None and not recipe.solver.learns:
             mistakes.found.append(SpecError(f"method {method} fits nothing: leave out --losses"))
         mistakes(models.check, model)
         if recipe.needs_data if recipe else calibration and not named:
@@ -541,11 +543,19 @@ def _losses(report: dict[str, Any]) -> Table:
     rows = [(f"block {block['block']}", block) for block in report["blocks"]]
     rows += [("end to end", report["end_to_end"])] if report["end_to_end"] else []
     for name, found in rows:
-        before, after = found["before"], found["after"]
-        if before is not None and after is not None:
-            ratio = f"{after / before:.3f}" if before else "-"
-            table.add_row(name, f"{before:.4g}", f"{after:.4g}", ratio, _held_out(found))
+        _losses_row(table, name, found)
+        if "learned_rounding" in found:
+            _losses_row(table, f"{name}, rounding", found["learned_rounding"])
     return table
+
+
+def _losses_row(table: Table, name: str, found: dict[str, Any]) -> None:
+    before, after = found["before"], found["after"]
+    if before is not None and after is not None:
+        ratio = f"{after / before:.3f}" if before else "-"
+        table.add_row(name, f"{before:.4g}", f"{after:.4g}", ratio, _held_out(found))
+    elif found.get("held_out"):  # no epoch ended with a loss that is finite
+        table.add_row(name, "not finite", "not finite", "-", _held_out(found))
 
 
 def _held_out(found: dict[str, Any]) -> str:

@@ -34,6 +34,10 @@ class ArtifactError(FlatQuantError):
     """A quantised folder that is incomplete, damaged, of another format version, or in the way."""
 
 
+class FitWarning(UserWarning):
+    """A fit that ended worse than it began, and was undone."""
+
+
 class PositionsWarning(UserWarning):
     """A text that is longer than the model's positions."""
 

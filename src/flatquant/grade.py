@@ -116,4 +116,4 @@ def _size(entry: Mapping[str, Any]) -> float:
 
 
 def _percent(value: float | None) -> str:
-    return "more than all" if value is None else f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+    return "what is not finite" if value is None else f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
-from flatquant.errors import CalibrationError
+from flatquant.errors import CalibrationError, FitWarning
 from flatquant.modules import Bounded, Group, Scheduled
 from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
@@ -167,6 +167,7 @@ def _undo_worse(
         warnings.warn(
             f"block {', '.join(undone)}: the fit made the outputs worse on windows that it was not trained on, and was "
             "undone; more calibration text or a lower --lr may help",
+            FitWarning,
             stacklevel=3,
         )
 

@@ -23,7 +23,7 @@ from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.blockwise import autocast, grown, named, safer, wide
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
-from flatquant.errors import CalibrationError
+from flatquant.errors import CalibrationError, FitWarning
 from flatquant.modules import Bounded, Group, trainable_parameters
 from flatquant.ops.divergence import kl_rows
 from flatquant.spec import EndToEndSpec
@@ -214,6 +214,7 @@ def fit_end_to_end(
         warnings.warn(
             f"the end-to-end fit made the model worse on windows that it was not trained on ({before:.3g} -> "
             f"{after:.3g} nats per token), and was undone; more calibration text or a lower learning rate may help",
+            FitWarning,
             stacklevel=2,
         )
     return FittedModel(losses=losses, held_out=(before, after), undone=undone)
