@@ -78,7 +78,7 @@ def blamed(found: Mapping[str, Any]) -> list[str]:
             text = f"with {kind} in 16 bits, KL {number(entry['kl'])} remains"
             one = ", ".join(f"{_place(e)} ({number(e['kl'])})" for e in _of(found, kind) if "kl" in e)
             lines.append(text + (f"; with those of one block only: block {one}" if one else ""))
-        worst = sorted((e for e in _of(found, kind)), key=lambda e: -_size(e))
+        worst = sorted((e for e in _of(found, kind) if "error" in e), key=lambda e: -_size(e))
         changed = ", ".join(f"{_place(e)} by {_percent(e['error'])}" for e in worst)
         if changed:
             lines.append(f"rounding {kind} alone changes the output of block {changed}")
