@@ -459,8 +459,8 @@ class _Run:
         return self._windows_of_fits() + self._windows_of_verdict()
 
     def _windows_of_fits(self) -> int:
-        fitted = self.recipe.fit is not None or self.recipe.end_to_end is not None
-        return held_out_windows(self.recipe.data.samples, self.recipe.data.seqlen) if fitted else 0
+        data = self.recipe.data
+        return held_out_windows(data.samples, data.seqlen) if self.recipe.fits else 0
 
     def _windows_of_verdict(self) -> int:
         fewest, most = _JUDGED_WINDOWS

@@ -735,13 +735,12 @@ class Recipe:
         fits_qk = all(t.kind == "matrix" or (t.kind, t.init) == ("diagonal", "identity") for t in qk)
         _check(fits_qk and len(qk) <= 1, f"recipe {self.name}: qk takes one matrix, or one diagonal that starts at 1")
         clipped = [s for s in (self.scheme.weights, self.scheme.activations) if s and s.clip == "learned"]
-        trained = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         self._check_residual()
         self._check_levels()
         static = self.scheme.activations is not None and self.scheme.activations.scope == "tensor"
         tensors = static or (self.scheme.weights is not None and self.scheme.weights.scope == "tensor")
         _check(
-            not tensors or not trained,
+            not tensors or not self.fits,
             f"recipe {self.name}: one scale for a tensor is set before a fit could change what it covers",
         )
         for site, parts in self.transforms.items():
@@ -751,7 +750,7 @@ class Recipe:
                 f"recipe {self.name}, {site}: at most one shift, one diagonal, one matrix or kronecker, in this order",
             )
         _check(
-            trained or not clipped or bool(self.transforms),
+            self.fits or not clipped or bool(self.transforms),
             f"recipe {self.name}: learned clipping needs a fit; use clip='none' or give the recipe a fit",
         )
         if self.solver.learns:
@@ -760,7 +759,7 @@ class Recipe:
                 f"recipe {self.name}: rounding is learned with scales by row or group, not with one for a tensor",
             )
         if self.solver.codebook is not None and self.scheme.weights is not None:
-            _check(not trained, f"recipe {self.name}: fits round weights to a uniform grid, which codebooks are not")
+            _check(not self.fits, f"recipe {self.name}: fits round weights to a uniform grid, which codebooks are not")
             _check(
                 self.scheme.weights.clip == "none"
                 and self.scheme.weights.group_size is None
@@ -859,14 +858,18 @@ class Recipe:
         _check(not released, f"{where}: there are no weights besides those on levels; use weight_lr 0 and round them")
 
     @property
+    def fits(self) -> bool:
+        """Whether anything is fitted, block by block or end to end."""
+        return bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
+
+    @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all: plain rounding needs none."""
-        fits = bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
         starts = any(t.init in DATA_STARTS for parts in self.transforms.values() for t in parts)
         inputs = self.scheme.activations
         static = inputs is not None and (inputs.scope == "tensor" or inputs.kind == "levels")
         offset = self.scheme.key_offset == "mean"
-        return fits or starts or static or offset or (self.solver.needs_data and self.scheme.weights is not None)
+        return self.fits or starts or static or offset or (self.solver.needs_data and self.scheme.weights is not None)
 
 
 # --------------------------------------------------------------------------------------------- a concrete model

@@ -398,14 +398,16 @@ class _Count:
     def _kept(self, s: _Sizes, tokens: int) -> float:
         """What a block's forward pass leaves for its backward pass."""
         c = self.copies
-        activations = self.item * (c.inputs * s.inputs + c.outputs * s.outputs) + 4 * c.hidden * self.hidden
-        return 4 * (s.weights * c.kept + (3 * s.dense if self.fused else 0)) + tokens * activations
+        return 4 * (s.weights * c.kept + (3 * s.dense if self.fused else 0)) + tokens * self._a_token(c, s)
 
     def _learning(self, s: _Sizes, tokens: int) -> float:
         """A step of learned rounding: beside the weights their offsets, the gradients of these, and the best so far."""
         c = _ROUNDED if self.rounds_inputs else _LEARNED
-        activations = self.item * (c.inputs * s.inputs + c.outputs * s.outputs) + 4 * c.hidden * self.hidden
-        return 4 * (s.weights * (4 + c.kept) + s.largest * c.made) + tokens * activations
+        return 4 * (s.weights * (4 + c.kept) + s.largest * c.made) + tokens * self._a_token(c, s)
+
+    def _a_token(self, c: _Copies, s: _Sizes) -> float:
+        """What a step keeps of each token's activations in a block."""
+        return self.item * (c.inputs * s.inputs + c.outputs * s.outputs) + 4 * c.hidden * self.hidden
 
     def _made(self, s: _Sizes) -> float:
         """What the largest step of a backward pass makes."""

@@ -161,9 +161,12 @@ def calibrate(
             side_by_side=side_by_side if side_by_side or graph else 1,
         )
     progress = progress or (lambda *_: None)
-    run = _Run(model, recipe, plan, tokens, device, dtype, seed, state, progress, graph, layout, checkpoint, witness)
-    if tokens is not None and (run.end_to_end is not None or recipe.fit is not None):
-        run.held_out = _held_out(tokens if held_out is None else held_out, len(tokens))
+    told = None
+    if tokens is not None and recipe.fits:
+        told = _held_out(tokens if held_out is None else held_out, len(tokens))
+    run = _Run(
+        model, recipe, plan, tokens, device, dtype, seed, state, progress, graph, layout, checkpoint, witness, told
+    )
     with capped(device, limits):
         return plan, run()
 
@@ -205,9 +208,10 @@ class _Run:
         layout: Estimate,
         checkpoint: Checkpoint | None,
         witness: Witness | None,
+        held_out: Witness | None,
     ) -> None:
-        self.model, self.recipe, self.plan, self.witness = model, recipe, plan, witness
-        self.held_out: Witness | None = None  # what fits are measured on
+        self.model, self.recipe, self.plan = model, recipe, plan
+        self.witness, self.held_out = witness, held_out  # what the result, and what fits are measured on
         self.arch = arch_of(model.config, model)
         self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
@@ -319,6 +323,7 @@ class _Run:
         wrapped = []
         for index in group:
             with _named(index):
+                self._bring(index)
                 second = self._second(index, calls[index], quantised)
                 held_out = self._hold_out(index)
                 inputs, (fit, hidden) = hidden, self._wrap_one(index, calls[index], hidden)
@@ -346,7 +351,7 @@ class _Run:
         return block
 
     def _wrap_one(self, index: int, call: BlockCall, hidden: Kept | None) -> tuple[FitBlock | None, Kept | None]:
-        block, plan = self._bring(index), self.plan.blocks[index]
+        block, plan = self.blocks[index], self.plan.blocks[index]
         targets, statistics = None, {}
         if self.witness is not None:
             with self.clock("verdict"), torch.no_grad(), autocast(self.device, self.dtype):
@@ -365,9 +370,9 @@ class _Run:
         """What the original block makes of the windows that its fit is measured on."""
         if self.held_out is None:
             return None
-        block, inputs = self._bring(index), self.held_out.original
+        inputs = self.held_out.original
         with self.clock("full precision"), torch.no_grad(), autocast(self.device, self.dtype):
-            self.held_out.see_original(index, block)
+            self.held_out.see_original(index, self.blocks[index])
         self.held_out.rotate(index, self.residual)
         if self.feeds_fit:  # its inputs are others
             return None
@@ -378,7 +383,6 @@ class _Run:
         done = self.state is not None and (self.state.has(fitted_name(index)) or self.state.has(solved_name(index)))
         if quantised is None or self.recipe.fit is None or not self.recipe.fit.both_targets or done:
             return None
-        self._bring(index)
         return self._full_precision(index, call, quantised)[0]
 
     def _full_precision(self, index: int, call: BlockCall, hidden: Kept) -> tuple[Kept, dict[str, InputStatistics]]:
@@ -482,15 +486,14 @@ class _Run:
             if self.state is not None:
                 self.state.save(END_TO_END, tensors, {"step": step, "losses": losses, "dtype": named(dtype)})
 
-        held_out = None
-        if self.held_out is not None:
-            kept = self.held_out
-            held_out = HeldOutModel(calls=kept.calls, inputs=kept.first, targets=kept.original)
+        kept, held_targets = self.held_out, None if self.held_out is None else self.held_out.original
         if spec.objective == "cross_entropy":
             assert self.tokens is not None
             targets = self.tokens.to(self.device)
-            if held_out is not None and self.held_out is not None:
-                held_out = replace(held_out, targets=self.held_out.windows.to(self.device))
+            held_targets = None if kept is None else kept.windows.to(self.device)
+        held_out = None
+        if kept is not None and held_targets is not None:
+            held_out = HeldOutModel(calls=kept.calls, inputs=kept.first, targets=held_targets)
         self.progress("end to end", 0 if start is None else start[0], spec.steps)
         with self.clock("end to end"), unrounded_weights(() if spec.round_weights else fits):
             self.report.end_to_end = fit_end_to_end(

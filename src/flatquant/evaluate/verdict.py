@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -186,16 +187,16 @@ def _worst(witness: Witness, parts: Sequence[Part]) -> list[Part]:
 
 def _median_of_weights(witness: Witness) -> float:
     """What rounding the weights of the median block changes in it."""
-    errors = sorted(seen["weights"] for seen in witness.alone if seen is not None)
-    return errors[(len(errors) - 1) // 2] if errors else 0.0
+    errors = [seen["weights"] for seen in witness.alone if seen is not None]
+    return median_low(errors) if errors else 0.0
 
 
 def _outstanding(witness: Witness, parts: Sequence[Part]) -> list[Part]:
     """Parts that change far more than the same parts of other blocks do, worst first."""
     found = []
     for part in _worst(witness, parts):
-        error, same = _error(witness, part), sorted(_error(witness, p) for p in parts if p.site == part.site)
-        if error > max(_LARGE, _STANDS_OUT * same[(len(same) - 1) // 2]):
+        error, same = _error(witness, part), [_error(witness, p) for p in parts if p.site == part.site]
+        if error > max(_LARGE, _STANDS_OUT * median_low(same)):
             found.append(part)
     return found
 
