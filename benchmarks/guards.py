@@ -10,6 +10,7 @@ clock around each of them: it holds the clock's own cost too, and what the seam 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,26 +53,25 @@ class Stopwatch:
         return timed
 
 
-def decode(model: Any, tokens: int, watch: Stopwatch) -> dict[str, Any]:
-    """Through `generate`: milliseconds of a token, and in hooks."""
+def decode(model: Any, tokens: int, repeats: int, watch: Stopwatch) -> dict[str, Any]:
+    """Through `generate`: milliseconds of a token, and in hooks; medians over repeats."""
     ids = torch.zeros((1, 1), dtype=torch.int64)
     length = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
-    model.generate(ids, **length)  # makes room, and compiles
-    before, calls, start = watch.seconds, watch.calls, time.perf_counter()
-    model.generate(ids, **length)
-    seconds = time.perf_counter() - start
-    spent = watch.seconds - before
-    return {
-        "token_ms": 1e3 * seconds / tokens,
-        "hooks_ms": 1e3 * spent / tokens,
-        "share": spent / seconds,
-        "calls_a_token": (watch.calls - calls) / tokens,
-    }
+    model.generate(ids, **length)  # makes room
+    samples = []
+    for _ in range(repeats):
+        before, calls, start = watch.seconds, watch.calls, time.perf_counter()
+        model.generate(ids, **length)
+        seconds, spent = time.perf_counter() - start, watch.seconds - before
+        samples.append({"token_ms": 1e3 * seconds / tokens, "hooks_ms": 1e3 * spent / tokens, "share": spent / seconds})
+    medians = {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}
+    return {**medians, "calls_a_token": (watch.calls - calls) / tokens, "samples": samples}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
@@ -81,7 +81,7 @@ def main() -> None:
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": args.layers})
     model = bench.packed_model(config, torch.device("cpu"))
     fused.attach(model, ())
-    found = decode(model, args.tokens, watch)
+    found = decode(model, args.tokens, args.repeats, watch)
     print(found, flush=True)
     write_result(args.out / f"{NAME}.json", NAME, seeds=[], shape=SHAPE | {"num_hidden_layers": args.layers}, **found)
 
