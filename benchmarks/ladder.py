@@ -2,12 +2,16 @@
 
     python -m benchmarks.ladder smollm2-135m
     python -m benchmarks.ladder ./Qwen2.5-Coder-1.5B-Instruct --texts code.jsonl --tasks all
+    python -m benchmarks.ladder smollm2-135m --methods best best:end_to_end.steps=800:factors=hadamard
 
 A model is whatever `flatquant quantize` takes; each has a results file of its own, `ladder-NAME.json`. A row has
 perplexity and KL divergence from the original on every text, the seconds and the peak memory of its run, the verdict,
 and zero-shot scores if tasks are asked for. It is measured on the folder that was written, read back
 (`flatquant.compare`), and is kept as soon as it is there: rows that a results file holds, by the same settings, are not
 made again (`--again` does). A pair that a method refuses is a row that says why.
+
+A rung may change its recipe: `:PATH=VALUE` for a field, `:factors=hadamard` for where Kronecker factors and matrices
+start. So one change at a time can be measured on any model.
 
 Every recipe is calibrated on its own text unless `--calibration` names one. Texts are WikiText-2's test text, documents
 of C4 that calibration does not read, and files; with `--windows`, so many windows of each count for perplexity, and
@@ -18,11 +22,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +37,11 @@ import torch
 from benchmarks.common import RESULTS, commit, environment, read_samples, write_result
 from benchmarks.compare_smollm2 import Original, tiny
 from flatquant.compare import Bench, Settings
-from flatquant.errors import FlatQuantError, QualityWarning
+from flatquant.errors import FlatQuantError, QualityWarning, SpecError
 from flatquant.evaluate import TASKS
 from flatquant.mixture import Mixture
 from flatquant.recipes import RECIPES, recipe
-from flatquant.spec import Recipe, Scheme, to_dict
+from flatquant.spec import Recipe, Scheme, from_dict, to_dict
 
 # Rungs that are not a method by its reference preset.
 PRESETS = {"reference": ("flatquant", "reference"), "best": ("flatquant", "best"), "quick": ("flatquant", "quick")}
@@ -63,8 +68,37 @@ class Job:
         Raises:
             SpecError: the method does not take the scheme.
         """
-        method, preset = PRESETS.get(self.rung, (self.rung, "reference"))
-        return recipe(method, self.scheme, preset)
+        name, *changes = self.rung.split(":")
+        method, preset = PRESETS.get(name, (name, "reference"))
+        return changed(recipe(method, self.scheme, preset), changes)
+
+
+def changed(made: Recipe, changes: Sequence[str]) -> Recipe:
+    """A recipe with other fields: `end_to_end.steps=800`, `scheme.key_offset=mean`, `factors=hadamard`.
+
+    Raises:
+        SpecError: no such field, or a value that it does not take.
+    """
+    data = to_dict(made)
+    for change in changes:
+        path, _, text = change.partition("=")
+        if path == "factors":
+            for chain in data["transforms"].values():
+                for transform in chain:
+                    if transform["kind"] in ("kronecker", "matrix"):
+                        transform["init"] = text
+            continue
+        *outer, last = path.split(".")
+        fields = data
+        for name in outer:
+            fields = fields.get(name) if isinstance(fields, dict) else None
+        if not isinstance(fields, dict):
+            raise SpecError(f"{change!r}: the recipe has no {'.'.join(outer)}")
+        try:
+            fields[last] = json.loads(text)
+        except json.JSONDecodeError:
+            fields[last] = text
+    return from_dict(Recipe, data)
 
 
 def measure(
@@ -172,7 +206,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2-135m")
     known = ", ".join([*PRESETS, *sorted(RECIPES)])
-    parser.add_argument("--methods", nargs="+", default=list(RUNGS), metavar="RUNG", help=f"of {known}")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(RUNGS), metavar="RUNG", help=f"of {known}, with changes if any"
+    )
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--texts", nargs="*", default=[], metavar="FILE", help="to measure on, beside wikitext2 and c4")
@@ -189,7 +225,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--tiny", action="store_true", help="a dry run of two blocks that measures nothing")
     args = parser.parse_args()
-    unknown = [name for name in args.methods if name not in PRESETS and name not in RECIPES]
+    unknown = [rung for rung in args.methods if (name := rung.split(":")[0]) not in PRESETS and name not in RECIPES]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; known: {known}")
     jobs = [Job(rung, scheme, seed) for seed in args.seeds for scheme in args.schemes for rung in args.methods]

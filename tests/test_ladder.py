@@ -1,5 +1,6 @@
 """The ladder: a row for every rung and scheme of any model, kept as it is made, and made again only when asked for."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_every_rung_takes_every_scheme() -> None:
         for scheme in ladder.SCHEMES:
             made = ladder.Job(rung, scheme, 0).recipe()
             assert str(made.scheme) == ladder.Job(rung, scheme, 0).key["scheme"]
+
+
+def test_a_rung_changes_its_recipe() -> None:
+    plain = ladder.Job("best", "w4a4kv4", 0).recipe()
+    made = ladder.Job("best:end_to_end.steps=800:scheme.key_offset=mean:factors=hadamard", "w4a4kv4", 0).recipe()
+    assert plain.end_to_end is not None
+    assert made.end_to_end == dataclasses.replace(plain.end_to_end, steps=800)
+    assert made.scheme == dataclasses.replace(plain.scheme, key_offset="mean")
+    assert [t.init for t in made.transforms["mlp_in"]] == ["second_moment", "hadamard"]
+    assert (made.fit, made.data, made.solver) == (plain.fit, plain.data, plain.solver)
+
+
+@pytest.mark.parametrize("change", ["nothing.steps=1", "end_to_end.stps=1", "scheme.key_offset=7", "factors=7"])
+def test_a_change_of_nothing_is_refused(change: str) -> None:
+    with pytest.raises(SpecError):
+        ladder.Job(f"best:{change}", "w4a4kv4", 0).recipe()
 
 
 def test_means_are_over_seeds() -> None:
