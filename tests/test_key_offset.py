@@ -185,7 +185,8 @@ def test_a_learned_scale_of_keys_is_the_offset_s_too() -> None:
         ("qwen2", "auto", False, KeyOffset(heads=2)),
         ("qwen2", "auto", True, KeyOffset(heads=2)),
         ("qwen2", "none", True, None),
-        ("mistral", "auto", True, None),
+        ("mistral", "auto", False, None),
+        ("mistral", "auto", True, KeyOffset(heads=2)),
         ("mistral", "mean", False, KeyOffset(heads=2)),
         ("glm4", "bias", False, KeyOffset(heads=2, pairing="neighbours")),
         ("cohere", "auto", False, None),  # its keys pass a norm after their bias

@@ -35,6 +35,7 @@ from flatquant.ops.kron_quantize import reference as site_reference
 from flatquant.ops.kv_cache import reference as cache_reference
 from flatquant.ops.pack.reference import unpack_bits
 from flatquant.recipes import flatquant
+from flatquant.rotary import Angles
 from flatquant.runtime import fused
 from flatquant.runtime.build import install
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -511,8 +512,18 @@ def decoding(runtime: fused.Fused, batch: int, prompt: int) -> Callable[[], Tens
         for store in layer.stores:
             store.packed.random_(0, 256)
     ids = torch.zeros((batch, 1), dtype=torch.int64, device=runtime.device)
-    cache.room.rewind(prompt)
-    return lambda: runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
+    places = torch.arange(prompt, device=runtime.device)[None]
+    cos, sin = runtime.rotary(torch.empty(0, device=runtime.device), places)
+    cache.room.turn(cos, sin, places)
+    cache.room.advance(prompt)
+
+    def step() -> Tensor:
+        logits = runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
+        cache.room.advance(1)
+        cache.room.rewind(prompt)
+        return logits
+
+    return step
 
 
 def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.device) -> tuple[str, Times] | None:
@@ -541,7 +552,7 @@ def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.
 def kernels_error(runtime: fused.Fused) -> float:
     """How far sites and products of the first block lie from their references on the same inputs, in what they may."""
     block, device, dtype = runtime.blocks[0], runtime.device, runtime.norm.gain.dtype
-    shares = [_attention_error(block, device, dtype) / _ATTENTION_ERROR]
+    shares = [_attention_error(runtime, block, dtype) / _ATTENTION_ERROR]
     for tokens in (1, 16, 80):  # each has its own kernel of a product
         form = int4_linear.form(tokens, device, dtype)
         for name, site in block.sites.items():
@@ -582,15 +593,27 @@ def random_store(batch: int, heads: int, places: int, head_dim: int, device: tor
     return kv_cache.Store(packed, torch.rand(shape, device=device) * 0.1, zero)
 
 
-def _attention_error(block: fused.Block, device: torch.device, dtype: torch.dtype) -> float:
+def _attention_error(runtime: fused.Fused, block: fused.Block, dtype: torch.dtype) -> float:
     """How far one token's attention over 300 places of two sequences lies from the reference's."""
-    heads, places = block.heads, 300
+    heads, places, device = block.heads, 300, runtime.device
     keys, values = (random_store(2, heads.keys, places, heads.head_dim, device) for _ in range(2))
     q = torch.randn(2, heads.queries, heads.head_dim, device=device, dtype=dtype)
     last, start = torch.tensor([places - 1], device=device), torch.tensor([0, 7], device=device)
     given = (q, keys, values, last, start, block.window, block.scaling)
-    want = site_reference.merged(*cache_reference.attend(*given))
-    return relative_error(site_reference.merged(*kv_cache.attend(*given, 3)), want)
+    shortages: list[kv_cache.Shortage | None] = [None]
+    if heads.offset is not None:
+        cos, sin = runtime.rotary(torch.empty(0, device=device), torch.arange(places, device=device)[None])
+        angles = Angles(cos, sin).of_pairs("halves").expand(2, -1, -1).contiguous()
+        amounts = heads.shortage(q[:, :, None])[:, :, 0]
+        gaps = torch.tensor([0, 1], dtype=torch.int32, device=device)  # each way to get at angles
+        shortages.append(kv_cache.Shortage(amounts, angles, runtime.first_angles, gaps))
+    return max(
+        relative_error(
+            site_reference.merged(*kv_cache.attend(*given, 3, short)),
+            site_reference.merged(*cache_reference.attend(*given, short)),
+        )
+        for short in shortages
+    )
 
 
 def block_error(model: PreTrainedModel, runtime: fused.Fused) -> float:
@@ -608,7 +631,8 @@ def block_error(model: PreTrainedModel, runtime: fused.Fused) -> float:
         places = torch.arange(tokens, device=model.device)[None]
         cos, sin = inner.rotary_emb(x, places)
         cache = runtime.new_cache(1, tokens)
-        got = runtime.blocks[0](x, cos, sin, cache, cache.packed[0], {})
+        cache.room.turn(cos, sin, places)
+        got = runtime.blocks[0](x, cos, sin, runtime.first_angles, cache, cache.packed[0], {})
         given: dict[str, Any] = {"position_embeddings": (cos, sin), "attention_mask": None, "position_ids": places}
         truth = exact(x, **given)
         ratios.append(((got - truth).float().norm() / (inner.layers[0](x, **given) - truth).float().norm()).item())

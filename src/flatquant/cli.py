@@ -388,7 +388,7 @@ def quantize(
     ] = None,
     key_offset: Annotated[
         str | None,
-        typer.Option(help="A constant that cached keys leave out: auto (keys with a bias), none, bias, or mean."),
+        typer.Option(help="A constant that cached keys leave out: auto (mean; without text, bias), none, bias, mean."),
     ] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,

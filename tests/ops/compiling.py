@@ -108,8 +108,8 @@ def main() -> None:
     )
     for module in (sites, products, caching):
         module.early = lambda x, tokens, programs=0: CAPABILITY >= 90 and (tokens == 1 or 0 < programs < tokens)
-    heads_of = importlib.import_module("flatquant.ops.kv_cache").Heads
-    store_of = importlib.import_module("flatquant.ops.kv_cache").Store
+    kv_cache = importlib.import_module("flatquant.ops.kv_cache")
+    heads_of, store_of = kv_cache.Heads, kv_cache.Store
     found: dict[str, Usage] = {}
 
     sites.shared_memory = lambda device: SHARED
@@ -205,7 +205,12 @@ def main() -> None:
     kernel = record(caching, "_attend")
     caching.attend(meta(1, 32, 128), *stores, place, place, None, 0.1, parts=8)
     found["attend"] = kernel.found[-1]
-    short = meta(1, 32, 128, dtype=torch.float32), meta(1, 2048, 128)
+    short = kv_cache.Shortage(
+        meta(1, 32, 128, dtype=torch.float32),
+        meta(1, 2048, 128, dtype=torch.float32),
+        meta(kv_cache.STEPS, 128, dtype=torch.float16),
+        meta(1, dtype=torch.int32),
+    )
     caching.attend(meta(1, 32, 128), *stores, place, place, None, 0.1, short, parts=8)
     found["attend, offset"] = kernel.found[-1]
     json.dump(found, sys.stdout)

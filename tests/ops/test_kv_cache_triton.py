@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 from flatquant.ops import kron_quantize  # noqa: E402
 from flatquant.ops.kron_quantize import Site  # noqa: E402
 from flatquant.ops.kron_quantize.reference import merged  # noqa: E402
-from flatquant.ops.kv_cache import Heads, Store, offset_matrix, reference  # noqa: E402
+from flatquant.ops.kv_cache import STEPS, Heads, Shortage, Store, offset_matrix, reference  # noqa: E402
 from flatquant.ops.kv_cache import triton as fused  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -112,9 +112,14 @@ def test_appending_equals_the_reference(
     for s, c in zip(stores, copies, strict=True):
         assert torch.equal(s.packed[:, :, before], c.packed[:, :, before])
         assert torch.equal(s.packed[:, :, after], c.packed[:, :, after])
-    for s, dense in zip(stores, got[1:], strict=True):
+    for s, dense in zip(stores, got[1:3], strict=True):
         kept = s.read(at + tokens)[:, :, at:].to(dtype)
         torch.testing.assert_close(kept, dense, rtol=0, atol=0)
+    short = fused.append(qkv, cos, sin, heads, *stores, place, dense=False).short
+    assert (short is None) == (want.short is None) == (not offset)
+    if short is not None:
+        size = want.short.abs().max().item()
+        torch.testing.assert_close(short, want.short, rtol=1e-5, atol=1e-6 * size)
 
 
 @pytest.mark.parametrize("matrix", [True, False])
@@ -160,7 +165,26 @@ def test_values_are_divided_as_a_division_rounds(exponent: int, seed: int) -> No
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@settings(deadline=None, max_examples=2500 if CUDA else 10)
+def shortage(q: torch.Tensor, start: torch.Tensor, length: int, even: bool, g: torch.Generator) -> Shortage:
+    """As large as a constant makes it. Places are one position apart, or anywhere; those that do not count hold NaN."""
+    batch, _, d = q.shape
+    frequencies = 10 ** -torch.linspace(0, 4, d // 2)
+    first = torch.randint(0, 9, (batch, 1), generator=g) - start.cpu()[:, None]
+    positions = first + torch.arange(PLACES) if even else torch.randint(0, 999, (batch, PLACES), generator=g)
+    angles = positions[..., None] * frequencies
+    turns = torch.cat((angles.cos(), angles.sin()), dim=-1) * 1.2  # scaled, as for long texts
+    turns[:, length:] = float("nan")
+    turns[torch.arange(PLACES) < start.cpu()[:, None]] = float("nan")
+    angles = torch.arange(STEPS)[:, None] * frequencies
+    steps = torch.cat((angles.cos(), angles.sin()), dim=-1).to(
+        torch.float32 if q.dtype == torch.float32 else torch.float16
+    )
+    amounts = torch.randn(q.shape, generator=g) * 30
+    gaps = torch.full((batch,), int(not even), dtype=torch.int32)
+    return Shortage(*(t.to(DEVICE) for t in (amounts, turns, steps, gaps)))
+
+
+@settings(deadline=None, max_examples=2500 if CUDA else 20)
 @given(
     shape=st.sampled_from(SHAPES),
     batch=st.integers(1, 3),
@@ -168,6 +192,7 @@ def test_values_are_divided_as_a_division_rounds(exponent: int, seed: int) -> No
     parts=st.integers(1, 4),
     window=st.none() | st.integers(1, 30),
     offset=st.booleans(),
+    even=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
@@ -178,6 +203,7 @@ def test_attention_equals_the_reference(
     parts: int,
     window: int | None,
     offset: bool,
+    even: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -188,16 +214,14 @@ def test_attention_equals_the_reference(
         s.scale[:, :, :length] = torch.rand(batch, keys, length, generator=g).add(0.05).to(DEVICE)
     q = torch.randn(batch, queries, d, generator=g).to(DEVICE, dtype)
     start = torch.randint(0, length, (batch,), generator=g).to(DEVICE)
-    short = None
-    if offset:  # as large as a constant makes it
-        turns = torch.full((batch, PLACES, d), float("nan"))
-        turns[:, :length] = torch.randn(batch, length, d, generator=g)
-        short = torch.randn(batch, queries, d, generator=g).mul(30).to(DEVICE), turns.to(DEVICE, dtype)
+    short = shortage(q, start, length, even, g) if offset else None
     arguments = (q, *stores, torch.tensor([length - 1], device=DEVICE), start, window, d**-0.5, short)
     out, lse = fused.attend(*arguments, parts=parts, least=16, block=16)
     assert out.shape == (batch, queries, min(parts, -(-PLACES // 16)), d)
     assert not out.isnan().any()
     got = merged(out, lse)
+    if short is not None:  # of a matrix product in the reference, also places that do not count
+        arguments = (*arguments[:-1], short._replace(angles=short.angles.nan_to_num()))
     want = merged(*reference.attend(*arguments))
     near = max(1e-3, 4 * torch.finfo(dtype).eps)  # weights of attention are rounded to q's type before the product
     torch.testing.assert_close(got, want, rtol=near, atol=near * want.abs().max().item())
@@ -218,15 +242,16 @@ def test_keys_less_an_offset_get_it_back(matrix: bool) -> None:
     turns = torch.cat((cos[..., : d // 2], sin[..., : d // 2]), dim=-1)
     stores, exact = ([store(2, keys, d, g, n) for _ in range(2)] for _ in range(2))
     place = torch.tensor([0], device=DEVICE)
-    q, k, _ = reference.append(qkv, cos, sin, heads, *stores, place)
-    whole = reference.append(qkv, cos, sin, plain, *exact, place)[1]  # four bits of a large number: far off
+    q, k, _, amounts = reference.append(qkv, cos, sin, heads, *stores, place)
+    whole = reference.append(qkv, cos, sin, plain, *exact, place).k  # four bits of a large number: far off
     wanted = reference.rotate(qkv.unflatten(-1, (-1, d)).transpose(1, 2)[:, queries:-keys], cos[:, None], sin[:, None])
     wanted = wanted if heads.matrices is None else wanted @ heads.matrices[1]
     got = k + heads.given_back(turns)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-3)
     assert (whole - wanted).abs().max() > 1
     last, start = torch.tensor([n - 1], device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    short = heads.shortage(q[:, :, -1]), turns
+    assert amounts is not None
+    short = Shortage(amounts[:, :, -1], turns, turns, start.int())
     out, lse = reference.attend(q[:, :, -1], *stores, last, start, None, 0.01, short)
     scores = (q[:, :, -1, None] @ wanted.repeat_interleave(2, dim=1).mT)[:, :, 0] * 0.01
     torch.testing.assert_close(lse[..., 0], scores.logsumexp(-1), rtol=1e-3, atol=1e-3)

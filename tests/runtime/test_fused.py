@@ -171,7 +171,7 @@ def test_a_text_in_pieces_is_the_same_text(model: PreTrainedModel, pieces: list[
 def test_a_cache_that_is_full_grows(model: PreTrainedModel) -> None:
     ids = texts(6, 13)
     heads = model.config.num_key_value_heads
-    room = Room(blocks=2, batch=6, heads=heads, places=4, head_dim=16, device=ids.device, angles=torch.float32)
+    room = Room(blocks=2, batch=6, heads=heads, places=4, head_dim=16, device=ids.device, angles=True)
     cache = PackedCache(room)
     got = [model(part, **{CACHE: cache}).logits for part in ids.split(1, dim=1)]
     assert cache.room.places >= 13
@@ -786,8 +786,54 @@ def test_any_sequence_of_calls_gives_what_the_modules_give(model: PreTrainedMode
             data.draw(st.sampled_from([calls.start, *feeds, calls.crop, calls.reorder, calls.fork, calls.generate]))()
 
 
+@given(st.data())
+def test_a_room_knows_of_gaps_between_positions(data: st.DataObject) -> None:
+    """Whatever is written, cropped and reordered: a flag for a sequence with places that do not follow one another."""
+    draw = data.draw
+    starts = draw(st.lists(st.integers(0, 3), min_size=2, max_size=2))
+    room = Room(blocks=1, batch=2, heads=1, places=40, head_dim=4, device=torch.device("cpu"), angles=True)
+    room.pad(torch.tensor(starts))
+    kept: list[list[int]] = [[], []]
+    gaps = [False, False]
+    for _ in range(draw(st.integers(1, 6))):
+        what = draw(st.sampled_from(["write", "write", "write", "module", "crop", "reorder", "rehearse"]))
+        if what == "crop":
+            length = draw(st.integers(max(starts) + 1, 40))
+            if length < room.length:
+                room.rewind(length)
+                kept = [row[:length] for row in kept]
+        elif what == "reorder":
+            order = draw(st.lists(st.integers(0, 1), min_size=2, max_size=2))
+            room.select(torch.tensor(order))
+            kept, gaps, starts = ([x[i] for i in order] for x in (kept, gaps, starts))
+            kept = [list(row) for row in kept]
+        elif what == "rehearse":
+            with room.rehearsed():
+                room.turn(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.tensor([[draw(st.integers(0, 50))]]))
+        else:
+            count = draw(st.integers(1, 4)) if room.length else draw(st.integers(4, 6))
+            new = [
+                [row[-1] + 1 + i if row else i - start for i in range(count)]
+                for row, start in zip(kept, starts, strict=True)
+            ]
+            if draw(st.booleans()):
+                new[draw(st.integers(0, 1))][draw(st.integers(0, count - 1))] += draw(st.integers(-2, 2))
+            angles = torch.zeros(1, count, 4)
+            room.turn(angles, angles, None if what == "module" else torch.tensor(new))
+            kept = [row + more for row, more in zip(kept, new, strict=True)]
+            gaps = [what == "module" or gap for gap in gaps]
+            gaps = [
+                gap or any(row[i] != row[i - 1] + 1 for i in range(start + 1, len(row)) if i >= room.length)
+                for gap, row, start in zip(gaps, kept, starts, strict=True)
+            ]
+            room.advance(count)
+        assert room.gaps.bool().tolist() == gaps
+    room.rewind(0)
+    assert not room.gaps.any()
+
+
 def test_angles_stay_with_their_sequences() -> None:
-    room = Room(blocks=2, batch=2, heads=1, places=4, head_dim=4, device=torch.device("cpu"), angles=torch.float32)
+    room = Room(blocks=2, batch=2, heads=1, places=4, head_dim=4, device=torch.device("cpu"), angles=True)
     cache = PackedCache(room)
     first, second = (torch.rand(rows, 3, 4, generator=torch.Generator().manual_seed(rows)) for rows in (2, 1))
     for cos in (first, second):

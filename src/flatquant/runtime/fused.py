@@ -46,6 +46,7 @@ from flatquant import modules, seams
 from flatquant.ops import int4_linear, kron_quantize, kv_cache
 from flatquant.ops.kron_quantize import Site
 from flatquant.quantizers import Dynamic
+from flatquant.rotary import Angles
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite, PackedLinear
@@ -124,13 +125,14 @@ class Block:
     window: int | None
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: PackedCache, layer: PackedLayer, masks: Masks
+        self, x: Tensor, cos: Tensor, sin: Tensor, steps: Tensor, cache: PackedCache, layer: PackedLayer, masks: Masks
     ) -> Tensor:
         """The block's output, with keys and values stored.
 
         Args:
             x: hidden states, (B, T, n).
             cos, sin: (B or 1, T, head_dim).
+            steps: see `kv_cache.Shortage`.
             masks: see `Fused.masks`.
         """
         mask, room = masks.get(self.window), cache.room
@@ -140,14 +142,14 @@ class Block:
         y = kron_quantize.norm(rows, self.norms[0].gain, self.norms[0].eps, self.sites["attn_in"], form)
         qkv = self.products["attn_in"](*y, None, x.dtype).view(b, t, -1)
         keys, values = layer.stores
-        q, k, v = kv_cache.append(qkv, cos, sin, self.heads, keys, values, room.used, dense=t > 1)
+        q, k, v, amounts = kv_cache.append(qkv, cos, sin, self.heads, keys, values, room.used, dense=t > 1)
         site = self.sites["attn_out"]
         if t == 1:
             parts = max(1, _PROGRAMS // (b * self.heads.keys))
             short = None
-            if self.heads.offset is not None:
+            if amounts is not None:
                 assert room.angles is not None
-                short = self.heads.shortage(q[:, :, 0]), room.angles
+                short = kv_cache.Shortage(amounts[:, :, 0], room.angles, steps, room.gaps)
             z = kv_cache.attend(
                 q[:, :, 0], keys, values, room.used, room.start, self.window, self.scaling, parts, short
             )
@@ -199,6 +201,8 @@ class Fused:
         head: Any = model.get_output_embeddings()
         self.head: nn.Linear = head
         self.blocks = [_block(layer, i, config, self.device) for i, layer in enumerate(base.layers)]
+        self._offset = any(block.heads.offset is not None for block in self.blocks)
+        self.first_angles = self._first_angles()
         self.modules = _Modules(model)  # last: products have become the linears' tensors
         self._turn = _turn(self.device)
         self._steps: WeakKeyDictionary[Room, _Step] = WeakKeyDictionary()  # the latest last
@@ -235,7 +239,7 @@ class Fused:
         return None
 
     def _room(self, batch: int, places: int) -> Room:
-        heads, dtype = self.blocks[0].heads, self.embedding.weight.dtype
+        heads = self.blocks[0].heads
         return Room(
             blocks=len(self.blocks),
             batch=batch,
@@ -243,16 +247,25 @@ class Fused:
             places=-(-places // _PLACES) * _PLACES,
             head_dim=heads.head_dim,
             device=self.device,
-            angles=dtype if any(block.heads.offset is not None for block in self.blocks) else None,
+            angles=self._offset,
         )
+
+    def _first_angles(self) -> Tensor:
+        """See `kv_cache.Shortage.steps`: in float16, also for models in bfloat16, which has three bits less."""
+        positions = torch.arange(kv_cache.STEPS, device=self.device)[None]
+        cos, sin = self.rotary(torch.empty(0, device=self.device), positions)
+        dtype = torch.float32 if self.embedding.weight.dtype == torch.float32 else torch.float16
+        return (Angles(cos, sin).of_pairs("halves")[0] / cos[0, 0, 0]).to(dtype)  # the cosine of 0, scaled
 
     def hidden(self, ids: Tensor, positions: Tensor, cache: PackedCache, masks: Masks) -> Tensor:
         """States after the last block, normalised.  # (B, T) -> (B, T, n)"""
         x = self.embedding(ids)
-        cos, sin = (t.contiguous() for t in self.rotary(x, positions))
-        cache.room.turn(cos, sin)
+        # What is taken from a key and given back to a score must be the same: more than 16 bits of a large number.
+        like = x.new_empty(0, dtype=torch.float32) if self._offset else x
+        cos, sin = (t.contiguous() for t in self.rotary(like, positions))
+        cache.room.turn(cos, sin, positions)
         for block, layer in zip(self.blocks, cache.packed, strict=True):
-            x = block(x, cos, sin, cache, layer, masks)
+            x = block(x, cos, sin, self.first_angles, cache, layer, masks)
         return F.rms_norm(x, (x.shape[-1],), self.norm.gain, self.norm.eps)
 
     def prefill(self, ids: Tensor, positions: Tensor, cache: PackedCache, keep: int) -> Tensor:
@@ -319,7 +332,7 @@ class _Step:
         # Kernels are compiled and tuned outside of the recording; what these runs write, the first replay overwrites.
         now, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         stream.wait_stream(now)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), cache.room.rehearsed():
             for _ in range(2):
                 fused.head(fused.hidden(self.ids, self.positions, cache, {}))
         now.wait_stream(stream)

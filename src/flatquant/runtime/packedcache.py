@@ -11,6 +11,8 @@ same integers through `PackedCache.append`, so that a text may change between th
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +39,8 @@ class Room:
         padded: whether any sequence has padding.
         stores: keys and values of each block.
         angles: every place's cosines and sines, one a pair of channels, where keys are stored less an offset,
-            (batch, places, head_dim).
+            float32, (batch, places, head_dim).
+        gaps: likewise, not 0 for a sequence whose places may not be one position apart, int32, (batch,).
         moved: how often addresses have changed.
         stream: on which the tensors were allocated, None on a CPU.
     """
@@ -52,9 +55,9 @@ class Room:
         places: int,
         head_dim: int,
         device: torch.device,
-        angles: torch.dtype | None = None,
+        angles: bool = False,
     ) -> None:
-        """Everything is allocated here, angles in their dtype.  # (batch, heads, places, ..) a block"""
+        """Everything is allocated here.  # (batch, heads, places, ..) a block"""
         self.batch, self.places = batch, places
         self.length = 0
         self.used = torch.zeros(1, dtype=torch.int64, device=device)
@@ -69,9 +72,9 @@ class Room:
             return Store(packed, torch.ones(shape, device=device), torch.zeros(shape, dtype=torch.uint8, device=device))
 
         self.stores = [(store(), store()) for _ in range(blocks)]
-        self.angles = None
-        if angles is not None:
-            self.angles = torch.zeros((batch, places, head_dim), dtype=angles, device=device)
+        self.angles = torch.zeros((batch, places, head_dim), device=device) if angles else None
+        self.gaps = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._latest = torch.zeros(batch, dtype=torch.int64, device=device)  # position of the last place in use
 
     @torch.inference_mode(False)
     def reserve(self, places: int) -> None:
@@ -100,15 +103,18 @@ class Room:
         ]
         self.start = chosen(self.start)
         self.angles = None if self.angles is None else chosen(self.angles)
+        self.gaps, self._latest = chosen(self.gaps), chosen(self._latest)
         self.batch = len(index)
         self.moved += not fixed
 
     def rewind(self, length: int) -> None:
         """Keep the first `length` places."""
+        self._latest -= self.length - length
         self.length = length
         self.used.fill_(length)
         if length == 0:
             self.pad(None)
+            self.gaps.zero_()
 
     def advance(self, tokens: int) -> None:
         """Note on both sides that places were filled."""
@@ -132,13 +138,34 @@ class Room:
             store.scale[:, :, at] = q.scale[..., 0]
             store.zero[:, :, at] = q.zero[..., 0].to(torch.uint8)
 
-    def turn(self, cos: Tensor, sin: Tensor) -> None:
-        """Keep the angles of the tokens that are written next, if any are kept.  # (batch or 1, T, head_dim)"""
+    def turn(self, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
+        """Keep the angles of the tokens that are written next, if any are kept.
+
+        Args:
+            cos, sin: (batch or 1, T, head_dim).
+            positions: (batch or 1, T); without them, places may be any positions apart.
+        """
         if self.angles is None:
             return
         new = Angles(cos, sin).of_pairs("halves").to(self.angles.dtype)
         at = self.used + torch.arange(new.shape[1], device=new.device)
         self.angles.index_copy_(1, at, new.expand(self.batch, -1, -1))
+        if positions is None:
+            self.gaps.fill_(1)
+            return
+        positions = positions.expand(self.batch, -1)
+        before = torch.cat((self._latest[:, None], positions[:, :-1]), dim=1)
+        counts = at > self.start[:, None]  # a sequence's first place may have any position
+        self.gaps |= (counts & (positions != before + 1)).any(dim=1)
+        self._latest.copy_(positions[:, -1])
+
+    @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        """Steps that are taken inside leave no trace of their positions; places in use are counted outside."""
+        kept = self.gaps.clone(), self._latest.clone()
+        yield
+        self.gaps.copy_(kept[0])
+        self._latest.copy_(kept[1])
 
     def nbytes(self) -> int:
         """Bytes of the places in use."""
@@ -148,8 +175,8 @@ class Room:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Room:
         made = copy.copy(self)
-        tensors = (self.used, self.start, self.stores, self.angles)
-        made.used, made.start, made.stores, made.angles = copy.deepcopy(tensors, memo)
+        tensors = (self.used, self.start, self.stores, self.angles, self.gaps, self._latest)
+        made.used, made.start, made.stores, made.angles, made.gaps, made._latest = copy.deepcopy(tensors, memo)
         made.stream = stream_of(self.used.device)
         return made
 

@@ -75,7 +75,7 @@ def _key_offset(block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry
     match recipe.scheme.key_offset:
         case "none":
             return None
-        case "auto" if not biased or (normed and not recipe.needs_data):
+        case "auto" if not recipe.needs_data and (normed or not biased):
             return None
         case "bias" if not biased or normed:
             where = "keys pass a norm after their bias" if biased else "keys have no bias"

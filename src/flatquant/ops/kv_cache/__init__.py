@@ -4,15 +4,15 @@ from torch import Tensor
 
 from flatquant.ops import HAS_TRITON
 from flatquant.ops.kv_cache import reference
-from flatquant.ops.kv_cache.reference import Heads, Store, offset_matrix
+from flatquant.ops.kv_cache.reference import STEPS, Appended, Heads, Shortage, Store, offset_matrix
 
-__all__ = ["Heads", "Store", "append", "attend", "offset_matrix"]
+__all__ = ["STEPS", "Appended", "Heads", "Shortage", "Store", "append", "attend", "offset_matrix"]
 
 
 def append(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor, *, dense: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.append`, or its kernel; without `dense`, keys and values need not be returned."""
+) -> Appended:
+    """`reference.append`, or its kernel, of which keys and values need `dense`, and what is short its absence."""
     if qkv.is_cuda and HAS_TRITON:
         from flatquant.ops.kv_cache import triton
 
@@ -29,7 +29,7 @@ def attend(
     window: int | None,
     scaling: float,
     parts: int,
-    short: tuple[Tensor, Tensor] | None = None,
+    short: Shortage | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attend`, or its kernel, which cuts the tokens that count into at most `parts` parts."""
     if q.is_cuda and HAS_TRITON:

@@ -13,6 +13,8 @@ from torch import Tensor
 from flatquant.ops.pack.reference import pack_bits, unpack_bits
 from flatquant.ops.quantize.reference import quantize, row_grid
 
+STEPS = 64  # positions of which `Shortage.steps` has the angles
+
 
 class Store(NamedTuple):
     """Keys, or values, of one layer."""
@@ -44,12 +46,32 @@ class Heads(NamedTuple):
         return angles.float()[:, None] @ self.back
 
     def shortage(self, q: Tensor) -> Tensor:
-        """What a transformed query's scores are short of, per cosine and sine of a place.
+        """q R_j m per cosine and sine of a place j, of queries that are turned and not yet transformed.
 
-        (B, queries, head_dim) -> float32 (B, queries, head_dim)
+        (B, queries, T, head_dim) -> float32 (B, queries, T, head_dim)
         """
-        assert self.back is not None
-        return (q.float().unflatten(1, (self.keys, -1)) @ self.back.mT).flatten(1, 2)
+        assert self.offset is not None
+        m = self.offset.repeat_interleave(self.queries // self.keys, dim=0)[:, None]
+        (a, b), (ma, mb) = q.float().chunk(2, dim=-1), m.chunk(2, dim=-1)
+        return torch.cat((a * ma + b * mb, b * ma - a * mb), dim=-1)
+
+
+class Appended(NamedTuple):
+    """New tokens, transformed."""
+
+    q: Tensor  # (B, queries, T, head_dim)
+    k: Tensor  # that their places stand for, (B, keys, T, head_dim)
+    v: Tensor
+    short: Tensor | None  # `Heads.shortage` of keys less an offset, float32, (B, queries, T, head_dim)
+
+
+class Shortage(NamedTuple):
+    """What gives attention back the offset that its keys are stored without."""
+
+    amounts: Tensor  # `Heads.shortage` of the queries, float32, (B, queries, head_dim)
+    angles: Tensor  # cosines and sines of every place, one a pair of channels, float32, (B, S, head_dim)
+    steps: Tensor  # the same of positions 0, 1, .., not scaled for long texts, (STEPS, head_dim)
+    gaps: Tensor  # not 0 where a sequence's places are not one position apart, int32, (B,)
 
 
 def offset_matrix(m: Tensor, p: Tensor | None) -> Tensor:
@@ -87,9 +109,7 @@ def _put(store: Store, x: Tensor, ratios: Tensor, at: int) -> Tensor:
     return (q - zero) * scale
 
 
-def append(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def append(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor) -> Appended:
     """Turn queries and keys by their positions, transform them (FlatQuant, section 3.2), and store keys and values.
 
     Keys are stored, and returned, less their offset.
@@ -98,9 +118,6 @@ def append(
         qkv: queries, keys and values of all heads, (B, T, (queries + 2 keys) head_dim).
         cos, sin: of the tokens' positions, (B or 1, T, head_dim).
         at: the first free place, an integer, (1,).
-
-    Returns:
-        Queries (B, queries, T, head_dim); keys and values that the new places stand for, (B, keys, T, head_dim).
     """
     h, d = heads, heads.head_dim
     rows = qkv.float().unflatten(-1, (-1, d)).transpose(1, 2)  # (B, heads, T, head_dim)
@@ -109,11 +126,12 @@ def append(
         k = k - h.offset[:, None]
     cos, sin = cos.float()[:, None], sin.float()[:, None]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    short = None if h.offset is None else h.shortage(q)
     if h.matrices is not None:
         q, k = q @ h.matrices[0], k @ h.matrices[1]
     first = int(at)
     k, v = _put(keys, k, h.ratios[0], first), _put(values, v, h.ratios[1], first)
-    return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
+    return Appended(q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype), short)
 
 
 def attend(
@@ -124,7 +142,7 @@ def attend(
     start: Tensor,
     window: int | None,
     scaling: float,
-    short: tuple[Tensor, Tensor] | None = None,
+    short: Shortage | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token per sequence over its cache.
 
@@ -133,8 +151,7 @@ def attend(
         last: the new token's place, the last one in use, an integer, (1,).
         start: the first place of each sequence that is no padding, integers, (B,).
         window: how many places count at most, or None.
-        short: of keys less an offset: `Heads.shortage` of q, float32, (B, queries, head_dim), and the places' cosines
-            and sines, (B, S, head_dim).
+        short: of keys less an offset.
 
     Returns:
         float32 (B, queries, 1, head_dim), and the scores' log-sum-exps (B, queries, 1): all in one part.
@@ -144,7 +161,7 @@ def attend(
     k, v = (s.read(n).repeat_interleave(groups, dim=1) for s in (keys, values))
     scores = (q.float()[:, :, None] @ k.mT)[:, :, 0]  # (B, queries, n)
     if short is not None:
-        scores = scores + short[0] @ short[1][:, :n].float().mT
+        scores = scores + short.amounts @ short.angles[:, :n].mT
     scores = scores * scaling
     place = torch.arange(n, device=q.device)
     counts = place >= start[:, None]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flatquant.ops.kv_cache.reference import Heads, Store
+from flatquant.ops.kv_cache.reference import Appended, Heads, Shortage, Store
 from flatquant.ops.triton import MAGIC, early, on_device, round_half_even, wait
 
 _PROGRAMS = 528  # of prompts that an H100 does in two turns
@@ -74,7 +74,7 @@ def _put(
 @triton.jit
 def _append(
     qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, offset_ptr, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr,
-    vz_ptr, q_ptr, k_ptr, v_ptr, rows, T, S, shared,
+    vz_ptr, q_ptr, k_ptr, v_ptr, short_ptr, rows, T, S, shared,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr, DENSE: tl.constexpr,
     OFFSET: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -100,13 +100,19 @@ def _append(
     sin_ptr += angle
     if group < HQ:
         for head in range(group, group + GROUP):
-            x = _turned(x_ptr + head * D, cos_ptr, sin_ptr, offset_ptr, 0, m, c, mask, D, MATRIX, False)
-            out = q_ptr + (row * HQ + head)[:, None] * D + c[None, :]
-            tl.store(out, x.to(dtype), mask=mask)
+            at = (row * HQ + head)[:, None] * D + c[None, :]
+            x, other = _turned(x_ptr + head * D, cos_ptr, sin_ptr, c, mask, D)
+            if OFFSET and not DENSE:
+                own, across = _pair(offset_ptr + head // (HQ // HK) * D, c, D)
+                short = tl.where((c < D // 2)[None, :], x * own + other * across, x * across - other * own)
+                tl.store(short_ptr + at, short, mask=mask)
+            x = tl.dot(x.to(dtype), m, input_precision="ieee") if MATRIX else x
+            tl.store(q_ptr + at, x.to(dtype), mask=mask)
     elif group < HQ + HK:
         for head in range(group, group + GROUP):
             h = head - HQ
-            x = _turned(x_ptr + head * D, cos_ptr, sin_ptr, offset_ptr, h, m, c, mask, D, MATRIX, OFFSET)
+            x, _ = _turned(x_ptr + head * D, cos_ptr, sin_ptr, c, mask, D, offset_ptr + h * D if OFFSET else None)
+            x = tl.dot(x.to(dtype), m, input_precision="ieee") if MATRIX else x
             _put(x, ratio_ptr, kp_ptr, ks_ptr, kz_ptr, k_ptr, place + h * S, row * HK + h, inside, D, DP, DENSE, R)
     else:
         for head in range(group, group + GROUP):
@@ -116,22 +122,36 @@ def _append(
 
 
 @triton.jit
-def _turned(
-    x_ptr, cos_ptr, sin_ptr, offset_ptr, h, m, c, mask, D: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """A head's rows, less its offset, turned by their positions, times m.  # (R, DP)"""
-    partner = tl.where(c < D // 2, c + D // 2, c - D // 2)[None, :]
+def _turned(x_ptr, cos_ptr, sin_ptr, c, mask, D: tl.constexpr, offset_ptr=None):
+    """A head's rows, less its offset, turned by their positions; and with the channels of each pair swapped.
+
+    (R, DP), twice
+    """
+    first = (c < D // 2)[None, :]
     # Angles come from the cache for every head: kept, they would take half of a thread's registers.
     cos = tl.load(cos_ptr, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(x_ptr + partner, mask=mask, other=0.0).to(tl.float32)
-    if OFFSET:
-        some = (c < D)[None, :]
-        x -= tl.load(offset_ptr + h * D + c[None, :], mask=some, other=0.0)
-        other -= tl.load(offset_ptr + h * D + partner, mask=some, other=0.0)
-    x = x * cos + other * tl.where((c < D // 2)[None, :], -sin, sin)
-    return tl.dot(x.to(m.dtype), m, input_precision="ieee") if MATRIX else x
+    other = tl.load(x_ptr + _partner(c, D), mask=mask, other=0.0).to(tl.float32)
+    if offset_ptr is not None:
+        own, across = _pair(offset_ptr, c, D)
+        x -= own
+        other -= across
+    return x * cos + other * tl.where(first, -sin, sin), other * cos + x * tl.where(first, sin, -sin)
+
+
+@triton.jit
+def _partner(c, D: tl.constexpr):
+    """The channels that channels c are turned with.  # (1, DP)"""
+    return tl.where(c < D // 2, c + D // 2, c - D // 2)[None, :]
+
+
+@triton.jit
+def _pair(m_ptr, c, D: tl.constexpr):
+    """A constant of each channel, and of its partner.  # (1, DP), twice"""
+    some = (c < D)[None, :]
+    own = tl.load(m_ptr + c[None, :], mask=some, other=0.0)
+    return own, tl.load(m_ptr + _partner(c, D), mask=some, other=0.0)
 
 
 @triton.jit
@@ -158,9 +178,10 @@ def _nibble(u, I: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, short_ptr, angle_ptr, out_ptr, lse_ptr, last_ptr, start_ptr,
-    window, scaling, S, PARTS, most, least, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-    W: tl.constexpr, B: tl.constexpr, SHORT: tl.constexpr, EARLY: tl.constexpr, EMULATE: tl.constexpr,
+    q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, amount_ptr, angle_ptr, step_ptr, gap_ptr, out_ptr, lse_ptr,
+    last_ptr, start_ptr, window, scaling, S, PARTS, most, least, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr, SHORT: tl.constexpr, EARLY: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
     bh = tl.program_id(0)
@@ -173,26 +194,70 @@ def _attend(
     g, j = tl.arange(0, GP), tl.arange(0, W)
     rows = (g < G)[:, None] & (j < D // 4)[None, :]
     at = (bh * G + g)[:, None] * D + 4 * j[None, :]
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    qs, sums = (), ()
+    qs = ()
     q_sum = tl.zeros((GP,), tl.float32)
     for i in tl.static_range(4):
         q = tl.load(q_ptr + at + i, mask=rows, other=0.0)  # (GP, W)
         q_sum += tl.sum(q.to(tl.float32), axis=1)
         qs = qs + (q,)
-        sums = sums + (tl.zeros((GP, W), tl.float32),)
     LOG2_E: tl.constexpr = 1.4426950408889634
-    OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0 if dtype == tl.float16 else 0.0
+    scaling *= LOG2_E
+    base = bh.to(tl.int64) * S
     if SHORT:
-        c = tl.arange(0, 4 * W)[None, :]
-        at = (bh * G + g)[:, None] * D + c
-        short = tl.load(short_ptr + at, mask=(g < G)[:, None] & (c < D), other=0.0) * (scaling * LOG2_E)  # (GP, 4 W)
-        near = short.to(dtype)
-        rest = (short - near.to(tl.float32)).to(dtype)  # what rounding took from a number as large as the offset
+        short = _shortage(amount_ptr + bh * G * D, g, scaling, G, D, H)
         angle_ptr += (bh // HK).to(tl.int64) * S * D
+        if tl.load(gap_ptr + bh // HK) == 0:
+            top, total, zero, sums = _over(
+                kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr,
+                step_ptr, GP, D, W, H, B, "steps", EMULATE,
+            )  # fmt: skip
+        else:
+            top, total, zero, sums = _over(
+                kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr,
+                step_ptr, GP, D, W, H, B, "places", EMULATE,
+            )  # fmt: skip
+    else:
+        top, total, zero, sums = _over(
+            kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, (), angle_ptr,
+            step_ptr, GP, D, W, H, B, "", EMULATE,
+        )  # fmt: skip
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    cell = ((bh * G + g) * PARTS + part).to(tl.int64)
+    at = cell[:, None] * D + 4 * j[None, :]
+    for i in tl.static_range(4):
+        tl.store(out_ptr + at + i, (sums[i] - zero[:, None]) / total[:, None], mask=rows)
+    tl.store(lse_ptr + cell, tl.where(some, (top + tl.log2(total)) / LOG2_E, float("-inf")), mask=g < G)
+
+
+@triton.jit
+def _over(
+    kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr, step_ptr,
+    GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr, ANGLES: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Attention over places begin to end: largest score, sums of weights, of weights times zero points, and of values.
+
+    `ANGLES` says where those of keys less an offset come from: `places`, each place's own; or `steps`, where places are
+    one position apart: a block's first place turns the query's part, and a table of B steps, the same for all blocks,
+    does the rest.
+
+    (GP,), (GP,), (GP,), four of (GP, W)
+    """
+    dtype: tl.constexpr = qs[0].dtype
+    OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0 if dtype == tl.float16 else 0.0
+    j, f = tl.arange(0, W), tl.arange(0, H)
+    if ANGLES == "steps":
+        at = tl.arange(0, B)[None, :] * D + f[:, None]
+        turns = (
+            tl.load(step_ptr + at, mask=(f < D // 2)[:, None], other=0.0),  # (H, B)
+            tl.load(step_ptr + at + D // 2, mask=(f < D // 2)[:, None], other=0.0),
+        )
+    sums = ()
+    for _ in tl.static_range(4):
+        sums = sums + (tl.zeros((GP, W), tl.float32),)
     top = tl.full((GP,), -1e30, tl.float32)
     totals, zeros = tl.zeros((GP, B), tl.float32), tl.zeros((GP, B), tl.float32)  # summed over B in the end
-    base = bh.to(tl.int64) * S
     # Zero points are bytes, which Triton does not load ahead of time by itself.
     s = begin + tl.arange(0, B)
     k_next = tl.load(kz_ptr + base + s, mask=s < end, other=0)
@@ -212,11 +277,20 @@ def _attend(
         score = tl.dot(qs[0], tl.trans(_nibble(k, 0, dtype, EMULATE)), input_precision="ieee")
         for i in tl.static_range(1, 4):
             score = tl.dot(qs[i], tl.trans(_nibble(k, i, dtype, EMULATE)), score, input_precision="ieee")  # (GP, B)
-        score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * (scaling * LOG2_E))
-        if SHORT:
-            angles = tl.load(angle_ptr + s[:, None] * D + c, mask=some[:, None] & (c < D), other=0.0)  # (B, 4 W)
-            score += tl.dot(near, tl.trans(angles), input_precision="ieee")
-            score += tl.dot(rest, tl.trans(angles), input_precision="ieee")
+        score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * scaling)
+        if ANGLES == "steps":
+            cos = tl.load(angle_ptr + s0 * D + f, mask=f < D // 2, other=0.0)[None, :]
+            sin = tl.load(angle_ptr + s0 * D + D // 2 + f, mask=f < D // 2, other=0.0)[None, :]
+            x, y, unit = short
+            lack = _twice(x * cos + y * sin, turns[0], tl.zeros((GP, B), tl.float32))
+            score += _twice(y * cos - x * sin, turns[1], lack) * unit[:, None]
+        elif ANGLES == "places":
+            at = s[None, :] * D + f[:, None]
+            mask = (f < D // 2)[:, None] & some[None, :]
+            cos = tl.load(angle_ptr + at, mask=mask, other=0.0).to(step_ptr.dtype.element_ty)  # (H, B)
+            sin = tl.load(angle_ptr + at + D // 2, mask=mask, other=0.0).to(step_ptr.dtype.element_ty)
+            x, y, unit = short
+            score += _twice(y, sin, _twice(x, cos, tl.zeros((GP, B), tl.float32))) * unit[:, None]
         score = tl.where(some[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, axis=1))
         shrink = tl.exp2(top - new)
@@ -226,26 +300,45 @@ def _attend(
         zeros = zeros * shrink[:, None] + p.to(tl.float32) * v_zero[None, :]
         more = ()
         for i in tl.static_range(4):
-            y = tl.dot(p, _nibble(v, i, dtype, EMULATE), sums[i] * shrink[:, None], input_precision="ieee")  # (GP, W)
-            more = more + (y,)
+            z = tl.dot(p, _nibble(v, i, dtype, EMULATE), sums[i] * shrink[:, None], input_precision="ieee")  # (GP, W)
+            more = more + (z,)
         sums = more
         top = new
-    total, zero = tl.sum(totals, axis=1), tl.sum(zeros, axis=1)
-    some = total > 0
-    total = tl.where(some, total, 1.0)
-    cell = ((bh * G + g) * PARTS + part).to(tl.int64)
-    at = cell[:, None] * D + 4 * j[None, :]
-    for i in tl.static_range(4):
-        tl.store(out_ptr + at + i, (sums[i] - zero[:, None]) / total[:, None], mask=rows)
-    tl.store(lse_ptr + cell, tl.where(some, (top + tl.log2(total)) / LOG2_E, float("-inf")), mask=g < G)
+    return top, tl.sum(totals, axis=1), tl.sum(zeros, axis=1), sums
+
+
+@triton.jit
+def _shortage(amount_ptr, g, scaling, G: tl.constexpr, D: tl.constexpr, H: tl.constexpr):
+    """What scores are short of, per cosine and per sine, as numbers of at most 1; and what to multiply them by.
+
+    (GP, H), (GP, H), (GP,)
+    """
+    f = tl.arange(0, H)
+    at = g[:, None] * D + f[None, :]
+    mask = (g < G)[:, None] & (f < D // 2)[None, :]
+    x = tl.load(amount_ptr + at, mask=mask, other=0.0)
+    y = tl.load(amount_ptr + at + D // 2, mask=mask, other=0.0)
+    unit = tl.sqrt(tl.max(x * x + y * y, axis=1))
+    unit = tl.where(unit > 0, unit, 1.0)
+    return x / unit[:, None], y / unit[:, None], unit * scaling
+
+
+@triton.jit
+def _twice(x, y, total):
+    """x y + total, with what rounding x to 16 bits would take from a number as large as an offset."""
+    near = x.to(y.dtype)
+    total = tl.dot(near, y, total, input_precision="ieee")
+    if y.dtype != tl.float32:
+        total = tl.dot((x - near.to(tl.float32)).to(y.dtype), y, total, input_precision="ieee")
+    return total
 
 
 @on_device
 def append(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor, *, dense: bool = True,
     rows: int | None = None, group: int | None = None, warps: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `reference.append`; without `dense`, the keys and values returned are empty.
+) -> Appended:  # fmt: skip
+    """See `reference.append`; with `dense` nothing is said of what is short, without it keys and values are empty.
 
     What is returned lies as attention wants it: heads of a token side by side. Matrices are taken in qkv's dtype.
 
@@ -257,20 +350,25 @@ def append(
     q = torch.empty((b, t, h.queries, d), dtype=qkv.dtype, device=qkv.device)
     size = (b, t if dense else 0, h.keys, d)
     k, v = (torch.empty(size, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+    short = None
+    if h.offset is not None and not dense:
+        short = torch.empty(q.shape, dtype=torch.float32, device=qkv.device)
     rows = rows or (16 if b * t <= 16 else 64)
     blocks = triton.cdiv(b * t, rows)
     if group is None:  # of many tokens, as many heads as leave programs for all multiprocessors twice over
         most = 1 if b * t <= 1024 else 4 if blocks * (h.queries + 2 * h.keys) > 4 * _PROGRAMS else 2
         group = math.gcd(h.queries, h.keys, most)
     _append[(blocks, (h.queries + 2 * h.keys) // group)](
-        qkv, cos, sin, h.matrices, h.offset, h.ratios, at, *keys, *values, q, k, v,
+        qkv, cos, sin, h.matrices, h.offset, h.ratios, at, *keys, *values, q, k, v, short,
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
         DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense,
         OFFSET=h.offset is not None, R=rows, GROUP=group, EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
         num_warps=warps or (4 if rows == 16 and h.offset is None else 8), num_stages=1, maxnreg=128,
         enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return Appended(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None if short is None else short.transpose(1, 2)
+    )
 
 
 @on_device
@@ -282,7 +380,7 @@ def attend(
     start: Tensor,
     window: int | None,
     scaling: float,
-    short: tuple[Tensor, Tensor] | None = None,
+    short: Shortage | None = None,
     *,
     parts: int,
     least: int = 128,
@@ -290,13 +388,14 @@ def attend(
     warps: int = 2,
     stages: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.attend`; in at most `parts` parts. Angles are of q's type.
+    """See `reference.attend`; in at most `parts` parts.
 
     Where parts begin and end depends on the tokens that count alone: sums, and so their last bits, do not depend on how
     many places the cache has. Of as many parts as all places could need, the last ones may be empty.
 
     Args:
         least: places of a part, a multiple of `block`.
+        block: places at a time, at most as many as there are steps.
     """
     b, hq, d = q.shape
     hk, s = keys.scale.shape[1:]
@@ -305,9 +404,10 @@ def attend(
     lse = torch.empty((b, hq, parts), dtype=torch.float32, device=q.device)
     group = hq // hk
     _attend[(b * hk, parts)](
-        q, *_words(keys), *_words(values), *(short or (None, None)), out, lse, last, start,
+        q, *_words(keys), *_words(values), *(short or (None,) * 4), out, lse, last, start,
         s if window is None else window, scaling, s, parts, most, least,
         HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, W=max(16, triton.next_power_of_2(d // 4)),
+        H=max(16, triton.next_power_of_2(d // 2)),
         B=block, SHORT=short is not None, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
