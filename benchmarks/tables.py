@@ -411,6 +411,33 @@ def families() -> list[str]:
     return lines + [f"| `{row['family']}` | " + " | ".join(row[name] for name in columns[1:]) + " |" for row in rows]
 
 
+LADDER = ("smollm2-135m", "qwen2.5-coder-1.5b")
+TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "code.txt": "code"}
+
+
+def ladder(prefix: str, seconds: bool) -> list[str]:
+    """Perplexity and KL divergence of both real models on every text; `seconds`: what a run took, and its peak."""
+    files = {model: read(f"{prefix}-{model}")["metrics"] for model in LADDER}
+    texts = [
+        text
+        for text in TEXTS
+        if all(text in metrics["rows"][next(iter(metrics["rows"]))]["kl"] for metrics in files.values())
+    ]
+    head = ["model, recipe", *(TEXTS[t] for t in texts), *(f"KL, {TEXTS[t]}" for t in texts), "verdict"]
+    head += ["seconds", "peak, GB"] if seconds else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for model, metrics in files.items():
+        original = [f"{metrics['original']['perplexity'][t]:.2f}" for t in texts]
+        blank = len(head) - 1 - len(texts)
+        lines.append(f"| {model}, 16 bits | {' | '.join(original)} |{' - |' * blank}")
+        for name, row in metrics["rows"].items():
+            cells = [f"{row['perplexity'][t]:.2f}" for t in texts] + [f"{row['kl'][t]:.3f}" for t in texts]
+            cells.append(", ".join(dict.fromkeys(row["verdicts"])))
+            cells += [f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"] if seconds else []
+            lines.append(f"| {model}, {name.rpartition('/')[0]} | {' | '.join(cells)} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "reference": reference,
     "quick": quick,
@@ -436,6 +463,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
     "where": where,
     "families": families,
+    "kv4": partial(ladder, "ladder-kv4", False),
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
 }

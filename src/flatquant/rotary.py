@@ -34,7 +34,9 @@ class Angles(NamedTuple):
         """One cosine and one sine for every pair of channels.  # (B or 1, T, r): r / 2 cosines, then the sines"""
         half = self.cos.shape[-1] // 2
         pairs = slice(0, None, 2) if pairing == "interleaved" else slice(half)
-        return torch.cat((self.cos[..., pairs], self.sin[..., pairs]), dim=-1)
+        out = torch.empty_like(self.cos)
+        out[..., :half], out[..., half:] = self.cos[..., pairs], self.sin[..., pairs]  # autocast refuses to join some
+        return out
 
 
 def turned(x: Tensor, angles: Tensor, pairing: Pairing) -> Tensor:
