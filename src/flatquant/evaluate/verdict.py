@@ -34,7 +34,8 @@ from flatquant.calibrate.witness import Ends, Head, Part, Witness, put, rounded_
 from flatquant.evaluate.perplexity import CHUNK
 from flatquant.evaluate.prose import PROMPTS
 from flatquant.grade import BOUNDS, is_bad, word
-from flatquant.spec import CacheBits, Plan, Scheme, SiteBits
+from flatquant.quantizers import Dynamic
+from flatquant.spec import CacheBits, Plan, QuantSpec, Scheme, SiteBits
 from flatquant.wiring.archs import arch_of
 
 _BLAME_TOKENS = 256  # of one window
@@ -223,6 +224,10 @@ def _weights(witness: Witness, alone: float) -> list[dict[str, Any]]:
     return found
 
 
+def _grid(part: Part, bits: int | None) -> Dynamic | None:
+    return None if bits is None else Dynamic(QuantSpec(bits=bits, symmetric=part.kind == "activations"))
+
+
 class _Walks:
     """Walks over a quantised model with some of its parts put to other bits, on a few hundred tokens."""
 
@@ -250,7 +255,7 @@ class _Walks:
         for index, call in enumerate(self.calls):
             with self.bring(index) as block:
                 for i, setting in enumerate(settings):
-                    here = {part: bits for part, bits in setting.items() if part.block == index}
+                    here = {part: _grid(part, bits) for part, bits in setting.items() if part.block == index}
                     if here or streams[i] is not None:
                         with put(block, self.plan.attention, here):
                             stream = streams[i]
