@@ -74,8 +74,15 @@ class Witness:
         self.errors: list[float] = []
         self.alone: list[dict[str, float] | None] = []
 
-    def begin(self, model: PreTrainedModel, arch: Arch, device: torch.device, dtype: torch.dtype) -> None:
-        """Embed the windows, and note the original head. Blocks need not have their tensors yet."""
+    def begin(
+        self, model: PreTrainedModel, arch: Arch, device: torch.device, dtype: torch.dtype, tokens: int = 0
+    ) -> None:
+        """Embed the windows, and note the original head. Blocks need not have their tensors yet.
+
+        Args:
+            tokens: that a block is given at a time; one window where it is longer.
+        """
+        self.together = max(1, tokens // self.windows.shape[1])
         hidden, calls = capture(model, arch, self.windows)
         assert isinstance(hidden, Tensor)
         self.device, self.dtype = device, dtype
@@ -92,11 +99,11 @@ class Witness:
     def see_original(self, index: int, block: nn.Module) -> None:
         """Send the windows through an original block, which is on the device."""
         call, hidden = self.calls[index], self.original
-        out = through(block, call, hidden)
-        if not bool(torch.isfinite(out).all()) and out.dtype == torch.float16:
+        out = through(block, call, hidden, together=self.together)
+        if out.dtype == torch.float16 and not bool(torch.isfinite(out).all()):
             # Models made in bfloat16 may leave float16's range. What counts is the model, not the format it is run in.
             with torch.autocast(self.device.type, enabled=False):
-                out = through(copy.deepcopy(block), call, hidden.float())
+                out = through(copy.deepcopy(block), call, hidden.float(), together=self.together)
         self.original = out
         self._samples.append(self._sampled(out))
 
@@ -121,7 +128,7 @@ class Witness:
         Returns:
             The block's entry in `alone`.
         """
-        self.quantised = through(block, self.calls[index], self.quantised)
+        self.quantised = through(block, self.calls[index], self.quantised, together=self.together)
         errors = [relative(self._sampled(self.quantised), self._samples[index + 1])]
         parts = rounded_parts(plan, index)
         if self._exact is not None:
