@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -463,3 +464,29 @@ def test_the_fit_runs_in_half_precision_only_on_a_gpu() -> None:
     assert _fit_dtype(half, recipe, cpu) == torch.float32
     assert _fit_dtype(half, squares, gpu) == torch.float32  # small gradients, squared, vanish in float16
     assert _fit_dtype(brain, squares, gpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize(
+    "device", ["meta", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+)
+def test_a_model_is_lent_to_a_device_and_keeps_its_tensors(device: str, quantised: bool) -> None:
+    """Also where what is done there fails: the same modules hold the same memory, and compute the same."""
+    from flatquant.api import _copied_to
+
+    model = tiny_llama()
+    if quantised:
+        flatquant.quantize(model, recipes.rtn("w4a4kv4"), device="cpu")
+
+    def places() -> dict[str, int]:
+        named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        return {name: tensor.data_ptr() for name, tensor in named}
+
+    before, want = places(), model(tokens()).logits
+    lent = ExitStack()
+    lent.enter_context(_copied_to(torch.device(device), model))
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device}
+    with pytest.raises(KeyboardInterrupt), lent:
+        raise KeyboardInterrupt
+    assert places() == before
+    assert torch.equal(model(tokens()).logits, want)

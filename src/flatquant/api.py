@@ -436,14 +436,12 @@ class _Run:
             return Part(tensors["tokens"], tensors.get("kept"), WRITTEN)
         assert self.tokenizer is not None
         assert isinstance(self.calibration, Mixture)
-        home = next(self.model.parameters()).device
         drawing = self._drawing()
         self.progress("text", 0, self.calibration.written(drawing["samples"]) * drawing["seqlen"])
-        self.model.to(self.device)  # pyright: ignore[reportArgumentType]
-        own = written_part(
-            self.calibration, self.model, self.tokenizer, **drawing, progress=partial(self.progress, "text")
-        )
-        self.model.to(home)  # pyright: ignore[reportArgumentType]
+        with _copied_to(self.device, self.model):
+            own = written_part(
+                self.calibration, self.model, self.tokenizer, **drawing, progress=partial(self.progress, "text")
+            )
         if state is not None:
             kept = {} if own.kept is None else {"kept": own.kept}
             state.save(_TEXT, {"tokens": own.tokens, **kept}, _sha256(own.tokens))
@@ -519,10 +517,8 @@ class _Run:
             if stored_bytes(model) > torch.cuda.mem_get_info(self.device)[0] // 2:
                 yield None
                 return
-            try:
-                yield model.to(self.device)  # pyright: ignore[reportArgumentType]
-            finally:
-                model.to(home)  # pyright: ignore[reportArgumentType]
+            with _copied_to(self.device, model):
+                yield model
         elif home.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
             free = self.limits.host or free_host_bytes()
             yield copy.deepcopy(model).float() if free is None or 2 * stored_bytes(model) < free // 2 else None
@@ -827,6 +823,22 @@ def discard(output: Path) -> None:
     place = _Place.of(output)
     with place.held():
         place.tidy()
+
+
+@contextmanager
+def _copied_to(device: torch.device, model: PreTrainedModel) -> Iterator[None]:
+    """Have a model compute on another device for a while. Its own tensors stay where they are: none is copied back."""
+    data = [(p, p.data) for p in model.parameters()]
+    modules = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    try:
+        model.to(device)  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for module, parameters, buffers in modules:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for p, own in data:
+            p.data = own
 
 
 def stored_bytes(model: nn.Module) -> int:

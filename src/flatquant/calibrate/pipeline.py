@@ -249,10 +249,10 @@ class _Run:
                     torch.cuda.mem_get_info(self.device)[0],
                 )
         seams.use_attention(self.model)
-        if self.witness is not None:
-            self.witness.begin(self.model, self.arch, self.device, self.dtype)
-        if self.held_out is not None:
-            self.held_out.begin(self.model, self.arch, self.device, self.dtype)
+        together = 0 if self.tokens is None else self.batch * self.tokens.shape[1]
+        for seen in (self.witness, self.held_out):
+            if seen is not None:
+                seen.begin(self.model, self.arch, self.device, self.dtype, together)
         first, calls = self._capture()
         if self.output_adaptive:
             for index in range(len(self.blocks)):

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 
 from flatquant import seams
 from flatquant.calibrate.capture import BlockCall, capture
-from flatquant.quantizers import Dynamic
+from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite
-from flatquant.spec import BlockPlan, QuantSpec
+from flatquant.spec import BlockPlan
 from flatquant.transforms import Factor
 from flatquant.wiring.arch import Arch, logits, submodule
 
@@ -74,8 +74,15 @@ class Witness:
         self.errors: list[float] = []
         self.alone: list[dict[str, float] | None] = []
 
-    def begin(self, model: PreTrainedModel, arch: Arch, device: torch.device, dtype: torch.dtype) -> None:
-        """Embed the windows, and note the original head. Blocks need not have their tensors yet."""
+    def begin(
+        self, model: PreTrainedModel, arch: Arch, device: torch.device, dtype: torch.dtype, tokens: int = 0
+    ) -> None:
+        """Embed the windows, and note the original head. Blocks need not have their tensors yet.
+
+        Args:
+            tokens: that a block is given at a time; one window where it is longer.
+        """
+        self.together = max(1, tokens // self.windows.shape[1])
         hidden, calls = capture(model, arch, self.windows)
         assert isinstance(hidden, Tensor)
         self.device, self.dtype = device, dtype
@@ -86,17 +93,17 @@ class Witness:
         self._samples = [self._sampled(self.first)]  # before every block, and after the last
         self._arch = arch
         self._exact: Tensor | None = None
-        self._changes: dict[str, float] = {}
+        self._changes = torch.empty(0)
         self.ends = Ends(model, arch)
 
     def see_original(self, index: int, block: nn.Module) -> None:
         """Send the windows through an original block, which is on the device."""
         call, hidden = self.calls[index], self.original
-        out = through(block, call, hidden)
-        if not bool(torch.isfinite(out).all()) and out.dtype == torch.float16:
+        out = through(block, call, hidden, together=self.together)
+        if out.dtype == torch.float16 and not bool(torch.isfinite(out).all()):
             # Models made in bfloat16 may leave float16's range. What counts is the model, not the format it is run in.
             with torch.autocast(self.device.type, enabled=False):
-                out = through(copy.deepcopy(block), call, hidden.float())
+                out = through(copy.deepcopy(block), call, hidden.float(), together=self.together)
         self.original = out
         self._samples.append(self._sampled(out))
 
@@ -107,12 +114,8 @@ class Witness:
 
     def see_unrounded(self, index: int, block: nn.Module, plan: BlockPlan) -> None:
         """Look at a folded block whose weights will be rounded next: what does each of its other grids change?"""
-        parts = rounded_parts(plan, index)
-        self._exact = self._sample(index, block, parts)
-        self._changes = {
-            part.name: relative(self._sample(index, block, [p for p in parts if p != part]), self._exact)
-            for part in parts
-        }
+        self._exact, *alone = self._each_alone(index, block, plan).split(1)
+        self._changes = relative(torch.cat(alone), self._exact) if alone else self._exact.new_empty(0)
 
     def see_quantised(
         self, index: int, block: nn.Module, plan: BlockPlan, alone: dict[str, float] | None = None
@@ -125,19 +128,46 @@ class Witness:
         Returns:
             The block's entry in `alone`.
         """
-        self.quantised = through(block, self.calls[index], self.quantised)
-        self.errors.append(relative(self._sampled(self.quantised), self._samples[index + 1]))
+        self.quantised = through(block, self.calls[index], self.quantised, together=self.together)
+        errors = [relative(self._sampled(self.quantised), self._samples[index + 1])]
+        parts = rounded_parts(plan, index)
         if self._exact is not None:
-            out = self._sample(index, block, rounded_parts(plan, index))
-            alone = {**self._changes, "weights": relative(out, self._exact)}
+            out = self._exact
+            if any(site.weights for site in plan.sites.values()):
+                out = self._sample(index, block, dict.fromkeys(parts))
+            errors += [self._changes, relative(out, self._exact)]
+        total, *changes = (_or_infinite(error) for error in torch.cat(errors).tolist())  # waits for the device once
+        self.errors.append(total)
+        if self._exact is not None:
+            alone = dict(zip([*(part.name for part in parts), "weights"], changes, strict=True))
             self._exact = None
         self.alone.append(alone)
         return alone
 
-    def _sample(self, index: int, block: nn.Module, without: list[Part]) -> Tensor:
-        """What a block makes of the original's inputs, without the grids of some parts.  # (1, tokens, h)"""
-        with put(block, self._arch.attention, dict.fromkeys(without)):
-            return through(block, self._sample_calls[index], self._samples[index])
+    def _each_alone(self, index: int, block: nn.Module, plan: BlockPlan) -> Tensor:
+        """What a block makes of the original's inputs without any grid, and with each of its grids alone.
+
+        It is given one window for each of these. Experts mix the tokens of windows: there it is run once for each.
+
+        Returns:
+            (1 + parts, tokens, h).
+        """
+        parts = rounded_parts(plan, index)
+        if any(len(site.groups) > 1 for site in plan.sites.values()):
+            others = [[part for part in parts if part != rounded] for rounded in (None, *parts)]
+            return torch.cat([self._sample(index, block, dict.fromkeys(without)) for without in others])
+        windows = 1 + len(parts)
+        grids = {
+            part: _OneWindow(grid_at(block, self._arch.attention, part), window, windows)
+            for window, part in enumerate(parts, 1)
+        }
+        return self._sample(index, block, grids, windows)
+
+    def _sample(self, index: int, block: nn.Module, grids: Mapping[Part, nn.Module | None], windows: int = 1) -> Tensor:
+        """What a block with other grids makes of the original's inputs, given so many times.  # (windows, tokens, h)"""
+        inputs = self._samples[index].expand(windows, -1, -1)
+        with put(block, self._arch.attention, grids):
+            return through(block, self._sample_calls[index], inputs, together=windows)
 
     @staticmethod
     def _sampled(x: Tensor) -> Tensor:
@@ -145,24 +175,17 @@ class Witness:
 
 
 @contextmanager
-def put(block: nn.Module, attention: str, parts: Mapping[Part, int | None]) -> Iterator[None]:
-    """Put grids of a frozen block to other bits for a while, None for 16.
+def put(block: nn.Module, attention: str, grids: Mapping[Part, nn.Module | None]) -> Iterator[None]:
+    """Put other grids in the place of some of a frozen block's for a while, None for 16 bits.
 
     Args:
         attention: path of the attention module inside the block.
     """
     before: list[tuple[nn.Module, str, Any]] = []
     try:
-        for part, bits in parts.items():
-            if part.kind == "activations":
-                owner: Any = block.get_submodule(f"{SITES_SLOT}.{part.site}")
-                assert isinstance(owner, FrozenSite)
-            else:
-                owner = seams.attached(block.get_submodule(attention))
-                assert isinstance(owner, FrozenKeyValue)
+        for part, grid in grids.items():
+            owner = _owner(block, attention, part)
             before.append((owner, part.kind, getattr(owner, part.kind)))
-            symmetric = part.kind == "activations"
-            grid = None if bits is None else Dynamic(QuantSpec(bits=bits, symmetric=symmetric))
             setattr(owner, part.kind, grid)
         yield
     finally:
@@ -170,16 +193,57 @@ def put(block: nn.Module, attention: str, parts: Mapping[Part, int | None]) -> I
             setattr(owner, name, grid)
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|, mean over tokens; infinity where something is not finite.  # of (.., h)"""
+def grid_at(block: nn.Module, attention: str, part: Part) -> Any:
+    """The grid of a part of a frozen block; None where it has none."""
+    return getattr(_owner(block, attention, part), part.kind)
+
+
+def _owner(block: nn.Module, attention: str, part: Part) -> FrozenSite | FrozenKeyValue:
+    if part.kind == "activations":
+        site = block.get_submodule(f"{SITES_SLOT}.{part.site}")
+        assert isinstance(site, FrozenSite)
+        return site
+    kv = seams.attached(block.get_submodule(attention))
+    assert isinstance(kv, FrozenKeyValue)
+    return kv
+
+
+class _OneWindow(nn.Module):
+    """A grid that rounds one window of a batch, and leaves the others in 16 bits."""
+
+    def __init__(self, grid: Dynamic | SplitGrid | ActivationLevels, window: int, windows: int) -> None:
+        super().__init__()
+        self.grid: Dynamic | SplitGrid | ActivationLevels = grid
+        self.window, self.windows = window, windows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As numbers, in x's dtype.  # (B, .., n), or tokens of all windows in a row, (B T, n)"""
+        return self.rounded(x, x.dtype)
+
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """As numbers in `dtype`."""
+        out = x.to(dtype, copy=True)
+        one = x.unflatten(0, (self.windows, -1))[self.window]
+        grid = self.grid
+        numbers = grid(one) if isinstance(grid, ActivationLevels) else grid.quantize(one).dequantize(dtype)
+        out.unflatten(0, (self.windows, -1))[self.window].copy_(numbers)
+        return out
+
+
+def relative(got: Tensor, want: Tensor) -> Tensor:
+    """|got - want| / |want|, mean over the tokens of a window.  # of (N, T, h): float32, (N,)"""
     want, got = want.float(), got.float()
     error = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    value = float(error.mean())
+    return error.mean(-1)
+
+
+def _or_infinite(value: float) -> float:
+    """Infinity for NaN."""
     return value if value == value else float("inf")
 
 
-def through(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
-    """All windows, one at a time, in the wider dtype of the two; kept in that of `hidden`.  # (N, T, h)
+def through(block: nn.Module, call: BlockCall, hidden: Tensor, *, together: int = 1) -> Tensor:
+    """All windows, so many at a time, in the wider dtype of the two; kept in that of `hidden`.  # (N, T, h)
 
     A norm, or an expert's router, takes no inputs of another dtype than its own. Grids and transforms keep theirs.
     """
@@ -188,7 +252,7 @@ def through(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
     if stored != work:
         block.to(work)
     try:
-        return torch.cat([call(block, window.to(work)) for window in hidden.split(1)]).to(hidden.dtype)
+        return torch.cat([call(block, windows.to(work)) for windows in hidden.split(together)]).to(hidden.dtype)
     finally:
         if stored != work:
             block.to(stored)

@@ -62,4 +62,5 @@ class FixedClip(Range):
         self.register_buffer("ratio", ratios.detach().float().reshape(2).clone())
 
     def ratios(self) -> tuple[Tensor, Tensor]:
-        return self.ratio[0], self.ratio[1]
+        low, high = self.ratio.unbind()
+        return low, high

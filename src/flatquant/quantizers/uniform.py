@@ -52,6 +52,10 @@ class Dynamic(nn.Module):
         dtype = torch.int8 if self.spec.symmetric else torch.uint8
         return QTensor(values=q.to(dtype), scale=scale, zero=zero, spec=self.spec)
 
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the integers of x stand for, in `dtype`; where x has a gradient, differentiable as `forward` is."""
+        return self(x).to(dtype) if x.requires_grad else self.quantize(x).dequantize(dtype)
+
 
 def _dynamic_clip(spec: QuantSpec) -> Range:
     match spec.clip:

@@ -82,8 +82,8 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
     def key(self, k: Tensor, angles: Angles | None = None) -> Tensor:
         pairs = self._pairs(angles)
         x = self._transformed(k, pairs)
-        if self.keys is not None:  # integers carry no gradient
-            x = self.keys(x) if k.requires_grad else self.keys.quantize(x).dequantize(self._dtype(k.dtype))
+        if self.keys is not None:
+            x = self.keys.rounded(x, self._dtype(k.dtype))
         return x.to(k.dtype) if self.key_offset is None else (x + self._given_back(pairs)).to(k.dtype)
 
     def _pairs(self, angles: Angles | None) -> Tensor | None:
@@ -110,9 +110,7 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
         return dtype if self.key_offset is None else torch.promote_types(dtype, torch.float32)
 
     def value(self, v: Tensor) -> Tensor:
-        if self.values is None:
-            return v
-        return self.values(v) if v.requires_grad else self.values.quantize(v).dequantize(v.dtype)
+        return v if self.values is None else self.values.rounded(v, v.dtype)
 
     def store(
         self, cache: Any, k: Tensor, v: Tensor, angles: Angles | None, layer: int, *args: Any, **kwargs: Any

@@ -88,7 +88,7 @@ class FrozenSite(ExactBuffers, Site):
             y = kron_matmul(y.to(factor.dtype), self.left, self.right)
         if self.activations is None:
             out = y.to(x.dtype)
-        elif y.requires_grad or isinstance(self.activations, ActivationLevels):
+        elif y.requires_grad or not isinstance(self.activations, Dynamic | SplitGrid):
             out = self.activations(y).to(x.dtype)
         else:
             out = self.activations.quantize(y)

@@ -14,7 +14,7 @@ EPS = 1e-5
 
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even with the identity as gradient."""
-    return x + (x.round() - x).detach()
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
 def symmetric_grid(low: Tensor, high: Tensor, bits: int, eps: float = 0.0) -> Tensor:
@@ -49,7 +49,7 @@ def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tenso
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     empty = low == high
-    low, high = torch.where(empty, -torch.ones_like(low), low), torch.where(empty, torch.ones_like(high), high)
+    low, high = torch.where(empty, torch.full_like(low, -1), low), torch.where(empty, torch.ones_like(high), high)
     scale = _divided(high - low, 2**bits - 1)
     return scale, round_ste(-low / scale)
 
@@ -140,10 +140,10 @@ def row_grid(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: i
     """Scale and zero point (None if symmetric) of every row; see `fake_quantize_rows`.  # (.., 1)"""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     bits = high.bit_length() + (low < 0)
-    bottom = x.amin(-1, keepdim=True).clamp(max=0).to(wide) * low_ratio
-    top = x.amax(-1, keepdim=True).clamp(min=0).to(wide) * high_ratio
+    bottom = x.amin(-1, keepdim=True).to(wide) * low_ratio
+    top = x.amax(-1, keepdim=True).to(wide) * high_ratio
     if low < 0:
-        return symmetric_grid(bottom, top, bits), None
+        return symmetric_grid(bottom, top, bits), None  # of a range on one side of 0, the other end is never the larger
     return asymmetric_grid(bottom, top, bits)
 
 
