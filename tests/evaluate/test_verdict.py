@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,13 @@ import flatquant
 from flatquant import recipes, seams
 from flatquant.errors import ArtifactError, DataError, QualityWarning
 from flatquant.evaluate import divergence, perplexity
-from flatquant.evaluate import verdict as verdicts
 from flatquant.evaluate.prose import PROMPTS
-from flatquant.evaluate.verdict import by_cache, by_whole_text, continuations
+from flatquant.evaluate.verdict import continuations
 from flatquant.grade import BOUNDS, BUILT_IN, DESTROYED, RANDOM, WORDS, readable, sentences, word
 from flatquant.runtime import artifact
 from flatquant.spec import DataSpec, Recipe
 from tests.laws import quick
-from tests.tiny_models import FAMILIES, tiny_family, tiny_llama, tiny_tokenizer
+from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
 
 CPU = "cpu"
 
@@ -318,45 +316,6 @@ def test_continuations_are_the_likeliest_tokens() -> None:
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
         written = tokenizer.decode(ids[0], skip_special_tokens=True)
         assert (found["prompt"] + found["text"]).startswith(written)
-
-
-@pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_text_goes_on_the_same_with_a_cache_and_without(name: str, quantised: bool) -> None:
-    """Recorded blocks stand for those that the model calls, and places to come change nothing."""
-    model = tiny_family(name, dtype=torch.float32)
-    if quantised:
-        model = flatquant.quantize(model, recipes.rtn("w8a8kv8"), device=CPU, verdict=False).model
-    seams.use_attention(model)
-    ids, recorded = tokens(2, 5), []
-
-    def record(run: Callable[[], None]) -> Callable[[], None]:
-        recorded.append(run)
-        return run
-
-    with torch.no_grad():
-        one, other = by_cache(model), by_whole_text(model, (2, 5 + 4), record)
-        new = ids
-        for _ in range(4):
-            want, got = one(new), other(new)
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-            new = want.argmax(-1, keepdim=True)
-    assert len(recorded) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="replays a CUDA graph")
-@pytest.mark.parametrize("scheme", ["w16a16", "w4a4kv4", "w4a16"])
-def test_a_replayed_text_is_the_launched_one(scheme: str) -> None:
-    model = flatquant.quantize(tiny_llama(), recipes.rtn(scheme), verdict=False).model
-    torch.nn.Module.to(model, "cuda")
-    ids = tokens(2, 5).cuda()
-    with torch.no_grad():
-        replayed, launched = (by_whole_text(model, (2, 9), record) for record in (verdicts._graph, lambda run: run))
-        for _ in range(4):
-            want = launched(ids)
-            torch.testing.assert_close(replayed(ids), want, rtol=1e-3, atol=1e-3)
-            ids = want.argmax(-1, keepdim=True)
 
 
 # ------------------------------------------------------------------------------------------------- the folder

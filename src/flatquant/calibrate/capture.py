@@ -63,7 +63,7 @@ def _map(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def noted_calls(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, tuple, dict]]]:
+def _recorded(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, tuple, dict]]]:
     """Make every block note its call and hand the hidden states on unchanged."""
     calls: list[tuple[Tensor, tuple, dict]] = []
 
@@ -105,7 +105,7 @@ def capture(
     calls: list[BlockCall] = []
     if progress is not None:
         progress(0, len(tokens))
-    with noted_calls(blocks) as recorded:
+    with _recorded(blocks) as recorded:
         for i, window in enumerate(tokens.split(1)):
             recorded.clear()
             model.base_model(input_ids=window.to(device), use_cache=False)
@@ -115,7 +115,7 @@ def capture(
                 hidden = (
                     torch.empty(shape, dtype=first.dtype, device=device) if room is None else room(shape, first.dtype)
                 )
-                calls = [BlockCall(args=args, kwargs=without_cache(kwargs)) for _, args, kwargs in recorded]
+                calls = [BlockCall(args=args, kwargs=_without_cache(kwargs)) for _, args, kwargs in recorded]
             hidden[i : i + 1] = first
             if progress is not None:
                 progress(i + 1, len(tokens))
@@ -123,8 +123,7 @@ def capture(
     return hidden, calls
 
 
-def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that are no cache of keys and values."""
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if not seams.is_cache(v)}
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from statistics import median_low
 from typing import Any
@@ -29,16 +29,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import seams
-from flatquant.calibrate.capture import BlockCall, capture, noted_calls, without_cache
+from flatquant.calibrate.capture import capture
 from flatquant.calibrate.witness import Ends, Head, Part, Witness, put, rounded_parts, through
 from flatquant.evaluate.perplexity import CHUNK
 from flatquant.evaluate.prose import PROMPTS
 from flatquant.grade import BOUNDS, is_bad, word
 from flatquant.quantizers import Dynamic
-from flatquant.runtime.experts import Experts, is_stacked
-from flatquant.runtime.fused import recording
 from flatquant.spec import CacheBits, Plan, QuantSpec, Scheme, SiteBits
-from flatquant.wiring.arch import logits, submodule
 from flatquant.wiring.archs import arch_of
 
 _BLAME_TOKENS = 256  # of one window
@@ -384,9 +381,6 @@ def packed_agrees(
 # --------------------------------------------------------------------------------------------- texts
 
 
-Writer = Callable[[Tensor], Tensor]  # new tokens, (B, T) -> logits of the token that follows, (B, V)
-
-
 @torch.no_grad()
 def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
     """What a model writes after `PROMPTS`, taking the likeliest token each time: [{prompt, text}].
@@ -398,10 +392,10 @@ def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     length = min(map(len, prompts))
     ids = torch.tensor([prompt[:length] for prompt in prompts], dtype=torch.int64)  # (prompts, length)
-    step, columns = ids.to(model.device), []
-    following = _writer(model, (len(ids), length + _NEW_TOKENS))
+    step, columns, cache = ids.to(model.device), [], DynamicCache(config=model.config)
     for _ in range(_NEW_TOKENS if length else 0):
-        step = following(step).argmax(-1, keepdim=True)  # (prompts, 1)
+        out = model(input_ids=step, use_cache=True, logits_to_keep=1, **{seams.CACHE: cache})
+        step = out.logits[:, -1:].argmax(-1)  # (prompts, 1)
         columns.append(step.cpu())
         if time.perf_counter() > end:
             break
@@ -414,77 +408,3 @@ def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         {"prompt": text(before), "text": text(torch.cat([before, after]))[len(text(before)) :]}
         for before, after in zip(ids, written, strict=True)
     ]
-
-
-def _writer(model: PreTrainedModel, shape: tuple[int, int]) -> Writer:
-    """How a model writes texts of (rows, tokens): token by token with a cache; on CUDA by replaying a CUDA graph.
-
-    There, a pass takes as long as its launches do, and a replay has one launch. What cannot be recorded is launched:
-    experts, whose shares of the tokens differ from pass to pass, and blocks that wait for the device.
-    """
-    if model.device.type == "cuda" and not any(isinstance(m, Experts) or is_stacked(m) for m in model.modules()):
-        with suppress(RuntimeError), torch.cuda.device(model.device):
-            return by_whole_text(model, shape, _graph)
-    return by_cache(model)
-
-
-def by_cache(model: PreTrainedModel) -> Writer:
-    """Write with passes over the new tokens."""
-    cache = DynamicCache(config=model.config)
-    return lambda new: model(input_ids=new, use_cache=True, logits_to_keep=1, **{seams.CACHE: cache}).logits[:, -1]
-
-
-def by_whole_text(
-    model: PreTrainedModel, shape: tuple[int, int], record: Callable[[Callable[[], None]], Callable[[], None]]
-) -> Writer:
-    """Write with passes over a text of (rows, tokens) that are all the same work. Places to come change none before.
-
-    Args:
-        record: gives what repeats a function on the same memory.
-    """
-    arch = arch_of(model.config, model)
-    blocks, norm = submodule(model, arch.blocks), submodule(model, arch.final_norm)
-    output = model.get_output_embeddings()
-    assert isinstance(blocks, nn.ModuleList)
-    assert isinstance(output, nn.Linear)
-    text, done = torch.zeros(shape, dtype=torch.int64, device=model.device), 0
-
-    def noted() -> list[tuple[Tensor, tuple, dict]]:
-        with noted_calls(blocks) as calls:
-            model.base_model(input_ids=text, use_cache=False)
-        return calls
-
-    first = noted()
-    calls = [BlockCall(args=args, kwargs=without_cache(kwargs)) for _, args, kwargs in first]
-    hidden = first[0][0].clone()  # before the blocks, (rows, tokens, h)
-    after = torch.empty_like(hidden)
-
-    def run() -> None:
-        x = hidden
-        for block, call in zip(blocks, calls, strict=True):
-            x = call(block, x)
-        after.copy_(x)
-
-    repeat = record(run)
-
-    def following(new: Tensor) -> Tensor:
-        nonlocal done
-        text[:, done : done + new.shape[1]] = new
-        done += new.shape[1]
-        hidden.copy_(noted()[0][0])
-        repeat()
-        return logits(model.config, output(norm(after[:, done - 1])))
-
-    return following
-
-
-def _graph(function: Callable[[], None]) -> Callable[[], None]:
-    """A function as a CUDA graph on the current device."""
-    now, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(now)
-    with torch.cuda.stream(stream):
-        function()  # libraries make room and choose kernels in a first call, which no graph can hold
-    now.wait_stream(stream)
-    with recording(graph, stream):
-        function()
-    return graph.replay

@@ -336,9 +336,8 @@ class _Step:
             for _ in range(2):
                 fused.head(fused.hidden(self.ids, self.positions, cache, {}))
         now.wait_stream(stream)
-        gc.collect()
         self.graph = torch.cuda.CUDAGraph()
-        with recording(self.graph, stream):
+        with _recording(self.graph, stream):
             self.logits = fused.head(fused.hidden(self.ids, self.positions, cache, {}))
             cache.room.used += 1
 
@@ -351,14 +350,14 @@ class _Step:
 
 
 @contextlib.contextmanager
-def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
     """`torch.cuda.graph` beside threads that allocate memory and sample meanwhile.
 
     A recording takes part in the device's generator of random numbers: whoever else draws from it then gets an error.
-    A step draws nothing, so it takes part in another generator. Nothing is collected meanwhile: it may be a graph.
+    A step draws nothing, so it takes part in another generator.
     """
     torch.cuda.synchronize(stream.device)
-    collects = gc.isenabled()
+    gc.collect()
     generator = torch.cuda.default_generators[stream.device.index]
     state = generator.graphsafe_get_state()
     with torch.cuda.stream(stream):
@@ -367,12 +366,9 @@ def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterato
             graph.capture_begin(capture_error_mode="thread_local")
         finally:
             generator.graphsafe_set_state(state)
-        gc.disable()
         try:
             yield
         finally:
-            if collects:
-                gc.enable()
             graph.capture_end()
 
 
