@@ -438,6 +438,18 @@ def ladder(prefix: str, seconds: bool) -> list[str]:
     return lines
 
 
+def key_offset() -> list[str]:
+    """Milliseconds with and without an offset of keys, by each of two ways to give it back."""
+    lines = ["| angles | what | sequences | without, ms | with, ms | ratio |", "|---" * 6 + "|"]
+    for label, name in (("of every place", "key-offset-places-h200"), ("of a block's first place", "key-offset-h200")):
+        result = read(name)
+        for row in result["rows"]:
+            times = f"{row['without']:.2f} | {row['with']:.2f} | {row['ratio']:.2f}"
+            what = f"{row['what']}, {result['layers']} layers"
+            lines.append(f"| {label} | {what} | {row['batch']} | {times} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "reference": reference,
     "quick": quick,
@@ -464,6 +476,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "where": where,
     "families": families,
     "kv4": partial(ladder, "ladder-kv4", False),
+    "ladder": partial(ladder, "ladder", True),
+    "key_offset": key_offset,
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),
 }
