@@ -43,7 +43,7 @@ _SUSPECTS = 4  # parts of a kind that are put back one at a time
 _LARGE, _STANDS_OUT = 0.1, 4.0  # a part is to blame that changes so much of a block, and so many times the median block
 _MARGIN = 1.25  # times the KL with all of a kind at 8 bits: few parts at 8 bits are enough if they come so near
 _NEW_TOKENS = 12  # of a text
-# A model that does not write them in this time after the first writes fewer. The first may wait for a device's libraries.
+# A model that takes longer after the first writes fewer. The first may wait for the start of a device's libraries.
 _TEXT_SECONDS = {"cuda": 0.4, "cpu": 2.5}
 _PACKED_TOKENS = 16
 PACKED_ERROR = 1e-2  # of a block; the integers are the same, so that only the order of sums can differ
