@@ -594,7 +594,7 @@ class _Run:
     ) -> dict[str, Any]:
         blocks = [
             {"block": b["block"], "before": _first(b["losses"]), "after": _last(b["losses"]), "losses": b["losses"]}
-            | {key: b[key] for key in ("experts", "dtype", "held_out", "undone", "learned_rounding") if key in b}
+            | {key: b[key] for key in _OF_A_BLOCK if key in b}
             for b in calibration.blocks
         ]
         whole = calibration.end_to_end
@@ -812,6 +812,10 @@ def check_output(output: Path, *, resume: bool) -> None:
         CalibrationError: another run is at work there, or an unfinished one is there and `resume` is not set.
     """
     _Place.of(output).check(resume)
+
+
+# What the report says of a block beside its losses, where there is such.
+_OF_A_BLOCK = ("experts", "dtype", "held_out", "plain", "undone", "learned_rounding")
 
 
 def discard(output: Path) -> None:

@@ -26,6 +26,10 @@ class Trainable(nn.Module):
 
     group: ClassVar[Group]
 
+    def become_plain(self) -> bool:
+        """Take parameters of what rounding to nearest does without a method; False, and unchanged, where none do."""
+        return False
+
 
 def trainable_parameters(*modules: nn.Module) -> dict[Group, list[nn.Parameter]]:
     """The distinct parameters that train of every `Trainable` inside `modules`, by group, in a fixed order."""

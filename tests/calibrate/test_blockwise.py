@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import flatquant
+from flatquant import recipes
 from flatquant.calibrate import blockwise, end2end, pipeline
 from flatquant.calibrate.activations import OnHost, cyclic
 from flatquant.calibrate.blockwise import safer
@@ -18,7 +19,8 @@ from flatquant.calibrate.optimise import Optimiser
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError
 from flatquant.recipes import RECIPES
-from flatquant.spec import DataSpec, EndToEndSpec, FitSpec
+from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Scheme
+from flatquant.wiring.apply import FitBlock
 from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
@@ -231,8 +233,9 @@ def same_tensors(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 @pytest.mark.parametrize("inputs", ["full_precision", "quantised"])
-def test_a_fit_that_makes_blocks_worse_is_undone(name: str, inputs: str) -> None:
+def test_a_fit_that_makes_blocks_worse_is_undone(name: str, inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the learning rate did: the tensors are those of a run without a fit."""
+    monkeypatch.setattr(FitBlock, "become_plain", lambda self: False)
     model, recipe = family(name, dtype=torch.float32), quick("w4a4kv4", epochs=2, samples=8, seqlen=256)
     wild = dataclasses.replace(recipe, fit=FitSpec(epochs=2, batch_size=2, lr=3.0, clip_lr=30.0, inputs=inputs))
     with pytest.warns(UserWarning, match="the fit made the outputs worse on windows that it was not trained on"):
@@ -245,13 +248,16 @@ def test_a_fit_that_makes_blocks_worse_is_undone(name: str, inputs: str) -> None
 
 @pytest.mark.parametrize("weight_lr", [0.0, 1.0])
 @pytest.mark.parametrize("objective", ["kl", "cross_entropy"])
-def test_an_end_to_end_fit_that_makes_the_model_worse_is_undone(weight_lr: float, objective: str) -> None:
+def test_an_end_to_end_fit_that_makes_the_model_worse_is_undone(
+    weight_lr: float, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FitBlock, "become_plain", lambda self: False)
     model, recipe = (
         family("llama", dtype=torch.float32),
         dataclasses.replace(quick("w4a4kv4", samples=8, seqlen=256), fit=None),
     )
     spec = EndToEndSpec(steps=6, batch_size=2, lr=3.0, clip_lr=30.0, weight_lr=weight_lr, objective=objective)
-    with pytest.warns(UserWarning, match="the end-to-end fit made the model worse on windows that it was not trained"):
+    with pytest.warns(UserWarning, match="made the model worse on windows that it was not trained"):
         got, _, report = calibrated(model, dataclasses.replace(recipe, end_to_end=spec))
     want, _, _ = calibrated(model, recipe)
     assert report.end_to_end.undone
@@ -260,8 +266,11 @@ def test_an_end_to_end_fit_that_makes_the_model_worse_is_undone(weight_lr: float
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-2, 1e-1, 1.0])
-def test_no_rate_of_learning_leaves_a_block_worse_on_what_it_did_not_see(lr: float) -> None:
+def test_no_rate_of_learning_leaves_a_block_worse_on_what_it_did_not_see(
+    lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the report says of held-out windows is what the model computes on them."""
+    monkeypatch.setattr(FitBlock, "become_plain", lambda self: False)
     model, recipe = family("llama", dtype=torch.float32), quick("w4a4kv4", epochs=2, samples=8, seqlen=256)
     held_out = tokens_for(model, 1, 300, seed=5)
     fitted = dataclasses.replace(recipe, fit=FitSpec(epochs=2, batch_size=2, lr=lr, clip_lr=10 * lr))
@@ -279,6 +288,30 @@ def test_no_rate_of_learning_leaves_a_block_worse_on_what_it_did_not_see(lr: flo
     kept = report.blocks[0]["held_out"]
     assert before == pytest.approx(kept[0], rel=1e-2)
     assert after == pytest.approx(min(kept), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("stage", ["block-wise", "end to end"])
+def test_a_fit_behind_plain_rounding_gives_way_to_it(name: str, stage: str) -> None:
+    """From starts that are far worse than rounding, at a rate that gets nowhere: the numbers are those of `rtn`."""
+    model, recipe = family(name, dtype=torch.float32), quick("w8a8kv8", epochs=1, samples=8, seqlen=256)
+    cut = Scheme.parse("w8a8kv8", clip_starts=(-1.0,) * 7)  # a quarter of every range
+    whole = EndToEndSpec(steps=2, batch_size=2, lr=1e-9, clip_lr=1e-9)
+    block = FitSpec(epochs=1, batch_size=2, lr=1e-9, clip_lr=1e-9)
+    fits = {"fit": block} if stage == "block-wise" else {"fit": None, "end_to_end": whole}
+    with pytest.warns(UserWarning, match="is behind plain rounding.* on windows that it was not trained on"):
+        got, _, report = calibrated(model, dataclasses.replace(recipe, scheme=cut, **fits))
+    scheme = dataclasses.replace(recipes.rtn("w8a8kv8").scheme, key_offset="mean")
+    want, _, _ = calibrated(model, dataclasses.replace(recipes.rtn("w8a8kv8"), scheme=scheme, data=recipe.data))
+    if stage == "block-wise":
+        assert all(note["undone"] and note["plain"] < min(note["held_out"]) for note in report.blocks)
+    else:
+        assert report.end_to_end.undone
+        assert report.end_to_end.plain < min(report.end_to_end.held_out)
+    ids = tokens_for(model, 2, 40, seed=6)
+    with torch.no_grad():
+        a, b, exact = (m(ids).logits for m in (got, want, model))
+    assert (a - b).norm() < 0.05 * (b - exact).norm()
 
 
 def test_windows_held_out_of_a_text_are_not_those_of_the_verdict(tmp_path: Path) -> None:

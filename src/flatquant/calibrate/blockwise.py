@@ -3,8 +3,8 @@
 FlatQuant, section 3.1 (objective) and 4.1 (settings): inputs and targets are full-precision activations; the loss is
 the mean squared error divided by its own detached value, which makes the learning rate scale-free.
 
-A fit does not leave a block worse than it found it: where the error on windows that it was not trained on has grown,
-the block gets back the parameters that it began with.
+A fit does not leave a block worse than it found it, nor worse than plain rounding: where the error is more, on windows
+that it was not trained on, the block gets the parameters back that it began with, or identities and whole ranges.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
 
+UNDONE = "on windows that it was not trained on, and was undone; more calibration text or a lower --lr may help"
 _FEWEST_TOKENS = 256  # with fewer, chance decides whether a fit has helped
 
 
@@ -93,12 +94,14 @@ class BlockFit:
 class Fitted:
     """How a block's fit went: the mean loss (MSE) of every epoch, and the dtype of its products.
 
-    `held_out` is the loss before and after the fit, on windows that it was not trained on. `undone`: it had grown.
+    `held_out` is the loss before and after the fit, on windows that it was not trained on, and `plain` that of plain
+    rounding, if the parameters can be such. `undone`: one of these was less than after the fit, and came back.
     """
 
     dtype: torch.dtype
     losses: list[float] = field(default_factory=list)
     held_out: tuple[float, float] | None = None
+    plain: float | None = None
     undone: bool = False
 
 
@@ -156,20 +159,38 @@ def fit_blocks(
 def _undo_worse(
     blocks: Sequence[BlockFit], fitted: Mapping[int, Fitted], starts: Mapping[int, Mapping[str, Tensor]]
 ) -> None:
-    """Give blocks whose fit has made them worse the parameters back that they began with."""
+    """Give blocks that their fit left worse than it might have the parameters that they began with, or plain ones."""
+    undone: list[str] = []
+    plain: list[str] = []
     for block in blocks:
         found = fitted[block.index]
-        found.undone = found.held_out is not None and grown(*found.held_out)
+        if found.held_out is None:
+            continue
+        before, after = found.held_out
+        better = found.plain is not None and grown(found.plain, min(before, after, key=finite_first))
+        found.undone = better or grown(before, after)
         if found.undone:
             block.fit.load_state(starts[block.index])
-    undone = [str(block.index) for block in blocks if fitted[block.index].undone]
+            (plain if better else undone).append(str(block.index))
+        if better:
+            block.fit.become_plain()
     if undone:
         warnings.warn(
-            f"block {', '.join(undone)}: the fit made the outputs worse on windows that it was not trained on, and was "
-            "undone; more calibration text or a lower --lr may help",
+            f"block {', '.join(undone)}: the fit made the outputs worse {UNDONE}",
             FitWarning,
             stacklevel=3,
         )
+    if plain:
+        warnings.warn(
+            f"block {', '.join(plain)}: the fit is behind plain rounding {UNDONE}",
+            FitWarning,
+            stacklevel=3,
+        )
+
+
+def finite_first(loss: float) -> float:
+    """A key that puts losses that are not finite last."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def grown(before: float, after: float) -> bool:
@@ -202,6 +223,7 @@ class _Pass:
                 progress(done * count, epochs * count)
 
         before = {block.index: _held_out_loss(block, self.dtype) for block, _ in self.running}
+        plain = {block.index: _plain_loss(block, self.dtype) for block, _ in self.running}
         begun = [block for block, _ in self.running]
         for epoch in range(epochs):
             self._epoch(epoch, tell)
@@ -216,6 +238,7 @@ class _Pass:
                 continue
             if start is not None and end is not None:
                 self.fitted[block.index].held_out = start, end
+                self.fitted[block.index].plain = plain[block.index]
         return self.fitted
 
     def _epoch(self, epoch: int, tell: Callable[[float], None]) -> None:
@@ -264,6 +287,14 @@ def _held_out_loss(block: BlockFit, dtype: torch.dtype) -> float | None:
         count = kept[0].shape[0]
     losses = [_loss(block.fit, call, dtype, *(rows[i : i + 1] for rows in kept)) for i in range(count)]
     return float(torch.stack(losses).mean()) if losses else None
+
+
+def _plain_loss(block: BlockFit, dtype: torch.dtype) -> float | None:
+    """`_held_out_loss` with the parameters of plain rounding, if there are such."""
+    kept = block.fit.state()
+    loss = _held_out_loss(block, dtype) if block.fit.become_plain() else None
+    block.fit.load_state(kept)
+    return loss
 
 
 def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, splits: int) -> Optimiser:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flatquant.calibrate.activations import Kept, cyclic
-from flatquant.calibrate.blockwise import autocast, grown, named, safer, wide
+from flatquant.calibrate.blockwise import UNDONE, autocast, finite_first, grown, named, safer, wide
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError, FitWarning
@@ -50,11 +50,13 @@ class HeldOutModel:
 class FittedModel:
     """How the fit went: the loss of every step, nats per token; and before and after it, on held-out windows.
 
-    `undone`: the latter had grown, and the parameters are those that the fit began with.
+    `plain` is the loss of plain rounding there, if the parameters can be such. `undone`: one of the others was less
+    than after the fit, and came back.
     """
 
     losses: list[float]
     held_out: tuple[float, float] | None = None
+    plain: float | None = None
     undone: bool = False
 
 
@@ -90,7 +92,8 @@ def fit_end_to_end(
         inputs: hidden states before block 0, (N, T, h).
         targets: the original's hidden states after the last block, (N, T, h), or for cross entropy the tokens, (N, T).
         dtype: of the matrix products (parameters stay float32).
-        held_out: where the loss has grown on these windows, the fit is undone, with a warning.
+        held_out: where the loss on these windows is more than at the start, or than that of plain rounding, that comes
+            back, with a warning.
         start: (steps done, losses so far, state, dtype) to go on from, as `save` received them.
         graph: on CUDA, replay steps from a CUDA graph.
         splits: parts that a batch is taken in, to need less memory; it divides the batch size.
@@ -164,6 +167,18 @@ def fit_end_to_end(
     done = 0
     first = None if held_out is None else [p.detach().cpu().clone() for p in optimiser.parameters]
     before = None if held_out is None else held_out_loss(held_out)
+
+    def restore() -> None:
+        assert first is not None
+        with torch.no_grad():
+            for p, value in zip(optimiser.parameters, first, strict=True):
+                p.copy_(value)
+
+    plain = None
+    if held_out is not None:
+        if all(fit.become_plain() for fit in fits):
+            plain = held_out_loss(held_out)
+        restore()
     if start is not None:
         done, losses, state, reached = start
         optimiser.load_state(done, state)
@@ -206,18 +221,15 @@ def fit_end_to_end(
     if held_out is None or before is None or first is None:
         return FittedModel(losses=losses)
     after = held_out_loss(held_out) if len(losses) == spec.steps else math.nan
-    undone = grown(before, after)
+    better = plain is not None and grown(plain, min(before, after, key=finite_first))
+    undone = better or grown(before, after)
     if undone:
-        with torch.no_grad():
-            for p, value in zip(optimiser.parameters, first, strict=True):
-                p.copy_(value)
-        warnings.warn(
-            f"the end-to-end fit made the model worse on windows that it was not trained on ({before:.3g} -> "
-            f"{after:.3g} nats per token), and was undone; more calibration text or a lower learning rate may help",
-            FitWarning,
-            stacklevel=2,
-        )
-    return FittedModel(losses=losses, held_out=(before, after), undone=undone)
+        restore()
+        for fit in fits if better else ():
+            fit.become_plain()
+        how = f"is behind plain rounding, {plain:.3g} nats per token," if better else "made the model worse"
+        warnings.warn(f"the end-to-end fit ({before:.3g} -> {after:.3g}) {how} {UNDONE}", FitWarning, stacklevel=2)
+    return FittedModel(losses=losses, held_out=(before, after), plain=plain, undone=undone)
 
 
 def _widen(fits: Sequence[FitBlock]) -> None:

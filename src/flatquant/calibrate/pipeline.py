@@ -680,7 +680,9 @@ def check_room(needed: int, free: int) -> None:
 def measured(fitted: Fitted | FittedModel) -> dict[str, Any]:
     """What a fit came to on windows that it was not trained on, JSON-ready: before and after, None where not finite."""
     assert fitted.held_out is not None
-    return {"held_out": [x if math.isfinite(x) else None for x in fitted.held_out], "undone": fitted.undone}
+    losses = [x if math.isfinite(x) else None for x in fitted.held_out]
+    plain = fitted.plain if fitted.plain is not None and math.isfinite(fitted.plain) else None
+    return {"held_out": losses, "plain": plain, "undone": fitted.undone}
 
 
 END_TO_END = "end-to-end"

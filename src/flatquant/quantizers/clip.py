@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flatquant.modules import Trainable
 
 START = 4.0
+_WHOLE = 20.0  # a logit whose sigmoid is 1 in float32
 
 
 class Range(nn.Module, ABC):
@@ -50,6 +51,12 @@ class LearnedClip(Range, Trainable):
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         return torch.sigmoid(self.low_logit), torch.sigmoid(self.high_logit)
+
+    @torch.no_grad()
+    def become_plain(self) -> bool:
+        self.low_logit.fill_(_WHOLE)
+        self.high_logit.fill_(_WHOLE)
+        return True
 
 
 class FixedClip(Range):

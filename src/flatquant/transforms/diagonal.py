@@ -32,6 +32,11 @@ class Diagonal(Transform, Trainable):
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.scale).to(x.dtype)
 
+    @torch.no_grad()
+    def become_plain(self) -> bool:
+        self.log_scale.zero_()
+        return True
+
     def inverse_t(self, w: Tensor) -> Tensor:
         return w / self.scale
 
@@ -74,6 +79,11 @@ class HeadDiagonal(Transform, Trainable):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.spread).to(x.dtype)
+
+    @torch.no_grad()
+    def become_plain(self) -> bool:
+        self.log_scale.zero_()
+        return True
 
     def inverse_t(self, w: Tensor) -> Tensor:
         return w / self.spread

@@ -58,6 +58,11 @@ class DirectFactor(Factor, Trainable):
     def matrix(self) -> Tensor:
         return self.p
 
+    @torch.no_grad()
+    def become_plain(self) -> bool:
+        self.p.copy_(torch.eye(self.size))
+        return True
+
     def inverse_t(self) -> Tensor:
         if self.shared is not None:
             return self.shared
@@ -170,6 +175,11 @@ class OrthogonalFactor(Orthogonal, Trainable):
         """Start from `start`, (n, n), orthogonal."""
         super().__init__()
         self.q = nn.Parameter(start.clone())
+
+    @torch.no_grad()
+    def become_plain(self) -> bool:
+        self.q.copy_(torch.eye(self.size))
+        return True
 
 
 def polish(u: Tensor) -> Tensor:

@@ -24,6 +24,11 @@ class Shift(Trainable):
         """(.., n)"""
         return (x - self.d).to(x.dtype)
 
+    @torch.no_grad()
+    def become_plain(self) -> bool:
+        self.d.zero_()
+        return True
+
     def product(self, w: Tensor) -> Tensor:
         """What readers add to their bias, W d.  # (o, n) -> (o,)"""
         return w @ self.d.to(torch.promote_types(w.dtype, self.d.dtype))

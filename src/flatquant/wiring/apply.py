@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from flatquant import seams
 from flatquant.levels import LevelTensor
-from flatquant.modules import Group, share_inputs, trainable_parameters
+from flatquant.modules import Group, Trainable, share_inputs, trainable_parameters
 from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid, WeightLevels
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -40,7 +40,16 @@ from flatquant.transforms import (
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
 from flatquant.wiring.arch import Arch, Edge, expanded, key_bias, linear_at, replace_submodule, submodule
 from flatquant.wiring.keyvalue import FitKeyValue
-from flatquant.wiring.linear import FitLinear, FitSite, Followed, HeadOutput, HeadsOutput, LastRows, ReaderScale
+from flatquant.wiring.linear import (
+    FitLinear,
+    FitSite,
+    Followed,
+    HeadOutput,
+    HeadsOutput,
+    JoinedWeight,
+    LastRows,
+    ReaderScale,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +86,17 @@ class FitBlock:
         """Make the weights trainable too."""
         for site in self.sites.values():
             site.joined.requires_grad_(True)
+
+    def become_plain(self) -> bool:
+        """Round as without a method: identities, whole ranges. False, and unchanged, where a part cannot."""
+        kept = self.state()
+        parts = [m for root in self.roots() for m in root.modules()]
+        fixed = any(isinstance(m, Factor) and not isinstance(m, Trainable) for m in parts)
+        trainable = [m for m in parts if isinstance(m, Trainable) and not isinstance(m, JoinedWeight)]
+        if fixed or not all(m.become_plain() for m in trainable):
+            self.load_state(kept)
+            return False
+        return True
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all trainable parameters, by position: `transform.0`, `clip.3`."""
