@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flatquant.calibrate.activations import Kept, cyclic
-from flatquant.calibrate.blockwise import UNDONE, autocast, finite_first, grown, named, safer, wide
+from flatquant.calibrate.blockwise import UNDONE, autocast, grown, named, safer, wide
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError, FitWarning
@@ -50,19 +50,14 @@ class HeldOutModel:
 class FittedModel:
     """How the fit went: the loss of every step, nats per token; and before and after it, on held-out windows.
 
-    `plain` is the loss of plain rounding there, if the parameters can be such. `undone`: one of the others was less
-    than after the fit, and came back.
+    `plain` is the loss of plain rounding there, if the parameters can be such. `undone`: the loss had grown, or was not
+    less than that of plain rounding by more than chance, and that came back.
     """
 
     losses: list[float]
     held_out: tuple[float, float] | None = None
     plain: float | None = None
     undone: bool = False
-
-
-def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher || student) in nats, from logits (.., V)."""
-    return kl_rows(teacher, student).mean()
 
 
 def fit_end_to_end(
@@ -92,8 +87,8 @@ def fit_end_to_end(
         inputs: hidden states before block 0, (N, T, h).
         targets: the original's hidden states after the last block, (N, T, h), or for cross entropy the tokens, (N, T).
         dtype: of the matrix products (parameters stay float32).
-        held_out: where the loss on these windows is more than at the start, or than that of plain rounding, that comes
-            back, with a warning.
+        held_out: where the loss on these windows has grown, the start comes back; where it is not less than that of
+            plain rounding by more than chance, plain rounding does. Either with a warning.
         start: (steps done, losses so far, state, dtype) to go on from, as `save` received them.
         graph: on CUDA, replay steps from a CUDA graph.
         splits: parts that a batch is taken in, to need less memory; it divides the batch size.
@@ -124,6 +119,7 @@ def fit_end_to_end(
         return head(x)
 
     def measure(calls: Sequence[BlockCall], x: Tensor, y: Tensor) -> Tensor:
+        """Losses of tokens.  # (tokens,)"""
         with autocast(x.device, dtype):
             teacher = None
             if spec.objective == "kl":
@@ -131,16 +127,16 @@ def fit_end_to_end(
                     teacher = head(wide(y, dtype))
             logits = student(calls, wide(x, dtype))
         if teacher is None:
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten())
-        return kl_divergence(teacher, logits)
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten(), reduction="none")
+        return kl_rows(teacher, logits).flatten()
 
     @torch.no_grad()
-    def held_out_loss(held_out: HeldOutModel) -> float:
+    def held_out_losses(held_out: HeldOutModel) -> Tensor:
         windows = zip(held_out.inputs.split(1), held_out.targets.split(1), strict=True)
-        return float(torch.stack([measure(held_out.calls, x, y) for x, y in windows]).mean())
+        return torch.cat([measure(held_out.calls, x, y) for x, y in windows]).cpu()
 
     def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = measure(calls, x, y)
+        loss = measure(calls, x, y).mean()
         return loss * (_SHARES[spec.objective] * x.shape[0] * x.shape[1]), loss
 
     rates: dict[Group, float] = {
@@ -166,7 +162,8 @@ def fit_end_to_end(
     losses: list[float] = []
     done = 0
     first = None if held_out is None else [p.detach().cpu().clone() for p in optimiser.parameters]
-    before = None if held_out is None else held_out_loss(held_out)
+    start_losses = None if held_out is None else held_out_losses(held_out)
+    before = None if start_losses is None else float(start_losses.mean())
 
     def restore() -> None:
         assert first is not None
@@ -174,10 +171,10 @@ def fit_end_to_end(
             for p, value in zip(optimiser.parameters, first, strict=True):
                 p.copy_(value)
 
-    plain = None
+    plain_losses = None
     if held_out is not None:
         if all(fit.become_plain() for fit in fits):
-            plain = held_out_loss(held_out)
+            plain_losses = held_out_losses(held_out)
         restore()
     if start is not None:
         done, losses, state, reached = start
@@ -218,18 +215,31 @@ def fit_end_to_end(
             cost = saved - now
         if progress:
             progress(step + 1, spec.steps)
-    if held_out is None or before is None or first is None:
+    if held_out is None or before is None or start_losses is None:
         return FittedModel(losses=losses)
-    after = held_out_loss(held_out) if len(losses) == spec.steps else math.nan
-    better = plain is not None and grown(plain, min(before, after, key=finite_first))
-    undone = better or grown(before, after)
-    if undone:
+    end_losses = held_out_losses(held_out) if len(losses) == spec.steps else torch.full_like(start_losses, math.nan)
+    after = float(end_losses.mean())
+    plain = None if plain_losses is None else float(plain_losses.mean())
+    worse = grown(before, after)
+    behind = plain_losses is not None and not _surely_less(start_losses if worse else end_losses, plain_losses)
+    if worse or behind:
         restore()
-        for fit in fits if better else ():
+        for fit in fits if behind else ():
             fit.become_plain()
-        how = f"is behind plain rounding, {plain:.3g} nats per token," if better else "made the model worse"
+        how = f"is not ahead of plain rounding, {plain:.3g} nats per token," if behind else "made the model worse"
         warnings.warn(f"the end-to-end fit ({before:.3g} -> {after:.3g}) {how} {UNDONE}", FitWarning, stacklevel=2)
-    return FittedModel(losses=losses, held_out=(before, after), plain=plain, undone=undone)
+    return FittedModel(losses=losses, held_out=(before, after), plain=plain, undone=worse or behind)
+
+
+def _surely_less(losses: Tensor, others: Tensor) -> bool:
+    """Whether the mean over the same tokens is less by more than chance, two standard errors of the difference.
+
+    Where nothing differs, or the others are not finite, it counts as less.
+    """
+    if not bool(others.isfinite().all()):
+        return True
+    difference = (losses - others).double()
+    return bool(difference.mean() + 2 * difference.std() / math.sqrt(len(difference)) <= 0)
 
 
 def _widen(fits: Sequence[FitBlock]) -> None:
