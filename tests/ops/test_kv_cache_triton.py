@@ -1,5 +1,7 @@
 """The packed cache's kernels write what the reference writes, and read what was written."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -224,7 +226,13 @@ def test_attention_equals_the_reference(
         arguments = (*arguments[:-1], short._replace(angles=short.angles.nan_to_num()))
     want = merged(*reference.attend(*arguments))
     near = max(1e-3, 4 * torch.finfo(dtype).eps)  # weights of attention are rounded to q's type before the product
-    torch.testing.assert_close(got, want, rtol=near, atol=near * want.abs().max().item())
+    atol = near * want.abs().max().item()
+    if short is not None and short.steps.dtype == torch.float16:
+        # Angles of at most 1.2 are rounded to 11 bits: scores move by at most five standard deviations of the sum, and
+        # with them by how much a value counts.
+        moved = 5 * short.amounts.norm(dim=-1).max().item() * 1.2 * 2**-11 / math.sqrt(12) * d**-0.5
+        atol += 2 * moved * stores[1].read(length).abs().nan_to_num().max().item()
+    torch.testing.assert_close(got, want, rtol=near, atol=atol)
 
 
 @pytest.mark.parametrize("matrix", [True, False])
