@@ -72,6 +72,8 @@ _TEXT = "calibration"  # the state's file of tokens the model wrote
 
 # What the verdict is measured on: at least so many tokens where they are cheap, in a few windows that are not too long.
 _JUDGED_TOKENS, _JUDGED_WINDOWS, _JUDGED_SEQLEN = 512, (2, 8), 2048
+# What the report says of a block beside its losses, where there is such.
+_OF_A_BLOCK = ("experts", "dtype", "held_out", "plain", "undone", "learned_rounding")
 _TEXTLESS = (2, 128)  # windows and their tokens where a run reads no text
 
 
@@ -812,10 +814,6 @@ def check_output(output: Path, *, resume: bool) -> None:
         CalibrationError: another run is at work there, or an unfinished one is there and `resume` is not set.
     """
     _Place.of(output).check(resume)
-
-
-# What the report says of a block beside its losses, where there is such.
-_OF_A_BLOCK = ("experts", "dtype", "held_out", "plain", "undone", "learned_rounding")
 
 
 def discard(output: Path) -> None:

@@ -35,7 +35,6 @@ from flatquant.ops.kron_quantize import reference as site_reference
 from flatquant.ops.kv_cache import reference as cache_reference
 from flatquant.ops.pack.reference import unpack_bits
 from flatquant.recipes import flatquant
-from flatquant.rotary import Angles
 from flatquant.runtime import fused
 from flatquant.runtime.build import install
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -513,8 +512,7 @@ def decoding(runtime: fused.Fused, batch: int, prompt: int) -> Callable[[], Tens
             store.packed.random_(0, 256)
     ids = torch.zeros((batch, 1), dtype=torch.int64, device=runtime.device)
     places = torch.arange(prompt, device=runtime.device)[None]
-    cos, sin = runtime.rotary(torch.empty(0, device=runtime.device), places)
-    cache.room.turn(cos, sin, places)
+    cache.room.turn(*runtime.angles(places, torch.float32), places)
     cache.room.advance(prompt)
 
     def step() -> Tensor:
@@ -602,8 +600,8 @@ def _attention_error(runtime: fused.Fused, block: fused.Block, dtype: torch.dtyp
     given = (q, keys, values, last, start, block.window, block.scaling)
     shortages: list[kv_cache.Shortage | None] = [None]
     if heads.offset is not None:
-        cos, sin = runtime.rotary(torch.empty(0, device=device), torch.arange(places, device=device)[None])
-        angles = Angles(cos, sin).of_pairs("halves").expand(2, -1, -1).contiguous()
+        turns = runtime.angles(torch.arange(places, device=device)[None], torch.float32)
+        angles = turns.of_pairs("halves").expand(2, -1, -1).contiguous()
         amounts = heads.shortage(q[:, :, None])[:, :, 0]
         gaps = torch.tensor([0, 1], dtype=torch.int32, device=device)  # each way to get at angles
         shortages.append(kv_cache.Shortage(amounts, angles, runtime.first_angles, gaps))

@@ -1,5 +1,5 @@
-"""Traits of modules, declared by their owners: training, following a schedule, keeping to bounds, sharing work, keeping
-exact buffers.
+"""Traits of modules, declared by their owners: training, following a schedule, keeping to bounds, changing nothing,
+sharing work, keeping exact buffers.
 
 Fits collect parameters by walking modules for `Trainable`, never by looking for substrings in names: a renamed module
 still trains, and one that is not a `Trainable` never does.
@@ -25,10 +25,6 @@ class Trainable(nn.Module):
     """A module whose own parameters (not its children's) are fitted, with the learning rate of `group`."""
 
     group: ClassVar[Group]
-
-    def become_plain(self) -> bool:
-        """Take parameters of what rounding to nearest does without a method; False, and unchanged, where none do."""
-        return False
 
 
 def trainable_parameters(*modules: nn.Module) -> dict[Group, list[nn.Parameter]]:
@@ -57,6 +53,14 @@ class Bounded(nn.Module, ABC):
     @abstractmethod
     def settle(self) -> None:
         """Called after every step of an optimiser; changes parameters in place, so that a CUDA graph can hold it."""
+
+
+class Neutral(nn.Module, ABC):
+    """A module that has parameters with which it changes nothing: an identity, a whole range."""
+
+    @abstractmethod
+    def neutralise(self) -> None:
+        """Take them, in place."""
 
 
 # --------------------------------------------------------------------------------- work that readers share

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from flatquant.modules import Trainable
+from flatquant.modules import Neutral, Trainable
 
 START = 4.0
 _WHOLE = 20.0  # a logit whose sigmoid is 1 in float32
@@ -38,7 +38,7 @@ class NoClip(Range):
         return None
 
 
-class LearnedClip(Range, Trainable):
+class LearnedClip(Range, Trainable, Neutral):
     """Fitted factors: one pair for all tokens, or a pair for every scale of a weight matrix."""
 
     group = "clip"
@@ -53,10 +53,9 @@ class LearnedClip(Range, Trainable):
         return torch.sigmoid(self.low_logit), torch.sigmoid(self.high_logit)
 
     @torch.no_grad()
-    def become_plain(self) -> bool:
+    def neutralise(self) -> None:
         self.low_logit.fill_(_WHOLE)
         self.high_logit.fill_(_WHOLE)
-        return True
 
 
 class FixedClip(Range):

@@ -252,17 +252,20 @@ class Fused:
 
     def _first_angles(self) -> Tensor:
         """See `kv_cache.Shortage.steps`: in float16, also for models in bfloat16, which has three bits less."""
-        positions = torch.arange(kv_cache.STEPS, device=self.device)[None]
-        cos, sin = self.rotary(torch.empty(0, device=self.device), positions)
+        cos, sin = self.angles(torch.arange(kv_cache.STEPS, device=self.device)[None], torch.float32)
         dtype = torch.float32 if self.embedding.weight.dtype == torch.float32 else torch.float16
         return (Angles(cos, sin).of_pairs("halves")[0] / cos[0, 0, 0]).to(dtype)  # the cosine of 0, scaled
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """Cosines and sines of positions, (B or 1, T)."""
+        cos, sin = self.rotary(torch.empty(0, dtype=dtype, device=self.device), positions)
+        return Angles(cos.contiguous(), sin.contiguous())
 
     def hidden(self, ids: Tensor, positions: Tensor, cache: PackedCache, masks: Masks) -> Tensor:
         """States after the last block, normalised.  # (B, T) -> (B, T, n)"""
         x = self.embedding(ids)
         # What is taken from a key and given back to a score must be the same: more than 16 bits of a large number.
-        like = x.new_empty(0, dtype=torch.float32) if self._offset else x
-        cos, sin = (t.contiguous() for t in self.rotary(like, positions))
+        cos, sin = self.angles(positions, torch.float32 if self._offset else x.dtype)
         cache.room.turn(cos, sin, positions)
         for block, layer in zip(self.blocks, cache.packed, strict=True):
             x = block(x, cos, sin, self.first_angles, cache, layer, masks)

@@ -7,14 +7,14 @@ rate then acts on relative changes. It costs nothing at inference: a norm's gain
 import torch
 from torch import Tensor, nn
 
-from flatquant.modules import Trainable
+from flatquant.modules import Neutral, Trainable
 from flatquant.transforms.base import Transform
 
 # A channel that is always zero has no second moment to balance; bounds keep half precision finite.
 BOUND = 1e4
 
 
-class Diagonal(Transform, Trainable):
+class Diagonal(Transform, Trainable, Neutral):
     """x -> x * c."""
 
     group = "scale"
@@ -33,15 +33,14 @@ class Diagonal(Transform, Trainable):
         return (x * self.scale).to(x.dtype)
 
     @torch.no_grad()
-    def become_plain(self) -> bool:
+    def neutralise(self) -> None:
         self.log_scale.zero_()
-        return True
 
     def inverse_t(self, w: Tensor) -> Tensor:
         return w / self.scale
 
 
-class HeadDiagonal(Transform, Trainable):
+class HeadDiagonal(Transform, Trainable, Neutral):
     """One scale per channel of every key or value head, shared by the query heads that read that head.
 
     The head's writer applies `scale` to its output; this transform is what its readers see.
@@ -81,9 +80,8 @@ class HeadDiagonal(Transform, Trainable):
         return (x * self.spread).to(x.dtype)
 
     @torch.no_grad()
-    def become_plain(self) -> bool:
+    def neutralise(self) -> None:
         self.log_scale.zero_()
-        return True
 
     def inverse_t(self, w: Tensor) -> Tensor:
         return w / self.spread

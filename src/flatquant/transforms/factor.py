@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flatquant.modules import Trainable
+from flatquant.modules import Neutral, Trainable
 
 
 class Factor(nn.Module, ABC):
@@ -40,7 +40,7 @@ class Factor(nn.Module, ABC):
         """P^-T.  # (n, n)"""
 
 
-class DirectFactor(Factor, Trainable):
+class DirectFactor(Factor, Trainable, Neutral):
     """P is the parameter."""
 
     group = "transform"
@@ -59,9 +59,8 @@ class DirectFactor(Factor, Trainable):
         return self.p
 
     @torch.no_grad()
-    def become_plain(self) -> bool:
+    def neutralise(self) -> None:
         self.p.copy_(torch.eye(self.size))
-        return True
 
     def inverse_t(self) -> Tensor:
         if self.shared is not None:
@@ -163,7 +162,7 @@ class FixedFactor(Orthogonal):
         self.register_buffer("q", start.clone())
 
 
-class OrthogonalFactor(Orthogonal, Trainable):
+class OrthogonalFactor(Orthogonal, Trainable, Neutral):
     """An orthogonal P that an optimiser on the manifold trains.
 
     `polish`'s derivative projects gradients onto the manifold's tangent space: only turning counts, not stretching.
@@ -177,9 +176,8 @@ class OrthogonalFactor(Orthogonal, Trainable):
         self.q = nn.Parameter(start.clone())
 
     @torch.no_grad()
-    def become_plain(self) -> bool:
+    def neutralise(self) -> None:
         self.q.copy_(torch.eye(self.size))
-        return True
 
 
 def polish(u: Tensor) -> Tensor:

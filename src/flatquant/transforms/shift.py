@@ -7,10 +7,10 @@ site's transform, before it. A norm with a bias absorbs it; elsewhere it is one 
 import torch
 from torch import Tensor, nn
 
-from flatquant.modules import Trainable
+from flatquant.modules import Neutral, Trainable
 
 
-class Shift(Trainable):
+class Shift(Trainable, Neutral):
     """x -> x - d."""
 
     group = "scale"
@@ -25,9 +25,8 @@ class Shift(Trainable):
         return (x - self.d).to(x.dtype)
 
     @torch.no_grad()
-    def become_plain(self) -> bool:
+    def neutralise(self) -> None:
         self.d.zero_()
-        return True
 
     def product(self, w: Tensor) -> Tensor:
         """What readers add to their bias, W d.  # (o, n) -> (o,)"""

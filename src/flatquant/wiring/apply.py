@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from flatquant import seams
 from flatquant.levels import LevelTensor
-from flatquant.modules import Group, Trainable, share_inputs, trainable_parameters
+from flatquant.modules import Group, Neutral, Trainable, share_inputs, trainable_parameters
 from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid, WeightLevels
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -89,13 +89,13 @@ class FitBlock:
 
     def become_plain(self) -> bool:
         """Round as without a method: identities, whole ranges. False, and unchanged, where a part cannot."""
-        kept = self.state()
         parts = [m for root in self.roots() for m in root.modules()]
-        fixed = any(isinstance(m, Factor) and not isinstance(m, Trainable) for m in parts)
-        trainable = [m for m in parts if isinstance(m, Trainable) and not isinstance(m, JoinedWeight)]
-        if fixed or not all(m.become_plain() for m in trainable):
-            self.load_state(kept)
+        chosen = [m for m in parts if isinstance(m, Factor | Trainable) and not isinstance(m, JoinedWeight)]
+        neutral = [m for m in chosen if isinstance(m, Neutral)]
+        if len(neutral) < len(chosen):
             return False
+        for module in neutral:
+            module.neutralise()
         return True
 
     def state(self) -> dict[str, Tensor]:

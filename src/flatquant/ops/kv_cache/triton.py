@@ -397,6 +397,7 @@ def attend(
         least: places of a part, a multiple of `block`.
         block: places at a time, at most as many as there are steps.
     """
+    assert short is None or block <= len(short.steps)
     b, hq, d = q.shape
     hk, s = keys.scale.shape[1:]
     most, parts = parts, max(1, min(parts, triton.cdiv(s, least)))
