@@ -195,7 +195,8 @@ def quantize(
         windows=recorded(place.state).get("windows") if place is not None and resume else None,
         written=written,
     )
-    layout = replace(layout, work=work(model, plan, recipe, shape, written=written, saves=place is not None))
+    costs = work(model, plan, recipe, shape, written=written, saves=place is not None, recompute=layout.recompute)
+    layout = replace(layout, work=costs)
     run = _Run(
         model,
         name,

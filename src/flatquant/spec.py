@@ -514,7 +514,8 @@ class EndToEndSpec:
         final_lr: where every cosine ends, as a share of `lr` (of `weight_lr` for weights).
         eps: AdamW's, against gradients of the sum over tokens. A larger one holds back parameters whose gradients are
             small, mostly noise when tokens are few.
-        checkpoint: recompute each block in the backward pass: a third more time, a block's activations less memory.
+        checkpoint: where memory is short, compute each block again in the backward pass: a third more time, and
+            activations of one block in memory instead of all.
     """
 
     steps: int = 0

@@ -235,20 +235,40 @@ def test_so_is_that_of_learned_rounding(hidden: int, intermediate: int, seqlen: 
 
 
 @pytest.mark.parametrize(
-    "checkpoint, weight_lr, vocab", [(False, 0.0, 128), (True, 0.0, 128), (True, 1e-4, 128), (False, 0.0, 4096)]
+    "recompute, weight_lr, vocab", [(False, 0.0, 128), (True, 0.0, 128), (True, 1e-4, 128), (False, 0.0, 4096)]
 )
-def test_so_is_that_of_an_end_to_end_fit(checkpoint: bool, weight_lr: float, vocab: int) -> None:
+def test_so_is_that_of_an_end_to_end_fit(recompute: bool, weight_lr: float, vocab: int) -> None:
     small = vocab > 128
     model = tiny_llama(hidden=128 if small else 256, intermediate=256 if small else 704, vocab=vocab, layers=4)
-    spec = EndToEndSpec(steps=2, batch_size=2, weight_lr=weight_lr, checkpoint=checkpoint)
+    spec = EndToEndSpec(steps=2, batch_size=2, weight_lr=weight_lr)
     recipe = dataclasses.replace(
         flatquant("w4a4kv4"), fit=None, end_to_end=spec, data=DataSpec(samples=4, seqlen=128 if small else 64)
     )
     want = counted(model, recipe)
+    if recompute:
+        want = counted(model, recipe, limits=Limits(host=want.host - 1))
+    assert want.recompute == recompute
     tokens = tokens_for(model, 4, recipe.data.seqlen)
     with TensorBytes() as tensors:
-        calibrate(model, recipe, tokens, device=CPU, dtype=torch.float32)
+        calibrate(model, recipe, tokens, device=CPU, dtype=torch.float32, layout=want)
     assert want.device == pytest.approx(tensors.peak, rel=0.25)
+
+
+def test_blocks_are_recomputed_where_keeping_them_takes_over_a_fourth_of_what_is_free(
+    model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(quick("w4a4kv4"), end_to_end=EndToEndSpec(steps=1))
+    roomy = counted(model, recipe)
+    assert not roomy.recompute
+    for free, recompute in ((4 * roomy.host, False), (4 * roomy.host - 4, True)):
+        monkeypatch.setattr(memory, "free_host_bytes", lambda free=free: free)
+        assert counted(model, recipe, limits=Limits()).recompute == recompute
+    least = counted(model, recipe, limits=Limits(host=roomy.host - 1))  # a limit is there to be used
+    assert least.recompute
+    assert least.host < roomy.host
+    never = dataclasses.replace(recipe, end_to_end=EndToEndSpec(steps=1, checkpoint=False))
+    with pytest.raises(CalibrationError, match="needs at least"):
+        counted(model, never, limits=Limits(host=least.host))
 
 
 def test_what_is_written_is_as_estimated(tmp_path: Path) -> None:

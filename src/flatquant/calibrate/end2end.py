@@ -71,6 +71,7 @@ def fit_end_to_end(
     dtype: torch.dtype,
     graph: bool = True,
     splits: int = 1,
+    recompute: bool = False,
     held_out: HeldOutModel | None = None,
     start: tuple[int, list[float], dict[str, Tensor], torch.dtype] | None = None,
     save: Callable[[int, list[float], dict[str, Tensor], torch.dtype], None] | None = None,
@@ -92,6 +93,7 @@ def fit_end_to_end(
         start: (steps done, losses so far, state, dtype) to go on from, as `save` received them.
         graph: on CUDA, replay steps from a CUDA graph.
         splits: parts that a batch is taken in, to need less memory; it divides the batch size.
+        recompute: each block in the backward pass, instead of keeping what it has computed in the forward pass.
         save: keeps the state at the end, and every `SAVE_EVERY` steps unless that would slow the fit by more than a
             twentieth.
         progress: called with (steps done, steps).
@@ -102,17 +104,17 @@ def fit_end_to_end(
     if spec.weight_lr:
         for fit in fits:
             fit.release_weights()
-    parameters = trainable_parameters(*(root for fit in fits for root in fit.roots()))  # what blocks share, once
+    roots = [root for fit in fits for root in fit.roots()]
+    parameters = trainable_parameters(*roots)  # what blocks share, once
     if not any(parameters.values()):
         return FittedModel(losses=[])
 
     def run(fit: FitBlock, call: BlockCall, x: Tensor) -> Tensor:
-        with shared_inverses(fit.roots()):  # inside, so that a recomputation does the same
-            return call(fit.block, x)
+        return call(fit.block, x)
 
     def student(calls: Sequence[BlockCall], x: Tensor) -> Tensor:
         for fit, call in zip(fits, calls, strict=True):
-            if spec.checkpoint:
+            if recompute:
                 x = cast(Tensor, checkpoint(run, fit, call, x, use_reentrant=False, preserve_rng_state=False))
             else:
                 x = run(fit, call, x)
@@ -133,7 +135,8 @@ def fit_end_to_end(
     @torch.no_grad()
     def held_out_losses(held_out: HeldOutModel) -> Tensor:
         windows = zip(held_out.inputs.split(1), held_out.targets.split(1), strict=True)
-        return torch.cat([measure(held_out.calls, x, y) for x, y in windows]).cpu()
+        with shared_inverses(roots):
+            return torch.cat([measure(held_out.calls, x, y) for x, y in windows]).cpu()
 
     def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         loss = measure(calls, x, y).mean()
@@ -157,7 +160,8 @@ def fit_end_to_end(
         loss_fn=loss_fn,
         graph=graph,
         splits=splits,
-        bounded=[m for fit in fits for root in fit.roots() for m in root.modules() if isinstance(m, Bounded)],
+        bounded=[m for root in roots for m in root.modules() if isinstance(m, Bounded)],
+        around=lambda: shared_inverses(roots),
     )
     losses: list[float] = []
     done = 0

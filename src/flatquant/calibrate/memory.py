@@ -6,8 +6,8 @@ pass; those factors are counted from the code and held to measured peaks by test
 what it has when the run starts (Python, torch, transformers) is measured, not counted. It is an estimate: a family with
 wider attention, or a library that needs workspace, is off by that.
 
-Where a limit is short, in this order: fewer blocks side by side; activations in host memory, else in a file; a batch in
-parts. All but the last leave every bit as it is.
+Where a limit is short, in this order: blocks are computed again in an end-to-end fit's backward pass; fewer blocks side
+by side; activations in host memory, else in a file; a batch in parts. All but the last leave every bit as it is.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from flatquant.writing import writing_bytes
 
 FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
 MOST_TOGETHER = 6  # blocks, for their memory
+SPENT_ON_SPEED = 4  # an end-to-end fit keeps what blocks computed where that fits in a fourth of the free memory
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _MMAP_THRESHOLD = -3  # of glibc's malloc.h
 # Host memory that libraries take after the run has started, and what the C library keeps of tensors that are gone.
@@ -79,6 +80,7 @@ class Estimate:
         place: where activations lie between blocks.
         windows: of a batch that a fit works on at a time.
         side_by_side: blocks that are fitted at a time.
+        recompute: an end-to-end fit computes each block again in the backward pass, and keeps nothing but its input.
         streamed: whether one block's tensors are in memory at a time.
         shared: whether the device is the host.
         work: what each stage costs beside the others, in the unit of `calibrate.work`.
@@ -92,6 +94,7 @@ class Estimate:
     side_by_side: int
     streamed: bool
     shared: bool
+    recompute: bool = False
     work: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -251,12 +254,22 @@ def estimate(
     host_limit = limits.host
     if host_limit is None and (free := free_host_bytes()) is not None:
         host_limit = free + resident_bytes()
+    places: tuple[Place, ...] = ("device", "host", "disk") if on_gpu else ("device", "disk")
+    if count.recomputes:
+        roomy = count.layout("device", parts[0], together[0], recompute=False)
+        short, limit, given = (roomy.device, device_limit, limits.device)
+        if not on_gpu:
+            short, limit, given = roomy.host, host_limit, limits.host
+        # What is free is for others too, unless a limit says otherwise.
+        most = limit if limit is None or given is not None else limit // SPENT_ON_SPEED
+        if _within(short, most) and _within(roomy.host, host_limit):
+            return count.with_text(roomy, written) if written else roomy
     least: Estimate | None = None
     # What is given up first varies fastest.
-    for w, place, k in product(parts, ("device", "host", "disk") if on_gpu else ("device", "disk"), together):
+    for w, place, k in product(parts, places, together):
         if place != "device" and k != together[-1]:
             continue  # blocks side by side read one another's rows: they would be brought twice
-        least = count.layout(place, w, k)
+        least = count.layout(place, w, k, recompute=count.recomputes)
         if _within(least.device, device_limit) and _within(least.host, host_limit):
             return count.with_text(least, written) if written else least
     assert least is not None
@@ -310,6 +323,7 @@ class _Count:
         fit = recipe.fit if recipe.fit is not None and recipe.fit.epochs else None
         self.end_to_end = recipe.end_to_end if recipe.end_to_end is not None and recipe.end_to_end.steps else None
         rounds = recipe.scheme.weights is not None
+        self.recomputes = self.end_to_end is not None and self.end_to_end.checkpoint
         self.learned = recipe.solver.learned if rounds and recipe.solver.learns else None
         self.rounds_inputs = any(site.activations is not None for block in plan.blocks for site in block.sites.values())
         batches = [spec.batch_size for spec in (fit, self.end_to_end, self.learned) if spec is not None]
@@ -327,10 +341,10 @@ class _Count:
             fill = full_step(shape[1], self.hidden) // self.batch
             self.together = max(1, min(MOST_TOGETHER, len(blocks), fill))
 
-    def layout(self, place: Place, windows: int, side_by_side: int) -> Estimate:
+    def layout(self, place: Place, windows: int, side_by_side: int, *, recompute: bool) -> Estimate:
         """What the run needs, laid out so."""
         kept = self._streams(side_by_side) * self._stream
-        peak = self._peak(windows, side_by_side) + (kept if place == "device" else 0)
+        peak = self._peak(windows, side_by_side, recompute) + (kept if place == "device" else 0)
         packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
         host = self.base + self.ends + self._beginnings + (kept if place == "host" else 0)
         # The file's pages stay in memory until the last of the model's own tensors is gone.
@@ -345,6 +359,7 @@ class _Count:
             side_by_side=side_by_side,
             streamed=self.streamed,
             shared=not self.fused,
+            recompute=recompute,
         )
 
     def with_text(self, layout: Estimate, written: int) -> Estimate:
@@ -375,7 +390,7 @@ class _Count:
         rounded = self.sees_original + (side_by_side if self.learned is not None else 1) + 2 * q
         return max(side_by_side + 1 + q, rounded) + int(self.end_to_end is not None)
 
-    def _peak(self, windows: int, side_by_side: int) -> float:
+    def _peak(self, windows: int, side_by_side: int, recompute: bool) -> float:
         tokens = windows * (self.shape[1] if self.shape else 0)
         s = max(self.sizes, key=lambda s: s.weights)
         resident = 4 * sum(b.weights for b in self.sizes) if self.all_blocks else 0
@@ -391,7 +406,7 @@ class _Count:
             if self.dtype_changes:
                 logits += self.item * self.vocab * self.hidden  # the head's weight
             chain = len(self.sizes) * tokens * self.hidden * self.item
-            together = [s] if self.end_to_end.checkpoint else self.sizes
+            together = [s] if recompute else self.sizes
             end = trained + logits + chain + sum(self._kept(b, tokens) for b in together) + self._made(s)
         return resident + max(fold, solve + passes, learn, fit, end)
 

@@ -18,7 +18,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,7 @@ class Optimiser:
             add up to those of the whole batch, in another order of sums.
         relative: an objective is its loss divided by the loss's own value, so that parts count as their losses do.
         bounded: settled after every step.
+        around: gives a context that lasts through a part's forward and backward pass.
     """
 
     def __init__(
@@ -147,8 +148,9 @@ class Optimiser:
         splits: int = 1,
         relative: bool = False,
         bounded: Sequence[Bounded] = (),
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.bounded = bounded
+        self.bounded, self.around = bounded, around
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"
@@ -190,11 +192,12 @@ class Optimiser:
         """Of a batch, left with the parameters; its loss, the mean over its parts."""
         total = last = None
         for part in zip(*(b.chunk(self.splits) for b in batch), strict=True):
-            objective, loss = self.loss_fn(*part)
-            loss = loss.detach()
-            if last is not None:
-                self._rescale(last, loss)  # from parts of the last loss to parts of this one
-            objective.backward()
+            with self.around():
+                objective, loss = self.loss_fn(*part)
+                loss = loss.detach()
+                if last is not None:
+                    self._rescale(last, loss)  # from parts of the last loss to parts of this one
+                objective.backward()
             last = loss if last is None else torch.where(loss > 0, loss, last)
             total = loss if total is None else total + loss
         assert last is not None

@@ -506,6 +506,7 @@ class _Run:
                 dtype=self.dtype,
                 graph=self.graph,
                 splits=splits(spec.batch_size, self.layout.windows),
+                recompute=self.layout.recompute,
                 held_out=held_out,
                 start=start,
                 save=save,

@@ -31,6 +31,7 @@ def work(
     *,
     written: int = 0,
     saves: bool = True,
+    recompute: bool = False,
 ) -> dict[str, float]:
     """The cost of every stage that the run will have, by its name in progress.
 
@@ -38,6 +39,7 @@ def work(
         shape: of the calibration tokens, (N, T); None for a recipe that reads none.
         written: how many of the windows the model writes.
         saves: to a folder.
+        recompute: blocks in the backward pass of an end-to-end fit (`Estimate.recompute`).
     """
     blocks = list(submodule(model, plan.blocks_path).children())
     weights = sum(sum(linear_weights(block, p)) for block, p in zip(blocks, plan.blocks, strict=True))
@@ -57,7 +59,7 @@ def work(
         found["fit"] = recipe.fit.epochs * (_A_STEP * forward + steps * _A_WEIGHT_A_STEP * weights)
     end = recipe.end_to_end
     if end is not None and end.steps and shape is not None:
-        passes = end.batch_size * shape[1] * ((_A_STEP + end.checkpoint) * weights + 4 * head)
+        passes = end.batch_size * shape[1] * ((_A_STEP + recompute) * weights + 4 * head)
         found["end to end"] = end.steps * (passes + _A_WEIGHT_A_STEP * weights)
     found["solve"] = _A_WEIGHT_ROUNDED * weights + _solving(model, plan, recipe, forward)
     found["solve"] += _learning(recipe, weights, shape)
