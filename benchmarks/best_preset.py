@@ -31,6 +31,7 @@ from flatquant.recipes import flatquant
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, Scheme, SolverSpec, to_dict
 
 TEXTS = ("wikitext2", "c4")
+WEIGHTS = 0.19  # root mean square of SmolLM2's; the names of variants have absolute rates of learning
 
 
 def halves(file: Path, folder: Path) -> tuple[Path, Path]:
@@ -75,7 +76,7 @@ def variant(
             batch_size=batch * 2048 // seqlen,
             lr=lr,
             clip_lr=clip_lr,
-            weight_lr=weight_lr,
+            weight_lr=weight_lr / WEIGHTS,
             final_lr=final_lr,
             checkpoint=False,
         ),

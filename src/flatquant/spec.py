@@ -510,7 +510,7 @@ class EndToEndSpec:
         rotation_lr: of rotations, by Cayley SGD.
         code_lr: of weights on levels; see `FitSpec`.
         weight_lr: of the weights before transform and grid, which then train through their rounding as well
-            (straight-through); 0 leaves them as they are.
+            (straight-through), as a share of the root mean square of their site's; 0 leaves them as they are.
         final_lr: where every cosine ends, as a share of `lr` (of `weight_lr` for weights).
         eps: AdamW's, against gradients of the sum over tokens. A larger one holds back parameters whose gradients are
             small, mostly noise when tokens are few.

@@ -112,7 +112,7 @@ def test_where_the_fit_went_is_in_the_report_and_in_a_resumed_one(tmp_path: Path
     assert again.blocks[1]["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("weight_lr", [0.0, 1e-3])
+@pytest.mark.parametrize("weight_lr", [0.0, 1e-2])
 def test_an_end_to_end_fit_takes_a_step_that_overflowed_again(weight_lr: float, tmp_path: Path, monkeypatch) -> None:
     """Of a kind that float16 cannot hold: it goes on in bfloat16, and a killed run ends with the same bytes."""
     spec = EndToEndSpec(steps=10, batch_size=2, weight_lr=weight_lr)
@@ -246,7 +246,7 @@ def test_a_fit_that_makes_blocks_worse_is_undone(name: str, inputs: str, monkeyp
     assert same_tensors(got, want)
 
 
-@pytest.mark.parametrize("weight_lr", [0.0, 1.0])
+@pytest.mark.parametrize("weight_lr", [0.0, 10.0])
 @pytest.mark.parametrize("objective", ["kl", "cross_entropy"])
 def test_an_end_to_end_fit_that_makes_the_model_worse_is_undone(
     weight_lr: float, objective: str, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flatquant.calibrate.optimise import EAGER_STEPS, Optimiser, cosine, linear
@@ -151,6 +153,29 @@ def test_it_is_adamw_with_a_rate_for_each_group() -> None:
         adamw.step()
     for a, b in zip(final(parameters), final(other), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@given(exponent=st.integers(-12, 12))
+def test_a_weight_moves_in_proportion_to_its_matrix(exponent: int) -> None:
+    """So that one rate serves models whose weights differ in size."""
+
+    def moved(scale: float) -> list[Tensor]:
+        g = torch.Generator().manual_seed(0)
+        ws = [nn.Parameter(torch.randn(4, 4, generator=g) * scale), nn.Parameter(torch.randn(4, 4, generator=g))]
+
+        def loss_fn(x: Tensor) -> tuple[Tensor, Tensor]:
+            loss = ((x @ ws[0] / scale @ ws[1]).tanh() - 1).square().mean()
+            return loss, loss
+
+        optimiser = Optimiser(
+            {"weight": ws}, {"weight": 1e-2}, floors={"weight": 0.0}, steps=3, loss_fn=loss_fn, graph=False, eps=0.0
+        )
+        for _ in range(3):
+            optimiser.step(torch.ones(2, 4))
+        return [ws[0].detach() / scale, ws[1].detach()]
+
+    for a, b in zip(moved(1.0), moved(2.0**exponent), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("splits", [2, 4, 8])

@@ -38,7 +38,7 @@ def test_kl_divergence_of_tokens() -> None:
     assert kl_rows(p, p + 3.0).mean().abs() < 1e-6  # logits are defined up to a constant
 
 
-@pytest.mark.parametrize("recompute, weight_lr", [(False, 0.0), (True, 0.0), (False, 1e-3)])
+@pytest.mark.parametrize("recompute, weight_lr", [(False, 0.0), (True, 0.0), (False, 1e-2)])
 def test_an_end_to_end_fit_lowers_the_divergence(
     model, recompute: bool, weight_lr: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +76,7 @@ def test_an_end_to_end_fit_that_has_no_room_is_refused(model) -> None:
 
 
 def test_recomputing_blocks_changes_nothing(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = dataclasses.replace(quick("w4a4kv4"), end_to_end=EndToEndSpec(steps=3, weight_lr=1e-3))
+    recipe = dataclasses.replace(quick("w4a4kv4"), end_to_end=EndToEndSpec(steps=3, weight_lr=1e-2))
     calls: list[int] = []
     monkeypatch.setattr(end2end, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
     models = []
@@ -115,7 +115,7 @@ def killed_at(stage: str, done: int):
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=10, batch_size=2)), "end to end", 9),
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)), "end to end", 2),  # before a step is kept
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)), "solve", 1),
-        (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=10, batch_size=2, weight_lr=1e-3)), "end to end", 9),
+        (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=10, batch_size=2, weight_lr=1e-2)), "end to end", 9),
     ],
 )
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, recipe: Recipe, stage: str, done: int) -> None:

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from flatquant.modules import trainable_parameters
 from flatquant.spec import TransformSpec
-from flatquant.transforms import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor, make_factor
+from flatquant.transforms import (
+    DirectFactor,
+    Factor,
+    FixedFactor,
+    OrthogonalFactor,
+    SVDFactor,
+    make_factor,
+    shared_inverses,
+)
 from flatquant.transforms.factor import cayley, polish
 from flatquant.transforms.start import random_hadamard, random_orthogonal
 
@@ -95,6 +103,51 @@ class _Method(torch.nn.Module):
 
     def forward(self) -> Tensor:
         return getattr(self.factor, self.method)()
+
+
+SHARED = [8] * 20 + [40] * 3 + [48, 64, 130, 256]  # more than a batch has, and sizes that have a batch each
+
+
+def test_inverses_that_are_shared_are_those_of_each_factor_and_have_their_gradients() -> None:
+    factors = [DirectFactor(regular(n, seed)) for seed, n in enumerate(SHARED)]
+    want = [f.inverse_t() for f in factors]
+    gradients = torch.autograd.grad(sum(w.sin().sum() for w in want), [f.p for f in factors])
+    with shared_inverses(factors):
+        got = [f.inverse_t() for f in factors]
+        for f, a, b in zip(factors, got, want, strict=True):
+            assert f.inverse_t() is a
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        for a, b in zip(
+            torch.autograd.grad(sum(w.sin().sum() for w in got), [f.p for f in factors]), gradients, strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    assert all(f.shared is None for f in factors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_can_hold_all_inverses_of_a_model() -> None:
+    factors = [DirectFactor(regular(n, seed).float().cuda()) for seed, n in enumerate(SHARED * 4)]
+
+    def step() -> None:
+        with shared_inverses(factors):
+            sum(f.inverse_t().sin().sum() for f in factors).backward()
+
+    def gradients() -> list[Tensor]:
+        found = [f.p.grad.clone() for f in factors]
+        for f in factors:
+            f.p.grad = None
+        return found
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        step()
+        want = gradients()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        graph.replay()
+        for a, b in zip(gradients(), want, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("kind", FACTORS)

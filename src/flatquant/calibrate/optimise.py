@@ -118,8 +118,8 @@ class Optimiser:
 
     Args:
         parameters: by group.
-        rates: start learning rate by group.
-        floors: learning rate at the end by group.
+        rates: start learning rate by group; of weights, relative to the root mean square of each matrix at the start.
+        floors: learning rate at the end by group, likewise.
         steps: total number of steps (the schedule's length).
         schedule: `cosine` or `linear`.
         loss_fn: maps static batch tensors to (objective to differentiate, loss to report), both scalars. On CUDA it
@@ -156,10 +156,11 @@ class Optimiser:
         on_gpu = device.type == "cuda"
         self.groups: list[tuple[dict[str, Any], float, float]] = []  # with the rate at the start and at the end
         moved, turned, signed = [], [], []
-        for name, ps in parameters.items():
+        for name, unit, ps in _in_units(parameters):
             if ps:
-                group = {"params": ps, "lr": torch.tensor(rates[name], device=device)}
-                self.groups.append((group, rates[name], floors[name]))
+                rate, floor = rates[name] * unit, floors[name] * unit
+                group = {"params": ps, "lr": torch.tensor(rate, device=device)}
+                self.groups.append((group, rate, floor))
                 (turned if name == "rotation" else signed if name == "rounding" else moved).append(group)
         self.optimisers: list[torch.optim.Optimizer] = []
         if moved:
@@ -350,6 +351,21 @@ class Optimiser:
             moments = {n: state[f"{i}.{n}"].to(p.device, copy=True) for n in MOMENTS if f"{i}.{n}" in state}
             if moments:
                 self.optimisers[0].state[p] = moments
+
+
+def _in_units(
+    parameters: Mapping[Group, list[nn.Parameter]],
+) -> Iterator[tuple[Group, float, list[nn.Parameter]]]:
+    """Parameters by group and by what one of their learning rate means.
+
+    AdamW moves all parameters by their rate, whatever their size. Weights of models differ tenfold in theirs.
+    """
+    for name, ps in parameters.items():
+        if name == "weight":
+            for p in ps:
+                yield name, float(p.detach().norm()) / math.sqrt(p.numel()), [p]
+        else:
+            yield name, 1.0, ps
 
 
 def _difference(loss: Tensor, got: Tensor, norms: Tensor, got_norms: Tensor) -> str:

@@ -76,10 +76,10 @@ def shared_inverses(modules: Sequence[nn.Module]) -> Iterator[None]:
     to a common one. Gradients flow as they would one by one.
     """
     factors = {id(m): m for root in modules for m in root.modules() if isinstance(m, DirectFactor)}
-    batches: dict[int, list[DirectFactor]] = {}
+    sizes: dict[int, list[DirectFactor]] = {}
     for factor in factors.values():
-        batches.setdefault(max(32, 1 << (factor.size - 1).bit_length()), []).append(factor)
-    for size, members in batches.items():
+        sizes.setdefault(max(32, 1 << (factor.size - 1).bit_length()), []).append(factor)
+    for size, members in ((s, batch) for s, same in sizes.items() for batch in _batches(s, same)):
         if len(members) == 1:
             members[0].shared = members[0].inverse_t()
             continue
@@ -96,6 +96,13 @@ def shared_inverses(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for factor in (*factors.values(), *orthogonal.values()):
             factor.shared = None
+
+
+def _batches(size: int, members: list[DirectFactor]) -> Iterator[list[DirectFactor]]:
+    """Such that torch leaves their inverses to cuSOLVER or cuBLAS: those of MAGMA cannot be held by a CUDA graph."""
+    most = 16 if size <= 128 else 1
+    for i in range(0, len(members), most):
+        yield members[i : i + most]
 
 
 class SVDFactor(Factor, Trainable):
