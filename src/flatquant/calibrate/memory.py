@@ -36,7 +36,7 @@ from flatquant.writing import writing_bytes
 
 FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
 MOST_TOGETHER = 6  # blocks, for their memory
-SPENT_ON_SPEED = 4  # an end-to-end fit keeps what blocks computed where that fits in a fourth of the free memory
+SPENT_ON_SPEED = 2  # an end-to-end fit keeps what blocks computed where that fits in half of the free memory
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _MMAP_THRESHOLD = -3  # of glibc's malloc.h
 # Host memory that libraries take after the run has started, and what the C library keeps of tensors that are gone.

@@ -70,7 +70,7 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
             scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
             transforms=transforms(BALANCED_SCALE),
             fit=FitSpec(epochs=1, batch_size=4, lr=5e-3, clip_lr=5e-2),
-            end_to_end=EndToEndSpec(steps=600, batch_size=4, lr=2e-3, clip_lr=2e-2, weight_lr=1e-3),
+            end_to_end=EndToEndSpec(steps=600, batch_size=4, lr=2e-3, clip_lr=2e-2, weight_lr=5e-4),
             solver=SolverSpec(kind="rtn"),
             data=DataSpec(samples=384, seqlen=2048, text="wikitext2:1,c4:3"),
         )
