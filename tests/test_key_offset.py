@@ -201,6 +201,26 @@ def test_who_gets_one(name: str, choice, reads_text: bool, want: KeyOffset | Non
     assert recipe.needs_data == (reads_text or choice == "mean")
 
 
+@pytest.mark.parametrize("name, offset", [("mistral", None), ("qwen2", "bias"), ("cohere", None)])
+def test_keys_of_8_bits_are_cached_as_plain_rounding_does(name: str, offset: str | None) -> None:
+    """What the mean of some text takes away there is chance."""
+    model = tiny_family(name)
+    arch = arch_of(model.config)
+    plans = [
+        make_plan(made, arch, Geometry.of(model.config), model.model.layers)
+        for made in (quick("kv8"), rtn("kv8"), with_offset(quick("kv8"), "mean"))
+    ]
+    assert plans[0].blocks[0].key_offset == plans[1].blocks[0].key_offset
+    assert (plans[0].blocks[0].key_offset is None) == (offset is None)
+    assert plans[2].blocks[0].key_offset is not None
+    if offset:
+        fitted, _, _ = calibrated(model, quick("kv4,1.k8"))
+        rounded, _, _ = calibrated(model, rtn("kv4"))
+        first, second = (offset_of(block) for block in fitted.model.layers)
+        assert not torch.equal(first, offset_of(rounded.model.layers[0]))
+        assert torch.equal(second, offset_of(rounded.model.layers[1]))
+
+
 def test_blocks_without_rotary_embedding_do_not_turn_it() -> None:
     model = tiny_family("smollm3")
     plan = make_plan(rtn("kv4"), arch_of(model.config), Geometry.of(model.config), model.model.layers)

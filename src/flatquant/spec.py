@@ -226,8 +226,8 @@ class Scheme:
     2 to 8 (see `QuantSpec.clip_start`).
 
     `key_offset` is a constant per key channel, before RoPE, that the key grids leave out and attention gets back: the
-    keys' `bias`, their `mean` over calibration text, or `none`. `auto` is the mean where the recipe reads text, else
-    the bias where keys have one.
+    keys' `bias`, their `mean` over calibration text, or `none`. `auto` is the mean where the recipe reads text and keys
+    have fewer than 8 bits, else the bias where keys have one.
     """
 
     weights: QuantSpec | None = None

@@ -54,7 +54,7 @@ from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe, RoundingSpec
 from flatquant.wiring.apply import FitBlock, InputStatistics, fold_block, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
-from flatquant.wiring.plan import make_plan
+from flatquant.wiring.plan import make_plan, takes_mean
 from flatquant.wiring.residual import residual_factor, rotate_ends
 
 
@@ -388,7 +388,8 @@ class _Run:
     def _full_precision(self, index: int, call: BlockCall, hidden: Kept) -> tuple[Kept, dict[str, InputStatistics]]:
         """What an original block gives, and its input statistics; in a wider dtype if products overflow the fit's."""
         block, dtype = self.blocks[index], self.dtype
-        offset = None if self.recipe.scheme.key_offset == "bias" else self.plan.blocks[index].key_offset  # by its mean
+        plan = self.plan.blocks[index]
+        offset = plan.key_offset if takes_mean(self.recipe, plan.keys) else None
         while True:
             observer = Observer(block, self.arch, offset)
             run = partial(_in_dtype, dtype, hidden.dtype, partial(call, block))

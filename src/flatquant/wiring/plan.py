@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from flatquant.errors import FamilyError, ModelError, SpecError
-from flatquant.spec import BlockPlan, CodebookSpec, KeyOffset, Plan, Recipe, SitePlan, Transforms
+from flatquant.spec import BlockPlan, CodebookSpec, KeyOffset, Plan, QuantSpec, Recipe, SitePlan, Transforms
 from flatquant.transforms import hadamard_split, kronecker_split
 from flatquant.wiring.arch import Arch, Edge, Geometry, key_bias, linear_at, submodule
 
@@ -63,11 +63,23 @@ def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: G
     _check_all_read(index, block, arch)
     online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
     qk = online and (keys is not None or force)
-    offset = _key_offset(block, recipe, arch, geometry) if keys is not None or force else None
+    offset = _key_offset(block, recipe, arch, geometry, keys) if keys is not None or force else None
     return BlockPlan(sites=sites, head_dim=geometry.head_dim, qk=qk, keys=keys, values=values, key_offset=offset)
 
 
-def _key_offset(block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry) -> KeyOffset | None:
+def takes_mean(recipe: Recipe, keys: QuantSpec | None) -> bool:
+    """Whether keys on this grid are cached less their mean over calibration text.
+
+    At 8 bits it takes nothing away that can be measured (docs/experiments.md, "Keys less a constant").
+    """
+    wanted = recipe.scheme.key_offset
+    fine = keys is not None and keys.bits >= 8
+    return wanted == "mean" or (wanted == "auto" and recipe.needs_data and not fine)
+
+
+def _key_offset(
+    block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, keys: QuantSpec | None
+) -> KeyOffset | None:
     """Whether keys are cached less a constant, and how that turns."""
     attention = submodule(block, arch.attention)
     normed = any(name.startswith("k_") and "norm" in name for name, _ in attention.named_children())
@@ -75,7 +87,7 @@ def _key_offset(block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry
     match recipe.scheme.key_offset:
         case "none":
             return None
-        case "auto" if not recipe.needs_data and (normed or not biased):
+        case "auto" if not takes_mean(recipe, keys) and (normed or not biased):
             return None
         case "bias" if not biased or normed:
             where = "keys pass a norm after their bias" if biased else "keys have no bias"
