@@ -31,6 +31,7 @@ from flatquant.transforms import shared_inverses
 from flatquant.wiring.apply import FitBlock
 
 SAVE_EVERY = 8  # steps
+NOTHING_LOST = 1e-3  # nats per token that plain rounding may lose without a fit
 # What a token's loss counts on its way back. Not a mean: gradients in float16 would underflow. Of the text's cross
 # entropy a share, since at few bits a weight's gradient, summed over tokens, would overflow. AdamW sees a difference in
 # its eps alone.
@@ -51,7 +52,8 @@ class FittedModel:
     """How the fit went: the loss of every step, nats per token; and before and after it, on held-out windows.
 
     `plain` is the loss of plain rounding there, if the parameters can be such. `undone`: the loss had grown, or was not
-    less than that of plain rounding by more than chance, and that came back.
+    less than that of plain rounding by more than chance, and that came back. Where plain rounding loses next to
+    nothing, it is taken without a step.
     """
 
     losses: list[float]
@@ -89,7 +91,8 @@ def fit_end_to_end(
         targets: the original's hidden states after the last block, (N, T, h), or for cross entropy the tokens, (N, T).
         dtype: of the matrix products (parameters stay float32).
         held_out: where the loss on these windows has grown, the start comes back; where it is not less than that of
-            plain rounding by more than chance, plain rounding does. Either with a warning.
+            plain rounding by more than chance, plain rounding does. Either with a warning. Where plain rounding
+            diverges by less than `NOTHING_LOST` on them, nothing is fitted.
         start: (steps done, losses so far, state, dtype) to go on from, as `save` received them.
         graph: on CUDA, replay steps from a CUDA graph.
         splits: parts that a batch is taken in, to need less memory; it divides the batch size.
@@ -179,6 +182,15 @@ def fit_end_to_end(
     if held_out is not None:
         if all(fit.become_plain() for fit in fits):
             plain_losses = held_out_losses(held_out)
+            least = float(plain_losses.mean())
+            if before is not None and spec.objective == "kl" and least < NOTHING_LOST:
+                warnings.warn(
+                    f"plain rounding loses {least:.2g} nats per token, and less than {NOTHING_LOST:.0e} are not worth "
+                    "transforms; nothing was fitted end to end",
+                    FitWarning,
+                    stacklevel=2,
+                )
+                return FittedModel(losses=[], held_out=(before, least), plain=least, undone=True)
         restore()
     if start is not None:
         done, losses, state, reached = start
