@@ -36,7 +36,7 @@ from flatquant.writing import writing_bytes
 
 FULL_STEP = 1 << 25  # hidden-state elements that fill a large GPU
 MOST_TOGETHER = 6  # blocks, for their memory
-SPENT_ON_SPEED = 2  # an end-to-end fit keeps what blocks computed where that fits in half of the free memory
+SPENT_ON_SPEED = 3  # an end-to-end fit keeps what blocks compute where that fits in a third of the free memory
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _MMAP_THRESHOLD = -3  # of glibc's malloc.h
 # Host memory that libraries take after the run has started, and what the C library keeps of tensors that are gone.
@@ -203,11 +203,14 @@ class _Copies:
     inputs: float  # of a site's input
     outputs: float  # of a site's output
     hidden: float  # of the residual stream, 4 bytes each
+    saved: float = 1.0  # share of these that the forward pass alone leaves
+    logits: float = 28.0  # bytes a logit of an end-to-end fit
 
 
 _EAGER = _Copies(kept=4, made=6, inputs=5, outputs=3, hidden=10)
-# Of seven whole runs on an H100 (calibration-h100.json, proof-*.json), the estimate is 1.01 to 1.18 times the peak.
-_FUSED = _Copies(kept=2.5, made=3.5, inputs=3, outputs=2, hidden=8)
+# Of seven whole runs on an H100 (calibration-h100.json, proof-*.json), the estimate is 1.01 to 1.18 times the peak; of
+# four end-to-end fits on an H200 (ladder-*.json, two at other commits), 1.07 to 1.14 times.
+_FUSED = _Copies(kept=2.5, made=3.5, inputs=3, outputs=2, hidden=8, saved=0.5, logits=11.0)
 # Of a folded block whose rounding is learned, with weights alone on a grid, and with activations too.
 _LEARNED = _Copies(kept=2, made=1, inputs=1, outputs=1, hidden=5)
 _ROUNDED = replace(_LEARNED, inputs=4)
@@ -401,13 +404,15 @@ class _Count:
         learn = self._learning(s, tokens) if self.learned is not None else 0
         end = 0
         if self.end_to_end is not None:
-            trained = 12 * sum(b.weights for b in self.sizes) if self.end_to_end.weight_lr else 0
-            logits = (14 if self.fused else 28) * tokens * self.vocab
-            if self.dtype_changes:
-                logits += self.item * self.vocab * self.hidden  # the head's weight
+            trained = 4 * sum(b.weights for b in self.sizes) if self.end_to_end.weight_lr else 0
             chain = len(self.sizes) * tokens * self.hidden * self.item
-            together = [s] if recompute else self.sizes
-            end = trained + logits + chain + sum(self._kept(b, tokens) for b in together) + self._made(s)
+            left = 0 if recompute else self.copies.saved * sum(self._kept(b, tokens) for b in self.sizes)
+            # Where the model ends, with both moments of AdamW; where its backward pass does, with gradients as well.
+            top = 2 * trained + self.copies.logits * tokens * self.vocab + left
+            bottom = 3 * trained + self._kept(s, tokens) + self._made(s)
+            end = chain + max(top, bottom)
+            if self.dtype_changes:
+                end += self.item * self.vocab * self.hidden  # the head's weight
         return resident + max(fold, solve + passes, learn, fit, end)
 
     def _kept(self, s: _Sizes, tokens: int) -> float:
