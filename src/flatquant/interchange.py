@@ -32,7 +32,7 @@ from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.errors import ArtifactError, ModelError
 from flatquant.models import quiet
 from flatquant.ops.kron.reference import kron_matmul
-from flatquant.quantizers import Dynamic
+from flatquant.quantizers import Dynamic, WeightGrid
 from flatquant.quantizers.clip import LearnedClip
 from flatquant.recipes import flatquant
 from flatquant.runtime.artifact import check_output
@@ -169,7 +169,7 @@ def _fill(fit: FitBlock, reader: _Reader) -> float:
                     _set(left, reader, f"{_TRANSFORMS[name]}.matrix_left")
                     _set(right, reader, f"{_TRANSFORMS[name]}.matrix_right")
         readers = fit.plan.sites[name].readers
-        if site.grid is not None and isinstance(site.grid.clip, LearnedClip):
+        if isinstance(site.grid, WeightGrid) and isinstance(site.grid.clip, LearnedClip):
             for ours, end in ((site.grid.clip.low_logit, "min"), (site.grid.clip.high_logit, "max")):
                 theirs = [
                     reader.get(f"{path}.clip_factor_w_{end}", (rows, 1))

@@ -8,15 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flatquant import seams
+from flatquant import formats, seams
 from flatquant.codebook import Book, index_dtype
 from flatquant.errors import ArtifactError
+from flatquant.formats.base import Codes
 from flatquant.levels import LevelTensor
 from flatquant.modules import share_inputs
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, FrozenBlocks, NoClip, SplitGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
+from flatquant.runtime.codes import CodeLinear, FrozenCodes, PackedCodes
 from flatquant.runtime.experts import is_stacked, open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.levels import FrozenLevels, PackedLevels
@@ -106,6 +108,9 @@ def _site(plan: SitePlan) -> FrozenSite:
         grid = SplitGrid(spec, _empty(1), _empty(n1 * n2, dtype=torch.uint8))
     elif spec is not None and spec.kind == "levels":
         grid = ActivationLevels(spec, _empty(spec.bits - 1))
+    elif spec is not None and spec.format is not None:
+        _check_blocks(spec, n1 * n2)
+        grid = FrozenBlocks.empty(spec)
     else:
         grid = _dynamic(spec)
     left, right = _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None
@@ -120,6 +125,8 @@ def _linear(linear: nn.Linear, site: FrozenSite, plan: SitePlan, packed: bool) -
         return DenseLinear(site, _empty(o, n, dtype=linear.weight.dtype), bias)
     if plan.codebook is not None:
         return _codebook_linear(site, o, n, spec.bits, plan.codebook, bias, packed)
+    if spec.format is not None:
+        return _code_linear(site, o, n, spec, bias, packed)
     groups = n // (spec.group_size or n)
     if spec.kind == "levels":
         levels = _empty(o, groups, spec.bits)
@@ -131,6 +138,22 @@ def _linear(linear: nn.Linear, site: FrozenSite, plan: SitePlan, packed: bool) -
         return PackedLinear(site, _empty(o, -(-n * spec.bits // 8), dtype=torch.uint8), scale, zero, bias, spec, n)
     values = _empty(o, n, dtype=torch.int8 if spec.symmetric else torch.uint8)
     return FrozenLinear(site, QTensor(values=values, scale=scale, zero=zero, spec=spec), bias)
+
+
+def _check_blocks(spec: QuantSpec, n: int) -> None:
+    assert spec.format is not None
+    if n % spec.format.block:
+        raise ArtifactError(f"the plan does not fit the model: {spec.kind} has no blocks for {n} inputs")
+
+
+def _code_linear(site: FrozenSite, o: int, n: int, spec: QuantSpec, bias: Tensor | None, packed: bool) -> CodeLinear:
+    _check_blocks(spec, n)
+    form = formats.make(spec.kind)
+    parts = {name: _empty(*part.shape, dtype=part.dtype) for name, part in form.layout(o, n).items()}
+    stream = parts.pop("packed")
+    if packed:
+        return PackedCodes(site, stream, parts, bias, form, n)
+    return FrozenCodes(site, Codes(codes=_empty(o, n, dtype=torch.uint8), parts=parts, format=form), bias)
 
 
 def _codebook_linear(

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from flatquant import formats
 from flatquant.errors import ArtifactError, SpecError, one_line
 from flatquant.spec import BlockPlan, Plan, QuantSpec, SitePlan, from_dict, to_dict
 
@@ -317,6 +318,8 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
                 kinds |= {f"{root}flatquant.{name}.activations.{n}": "transforms" for n in ("step", "copies")}
             if site.activations and site.activations.kind == "levels":
                 kinds[f"{root}flatquant.{name}.activations.basis"] = "transforms"
+            if site.activations and site.activations.format and site.activations.format.tensor_scale:
+                kinds[f"{root}flatquant.{name}.activations.tensor_scale"] = "transforms"
             if site.activations and site.activations.clip != "none":
                 kinds[f"{root}flatquant.{name}.activations.clip.ratio"] = "transforms"
         attention = f"{root}{plan.attention}.flatquant_kv."
@@ -401,6 +404,8 @@ def _reader_kinds(site: SitePlan) -> dict[str, str]:
 
 
 def _integer_kinds(weights: QuantSpec) -> dict[str, str]:
+    if weights.format is not None:
+        return {name: part.kind for name, part in formats.make(weights.kind).layout(1, weights.format.block).items()}
     if weights.kind == "levels":
         return {"packed": "packed", "levels": "grids"}
     return {"packed": "packed", "scale": "grids"} | ({} if weights.symmetric else {"zero": "grids"})

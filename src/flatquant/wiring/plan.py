@@ -108,6 +108,11 @@ def _site(
     n = _input_size(block, edge)
     if weights and weights.group_size and n % weights.group_size:
         raise SpecError(f"group size {weights.group_size} does not divide the {n} inputs of {edge.readers[0]}")
+    for spec in (weights, activations):
+        if spec is not None and spec.format is not None and n % spec.format.block:
+            raise SpecError(
+                f"{spec.kind}: blocks of {spec.format.block} do not divide the {n} inputs of {edge.readers[0]}"
+            )
     codebook = recipe.solver.codebook if weights else None
     if codebook is not None:
         _check_lengths(block, edge, codebook)
