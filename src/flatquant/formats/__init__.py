@@ -4,8 +4,8 @@ A scheme names a format where it would give bits: `wNAMEa8`, or `NAME` for weigh
 format by its facts alone, so that nothing here imports torch; `make` loads the file. `register` adds a format from
 outside the package (docs/formats.md).
 
-Integers, learned levels and vector codebooks are older than this folder. Their layouts in a file are here
-(`integers.py`, `levels.py`, `codebooks.py`).
+Integers, learned levels and vector codebooks have no such names: `w4`, or a recipe, means them. `kinds.py` knows them
+too.
 """
 
 from __future__ import annotations

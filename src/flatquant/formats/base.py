@@ -1,4 +1,6 @@
-"""What a format is: codes and scales for a matrix of numbers, how they lie in a file, and what they stand for.
+"""What a format is: codes for a matrix of numbers, what is stored beside them, and what they stand for.
+
+A `Format` says how a matrix lies in a file (`layout`) and which numbers it is (`decode`). `Codes` are such a matrix.
 
 A `BlockFormat` cuts every row into blocks. A block has one stored scale, and every number a code of a few bits: a sign
 and a magnitude. The number is sign * magnitude * step, and the step follows from the block's scale and, where there is
@@ -32,16 +34,62 @@ class Part(NamedTuple):
 Layout = dict[str, Part]  # the tensors that a matrix is stored as, by name
 
 
+class Format(ABC):
+    """A matrix as codes of `bits` each, and other tensors, its parts; see the module docstring."""
+
+    bits: int
+    shared: frozenset[str] = frozenset()  # parts that belong to all rows together
+
+    @abstractmethod
+    def layout(self, o: int, n: int) -> Layout:
+        """The tensors that an (o, n) matrix is stored as: `packed`, its codes, and its parts.
+
+        Raises:
+            ValueError: rows of n numbers have no place in the format.
+        """
+
+    @abstractmethod
+    def decode(self, codes: Tensor, parts: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """What codes stand for, computed in float32 (float64 if asked for), then cast.  # (o, n)"""
+
+    @abstractmethod
+    def check_parts(self, parts: dict[str, Tensor]) -> None:
+        """Raise ValueError unless the parts give every code a finite number."""
+
+    def unpack(self, packed: Tensor, n: int) -> Tensor:
+        """Undo `Codes.packed`; n is the number of columns.  # uint8, (o, n)"""
+        return unpack_bits(packed, self.bits, n)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Codes:
-    """A matrix in some format, one code per number.
+    """A matrix in some format, one code per number. Invariants, checked on construction:
 
-    `parts` are the tensors of the format's layout but for `packed`, which `codes` are before packing.
+    - `codes` is uint8, shape (o, n);
+    - `parts` are the tensors of `format.layout(o, n)` but for `packed`, which `codes` are before packing.
     """
 
     codes: Tensor  # uint8, (o, n)
     parts: dict[str, Tensor]
-    format: BlockFormat
+    format: Format
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != torch.uint8 or self.codes.dim() != 2:
+            raise ValueError(f"codes must be a uint8 matrix, got {self.codes.dtype}")
+        o, n = self.codes.shape
+        layout = {name: part for name, part in self.format.layout(o, n).items() if name != "packed"}
+        if layout.keys() != self.parts.keys():
+            raise ValueError(f"parts are {', '.join(self.parts)}, the format has {', '.join(layout)}")
+        for name, part in layout.items():
+            found = self.parts[name]
+            if (found.dtype, tuple(found.shape)) != (part.dtype, part.shape):
+                raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {part.dtype} {part.shape}")
+
+    def check_range(self) -> None:
+        """Raise ValueError unless every code is one of the format's and stands for a finite number."""
+        if self.codes.numel() and int(self.codes.max()) >> self.format.bits:
+            raise ValueError(f"code {int(self.codes.max())} of {1 << self.format.bits}")
+        self.format.check_parts(self.parts)
 
     @property
     def shape(self) -> torch.Size:
@@ -59,7 +107,7 @@ class Codes:
         """Cut the first dimension into parts of these sizes, each with its own storage."""
         pieces = [dict[str, Tensor]() for _ in rows]
         for name, part in self.parts.items():
-            cut = part.split(rows) if name != WHOLE else [part] * len(rows)
+            cut = [part] * len(rows) if name in self.format.shared else part.split(rows)
             for piece, tensor in zip(pieces, cut, strict=True):
                 piece[name] = tensor.clone()
         codes = self.codes.split(rows)
@@ -117,10 +165,11 @@ class Columns:
         return Codes(codes=self.codes, parts=self.parts, format=self.format)
 
 
-class BlockFormat(ABC):
+class BlockFormat(Format):
     """Signed magnitudes in blocks of a row; see the module docstring."""
 
     magnitudes: ClassVar[tuple[float, ...]]  # by code, ascending from 0; the sign bit is above them
+    shared = frozenset({WHOLE})
     scale_dtype: ClassVar[torch.dtype]  # of stored scales; no float16, so that no cast of a model touches them
 
     def __init__(self, facts: Facts) -> None:
@@ -153,7 +202,8 @@ class BlockFormat(ABC):
     # ------------------------------------------------------------------------- what all have
 
     def layout(self, o: int, n: int) -> Layout:
-        """The tensors that an (o, n) matrix is stored as."""
+        if n % self.block:
+            raise ValueError(f"{self.name}: blocks of {self.block} do not divide {n}")
         whole = {WHOLE: Part(torch.float32, (1,), "grids")} if self.facts.tensor_scale else {}
         return {
             "packed": Part(torch.uint8, (o, -(-n * self.bits // 8)), "packed"),
@@ -184,7 +234,7 @@ class BlockFormat(ABC):
         return self.nearest(self._blocks(x) / step.to(_work(x))).flatten(-2)
 
     def decode(self, codes: Tensor, parts: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-        """What codes stand for, computed in float32 (float64 if asked for), then cast.  # (.., n)"""
+        """See `Format.decode`; of any shape.  # (.., n)"""
         work = torch.float64 if dtype == torch.float64 else torch.float32
         step = self.steps(parts[SCALE], parts.get(WHOLE)).to(work)[..., None]
         return (self.values(codes, work).unflatten(-1, (-1, self.block)) * step).flatten(-2).to(dtype)
@@ -220,11 +270,8 @@ class BlockFormat(ABC):
         """The numbers of codes, in steps.  # codes' shape"""
         return self._table("values", codes.new_empty(0, dtype=dtype))[codes.long()]
 
-    def check(self, codes: Codes) -> None:
-        """Raise ValueError unless every code is one of the format's and every step is positive and finite."""
-        if codes.codes.numel() and int(codes.codes.max()) >> self.bits:
-            raise ValueError(f"code {int(codes.codes.max())} of {1 << self.bits}")
-        steps = self.steps(codes.parts[SCALE], codes.parts.get(WHOLE))
+    def check_parts(self, parts: dict[str, Tensor]) -> None:
+        steps = self.steps(parts[SCALE], parts.get(WHOLE))
         if not bool((torch.isfinite(steps) & (steps > 0)).all()):
             raise ValueError("steps must be positive and finite")
 
@@ -237,10 +284,6 @@ class BlockFormat(ABC):
     def _table(self, which: Literal["ends", "values"], like: Tensor) -> Tensor:
         table = _ends if which == "ends" else _values
         return table(self.magnitudes, like.dtype, like.device)
-
-    def unpack(self, packed: Tensor, n: int) -> Tensor:
-        """Undo `Codes.packed`; n is the number of columns.  # uint8, (o, n)"""
-        return unpack_bits(packed, self.bits, n)
 
 
 @cache

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flatquant import formats
 from flatquant.errors import CalibrationError
-from flatquant.formats.base import WHOLE, Codes, Columns, Part
+from flatquant.formats.base import WHOLE, Codes, Columns
 from flatquant.modules import ExactBuffers
 from flatquant.spec import QuantSpec
 
@@ -96,7 +96,8 @@ class FrozenBlocks(ExactBuffers):
     @classmethod
     def empty(cls, spec: QuantSpec) -> FrozenBlocks:
         """Before its tensors are loaded."""
-        part: Part | None = formats.make(spec.kind).layout(1, 1).get(WHOLE)
+        form = formats.make(spec.kind)
+        part = form.layout(1, form.block).get(WHOLE)
         return cls(spec, None if part is None else torch.empty(part.shape, dtype=part.dtype, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The serving stages of linears whose weights are in a format of `flatquant.formats`.
+"""The serving stages of linears whose weights are in a format of `flatquant.formats`: blocks, or learned levels.
 
 As with integers there are two types: `FrozenCodes` (codes one by one, as the solver left them) and `PackedCodes` (the
 same codes packed into bytes, as they are stored). The tensors and their names are the format's layout.
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flatquant.formats.base import BlockFormat, Codes
+from flatquant.formats.base import Codes, Format
 from flatquant.runtime.linear import FrozenSite, NumberLinear, Unpacked
 
 
 class CodeLinear(NumberLinear, ABC):
     """Weights in a format; activations on a grid are multiplied as the numbers they stand for."""
 
-    def __init__(self, site: FrozenSite, parts: Mapping[str, Tensor], bias: Tensor | None, form: BlockFormat) -> None:
+    def __init__(self, site: FrozenSite, parts: Mapping[str, Tensor], bias: Tensor | None, form: Format) -> None:
         super().__init__(site, bias)
         self.format = form
         self.part_names = tuple(parts)
@@ -72,7 +72,7 @@ class PackedCodes(CodeLinear):
         packed: Tensor,
         parts: Mapping[str, Tensor],
         bias: Tensor | None,
-        form: BlockFormat,
+        form: Format,
         n: int,
     ) -> None:
         super().__init__(site, parts, bias, form)

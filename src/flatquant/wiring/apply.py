@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from flatquant import seams
-from flatquant.levels import LevelTensor
+from flatquant.formats.base import Codes
 from flatquant.modules import Group, Neutral, Trainable, share_inputs, trainable_parameters
 from flatquant.quantizers import (
     ActivationLevels,
@@ -26,8 +26,8 @@ from flatquant.quantizers import (
     WeightLevels,
 )
 from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.codes import FrozenCodes
 from flatquant.runtime.keyvalue import FrozenKeyValue
-from flatquant.runtime.levels import FrozenLevels
 from flatquant.runtime.linear import DenseLinear, FrozenSite
 from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec
 from flatquant.transforms import (
@@ -437,7 +437,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     folded: dict[str, tuple[Tensor, Tensor | None]] = {}
     transforms: dict[str, Transform] = {}
     shifts: dict[str, Tensor | None] = {}
-    levels: dict[str, LevelTensor] = {}
+    levels: dict[str, Codes] = {}
     for edge in arch.edges:
         site = copy.deepcopy(fit.sites[edge.site]).double()  # one at a time: of a large model, these are gigabytes
         transforms[edge.site] = site.transform
@@ -473,7 +473,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
             assert isinstance(frozen_site, FrozenSite)
             bias = None if bias is None else bias.to(dtype)
             if path in levels:
-                replace_submodule(block, path, FrozenLevels(frozen_site, levels[path], bias))
+                replace_submodule(block, path, FrozenCodes(frozen_site, levels[path], bias))
                 continue
             replace_submodule(block, path, DenseLinear(frozen_site, weight.to(target), bias))
     setattr(block, SITES_SLOT, frozen)
