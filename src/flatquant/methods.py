@@ -61,7 +61,8 @@ def _unique(words: Iterable[str]) -> list[str]:
 
 def _part(spec: TransformSpec) -> str:
     how = [word for word in (spec.parameters, spec.init) if word not in ("inverse", "identity")]
-    return spec.kind + (f" ({', '.join(how)})" if how else "")
+    kind = f"{spec.kind} of {spec.size}" if spec.size else spec.kind
+    return kind + (f" ({', '.join(how)})" if how else "")
 
 
 def _transform(found: Recipe) -> str:

@@ -496,8 +496,8 @@ class TransformSpec:
 
     Attributes:
         kind: `shift` (a constant per channel), `diagonal` (per-channel scale), `matrix` (full), `kronecker`
-            (P1 (x) P2), `head` (one matrix inside all heads, which the heads' writer applies), `heads` (one for every
-            key-value head, likewise).
+            (P1 (x) P2), `blocks` (I (x) P2: one matrix for every `size` neighbours), `head` (one matrix inside all
+            heads, which the heads' writer applies), `heads` (one for every key-value head, likewise).
         parameters: `inverse` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
             Cayley form, so that the inverse is free of a general solve; `rotation` trains an orthogonal matrix by
             Cayley SGD; `fixed` stays at its start, which is orthogonal; `masked` starts at the identity and opens band
@@ -506,15 +506,21 @@ class TransformSpec:
             `absmax` is the paper's wmax^(1-alpha) / xmax^alpha, `second_moment` is (E w^2 / E x^2)^(1/4), `identity`.
             For a shift: `center`, the middle between a channel's ends, or `identity`, none.
         alpha: exponent of `absmax`.
+        size: of `blocks`, and of nothing else: 16, 32, 64 or 128 are what kernels and formats have. It divides the
+            channels of a site. Where heads are written, blocks lie inside heads, and the writer applies them: of a
+            size that divides both this one and the heads' own.
     """
 
-    kind: Literal["shift", "diagonal", "matrix", "kronecker", "head", "heads"]
+    kind: Literal["shift", "diagonal", "matrix", "kronecker", "blocks", "head", "heads"]
     parameters: Literal["inverse", "svd", "rotation", "fixed", "masked"] = "inverse"
     init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment", "center"] = "identity"
     alpha: float = 0.3
     stability: float = 0.1
+    size: int = _later(0)
 
     def __post_init__(self) -> None:
+        _check((self.kind == "blocks") == (self.size > 0), f"a {self.kind} of size {self.size}: only blocks have one")
+        _check(self.size != 1, "blocks of 1 change nothing: use a diagonal")
         data = self.init in ("absmax", "second_moment")
         _check(self.kind == "diagonal" or not data, f"a {self.kind} transform has no {self.init} start")
         _check(self.kind != "diagonal" or data or self.init == "identity", f"a diagonal has no {self.init} start")
@@ -826,7 +832,7 @@ class Recipe:
             places = [{"shift": 0, "diagonal": 1}.get(t.kind, 2) for t in parts]
             _check(
                 places == sorted(set(places)),
-                f"recipe {self.name}, {site}: at most one shift, one diagonal, one matrix or kronecker, in this order",
+                f"recipe {self.name}, {site}: at most one shift, one diagonal, one matrix or the like, in this order",
             )
         _check(
             self.fits or not clipped or bool(self.transforms),

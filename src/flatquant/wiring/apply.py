@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -367,6 +368,10 @@ def _transforms(
                 made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
             case "kronecker":
                 made.append(Kronecker(make_factor(spec, n1, generator), make_factor(spec, n2, generator)))
+            case "blocks" if edge.passes == "per_head":
+                made.append(Written(Kronecker(None, make_factor(spec, math.gcd(spec.size, n2), generator))))
+            case "blocks":
+                made.append(Kronecker(None, make_factor(spec, n2, generator)))
     return made
 
 
