@@ -1214,22 +1214,30 @@ def _collect(
 
 @app.command(name="import")
 def import_(
-    model: Annotated[str, typer.Argument(help="The unquantised model: hub id, local folder, GGUF file.")],
-    matrices: Annotated[Path, typer.Option(help="flat_matrices.pth of the original FlatQuant project, or its folder.")],
+    model: Annotated[
+        str, typer.Argument(help="With --matrices, the unquantised model; else an FP4 folder of compressed-tensors.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; absent or empty.")],
+    matrices: Annotated[
+        Path | None, typer.Option(help="flat_matrices.pth of the original FlatQuant project, or its folder.")
+    ] = None,
     scheme: Annotated[str, typer.Option(help="What the matrices were made for; the file does not say.")] = "w4a4kv4",
     quiet: Quiet = False,
 ) -> None:
-    """Quantise a model with transforms and clips that the original project's code has found."""
+    """Take over what other tools have found: the original project's matrices, or FP4 models of compressed-tensors."""
     with _errors():
-        from flatquant.interchange import import_matrices
-        from flatquant.models import load_model
+        from flatquant.interchange import import_compressed, import_matrices
+        from flatquant.models import load_model, load_tokenizer
         from flatquant.runtime import artifact
         from flatquant.spec import to_dict
 
         artifact.check_output(output)
-        loaded, tokenizer = load_model(model)
-        plan, recipe, noted = import_matrices(loaded, matrices, scheme)
+        if matrices is None:
+            loaded, plan, recipe, noted = import_compressed(Path(model))
+            tokenizer = load_tokenizer(Path(model))
+        else:
+            loaded, tokenizer = load_model(model)
+            plan, recipe, noted = import_matrices(loaded, matrices, scheme)
         artifact.save(loaded, plan, output, recipe=to_dict(recipe), report=noted, tokenizer=tokenizer)
     if not quiet:
         _print(f"{output}: {recipe.scheme}")
