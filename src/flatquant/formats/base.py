@@ -170,7 +170,7 @@ class BlockFormat(Format):
 
     magnitudes: ClassVar[tuple[float, ...]]  # by code, ascending from 0; the sign bit is above them
     shared = frozenset({WHOLE})
-    scale_dtype: ClassVar[torch.dtype]  # of stored scales; no float16, so that no cast of a model touches them
+    scale_dtype: ClassVar[torch.dtype]  # of stored scales
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
