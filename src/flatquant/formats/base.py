@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -248,12 +248,13 @@ class BlockFormat(Format):
         """
         fixed = x.detach()
         parts = self.parts(fixed, peak, whole)
-        rounded = self.decode(self.encode(fixed, parts), parts, _work(x)).to(x.dtype)
+        step = self.steps(parts[SCALE], parts.get(WHOLE)).to(_work(x))[..., None]
+        ratio = self._blocks(fixed) / step  # (.., g, block)
+        index = torch.bucketize(ratio.abs(), self._table("ends", ratio), right=True, out_int32=True)
+        rounded = self._table("values", ratio)[index].copysign_(ratio).mul_(step).flatten(-2).to(x.dtype)
         if not x.requires_grad:
             return rounded
-        end = self.magnitudes[-1] * self.steps(parts[SCALE], parts.get(WHOLE))[..., None]
-        kept = (self._blocks(fixed).abs() <= end).flatten(-2)
-        return torch.where(kept, x, 0.0) + (rounded - torch.where(kept, fixed, 0.0))
+        return _StraightThrough.apply(x, rounded, (ratio.abs_() <= self.magnitudes[-1]).flatten(-2))
 
     def quantize(self, x: Tensor, peak: Tensor | None = None) -> Codes:
         """Round to nearest: the codes of x, (o, n), and their scales."""
@@ -263,12 +264,12 @@ class BlockFormat(Format):
     def nearest(self, x: Tensor) -> Tensor:
         """The code whose number is nearest to x, which is in steps; of two, the even one.  # uint8, x's shape"""
         work = x.to(_work(x)).contiguous()
-        code = torch.bucketize(work.abs(), self._table("ends", work), right=True)
+        code = torch.bucketize(work.abs(), self._table("ends", work), right=True, out_int32=True)
         return (code + (work < 0) * len(self.magnitudes)).to(torch.uint8)
 
     def values(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers of codes, in steps.  # codes' shape"""
-        return self._table("values", codes.new_empty(0, dtype=dtype))[codes.long()]
+        return self._table("values", codes.new_empty(0, dtype=dtype))[codes.int()]
 
     def check_parts(self, parts: dict[str, Tensor]) -> None:
         steps = self.steps(parts[SCALE], parts.get(WHOLE))
@@ -284,6 +285,20 @@ class BlockFormat(Format):
     def _table(self, which: Literal["ends", "values"], like: Tensor) -> Tensor:
         table = _ends if which == "ends" else _values
         return table(self.magnitudes, like.dtype, like.device)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Numbers that stand for x; the gradient is passed on where `kept` says so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (kept,) = ctx.saved_tensors
+        return grad * kept, None, None
 
 
 @cache
