@@ -849,11 +849,12 @@ class Recipe:
             )
             named = sorted(self.scheme.named("weights"))
             _check(not named, f"recipe {self.name}: rounding is learned for integers, not for {', '.join(named)}")
+        if self.solver.codebook is not None and (named := sorted(self.scheme.named("weights"))):
+            _check(False, f"recipe {self.name}: weights in {', '.join(named)} are not in codebooks; use bits")
         if self.solver.codebook is not None and self.scheme.weights is not None:
             _check(not self.fits, f"recipe {self.name}: fits round weights to a uniform grid, which codebooks are not")
             _check(
                 self.scheme.weights.clip == "none"
-                and self.scheme.weights.kind == "uniform"
                 and self.scheme.weights.group_size is None
                 and self.scheme.weights.scope == "row",
                 f"recipe {self.name}: codebooks have neither clip nor groups; use clip='none' and w{{bits}}",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flatquant.api import stored_bytes
 from flatquant.calibrate.capture import BlockCall
@@ -17,7 +17,7 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import ArtifactError, CalibrationError, SpecError
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import BlockWeights, FrozenBlocks
-from flatquant.recipes import direct, flatquant, flattenquant, gptq, quarot, rtn, svdquant, vptq
+from flatquant.recipes import autoround, direct, flatquant, flattenquant, gptq, quarot, rtn, svdquant, vptq
 from flatquant.runtime import fused
 from flatquant.runtime.artifact import inspect, load, save
 from flatquant.runtime.codes import FrozenCodes, PackedCodes
@@ -230,6 +230,8 @@ def test_casts_of_a_loaded_model_leave_codes_and_scales(tmp_path: Path) -> None:
         (lambda: direct("nvfp4"), "levels of its own"),
         (lambda: flattenquant("nvfp4"), "scale for a tensor|levels|clip|no zero point"),
         (lambda: vptq("wnvfp4"), "codebooks"),
+        (lambda: vptq("w2,mlp_mid=wnvfp4"), "codebooks"),
+        (lambda: autoround("w4,0.mlp_mid=mxfp4", "quick"), "not for mxfp4"),
         (lambda: dataclasses.replace(gptq("w4"), solver=SolverSpec(kind="gptq", updates_scales=True)), "updated"),
         (lambda: SolverSpec(kind="gptq", updates_scales=True, act_order=True), "in order"),
         (lambda: SolverSpec(updates_scales=True), "only gptq"),
@@ -281,3 +283,15 @@ def test_a_fit_and_the_solver_share_the_grid() -> None:
     joined = BlockWeights.covering(spec, w.split(4))
     parts = [joined.nearest(part).dequantize() for part in w.split(4)]
     assert torch.equal(torch.cat(parts), BlockWeights(spec)(w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["nvfp4kv4", "mxfp4"])
+def test_transformers_loads_the_same_model(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
+    round_trip(tiny_llama(hidden=64, intermediate=96), short(flatquant(scheme, "quick")), tmp_path / "a")
+    ours, theirs = load(tmp_path / "a", dtype=dtype), AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype)
+    tokens = tokens_for(ours, 2, 9)
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
+    theirs.save_pretrained(tmp_path / "b")
+    assert same_bytes(load(tmp_path / "b"), ours)
