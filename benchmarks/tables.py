@@ -154,6 +154,19 @@ def clip_start() -> list[str]:
     return lines
 
 
+def block_transforms() -> list[str]:
+    """Transforms for formats in blocks: KL divergence and perplexity, fixed matrices beside trained ones."""
+    samples = read("block-transforms")["samples"]
+    lines = ["| format | transform | fixed Hadamard, RTN | `quick`, trained |", "|---|---|---|---|"]
+    for scheme, transform in dict.fromkeys((s["scheme"], s["transform"]) for s in samples):
+        cells = []
+        for learned in (False, True):
+            found = [s for s in samples if (s["scheme"], s["transform"], s["learned"]) == (scheme, transform, learned)]
+            cells.append(f"{found[0]['kl']:.3f}, {found[0]['perplexity']:.1f}" if found else "-")
+        lines.append(f"| `{scheme}` | {transform} | {' | '.join(cells)} |")
+    return lines
+
+
 def demo() -> list[str]:
     """The demo on a CPU."""
     result = read("demo-cpu")
@@ -459,6 +472,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "calibration": calibration,
     "growth": growth,
     "clip_start": clip_start,
+    "block_transforms": block_transforms,
     "demo": demo,
     "compared": compared,
     "low_bits": low_bits,

@@ -71,19 +71,24 @@ def family(model_type: str, *, dtype: torch.dtype = torch.float64, **shape: Any)
 
 
 def basis(
-    parameters: Literal["inverse", "svd"], init: str, *, kind: str = "kronecker", scale: bool = True
+    parameters: Literal["inverse", "svd", "rotation", "fixed"],
+    init: str,
+    *,
+    kind: str = "kronecker",
+    scale: bool = True,
+    size: int = 0,
 ) -> dict[str, Transforms]:
     """A change of basis on every edge. Diagonals start at 1: `perturb` moves them."""
     diagonal = (TransformSpec(kind="diagonal"),) if scale else ()
-    full = TransformSpec(kind=kind, parameters=parameters, init=init)  # type: ignore[arg-type]
-    heads = dataclasses.replace(full, kind="kronecker")
+    full = TransformSpec(kind=kind, parameters=parameters, init=init, size=size)  # type: ignore[arg-type]
+    heads = full if kind == "blocks" else dataclasses.replace(full, kind="kronecker")
     wide = (*diagonal, full)
     return {
         "attn_in": wide,
         "attn_out": (heads,),
         "mlp_in": wide,
         "mlp_mid": wide,
-        "qk": (dataclasses.replace(full, kind="matrix"),),
+        "qk": (dataclasses.replace(full, kind="matrix", size=0),),
     }
 
 
@@ -98,6 +103,9 @@ BASES: dict[str, dict[str, Transforms]] = {
     "svd identity": basis("svd", "identity"),
     "no scale": basis("svd", "orthogonal", scale=False),
     "full matrices": basis("inverse", "orthogonal", kind="matrix"),
+    "blocks orthogonal": basis("inverse", "orthogonal", kind="blocks", size=4),
+    "blocks hadamard": basis("rotation", "hadamard", kind="blocks", size=8),
+    "blocks fixed": basis("fixed", "hadamard", kind="blocks", size=8, scale=False),
     "diagonal only": DIAGONAL,
 }
 

@@ -182,6 +182,8 @@ def test_options_reach_the_solver() -> None:
         own = dict.fromkeys(("calibration", "samples", "seqlen", "epochs", "batch_size", "lr", "solver"))
         return _recipe(method, scheme, "reference", **(own | options))  # type: ignore[arg-type]
 
+    assert made("gptq", "wnvfp4", update_scales=True).solver.updates_scales
+    assert not made("gptq", "wnvfp4", update_scales=True).solver.act_order
     authors = made(act_order=False, damping=0.02, gram_inputs="original", weight_clip="none")
     assert authors.solver == SolverSpec(kind="gptq", act_order=False, damping=0.02, inputs="original")
     assert authors.scheme == Scheme.parse("w4g16a16", clip="none")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from flatquant import compare
-from flatquant.errors import SpecError
+import flatquant
+from flatquant import compare, formats
+from flatquant.errors import ArtifactError, SpecError
 from flatquant.recipes import RECIPES
 from flatquant.spec import Recipe, from_dict, to_dict
 from tests.tiny_models import tiny_llama, tiny_tokenizer
@@ -17,10 +18,10 @@ from tests.tiny_models import tiny_llama, tiny_tokenizer
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def example(name: str) -> str:
-    """The block of docs/methods.md under this mark."""
+def example(name: str, page: str = "methods.md") -> str:
+    """The block of a document under this mark."""
     found = re.findall(
-        rf"^<!-- example: {name} -->\n```python\n(.*?)^```", (DOCS / "methods.md").read_text(), re.DOTALL | re.MULTILINE
+        rf"^<!-- example: {name} -->\n```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
     )
     assert len(found) == 1
     return found[0]
@@ -62,6 +63,39 @@ def test_the_new_method_runs_from_its_recipe_to_a_compared_row(
     assert not any("error" in row for row in rows.values())
     assert rows["turnscale"]["kl"] < rows["rtn"]["kl"]
     assert rows["turnscale"]["online_flops_per_token"] > 0
+
+
+def test_a_format_from_outside_is_fitted_stored_and_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = example("format", "formats.md")
+    assert len(code.splitlines()) <= 60
+    tiny_llama(hidden=64, intermediate=96).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    for name, here in {"smollm2-135m": "model", "wikitext2": "text.txt"}.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(tmp_path / here)))
+    real = flatquant.quantize
+
+    def on_little_text(model: str, recipe: Recipe, text: str, output: str) -> None:
+        real(model, recipe.tuned(samples=8, seqlen=16), text, output=output, device="cpu")
+
+    monkeypatch.setattr(flatquant, "quantize", on_little_text)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    try:
+        exec(compile(code, "formats.md", "exec"), names)
+        weight = names["model"].model.layers[0].self_attn.q_proj.qweight()
+        assert isinstance(weight.format, names["Toy"])
+        assert int(weight.codes.max()) == 7
+    finally:
+        formats._FACTS.pop("toy3", None)
+    out = capsys.readouterr().out
+    assert "gptq wtoy3a16kv16 5.00 bits a weight" in out
+    assert "flatquant toy3kv4,mlp_mid=w4a8" in out
+    with pytest.raises(ArtifactError, match="unknown format 'toy3'; known: mxfp4, nvfp4"):
+        flatquant.load(tmp_path / "flatquant-toy3")
 
 
 def test_the_combinations_are_recipes_and_what_does_not_combine_says_so() -> None:

@@ -1,12 +1,16 @@
 """Other tools: matrices of the original project in, checkpoints for everybody out."""
 
 import copy
+import dataclasses
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -14,13 +18,16 @@ from typer.testing import CliRunner
 import flatquant
 from flatquant.cli import app
 from flatquant.errors import ArtifactError, ModelError
-from flatquant.interchange import export_compressed, export_dense, import_matrices, read_matrices
+from flatquant.interchange import export_compressed, export_dense, import_compressed, import_matrices, read_matrices
 from flatquant.recipes import autoround, gptq, rtn
-from flatquant.runtime.artifact import load
-from flatquant.spec import Recipe
-from tests.laws import calibrated, quick, tokens_for
+from flatquant.runtime.artifact import load, save
+from flatquant.spec import DataSpec, Recipe, to_dict
+from flatquant.wiring.arch import submodule
+from tests.laws import calibrated, quick, relative, tokens_for
+from tests.test_laws import ALL_READERS
 from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
 
+TOKENS = torch.arange(18).reshape(2, 9)
 SHAPE = {"hidden": 40, "heads": 4, "kv_heads": 2, "head_dim": 10, "intermediate": 42}
 
 
@@ -222,6 +229,10 @@ def test_what_compressed_tensors_has_no_place_for(tmp_path: Path) -> None:
         (rtn("w4a4"), "weight-only"),
         (rtn("w3a16"), "4 or 8 bits"),
         (rtn("w4a16,mlp_mid=w8"), "one symmetric grid"),
+        (rtn("wnvfp4,mlp_mid=wmxfp4"), "one symmetric grid"),
+        (rtn("wmxfp4a8"), "weight-only"),
+        (rtn("mxfp4,mlp_mid=a16"), "weight-only"),
+        (rtn("mxfp4kv4"), "weight-only"),
     ):
         model, plan, _ = calibrated(tiny_llama(), recipe)
         with pytest.raises(ModelError, match=match):
@@ -230,6 +241,140 @@ def test_what_compressed_tensors_has_no_place_for(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="mixtures of experts"):
         export_compressed(model, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+FP4 = {"hidden": 64, "intermediate": 96, "bias": True}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scheme", ["nvfp4", "wnvfp4", "mxfp4", "wmxfp4"])
+@pytest.mark.parametrize("method", [rtn, gptq])
+def test_fp4_goes_to_compressed_tensors_and_back(
+    method: Callable[[str], Recipe], scheme: str, tied: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    original = tiny_llama(tied=tied, **FP4)
+    recipe = dataclasses.replace(method(scheme), data=DataSpec(samples=4, seqlen=12))
+    model, plan, _ = calibrated(original, recipe)
+    export_compressed(model, plan, tmp_path / "out", tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        want = model(TOKENS).logits
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    with torch.no_grad():
+        theirs(TOKENS)  # weights are decompressed on the first call, into bfloat16
+        torch.nn.Module.float(theirs)
+        held = theirs.state_dict()
+        theirs.load_state_dict({n: t for n, t in model.state_dict().items() if n in held}, strict=False)
+        for block, ours in zip(theirs.model.layers, model.model.layers, strict=True):
+            for path in ALL_READERS:
+                linear, exact = submodule(block, path), submodule(ours, path).plain()
+                assert torch.equal(linear.weight.bfloat16(), exact.bfloat16()), path
+                linear.weight.copy_(exact)
+        got = theirs(TOKENS).logits
+    if scheme == "nvfp4":  # sums in another order: one activation in many takes another code
+        assert relative(got, want) < 1e-1
+        assert float((got - want).norm() / want.norm()) < 2e-2
+    elif scheme != "mxfp4":  # they round MX scales of activations by a rule of their own
+        assert relative(got, want) < 1e-5
+
+    again, plan_again, recipe_again, _ = import_compressed(tmp_path / "out")
+    assert str(recipe_again.scheme) == str(recipe.scheme)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, want)
+    save(again, plan_again, tmp_path / "folder", recipe=to_dict(recipe_again), report={})
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "folder")(TOKENS).logits, want)
+    export_compressed(again, plan_again, tmp_path / "twice", tokenizer=tiny_tokenizer())
+    names = ("model.safetensors", "config.json")
+    assert [(tmp_path / "twice" / n).read_bytes() for n in names] == [
+        (tmp_path / "out" / n).read_bytes() for n in names
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4"])
+def test_what_compressed_tensors_compresses_is_read(scheme: str, tmp_path: Path) -> None:
+    """Their compressor, their scales, our reader: the numbers that they would decompress."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    original = tiny_llama(**FP4)
+    model, plan, _ = calibrated(original, rtn(f"w{scheme}"))
+    export_compressed(model, plan, tmp_path / "out")
+    theirs = preset_name_to_scheme(f"{scheme.upper()}A16", ["Linear"])
+    assert theirs.weights is not None
+    assert theirs.weights.group_size is not None
+    compressor, state = BaseCompressor.get_value_from_registry(f"{scheme}-pack-quantized"), {}
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        if not name.endswith(("weight_packed", "weight_scale", "weight_global_scale")):
+            state[name] = tensor
+    decompressed: dict[str, Tensor] = {}
+    for path in (f"model.layers.{i}.{reader}" for i in range(2) for reader in ALL_READERS):
+        w = submodule(original, path).weight.detach()
+        groups = w.unflatten(-1, (-1, theirs.weights.group_size))
+        whole = generate_gparam(w.amin(), w.amax()) if scheme == "nvfp4" else None
+        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), theirs.weights, whole)
+        given = {"weight": w, "weight_scale": scale} | ({} if whole is None else {"weight_global_scale": whole})
+        packed = compressor.compress(given, theirs)
+        decompressed[path] = compressor.decompress(packed, theirs)["weight"]
+        state |= {f"{path}.{leaf}": tensor.contiguous() for leaf, tensor in packed.items()}
+    save_file(state, tmp_path / "out" / "model.safetensors")
+    again, *_ = import_compressed(tmp_path / "out")
+    for path, want in decompressed.items():
+        assert torch.equal(submodule(again, path).plain().bfloat16(), want), path
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda c, s: c["quantization_config"].update(format="int-quantized"), "not a compressed-tensors model in"),
+        (lambda c, s: c["quantization_config"]["config_groups"].update(b={}), "one scheme"),
+        (lambda c, s: c.update(model_type="nonesuch"), "nonesuch"),
+        (
+            lambda c, s: s.pop("model.layers.0.mlp.up_proj.weight_scale"),
+            "lacks tensor model.layers.0.mlp.up_proj.scale",
+        ),
+        (lambda c, s: s.pop("model.layers.0.mlp.up_proj.input_global_scale"), "do not share"),
+        (lambda c, s: s.update({"model.layers.0.mlp.up_proj.input_global_scale": torch.ones(1)}), "do not share"),
+        (lambda c, s: s.update(extra=torch.ones(1)), "surplus tensor extra"),
+        (lambda c, s: s.update({"model.layers.0.mlp.up_proj.weight_packed": torch.ones(2, 2)}), "do not fit"),
+        (
+            lambda c, s: s.update(
+                {"model.layers.0.mlp.up_proj.weight_scale": torch.full((96, 4), torch.nan).to(torch.float8_e4m3fn)}
+            ),
+            "positive and finite",
+        ),
+    ],
+)
+def test_a_damaged_fp4_folder_is_one_line(
+    change: Callable[[dict[str, Any], dict[str, Tensor]], Any], match: str, tmp_path: Path
+) -> None:
+    model, plan, _ = calibrated(
+        tiny_llama(**FP4), dataclasses.replace(rtn("nvfp4"), data=DataSpec(samples=2, seqlen=8))
+    )
+    export_compressed(model, plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    change(config, state)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ArtifactError, match=match) as caught:
+        import_compressed(tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_takes_fp4_back(tmp_path: Path) -> None:
+    flatquant.quantize(
+        tiny_llama(**FP4), rtn("wnvfp4"), tokenizer=tiny_tokenizer(), output=tmp_path / "model", device="cpu"
+    )
+    for args in (["export", "model", "-o", "out", "--format", "compressed-tensors"], ["import", "out", "-o", "back"]):
+        command = [str(tmp_path / a) if a in ("model", "out", "back") else a for a in args]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "back")(TOKENS).logits, load(tmp_path / "model")(TOKENS).logits)
 
 
 def test_the_command_line_exports(tmp_path: Path) -> None:

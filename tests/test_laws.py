@@ -126,8 +126,8 @@ def identity_recipes() -> list:
     nothing = Recipe(name="rtn", scheme=Scheme.parse("w4", clip="none"))
     cases = [pytest.param(nothing, id="no transform")]
     for parameters in ("inverse", "svd"):
-        for kind in ("kronecker", "matrix"):
-            transforms = basis(parameters, "identity", kind=kind)
+        for kind in ("kronecker", "matrix", "blocks"):
+            transforms = basis(parameters, "identity", kind=kind, size=4 * (kind == "blocks"))
             for clip in ("none", "learned"):
                 recipe = bare(transforms, Scheme.parse("w4", clip=clip))
                 cases.append(pytest.param(recipe, id=f"{parameters} {kind}, clip {clip}"))

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from flatquant import formats
 from flatquant.errors import FlatQuantError, SpecError
 from flatquant.recipes import autoround, flatquant, gptq, oac, quarot, recipe, rtn, vptq
 from flatquant.spec import (
@@ -169,6 +170,56 @@ def test_recipes_from_before_blocks_had_bits_for_their_keys_are_still_read() -> 
     del data["scheme"]["cache_overrides"]
     scheme = dataclasses.replace(FULL.scheme, cache_overrides={})
     assert from_dict(Recipe, data) == dataclasses.replace(FULL, scheme=scheme)
+
+
+@given(
+    st.sampled_from([None, "4", "8", "16", *formats.names()]),
+    st.sampled_from([None, "4", "16", *formats.names()]),
+    st.sampled_from(["", "kv4", "k8v2"]),
+    st.sampled_from([None, *formats.names(), "w4a16", *(f"a{name}" for name in formats.names())]),
+)
+def test_a_format_stands_where_bits_do(w: str | None, a: str | None, cache: str, override: str | None) -> None:
+    head = (f"w{w}" if w else "") + (f"a{a}" if a else "") + cache
+    assume(head)
+    scheme = Scheme.parse(head + (f",mlp_mid={override}" if override else ""))
+    for spec, said in ((scheme.weights, w), (scheme.activations, a)):
+        assert (None if spec is None else spec.kind if spec.format else str(spec.bits)) == (
+            None if said == "16" else said
+        )
+    assert Scheme.parse(str(scheme)) == scheme
+    assert from_dict(Scheme, json.loads(json.dumps(to_dict(scheme)))) == scheme
+    at_mid = scheme.at(0, "mlp_mid")
+    assert scheme.at(0, "mlp_in") == (scheme.weights, scheme.activations)
+    if override in formats.names():
+        assert [spec and spec.kind for spec in at_mid] == [override, override]
+    if w in formats.names() and w == a:
+        assert Scheme.parse(f"{w}{cache}") == Scheme.parse(head)
+
+
+def test_bits_in_the_place_of_a_format_are_those_of_the_scheme() -> None:
+    """Of an override: integers, whose clip is the scheme's; and back to a format, which has none."""
+    learned = Scheme.parse("nvfp4,mlp_mid=w4a8")
+    assert learned.at(0, "mlp_mid") == (Scheme.parse("w4").weights, Scheme.parse("a8").activations)
+    back = Scheme.parse("w4a4,mlp_mid=nvfp4,0.mlp_mid=a4")
+    assert back.at(1, "mlp_mid") == (Scheme.parse("nvfp4").weights, Scheme.parse("nvfp4").activations)
+    assert back.at(0, "mlp_mid") == (Scheme.parse("nvfp4").weights, Scheme.parse("a4").activations)
+    assert QuantSpec.of("mxfp4", symmetric=True).with_bits(8) == QuantSpec(bits=8)
+
+
+def test_what_came_after_format_version_1_is_written_where_it_is_used() -> None:
+    """Folders that do without stay byte for byte what they were, and older versions read them."""
+    assert "updates_scales" not in to_dict(SolverSpec(kind="gptq"))
+    assert "size" not in to_dict(TransformSpec(kind="kronecker"))
+    for spec in (SolverSpec(kind="gptq", updates_scales=True), TransformSpec(kind="blocks", size=16)):
+        assert from_dict(type(spec), to_dict(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    "given", [{"kind": "blocks"}, {"kind": "kronecker", "size": 16}, {"kind": "blocks", "size": 1}]
+)
+def test_blocks_and_nothing_else_have_a_size(given: dict) -> None:
+    with pytest.raises(SpecError, match="blocks"):
+        TransformSpec(**given)
 
 
 def test_an_override_can_switch_a_grid_on() -> None:

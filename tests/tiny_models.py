@@ -199,29 +199,34 @@ def randomised(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_family(
-    name: str, *, kv_heads: int = 2, tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str,
+    *,
+    kv_heads: int = 2,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **sizes: int,
 ) -> PreTrainedModel:
-    """A random model of one of `FAMILIES`, in eval mode: four heads of 6 channels, two blocks.
+    """A random model of one of `FAMILIES`, in eval mode: four heads of 6 channels, two blocks; or of other sizes.
 
     In float64, norms and routers that compute in float32 are replaced by ones that do not: a law is about our
     arithmetic.
     """
-    config = AutoConfig.for_model(
-        name.split()[0],
-        hidden_size=24,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        head_dim=6,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        vocab_size=VOCAB,
-        tie_word_embeddings=tied,
-        max_position_embeddings=512,
-        bos_token_id=VOCAB - 2,
-        eos_token_id=VOCAB - 1,
-        pad_token_id=VOCAB - 1,
-        **FAMILIES[name],
-    )
+    fields = {
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 6,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 512,
+        "bos_token_id": VOCAB - 2,
+        "eos_token_id": VOCAB - 1,
+        "pad_token_id": VOCAB - 1,
+    }
+    config = AutoConfig.for_model(name.split()[0], **{**fields, **FAMILIES[name], **sizes})
     model = randomised(config, seed)
     if dtype == torch.float64:
         model.config._experts_implementation = "eager"  # the grouped product has no float64

@@ -376,6 +376,12 @@ def quantize(
         bool | None,
         typer.Option("--act-order/--no-act-order", help="Whether the solver rounds columns of large curvature first."),
     ] = None,
+    update_scales: Annotated[
+        bool | None,
+        typer.Option(
+            "--update-scales/--keep-scales", help="Whether gptq finds scales of a format's blocks as it reaches them."
+        ),
+    ] = None,
     damping: Annotated[float | None, typer.Option(help="Of the solver's Hessian, as a share of its mean.")] = None,
     gram_inputs: Annotated[
         str | None, typer.Option(help="What the solver's Hessian is of: quantised (blocks' inputs) or original.")
@@ -430,6 +436,7 @@ def quantize(
         options = (samples, seqlen, epochs, batch_size, lr, solver, hessian, key_offset)
         rounding = {
             "act_order": act_order,
+            "update_scales": update_scales,
             "damping": damping,
             "gram_inputs": gram_inputs,
             "weight_clip": weight_clip,
@@ -579,6 +586,7 @@ def _recipe(
     key_offset: str | None = None,
     *,
     act_order: bool | None = None,
+    update_scales: bool | None = None,
     damping: float | None = None,
     gram_inputs: str | None = None,
     weight_clip: str | None = None,
@@ -604,7 +612,14 @@ def _recipe(
     base = base.tuned(samples=samples, seqlen=seqlen, epochs=epochs, batch_size=batch_size, lr=lr)
     if weight_clip is not None:
         base = _with_weight_clip(base, weight_clip)
-    settings = {"act_order": act_order, "damping": damping, "gram_inputs": gram_inputs}
+    if update_scales and act_order is None:
+        act_order = False  # the recipes' default would refuse
+    settings = {
+        "act_order": act_order,
+        "update_scales": update_scales,
+        "damping": damping,
+        "gram_inputs": gram_inputs,
+    }
     changed = _with_solver(base, solver, hessian, {n: v for n, v in settings.items() if v is not None})
     if rounding_steps is not None:
         changed = _with_learned_rounding(changed, rounding_steps).tuned(batch_size=batch_size)
@@ -626,7 +641,8 @@ def _with_solver(base: Recipe, solver: str | None, hessian: str | None, settings
         given = _options({name: 0 for name, value in (("solver", solver), ("hessian", hessian)) if value})
         raise SpecError(f"method {base.name} rounds with {base.solver.kind}: leave out {given}, or change --method")
     kept = own if solver is None else {"learned": own["learned"]}
-    rounding = kept | kinds | {"inputs" if name == "gram_inputs" else name: v for name, v in settings.items()}
+    fields = {"gram_inputs": "inputs", "update_scales": "updates_scales"}
+    rounding = kept | kinds | {fields.get(name, name): v for name, v in settings.items()}
     scheme = base.scheme
     if solver == "codebook":
         rounding["codebook"] = {}  # its defaults, and no clip
@@ -1214,22 +1230,30 @@ def _collect(
 
 @app.command(name="import")
 def import_(
-    model: Annotated[str, typer.Argument(help="The unquantised model: hub id, local folder, GGUF file.")],
-    matrices: Annotated[Path, typer.Option(help="flat_matrices.pth of the original FlatQuant project, or its folder.")],
+    model: Annotated[
+        str, typer.Argument(help="With --matrices, the unquantised model; else an FP4 folder of compressed-tensors.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; absent or empty.")],
+    matrices: Annotated[
+        Path | None, typer.Option(help="flat_matrices.pth of the original FlatQuant project, or its folder.")
+    ] = None,
     scheme: Annotated[str, typer.Option(help="What the matrices were made for; the file does not say.")] = "w4a4kv4",
     quiet: Quiet = False,
 ) -> None:
-    """Quantise a model with transforms and clips that the original project's code has found."""
+    """Take over what other tools have found: the original project's matrices, or FP4 models of compressed-tensors."""
     with _errors():
-        from flatquant.interchange import import_matrices
-        from flatquant.models import load_model
+        from flatquant.interchange import import_compressed, import_matrices
+        from flatquant.models import load_model, load_tokenizer
         from flatquant.runtime import artifact
         from flatquant.spec import to_dict
 
         artifact.check_output(output)
-        loaded, tokenizer = load_model(model)
-        plan, recipe, noted = import_matrices(loaded, matrices, scheme)
+        if matrices is None:
+            loaded, plan, recipe, noted = import_compressed(Path(model))
+            tokenizer = load_tokenizer(Path(model))
+        else:
+            loaded, tokenizer = load_model(model)
+            plan, recipe, noted = import_matrices(loaded, matrices, scheme)
         artifact.save(loaded, plan, output, recipe=to_dict(recipe), report=noted, tokenizer=tokenizer)
     if not quiet:
         _print(f"{output}: {recipe.scheme}")

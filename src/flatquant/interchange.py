@@ -3,8 +3,10 @@
 - `import_matrices`: `flat_matrices.pth` of github.com/ruikangliu/FlatQuant, by torch's weights-only reader. Their
   transforms, scales and clips mean what ours do; only that they clip the input of q, k and v (gate and up) three times
   (twice), and we once: the means of their logits are taken, and the largest difference is reported.
-- `export_compressed`: weight-only results without online transforms, as `pack-quantized` of compressed-tensors, which
-  vLLM and transformers load. (W4A16 of RTN and GPTQ; FlatQuant's transforms have no place in that format.)
+- `export_compressed`: results without online transforms, as compressed-tensors, which vLLM and transformers load:
+  integers without grids for activations as `pack-quantized`, FP4 with or without them as `nvfp4-pack-quantized` and
+  `mxfp4-pack-quantized`. (Results of RTN and GPTQ; FlatQuant's transforms have no place in that format.)
+- `import_compressed`: FP4 models in these formats, with the same codes and scales.
 - `export_dense`: an ordinary checkpoint with the rounded weights as numbers, in the original basis: x P Q(W P^-T)^T =
   x (Q(W P^-T) P^T)^T. For any tool. It knows nothing of grids for activations, keys and values.
 """
@@ -18,29 +20,34 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import seams
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.solve import make_solver, solve_block
-from flatquant.errors import ArtifactError, ModelError
+from flatquant.errors import ArtifactError, ModelError, one_line
+from flatquant.formats.base import SCALE, WHOLE, Codes
 from flatquant.models import quiet
 from flatquant.ops.kron.reference import kron_matmul
-from flatquant.quantizers import Dynamic
+from flatquant.quantizers import Dynamic, FrozenBlocks, WeightGrid
 from flatquant.quantizers.clip import LearnedClip
-from flatquant.recipes import flatquant
-from flatquant.runtime.artifact import check_output
+from flatquant.recipes import flatquant, rtn
+from flatquant.runtime.artifact import check_output, rebuild_buffers
 from flatquant.runtime.branch import BranchedLinear
+from flatquant.runtime.build import install
+from flatquant.runtime.codes import CodeLinear
 from flatquant.runtime.experts import stacked_again
 from flatquant.runtime.hf import adopt
 from flatquant.runtime.linear import FrozenSite, IntegerLinear, SiteLinear
-from flatquant.spec import Plan, Recipe, to_dict
+from flatquant.spec import Plan, QuantSpec, Recipe, Scheme, to_dict
 from flatquant.transforms import Compose, Diagonal, Kronecker, Written
 from flatquant.transforms.factor import DirectFactor, Factor
 from flatquant.wiring.apply import FitBlock, fold_block, wrap_block
@@ -169,7 +176,7 @@ def _fill(fit: FitBlock, reader: _Reader) -> float:
                     _set(left, reader, f"{_TRANSFORMS[name]}.matrix_left")
                     _set(right, reader, f"{_TRANSFORMS[name]}.matrix_right")
         readers = fit.plan.sites[name].readers
-        if site.grid is not None and isinstance(site.grid.clip, LearnedClip):
+        if isinstance(site.grid, WeightGrid) and isinstance(site.grid.clip, LearnedClip):
             for ours, end in ((site.grid.clip.low_logit, "min"), (site.grid.clip.high_logit, "max")):
                 theirs = [
                     reader.get(f"{path}.clip_factor_w_{end}", (rows, 1))
@@ -203,6 +210,137 @@ def _clip(grid: Dynamic, reader: _Reader, names: list[str]) -> float:
         shares = torch.sigmoid(theirs)
         widest = max(widest, float(shares.max() - shares.min()))
     return widest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Theirs:
+    """What compressed-tensors calls a format of ours, and what it says of its scales."""
+
+    name: str
+    scales: Mapping[str, Any]
+    activations: Mapping[str, Any]  # besides: when scales of theirs are found
+    scale_dtype: torch.dtype
+
+
+_FORMATS = {
+    "nvfp4": _Theirs(
+        name="nvfp4-pack-quantized",
+        scales={"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"},
+        activations={"dynamic": "local", "observer": "static_minmax"},
+        scale_dtype=torch.float8_e4m3fn,
+    ),
+    "mxfp4": _Theirs(
+        name="mxfp4-pack-quantized",
+        scales={"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+        activations={"dynamic": True},
+        scale_dtype=torch.uint8,
+    ),
+}
+
+
+@torch.no_grad()
+def import_compressed(path: Path) -> tuple[PreTrainedModel, Plan, Recipe, dict[str, Any]]:
+    """Read an FP4 model of compressed-tensors; codes and scales stay what they are.
+
+    Args:
+        path: the folder, with `config.json` and safetensors.
+
+    Returns:
+        The model, the plan and recipe for `artifact.save`, and a report.
+
+    Raises:
+        ArtifactError: the folder is damaged, in another format, or leaves some linears of a block as they were.
+        FamilyError: the model's family is unknown.
+    """
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        state = {n: t for file in sorted(path.glob("*.safetensors")) for n, t in load_file(file).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read {path}: {one_line(error)}") from error
+    scheme = _their_scheme(path, config)
+    recipe = rtn(dataclasses.replace(Scheme.parse(scheme, clip="none"), key_offset="none"))
+    model = _empty_model(path, config)
+    arch = arch_of(model.config, model)
+    blocks = submodule(model, arch.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
+    seams.use_attention(model)
+    for index, (block, block_plan) in enumerate(zip(blocks, plan.blocks, strict=True)):
+        install(block, arch.attention, block_plan, packed=True)
+        for name, site in block_plan.sites.items():
+            root = f"{arch.blocks}.{index}."
+            statics = [state.pop(f"{root}{reader}.input_global_scale", None) for reader in site.readers]
+            if site.activations is not None and site.activations.format and site.activations.format.tensor_scale:
+                found = [s.float().reshape(1) for s in statics if s is not None]
+                if len(found) < len(statics) or any(not torch.equal(s, found[0]) for s in found):
+                    raise ArtifactError(f"{path}: the readers of {root}{name} do not share one input_global_scale")
+                state[f"{root}flatquant.{name}.activations.{WHOLE}"] = found[0]
+    state = {_our_name(name): _our_bytes(name, tensor) for name, tensor in state.items()}
+    try:
+        surplus = model.load_state_dict(state, assign=True, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise ArtifactError(f"{path}: tensors do not fit the model ({one_line(error)})") from error
+    model.tie_weights()
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    for word, names in (("lacks", empty), ("has a surplus", surplus)):
+        if names:
+            raise ArtifactError(f"{path} {word} tensor {one_line(names[0])} ({len(names)} in all)")
+    rebuild_buffers(model, torch.device("cpu"))
+    for name, module in model.named_modules():
+        if isinstance(module, CodeLinear):
+            try:
+                module.qweight().check_range()
+            except ValueError as error:
+                raise ArtifactError(f"{path}: {name}: {error}") from error
+    report: dict[str, Any] = {
+        "recipe": to_dict(recipe),
+        "data": {"source": "imported from compressed-tensors", "samples": 0, "seqlen": 0},
+    }
+    model.eval().requires_grad_(False)
+    adopt(model, plan, str(recipe.scheme), to_dict(recipe), report, None)
+    return model, plan, recipe, report
+
+
+def _their_scheme(path: Path, config: Any) -> str:
+    """The scheme of a compressed-tensors folder, as ours are written."""
+    quantisation = config.get("quantization_config") if isinstance(config, dict) else None
+    groups = quantisation.get("config_groups") if isinstance(quantisation, dict) else None
+    ours = {theirs.name: name for name, theirs in _FORMATS.items()}
+    if not isinstance(quantisation, dict) or quantisation.get("format") not in ours or not isinstance(groups, dict):
+        raise ArtifactError(f"{path} is not a compressed-tensors model in {' or '.join(ours)}")
+    (group, *others) = groups.values()
+    if others or not isinstance(group, dict) or group.get("targets") != ["Linear"]:
+        raise ArtifactError(f"{path}: only one scheme for all linears is read")
+    name = ours[quantisation["format"]]
+    given = group.get("input_activations")
+    if given is not None and (given.get("num_bits"), given.get("type")) != (4, "float"):
+        raise ArtifactError(f"{path}: activations in {given.get('num_bits')} bits are not read, only FP4 or 16 bit")
+    return name if given is not None else f"w{name}a16"
+
+
+def _empty_model(path: Path, config: dict[str, Any]) -> PreTrainedModel:
+    """The model that a config describes, with all tensors on the meta device."""
+    data = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    kind = data.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise ArtifactError(f"{path}: the installed transformers does not know the model type {one_line(kind)}")
+    with torch.device("meta"):
+        made = CONFIG_MAPPING[kind].from_dict(data)
+        return AutoModelForCausalLM.from_config(made, attn_implementation=seams.ATTENTION, dtype=made.dtype)
+
+
+_NAMES = {"weight_packed": "packed", "weight_scale": SCALE, "weight_global_scale": WHOLE}  # theirs: ours
+
+
+def _our_name(name: str) -> str:
+    root, _, leaf = name.rpartition(".")
+    return f"{root}.{_NAMES[leaf]}" if leaf in _NAMES else name
+
+
+def _our_bytes(name: str, tensor: Tensor) -> Tensor:
+    if name.endswith(".weight_scale"):
+        return tensor.view(torch.uint8)
+    return tensor.float().reshape(1) if name.endswith(".weight_global_scale") else tensor
 
 
 # --------------------------------------------------------------------------------------------- out
@@ -277,46 +415,41 @@ def _plain_config(model: PreTrainedModel) -> Any:
 def export_compressed(
     model: PreTrainedModel, plan: Plan, output: Path, *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Write a weight-only model in compressed-tensors' `pack-quantized` format.
+    """Write a model in compressed-tensors' `pack-quantized`, `nvfp4-pack-quantized` or `mxfp4-pack-quantized`.
 
     Raises:
-        ModelError: the model has online transforms, other grids than for weights, grids that differ, or experts.
+        ModelError: the model has online transforms, grids that differ, or experts; or grids for more than weights, but
+            for FP4 activations beside FP4 weights.
         ArtifactError: something is in the way of `output`.
     """
     check_output(output)
     spec = _one_weight_grid(plan)
-    state = {n: t for n, t in model.state_dict().items() if not n.endswith((".values", ".packed", ".scale", ".zero"))}
-    names = [name for name, module in model.named_modules() if isinstance(module, IntegerLinear)]
-    for name in names:
-        linear = submodule(model, name)
-        assert isinstance(linear, IntegerLinear)
-        weight = linear.qweight()
-        state[f"{name}.weight_packed"] = _packed_words(weight.values, spec.bits)
-        state[f"{name}.weight_scale"] = weight.scale.to(model.dtype)
-        state[f"{name}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
+    ours = (".values", ".codes", ".packed", f".{SCALE}", ".zero", f".{WHOLE}")
+    state = {n: t for n, t in model.state_dict().items() if not n.endswith(ours)}
+    for name, linear in model.named_modules():
+        if isinstance(linear, IntegerLinear):
+            weight = linear.qweight()
+            state[f"{name}.weight_packed"] = _packed_words(weight.values, spec.bits)
+            state[f"{name}.weight_scale"] = weight.scale.to(model.dtype)
+            state[f"{name}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
+        elif isinstance(linear, CodeLinear):
+            state |= {f"{name}.{leaf}": t for leaf, t in _their_tensors(spec, linear.qweight(), linear.site).items()}
     ignored = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = _plain_config(model).to_diff_dict()
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["architectures"] = [type(model).__name__]
-    group = spec.group_size
+    theirs = _FORMATS.get(spec.kind)
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "pack-quantized" if theirs is None else theirs.name,
         "quantization_status": "compressed",
         "ignore": ignored,
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "input_activations": None,
+                "input_activations": _their_activations(plan, theirs),
                 "output_activations": None,
-                "weights": {
-                    "num_bits": spec.bits,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group" if group else "channel",
-                    "group_size": group,
-                    "dynamic": False,
-                },
+                "weights": _their_weights(spec, theirs),
             }
         },
     }
@@ -334,28 +467,70 @@ def export_compressed(
         raise ArtifactError(f"cannot write {output}: {error.strerror or error}") from error
 
 
-def _one_weight_grid(plan: Plan) -> Any:
-    specs = set()
+def _their_weights(spec: QuantSpec, theirs: _Theirs | None) -> dict[str, Any]:
+    """What compressed-tensors is told of weights."""
+    if theirs is not None:
+        return {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, **theirs.scales}
+    group = spec.group_size
+    return {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if group else "channel",
+        "group_size": group,
+        "dynamic": False,
+    }
+
+
+def _their_activations(plan: Plan, theirs: _Theirs | None) -> dict[str, Any] | None:
+    """What compressed-tensors is told of activations; None for 16 bit."""
+    if theirs is None or not any(site.activations for block in plan.blocks for site in block.sites.values()):
+        return None
+    return {"num_bits": 4, "type": "float", "symmetric": True, **theirs.scales, **theirs.activations}
+
+
+def _their_tensors(spec: QuantSpec, weight: Codes, site: FrozenSite) -> dict[str, Tensor]:
+    """A linear in FP4 as compressed-tensors stores it, by name."""
+    found = {
+        "weight_packed": weight.packed(),
+        "weight_scale": weight.parts[SCALE].view(_FORMATS[spec.kind].scale_dtype),
+    }
+    if WHOLE in weight.parts:
+        found["weight_global_scale"] = weight.parts[WHOLE]
+    if isinstance(site.activations, FrozenBlocks) and site.activations.tensor_scale is not None:
+        found["input_global_scale"] = site.activations.tensor_scale
+    return found
+
+
+def _one_weight_grid(plan: Plan) -> QuantSpec:
+    specs, inputs = set(), set()
     for block in plan.blocks:
         if any(len(site.groups) > 1 for site in block.sites.values()):
             raise ModelError("compressed-tensors takes no mixtures of experts here; export the dense checkpoint")
-        if block.keys or block.values or any(site.activations for site in block.sites.values()):
-            raise ModelError("compressed-tensors takes weight-only models here; activations, keys or values have grids")
+        inputs |= {site.activations for site in block.sites.values()}
+        alike = all(site.activations in (None, site.weights) for site in block.sites.values())
+        rounded = any(spec is not None and spec.kind not in _FORMATS for spec in inputs)
+        if block.keys or block.values or rounded or not alike or len(inputs) > 1:
+            raise ModelError(
+                "compressed-tensors takes weight-only models here, or FP4 alike for weights and activations; "
+                "activations, keys or values have other grids"
+            )
         if any(site.left or site.right for site in block.sites.values()):
             raise ModelError(
                 "compressed-tensors has no place for online transforms; quantise with --method rtn or gptq, or export "
                 "the dense checkpoint"
             )
         for s in block.sites.values():
-            uniform = s.codebook is None and (s.weights is None or s.weights.kind == "uniform")
+            known = s.weights is None or s.weights.kind == "uniform" or s.weights.kind in _FORMATS
+            uniform = s.codebook is None and known
             if not uniform or s.rank or s.shift != "none":
                 raise ModelError(
-                    "compressed-tensors holds integers on uniform grids alone; export the dense checkpoint"
+                    "compressed-tensors holds integers on uniform grids and FP4 alone; export the dense checkpoint"
                 )
         specs |= {site.weights for site in block.sites.values()}
     (spec, *others) = specs
     if others or spec is None or not spec.symmetric or spec.bits not in (4, 8):
-        raise ModelError("compressed-tensors takes one symmetric grid of 4 or 8 bits for all weights")
+        raise ModelError("compressed-tensors takes one symmetric grid of 4 or 8 bits, or one format, for all weights")
     return spec
 
 

@@ -61,7 +61,8 @@ def _unique(words: Iterable[str]) -> list[str]:
 
 def _part(spec: TransformSpec) -> str:
     how = [word for word in (spec.parameters, spec.init) if word not in ("inverse", "identity")]
-    return spec.kind + (f" ({', '.join(how)})" if how else "")
+    kind = f"{spec.kind} of {spec.size}" if spec.size else spec.kind
+    return kind + (f" ({', '.join(how)})" if how else "")
 
 
 def _transform(found: Recipe) -> str:
@@ -84,6 +85,8 @@ def _grids(found: Recipe) -> str:
 def _grid(spec: QuantSpec) -> str:
     if spec.kind == "levels":
         return "on learned levels"
+    if spec.format is not None:
+        return f"in {spec.kind}"
     kind = ("symmetric" if spec.symmetric else "asymmetric") + (" per tensor" if spec.scope == "tensor" else "")
     return kind if spec.clip == "none" else f"{kind}, {spec.clip} clip"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from flatquant.ops.pack.reference import pack_bits, unpack_bits
 from flatquant.spec import QuantSpec
 
-__all__ = ["QTensor", "pack_bits", "unpack_bits"]
+__all__ = ["QTensor", "as_qtensor", "pack_bits", "unpack_bits"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +93,14 @@ class QTensor:
         if spec.symmetric:
             values = values.view(torch.int8) + spec.low  # wraps around at 8 bits, to the right integer
         return cls(values=values, scale=scale, zero=zero, spec=spec)
+
+
+def as_qtensor(values: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> QTensor:
+    """Integers held in floats, (o, n), with (o, g) scales, as a QTensor."""
+    dtype = torch.int8 if spec.symmetric else torch.uint8
+    return QTensor(
+        values=values.to(dtype).contiguous(),
+        scale=scale.float().contiguous(),
+        zero=None if zero is None else zero.float().contiguous(),
+        spec=spec,
+    )

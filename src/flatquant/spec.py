@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
+from flatquant import formats
 from flatquant.errors import SpecError
 
 # The quantised inputs of a transformer block, in the order data meets them.
@@ -51,8 +52,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (kind,) = (a for a in args if a is not type(None))
-        return _convert(kind, value, where)
+        kinds = [a for a in args if a is not type(None)]
+        return _convert(next((a for a in kinds if type(value) is a), kinds[0]), value, where)
     if origin is Literal:
         _check(value in args, f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
         return value
@@ -91,10 +92,16 @@ def from_dict(cls: type[T], data: Any, where: str | None = None) -> T:
     return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()})
 
 
+def _later(default: Any) -> Any:
+    """A field that format version 1 began without: it is written only where it is not `default`."""
+    return field(default=default, metadata={"later": True})
+
+
 def to_dict(spec: Any) -> Any:
     """The spec as nested dictionaries, lists, numbers and strings; `json.dumps` accepts it."""
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
-        return {f.name: to_dict(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
+        values = {f: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+        return {f.name: to_dict(v) for f, v in values.items() if not f.metadata.get("later") or v != f.default}
     if isinstance(spec, Mapping):
         return {k: to_dict(v) for k, v in spec.items()}
     if isinstance(spec, list | tuple):
@@ -126,7 +133,8 @@ class QuantSpec:
             to this many pieces a channel on average.
         kind: `uniform`, or `levels`: the sums of `bits` numbers with signs. Weights have numbers of their own in every
             row or group, trained together with the codes that choose the signs; activations share a site's, found from
-            calibration text, and have a scale per token.
+            calibration text, and have a scale per token. Or the name of a format of `flatquant.formats`, which says
+            what its blocks and scales are: `bits` repeats its bits, and all else stays as it is by default.
         signed_scale: of symmetric weights: the scale has the sign that puts the weight of largest magnitude on the end
             -2^(b-1), which nothing takes otherwise: steps are (2^(b-1) - 1) / 2^(b-1) as wide.
         weigh: of levels of activations: what they minimise, the errors of all `channels` relative to the channels'
@@ -141,13 +149,18 @@ class QuantSpec:
     clip_ratio: float = 1.0
     scope: Literal["row", "tensor"] = "row"
     width: float = 1.0
-    kind: Literal["uniform", "levels"] = "uniform"
+    kind: str = "uniform"
     weigh: Literal["channels", "total"] = "channels"
     signed_scale: bool = False
 
     def __post_init__(self) -> None:
         plain = self.symmetric and self.clip == "none" and self.scope == "row"
-        _check(self.kind == "uniform" or plain, "levels have no zero point, no clip, and scales by row or token")
+        form = self.format
+        if form is not None:
+            blocks = plain and self.group_size is None and not self.signed_scale
+            _check(blocks, f"{self.kind} has scales of its own: no zero point, no clip and no group size")
+            _check(self.bits == form.bits, f"{self.kind} has {form.bits} bits, not {self.bits}")
+        _check(self.kind != "levels" or plain, "levels have no zero point, no clip, and scales by row or token")
         _check(self.kind == "levels" or self.weigh == "channels", "only levels weigh errors in two ways")
         signed = self.symmetric and self.clip in ("none", "search") and (self.kind, self.scope) == ("uniform", "row")
         _check(
@@ -163,6 +176,22 @@ class QuantSpec:
         _check(self.group_size is None or self.group_size >= 2, f"group size {self.group_size}: at least 2")
 
     @property
+    def format(self) -> formats.Facts | None:
+        """The format of `flatquant.formats` that numbers are stored in; None for integers and for levels."""
+        return None if self.kind in ("uniform", "levels") else formats.facts(self.kind)
+
+    @classmethod
+    def of(cls, storage: int | str, *, symmetric: bool) -> Self:
+        """A grid of so many bits, or the format of this name."""
+        if isinstance(storage, str):
+            return cls(bits=formats.facts(storage).bits, kind=storage)
+        return cls(bits=storage, symmetric=symmetric)
+
+    def with_bits(self, bits: int) -> Self:
+        """The same grid with other bits; integers in the place of a format."""
+        return type(self)(bits=bits) if self.format else dataclasses.replace(self, bits=bits)
+
+    @property
     def low(self) -> int:
         """Smallest integer of the grid."""
         return -(1 << (self.bits - 1)) if self.symmetric else 0
@@ -175,22 +204,30 @@ class QuantSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteBits:
-    """Bits of one site where they differ from the scheme's; `None` keeps the scheme's, 16 switches the grid off."""
+    """Bits of one site, or a format's name, where they differ from the scheme's.
 
-    weights: int | None = None
-    activations: int | None = None
+    `None` keeps the scheme's, 16 switches the grid off.
+    """
+
+    weights: int | str | None = None
+    activations: int | str | None = None
 
     def __post_init__(self) -> None:
         _check_bits(self.weights, self.activations)
 
     def __str__(self) -> str:
+        if isinstance(self.weights, str) and self.weights == self.activations:
+            return self.weights
         return (f"w{self.weights}" if self.weights else "") + (f"a{self.activations}" if self.activations else "")
 
 
-def _check_bits(*given: int | None) -> None:
-    """Raise SpecError unless these are bits of an override, which names at least one of two tensors."""
+def _check_bits(*given: int | str | None) -> None:
+    """Raise SpecError unless these are bits of an override, or formats. It names at least one of two tensors."""
     _check(any(bits is not None for bits in given), "an override without bits")
     for bits in given:
+        if isinstance(bits, str):
+            formats.facts(bits)
+            continue
         _check(bits is None or bits == 16 or 2 <= bits <= 8, f"{bits} bits: a grid has 2 to 8, or 16 for none")
 
 
@@ -211,9 +248,26 @@ class CacheBits:
 
 
 _CACHE = r"(?:kv(?P<kv>\d+)|(?:k(?P<k>\d+))?(?:v(?P<v>\d+))?)"
-_SCHEME = re.compile(rf"(?:w(?P<w>\d+)(?:g(?P<g>\d+))?)?(?:a(?P<a>\d+))?{_CACHE}")
-_OVERRIDE = re.compile(rf"(?:(?P<block>\d+)\.)?(?P<site>{'|'.join(SITES)})=(?:w(?P<w>\d+))?(?:a(?P<a>\d+))?")
 _CACHE_OVERRIDE = re.compile(rf"(?P<block>\d+)\.{_CACHE}")
+
+
+def _head() -> re.Pattern[str]:
+    """A scheme up to its first comma. A name alone is a format for weights and activations."""
+    name = "|".join(formats.names())
+    pair = rf"(?:w(?P<w>\d+|{name})(?:g(?P<g>\d+))?)?(?:a(?P<a>\d+|{name}))?"
+    return re.compile(rf"(?:(?P<both>{name})|{pair}){_CACHE}")
+
+
+def _override() -> re.Pattern[str]:
+    name = "|".join(formats.names())
+    pair = rf"(?:w(?P<w>\d+|{name}))?(?:a(?P<a>\d+|{name}))?"
+    return re.compile(rf"(?:(?P<block>\d+)\.)?(?P<site>{'|'.join(SITES)})=(?:(?P<both>{name})|{pair})")
+
+
+def _storage(m: re.Match[str], letter: str) -> int | str | None:
+    """What a part of a scheme's text says of weights or activations: bits, or the name of a format."""
+    found = m["both"] or m[letter]
+    return int(found) if found and found.isdecimal() else found or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +304,8 @@ class Scheme:
             _check(spec is None or spec.clip != "search", f"{name}: a searched clip is for weights only")
             _check(spec is None or not spec.signed_scale, f"{name}: a signed scale is for weights only")
             uniform = spec is None or spec.kind == "uniform" or name == "activations"
-            _check(uniform, f"{name}: levels are for weights and activations only")
+            kind = "levels are" if spec is None or spec.format is None else f"{spec.kind} is"
+            _check(uniform, f"{name}: {kind} for weights and activations only")
             static = spec is not None and spec.scope == "tensor"
             _check(not static or name == "activations", f"{name}: one scale per token and head, not for a tensor")
         _check(self.weights is None or self.weights.width == 1, "weights: only channels of activations are split")
@@ -273,28 +328,34 @@ class Scheme:
         """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8,0.k8,1.kv16`.
 
         Left-out parts and 16 stay in 16 bit. Weights and activations are symmetric, keys and values asymmetric.
+        A format's name may stand for the bits of weights or activations, and alone for both: with a format F, `F`,
+        `Fkv4`, `wFa16`, `w4aF`, `w4a4kv4,mlp_mid=F`. Its scales are its own: it has no clip and no group size.
 
         Raises:
             SpecError: text that is not of this form, a tensor named twice, or bits that no grid has.
         """
         head, *rest = (part.strip() for part in text.lower().split(","))
-        m = _SCHEME.fullmatch(head)
-        _check(bool(m and head), f"scheme {text!r}: expected something like w4a4kv4, w4a16, w4g128a8kv4 or k4v2")
+        m = _head().fullmatch(head)
+        known = ", ".join(formats.names())
+        expected = f"w4a4kv4, w4a16, w4g128a8kv4 or k4v2, or bits replaced by a format ({known})"
+        _check(bool(m and head), f"scheme {text!r}: expected something like {expected}")
         assert m is not None
 
-        def grid(bits: str | None, *, symmetric: bool, group: str | None = None) -> QuantSpec | None:
-            if bits is None or int(bits) == 16:
+        def grid(storage: int | str | None, *, symmetric: bool, group: str | None = None) -> QuantSpec | None:
+            if storage is None or storage == 16:
                 _check(group is None, f"scheme {text!r}: a group size without weight bits")
                 return None
-            group_size = int(group) if group else None
-            return _with_clip(QuantSpec(bits=int(bits), symmetric=symmetric, group_size=group_size), clip, clip_starts)
+            spec = QuantSpec.of(storage, symmetric=symmetric)
+            if group:
+                spec = dataclasses.replace(spec, group_size=int(group))
+            return _with_clip(spec, clip, clip_starts)
 
         overrides, cache_overrides = _read_overrides(text, rest)
         return cls(
-            weights=grid(m["w"], symmetric=True, group=m["g"]),
-            activations=grid(m["a"], symmetric=True),
-            keys=grid(m["kv"] or m["k"], symmetric=False),
-            values=grid(m["kv"] or m["v"], symmetric=False),
+            weights=grid(_storage(m, "w"), symmetric=True, group=m["g"]),
+            activations=grid(_storage(m, "a"), symmetric=True),
+            keys=grid(_bits(m["kv"] or m["k"]), symmetric=False),
+            values=grid(_bits(m["kv"] or m["v"]), symmetric=False),
             overrides=overrides,
             cache_overrides=cache_overrides,
             clip=clip,
@@ -310,7 +371,7 @@ class Scheme:
         """
 
         def fixed(spec: QuantSpec | None, ratio: float) -> QuantSpec | None:
-            if spec is None or ratio == 1 or spec.bits > up_to:
+            if spec is None or ratio == 1 or spec.bits > up_to or spec.format:
                 return spec
             return dataclasses.replace(spec, clip="fixed", clip_ratio=ratio)
 
@@ -324,17 +385,24 @@ class Scheme:
 
     def __str__(self) -> str:
         def bits(spec: QuantSpec | None) -> str:
-            return "16" if spec is None else str(spec.bits)
+            return "16" if spec is None else spec.kind if spec.format else str(spec.bits)
 
         group = f"g{self.weights.group_size}" if self.weights and self.weights.group_size else ""
         k, v = bits(self.keys), bits(self.values)
-        text = f"w{bits(self.weights)}{group}a{bits(self.activations)}" + (f"kv{k}" if k == v else f"k{k}v{v}")
+        w, a = bits(self.weights), bits(self.activations)
+        pair = w if w == a and self.weights and self.weights.format else f"w{w}{group}a{a}"
+        text = pair + (f"kv{k}" if k == v else f"k{k}v{v}")
         text += "".join(f",{key}={bits}" for key, bits in self.overrides.items())
         return text + "".join(f",{block}.{bits}" for block, bits in self.cache_overrides.items())
 
+    def named(self, tensors: Literal["weights", "activations"]) -> set[str]:
+        """The names of all formats that these tensors have somewhere."""
+        spec, others = getattr(self, tensors), (getattr(o, tensors) for o in self.overrides.values())
+        return {o for o in others if isinstance(o, str)} | ({spec.kind} if spec is not None and spec.format else set())
+
     def at(self, block: int, site: str) -> tuple[QuantSpec | None, QuantSpec | None]:
         """The weight and the activation grid of one site, overrides applied."""
-        bits = {"weights": None, "activations": None}
+        bits: dict[str, int | str | None] = {"weights": None, "activations": None}
         for key in (site, f"{block}.{site}"):
             if key in self.overrides:
                 o = self.overrides[key]
@@ -355,26 +423,32 @@ class Scheme:
             self._other_bits(self.values, bits.values, symmetric=False),
         )
 
-    def _other_bits(self, spec: QuantSpec | None, bits: int | None, *, symmetric: bool) -> QuantSpec | None:
+    def _other_bits(self, spec: QuantSpec | None, bits: int | str | None, *, symmetric: bool) -> QuantSpec | None:
         """A grid of the scheme with an override's bits: switched on or off, or of another width.
 
         A learned clip starts where it does for these bits. A fixed one is for the scheme's bits and fewer: with more, a
         cut costs more than the finer grid gains.
         """
-        if bits is None or (spec is not None and bits == spec.bits):
+        if bits is None or (spec is not None and bits == (spec.kind if spec.format else spec.bits)):
             return spec
         if bits == 16:
             return None
-        if spec is None:
-            return _with_clip(QuantSpec(bits=bits, symmetric=symmetric), self.clip, self.clip_starts)
+        if spec is None or spec.format or isinstance(bits, str):
+            return _with_clip(QuantSpec.of(bits, symmetric=symmetric), self.clip, self.clip_starts)
         if spec.clip == "fixed" and bits > spec.bits:
             return dataclasses.replace(spec, bits=bits, clip="none", clip_ratio=1.0)
         return _with_clip(dataclasses.replace(spec, bits=bits), spec.clip, self.clip_starts)
 
 
 def _with_clip(spec: QuantSpec, clip: Clip, starts: Sequence[float]) -> QuantSpec:
-    """The same grid with another clip; a learned one starts where it does for the grid's bits."""
+    """The same grid with another clip; a learned one starts where it does for the grid's bits. A format has none."""
+    if spec.format is not None:
+        return spec
     return dataclasses.replace(spec, clip=clip, clip_start=starts[spec.bits - 2] if clip == "learned" else 4.0)
+
+
+def _bits(text: str | None) -> int | None:
+    return int(text) if text else None
 
 
 def _is_number(text: str) -> bool:
@@ -391,11 +465,11 @@ def _read_overrides(text: str, parts: Sequence[str]) -> tuple[dict[str, SiteBits
     sites: dict[str, SiteBits] = {}
     caches: dict[str, dict[str, int]] = {}
     for part in parts:
-        site, cache = _OVERRIDE.fullmatch(part), _CACHE_OVERRIDE.fullmatch(part)
+        site, cache = _override().fullmatch(part), _CACHE_OVERRIDE.fullmatch(part)
         if site is not None:
             key = f"{int(site['block'])}.{site['site']}" if site["block"] else site["site"]
-            weights, activations = (int(site[c]) if site[c] else None for c in "wa")
-            _check(bool(site["w"] or site["a"]), f"scheme {text!r}: {part!r} gives no bits; use {part}w<bits>a<bits>")
+            weights, activations = (_storage(site, letter) for letter in "wa")
+            _check(bool(weights or activations), f"scheme {text!r}: {part!r} gives no bits; use {part}w<bits>a<bits>")
             _check(key not in sites, f"scheme {text!r}: {key} is given twice")
             sites[key] = SiteBits(weights=weights, activations=activations)
         elif cache is not None and (cache["kv"] or cache["k"] or cache["v"]):
@@ -422,8 +496,8 @@ class TransformSpec:
 
     Attributes:
         kind: `shift` (a constant per channel), `diagonal` (per-channel scale), `matrix` (full), `kronecker`
-            (P1 (x) P2), `head` (one matrix inside all heads, which the heads' writer applies), `heads` (one for every
-            key-value head, likewise).
+            (P1 (x) P2), `blocks` (I (x) P2: one matrix for every `size` neighbours), `head` (one matrix inside all
+            heads, which the heads' writer applies), `heads` (one for every key-value head, likewise).
         parameters: `inverse` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
             Cayley form, so that the inverse is free of a general solve; `rotation` trains an orthogonal matrix by
             Cayley SGD; `fixed` stays at its start, which is orthogonal; `masked` starts at the identity and opens band
@@ -432,15 +506,21 @@ class TransformSpec:
             `absmax` is the paper's wmax^(1-alpha) / xmax^alpha, `second_moment` is (E w^2 / E x^2)^(1/4), `identity`.
             For a shift: `center`, the middle between a channel's ends, or `identity`, none.
         alpha: exponent of `absmax`.
+        size: of `blocks`, and of nothing else: 16, 32, 64 or 128 are what kernels and formats have. It divides the
+            channels of a site. Where heads are written, blocks lie inside heads, and the writer applies them: of a
+            size that divides both this one and the heads' own.
     """
 
-    kind: Literal["shift", "diagonal", "matrix", "kronecker", "head", "heads"]
+    kind: Literal["shift", "diagonal", "matrix", "kronecker", "blocks", "head", "heads"]
     parameters: Literal["inverse", "svd", "rotation", "fixed", "masked"] = "inverse"
     init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment", "center"] = "identity"
     alpha: float = 0.3
     stability: float = 0.1
+    size: int = _later(0)
 
     def __post_init__(self) -> None:
+        _check((self.kind == "blocks") == (self.size > 0), f"a {self.kind} of size {self.size}: only blocks have one")
+        _check(self.size != 1, "blocks of 1 change nothing: use a diagonal")
         data = self.init in ("absmax", "second_moment")
         _check(self.kind == "diagonal" or not data, f"a {self.kind} transform has no {self.init} start")
         _check(self.kind != "diagonal" or data or self.init == "identity", f"a diagonal has no {self.init} start")
@@ -629,6 +709,8 @@ class SolverSpec:
         act_order: columns of large diagonal first; codebooks always do.
         codebook: of the kind `codebook`, and of no other.
         learned: what becomes of that rounding by learning.
+        updates_scales: of `gptq` for weights in a format's blocks: a block's scale is found when compensation reaches
+            it, and not before.
     """
 
     kind: Literal["rtn", "gptq", "codebook"] = "rtn"
@@ -640,8 +722,11 @@ class SolverSpec:
     act_order: bool = False
     codebook: CodebookSpec | None = None
     learned: RoundingSpec | None = None
+    updates_scales: bool = _later(False)
 
     def __post_init__(self) -> None:
+        in_order = self.kind == "gptq" and not self.act_order
+        _check(in_order or not self.updates_scales, "only gptq with columns in order updates scales: no act_order")
         _check(
             (self.kind == "codebook") == (self.codebook is not None),
             f"the solver {self.kind} " + ("needs a codebook" if self.codebook is None else "uses no codebook"),
@@ -748,17 +833,25 @@ class Recipe:
             places = [{"shift": 0, "diagonal": 1}.get(t.kind, 2) for t in parts]
             _check(
                 places == sorted(set(places)),
-                f"recipe {self.name}, {site}: at most one shift, one diagonal, one matrix or kronecker, in this order",
+                f"recipe {self.name}, {site}: at most one shift, one diagonal, one matrix or the like, in this order",
             )
         _check(
             self.fits or not clipped or bool(self.transforms),
             f"recipe {self.name}: learned clipping needs a fit; use clip='none' or give the recipe a fit",
         )
+        if self.solver.updates_scales:
+            blocks = self.scheme.named("weights") and (self.scheme.weights is None or self.scheme.weights.format)
+            whole = not any(isinstance(o.weights, int) and o.weights < 16 for o in self.scheme.overrides.values())
+            _check(bool(blocks) and whole, f"recipe {self.name}: only scales of a format's blocks are updated")
         if self.solver.learns:
             _check(
                 self.scheme.weights is None or self.scheme.weights.scope == "row",
                 f"recipe {self.name}: rounding is learned with scales by row or group, not with one for a tensor",
             )
+            named = sorted(self.scheme.named("weights"))
+            _check(not named, f"recipe {self.name}: rounding is learned for integers, not for {', '.join(named)}")
+        if self.solver.codebook is not None and (named := sorted(self.scheme.named("weights"))):
+            _check(False, f"recipe {self.name}: weights in {', '.join(named)} are not in codebooks; use bits")
         if self.solver.codebook is not None and self.scheme.weights is not None:
             _check(not self.fits, f"recipe {self.name}: fits round weights to a uniform grid, which codebooks are not")
             _check(
@@ -847,7 +940,7 @@ class Recipe:
         if activations is not None and activations.kind == "levels":
             sited = any(parts for site, parts in self.transforms.items() if site != "qk")
             _check(not sited, f"{where}: levels of activations are those of untransformed ones; leave out transforms")
-        if weights is None or weights.kind == "uniform":
+        if weights is None or weights.kind != "levels":
             return
         moved = any(t.parameters != "fixed" for parts in self.transforms.values() for t in parts)
         _check(not moved, f"{where}: weights on levels train themselves; only fixed transforms may come before them")
@@ -869,6 +962,7 @@ class Recipe:
         starts = any(t.init in DATA_STARTS for parts in self.transforms.values() for t in parts)
         inputs = self.scheme.activations
         static = inputs is not None and (inputs.scope == "tensor" or inputs.kind == "levels")
+        static |= any(formats.facts(name).tensor_scale for name in self.scheme.named("activations"))
         offset = self.scheme.key_offset == "mean"
         return self.fits or starts or static or offset or (self.solver.needs_data and self.scheme.weights is not None)
 

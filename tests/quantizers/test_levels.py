@@ -202,15 +202,14 @@ def test_a_weight_starts_on_its_nearest_level_and_is_frozen_there(bits: int, gro
     levels = WeightLevels(spec(bits, group), w)
     frozen = levels.frozen()
     frozen.check_range()
-    assert frozen.bits == bits
+    assert frozen.format.bits == bits
     torch.testing.assert_close(frozen.dequantize(), levels().detach(), rtol=1e-5, atol=1e-6)
     groups = w.unflatten(-1, (-1, group or 40))  # (o, g, n / g)
     signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * bits).view(-1, bits)
-    all_sums = frozen.levels @ signs.mT  # (o, g, 2^bits)
+    all_sums = frozen.parts["levels"] @ signs.mT  # (o, g, 2^bits)
     nearest = (groups[..., None] - all_sums[:, :, None]).abs().amin(-1).flatten(1)
     torch.testing.assert_close((frozen.dequantize() - w).abs(), nearest, rtol=1e-4, atol=1e-5)
-    again = type(frozen).from_packed(frozen.packed(), frozen.levels, 40)
-    assert torch.equal(again.indices, frozen.indices)
+    assert torch.equal(frozen.format.unpack(frozen.packed(), 40), frozen.codes)
 
 
 def test_a_step_takes_a_weight_to_the_next_level() -> None:

@@ -51,7 +51,7 @@ from flatquant.progress import Progress
 from flatquant.runtime.build import install
 from flatquant.runtime.experts import Experts, open_experts
 from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe, RoundingSpec
-from flatquant.wiring.apply import FitBlock, InputStatistics, fold_block, unrounded_weights, wrap_block
+from flatquant.wiring.apply import FitBlock, InputStatistics, fold_block, observing, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan, takes_mean
@@ -264,6 +264,10 @@ class _Run:
             group = range(start, min(start + self.side_by_side, len(calls)))
             wrapped, hidden = self._wrap(group, calls, hidden, quantised)
             self._fit(wrapped, quantised if self.feeds_fit else None)
+            if self.end_to_end is None:
+                for w in wrapped:
+                    if w.fit is not None and w.inputs is not None:
+                        self._observe(w.fit, w.call, w.inputs, keep=False)
             wrapped = [self._without_streams(w) for w in wrapped]
             if self.end_to_end is not None:
                 fits += [w.fit for w in wrapped]
@@ -278,8 +282,11 @@ class _Run:
             wrapped = [fit for fit in fits if fit is not None]
             rotated = [self._rotated(call) for call in calls]
             self._fit_end_to_end(self.end_to_end, wrapped, rotated, first, hidden)
+            shown: Kept = first
             for index, fit in enumerate(wrapped):
                 with _named(index):
+                    if any(later.static_grids() for later in wrapped[index:]):
+                        shown = self._observe(fit, calls[index], shown)
                     self._fold(index, fit)
             # No block is the original any more: what takes its place is the fitted model before it is rounded.
             inputs = first if self.sees_original or self.learned is not None else None
@@ -296,6 +303,21 @@ class _Run:
         if self.device.type == "cuda":
             self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
         return self.report
+
+    def _observe(self, fit: FitBlock, call: BlockCall, inputs: Kept, *, keep: bool = True) -> Kept:
+        """Show static scales of activations what they are to cover; the block's outputs, if they are to be kept."""
+        grids, run = (
+            fit.static_grids(),
+            partial(_in_dtype, self.dtype, inputs.dtype, partial(self._rotated(call), fit.block)),
+        )
+        if not grids and not keep:
+            return inputs
+        with self.clock("static scales"), torch.no_grad(), autocast(self.device, self.dtype), observing(grids):
+            if keep:
+                return mapped(inputs, self.batch, run)
+            for x in inputs.split(self.batch):
+                run(x)
+        return inputs
 
     def _without_streams(self, w: _Wrapped) -> _Wrapped:
         """A fitted block with what rounding it still needs."""

@@ -13,10 +13,12 @@ from flatquant.calibrate.activations import Kept
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.rounding import RoundingLinear
 from flatquant.codebook import CodebookTensor
+from flatquant.formats.base import Codes
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import VectorGrid, WeightGrid
+from flatquant.quantizers import BlockWeights, VectorGrid, WeightGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear
+from flatquant.runtime.codes import FrozenCodes
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, SiteLinear
 from flatquant.solvers import GPTQ, RTN, InputGram, Solver, VectorSolver, blended
 from flatquant.solvers.lowrank import split
@@ -26,13 +28,15 @@ from flatquant.wiring.arch import replace_submodule, submodule
 GRAMS = 1 << 29  # elements of Gram matrices held at a time, two GiB
 
 
-def make_solver(spec: SolverSpec) -> Solver[Any, QTensor | CodebookTensor]:
+def make_solver(spec: SolverSpec) -> Solver[Any, QTensor | Codes | CodebookTensor]:
     """The solver a spec names."""
     match spec.kind:
         case "rtn":
             return RTN()
         case "gptq":
-            return GPTQ(damping=spec.damping, block_size=spec.block_size, act_order=spec.act_order)
+            return GPTQ(
+                damping=spec.damping, block_size=spec.block_size, act_order=spec.act_order, updated=spec.updates_scales
+            )
         case "codebook":
             return VectorSolver(damping=spec.damping, block_size=spec.block_size)
 
@@ -41,7 +45,7 @@ def make_solver(spec: SolverSpec) -> Solver[Any, QTensor | CodebookTensor]:
 def solve_block(
     block: nn.Module,
     plan: BlockPlan,
-    solver: Solver[Any, QTensor | CodebookTensor],
+    solver: Solver[Any, QTensor | Codes | CodebookTensor],
     call: BlockCall,
     inputs: Kept | None,
     batch_size: int,
@@ -76,7 +80,7 @@ def solve_block(
             jobs = iter([(site.readers, gram.hessian())])
         else:
             jobs = _by_expert(block, site, call, inputs, batch_size, gram)
-        grid = WeightGrid(site.weights) if site.codebook is None else VectorGrid(site.codebook, site.weights.bits)
+        grid = _grid(block, site)
         for together, hessian in jobs:
             for paths in [together] if site.codebook is None else [(path,) for path in together]:
                 linears = [_folded(block, path) for path in paths]
@@ -85,11 +89,24 @@ def solve_block(
                     replace_submodule(block, path, BranchedLinear(served, ups[path]) if ups else served)
 
 
-def _served(linears: list[DenseLinear], joined: QTensor | CodebookTensor, learns: bool) -> list[SiteLinear]:
+def _grid(block: nn.Module, plan: SitePlan) -> WeightGrid | BlockWeights | VectorGrid:
+    """What the weights of a site are rounded to; a scale of the tensor is one for all its readers."""
+    assert plan.weights is not None
+    if plan.codebook is not None:
+        return VectorGrid(plan.codebook, plan.weights.bits)
+    if plan.weights.format is not None:
+        return BlockWeights.covering(plan.weights, (_folded(block, path).weight for path in plan.readers))
+    return WeightGrid(plan.weights)
+
+
+def _served(linears: list[DenseLinear], joined: QTensor | Codes | CodebookTensor, learns: bool) -> list[SiteLinear]:
     """The serving stages of linears that were solved together, or what trains to be one."""
     if isinstance(joined, CodebookTensor):
         (linear,) = linears
         return [CodebookLinear.of(linear.site, joined, linear.bias)]
+    if isinstance(joined, Codes):
+        codes = joined.split([linear.weight.shape[0] for linear in linears])
+        return [FrozenCodes(linear.site, weight, linear.bias) for linear, weight in zip(linears, codes, strict=True)]
     rows = joined.split([linear.weight.shape[0] for linear in linears])
     frozen = [FrozenLinear(linear.site, weight, linear.bias) for linear, weight in zip(linears, rows, strict=True)]
     if not learns:
@@ -102,7 +119,7 @@ def _branch_off(block: nn.Module, plan: SitePlan, rounds: int, hessian: Tensor |
     assert plan.weights is not None
     linears = [_folded(block, path) for path in plan.readers]
     w = torch.cat([linear.weight for linear in linears])
-    grid = WeightGrid(plan.weights)
+    grid = BlockWeights(plan.weights) if plan.weights.format else WeightGrid(plan.weights)
 
     def rounded(rest: Tensor) -> Tensor:
         return RTN().solve(rest, grid, None).dequantize(rest.dtype)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from flatquant import seams
 from flatquant.calibrate.capture import BlockCall, capture
-from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite
@@ -211,9 +211,9 @@ def _owner(block: nn.Module, attention: str, part: Part) -> FrozenSite | FrozenK
 class _OneWindow(nn.Module):
     """A grid that rounds one window of a batch, and leaves the others in 16 bits."""
 
-    def __init__(self, grid: Dynamic | SplitGrid | ActivationLevels, window: int, windows: int) -> None:
+    def __init__(self, grid: Dynamic | SplitGrid | ActivationLevels | FrozenBlocks, window: int, windows: int) -> None:
         super().__init__()
-        self.grid: Dynamic | SplitGrid | ActivationLevels = grid
+        self.grid: Dynamic | SplitGrid | ActivationLevels | FrozenBlocks = grid
         self.window, self.windows = window, windows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,7 +225,8 @@ class _OneWindow(nn.Module):
         out = x.to(dtype, copy=True)
         one = x.unflatten(0, (self.windows, -1))[self.window]
         grid = self.grid
-        numbers = grid(one) if isinstance(grid, ActivationLevels) else grid.quantize(one).dequantize(dtype)
+        integers = isinstance(grid, Dynamic | SplitGrid)
+        numbers = grid.quantize(one).dequantize(dtype) if integers else grid(one)
         out.unflatten(0, (self.windows, -1))[self.window].copy_(numbers)
         return out
 

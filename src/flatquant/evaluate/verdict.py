@@ -297,7 +297,7 @@ def _wider_weights(scheme: Scheme) -> Scheme | None:
     weights = scheme.weights
     if weights is None or weights.bits >= 8:
         return None
-    return replace(scheme, weights=replace(weights, bits=4 if weights.bits < 4 else 8))
+    return replace(scheme, weights=weights.with_bits(4 if weights.bits < 4 else 8))
 
 
 def _proposal(scheme: Scheme, plan: Plan, setting: Setting, before: float, now: float | None) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def _with_parts(scheme: Scheme, plan: Plan, setting: Setting) -> Scheme:
         if not chosen:
             continue
         if len(chosen) == len(members) and (spec := getattr(scheme, kind)) is not None:
-            scheme = replace(scheme, **{kind: replace(spec, bits=8)})
+            scheme = replace(scheme, **{kind: spec.with_bits(8)})
             continue
         for part in chosen:
             key = str(part.block)

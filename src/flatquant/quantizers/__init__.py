@@ -1,5 +1,6 @@
 """Grids with (learned) clipping, for weights, activations, keys and values."""
 
+from flatquant.quantizers.blocks import BlockWeights, FrozenBlocks, LiveBlocks
 from flatquant.quantizers.clip import FixedClip, LearnedClip, NoClip, Range
 from flatquant.quantizers.codebook import VectorGrid
 from flatquant.quantizers.levels import ActivationLevels, WeightLevels
@@ -8,9 +9,12 @@ from flatquant.quantizers.uniform import Dynamic, WeightGrid
 
 __all__ = [
     "ActivationLevels",
+    "BlockWeights",
     "Dynamic",
     "FixedClip",
+    "FrozenBlocks",
     "LearnedClip",
+    "LiveBlocks",
     "NoClip",
     "Range",
     "SplitGrid",

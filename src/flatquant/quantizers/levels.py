@@ -13,7 +13,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from flatquant.levels import LevelTensor
+from flatquant.formats.base import Codes
+from flatquant.formats.levels import LEVELS, Levels
 from flatquant.modules import Bounded, ExactBuffers, Trainable
 from flatquant.spec import QuantSpec
 
@@ -131,12 +132,13 @@ class WeightLevels(Trainable, Bounded):
         self.levels.copy_(torch.maximum(self.levels, self.floor))
 
     @torch.no_grad()
-    def frozen(self) -> LevelTensor:
-        """The codes as indices, and the levels."""
+    def frozen(self) -> Codes:
+        """The codes, and the levels."""
         _, order = _sums(self.levels)
         indices = order.gather(1, self._nearest()).to(torch.uint8).unflatten(0, (-1, self.groups)).flatten(1)
         levels = (self.levels * self.unit).float().unflatten(0, (-1, self.groups))
-        return LevelTensor(indices=indices.contiguous(), levels=levels.contiguous())
+        form = Levels(self.spec.bits, self.spec.group_size)
+        return Codes(codes=indices.contiguous(), parts={LEVELS: levels.contiguous()}, format=form)
 
 
 def _signs(bits: int, like: Tensor) -> Tensor:

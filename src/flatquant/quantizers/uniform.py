@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flatquant.ops.gptq import round_columns
 from flatquant.ops.quantize import fake_quantize_clamped, fake_quantize_rows
 from flatquant.ops.quantize.reference import (
     clamp_rows,
@@ -14,7 +15,7 @@ from flatquant.ops.quantize.reference import (
     row_grid,
     signed_grid,
 )
-from flatquant.qtensor import QTensor
+from flatquant.qtensor import QTensor, as_qtensor
 from flatquant.quantizers.clip import FixedClip, LearnedClip, NoClip, Range
 from flatquant.spec import QuantSpec
 
@@ -110,6 +111,20 @@ class WeightGrid(nn.Module):
             return self(w)
         return fake_quantize_clamped(self.grouped(w), *self._ratios(w), self.spec.low, self.spec.high).flatten(-2)
 
+    def nearest(self, w: Tensor) -> QTensor:
+        """Each weight to its nearest grid point.  # (o, n)"""
+        scale, zero = self.grid(w)
+        scale = scale.float().to(w.dtype)  # round with the scale that will be stored
+        group = w.shape[-1] // scale.shape[-1]
+        each = None if zero is None else zero.repeat_interleave(group, -1)
+        q = quantize(w, scale.repeat_interleave(group, -1), each, self.spec.low, self.spec.high)
+        return as_qtensor(q, scale, zero, self.spec)
+
+    def columns(self, w: Tensor, *, updated: bool = False) -> _Columns:
+        """w, (o, n), on its way to integers, some columns at a time."""
+        assert not updated, "integers have scales that stay"
+        return _Columns(self, w)
+
     def grid(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None if symmetric) for the groups of w: what a solver rounds to.  # (o, g)"""
         groups = self.grouped(w)
@@ -135,6 +150,28 @@ class WeightGrid(nn.Module):
         groups = self.grouped(w)
         scale, zero = self._covering(groups)
         return fake_quantize(groups, scale, zero, self.spec.low, self.spec.high).flatten(-2)
+
+
+class _Columns:
+    """A matrix on its way to integers; scales are those of the matrix as it was given (static groups)."""
+
+    block = 1
+
+    def __init__(self, grid: WeightGrid, w: Tensor) -> None:
+        self.spec = grid.spec
+        scale, self.zero = grid.grid(w)
+        self.scale = scale.float().to(w.dtype)
+        self.values = torch.empty_like(w)
+
+    def fix(self, columns: Tensor, block: Tensor, u: Tensor) -> Tensor:
+        """See `ops.gptq.reference.round_columns`; `columns` says where they are, int64, (b,)."""
+        groups = columns // (self.values.shape[-1] // self.scale.shape[-1])
+        s, z = self.scale[:, groups], None if self.zero is None else self.zero[:, groups]
+        self.values[:, columns], errors = round_columns(block, u, s, z, self.spec.low, self.spec.high)
+        return errors
+
+    def result(self) -> QTensor:
+        return as_qtensor(self.values, self.scale, self.zero, self.spec)
 
 
 @torch.no_grad()

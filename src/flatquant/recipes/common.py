@@ -24,7 +24,7 @@ def of_preset(preset: str, texts: Mapping[str, DataSpec] = TEXT) -> DataSpec:
 def has_few_levels(scheme: str | Scheme) -> bool:
     """Whether this is the text of a scheme with weights of 2 or 3 bits."""
     weights = Scheme.parse(scheme).weights if isinstance(scheme, str) else None
-    return weights is not None and weights.bits <= 3
+    return weights is not None and weights.format is None and weights.bits <= 3
 
 
 def fitting_few_levels(scheme: str | Scheme, clip: Clip = "search") -> Scheme:
@@ -50,7 +50,7 @@ def searched_groups(scheme: str | Scheme) -> Scheme:
 def signed_scales(scheme: str | Scheme) -> Scheme:
     """`fitting_few_levels`, and scales of either sign where weights have no zero point: all their levels are used."""
     read = fitting_few_levels(scheme)
-    if not isinstance(scheme, str) or read.weights is None or not read.weights.symmetric:
+    if not isinstance(scheme, str) or read.weights is None or not read.weights.symmetric or read.weights.format:
         return read
     return dataclasses.replace(read, weights=dataclasses.replace(read.weights, signed_scale=True))
 

@@ -31,6 +31,8 @@ def direct(scheme: str | Scheme = "w2a16", preset: str = "reference", by_channel
     if isinstance(scheme, str):
         scheme = Scheme.parse(scheme, clip="none")
         weights, activations = scheme.weights, scheme.activations
+        if named := sorted(scheme.named("weights") | scheme.named("activations")):
+            raise SpecError(f"direct finds levels of its own: name bits in its scheme, not {', '.join(named)}")
         if weights is not None:
             weights = dataclasses.replace(weights, kind="levels")
         if activations is not None:

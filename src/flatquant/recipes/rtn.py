@@ -1,9 +1,12 @@
 """Round to nearest: no transform, full ranges, no data. The floor that every method is measured from."""
 
-from flatquant.recipes.common import unclipped
-from flatquant.spec import Recipe, Scheme
+from dataclasses import replace
+
+from flatquant.recipes.common import TEXT, unclipped
+from flatquant.spec import DataSpec, Recipe, Scheme
 
 
 def rtn(scheme: str | Scheme, preset: str = "reference") -> Recipe:
-    """Plain rounding; presets make no difference."""
-    return Recipe(name="rtn", scheme=unclipped(scheme))
+    """Plain rounding; a preset says how much text is read where a static scale of activations needs some."""
+    recipe = Recipe(name="rtn", scheme=unclipped(scheme))
+    return replace(recipe, data=TEXT.get(preset, DataSpec())) if recipe.needs_data else recipe

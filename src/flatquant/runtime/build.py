@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from flatquant import seams
 from flatquant.codebook import Book, index_dtype
 from flatquant.errors import ArtifactError
-from flatquant.levels import LevelTensor
+from flatquant.formats import codebooks, kinds
+from flatquant.formats.base import Codes, Format, Layout
 from flatquant.modules import share_inputs
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, FrozenBlocks, NoClip, SplitGrid
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
+from flatquant.runtime.codes import CodeLinear, FrozenCodes, PackedCodes
 from flatquant.runtime.experts import is_stacked, open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
-from flatquant.runtime.levels import FrozenLevels, PackedLevels
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
 from flatquant.spec import BlockPlan, CodebookSpec, QuantSpec, SitePlan
 
@@ -106,6 +107,10 @@ def _site(plan: SitePlan) -> FrozenSite:
         grid = SplitGrid(spec, _empty(1), _empty(n1 * n2, dtype=torch.uint8))
     elif spec is not None and spec.kind == "levels":
         grid = ActivationLevels(spec, _empty(spec.bits - 1))
+    elif spec is not None and spec.format is not None:
+        if (n1 * n2) % spec.format.block:
+            raise ArtifactError(f"the plan does not fit the model: {spec.kind} has no blocks for {n1 * n2} inputs")
+        grid = FrozenBlocks.empty(spec)
     else:
         grid = _dynamic(spec)
     left, right = _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None
@@ -120,17 +125,34 @@ def _linear(linear: nn.Linear, site: FrozenSite, plan: SitePlan, packed: bool) -
         return DenseLinear(site, _empty(o, n, dtype=linear.weight.dtype), bias)
     if plan.codebook is not None:
         return _codebook_linear(site, o, n, spec.bits, plan.codebook, bias, packed)
-    groups = n // (spec.group_size or n)
-    if spec.kind == "levels":
-        levels = _empty(o, groups, spec.bits)
-        if packed:
-            return PackedLevels(site, _empty(o, -(-n * spec.bits // 8), dtype=torch.uint8), levels, bias, n)
-        return FrozenLevels(site, LevelTensor(indices=_empty(o, n, dtype=torch.uint8), levels=levels), bias)
-    scale, zero = _empty(o, groups), None if spec.symmetric else _empty(o, groups)
+    form = kinds.of(spec)
+    if form is not None:
+        return _code_linear(site, o, n, plan, form, bias, packed)
+    tensors = {name: _empty(*part.shape, dtype=part.dtype) for name, part in _layout(plan, o, n).items()}
+    scale, zero = tensors["scale"], tensors.get("zero")
     if packed:
-        return PackedLinear(site, _empty(o, -(-n * spec.bits // 8), dtype=torch.uint8), scale, zero, bias, spec, n)
+        return PackedLinear(site, tensors["packed"], scale, zero, bias, spec, n)
     values = _empty(o, n, dtype=torch.int8 if spec.symmetric else torch.uint8)
     return FrozenLinear(site, QTensor(values=values, scale=scale, zero=zero, spec=spec), bias)
+
+
+def _layout(plan: SitePlan, o: int, n: int) -> Layout:
+    """The tensors that a reader's weights are stored as."""
+    assert plan.weights is not None
+    try:
+        return kinds.layout(plan.weights, plan.codebook, o, n)
+    except ValueError as error:
+        raise ArtifactError(f"the plan does not fit the model: {error}") from error
+
+
+def _code_linear(
+    site: FrozenSite, o: int, n: int, plan: SitePlan, form: Format, bias: Tensor | None, packed: bool
+) -> CodeLinear:
+    parts = {name: _empty(*part.shape, dtype=part.dtype) for name, part in _layout(plan, o, n).items()}
+    stream = parts.pop("packed")
+    if packed:
+        return PackedCodes(site, stream, parts, bias, form, n)
+    return FrozenCodes(site, Codes(codes=_empty(o, n, dtype=torch.uint8), parts=parts, format=form), bias)
 
 
 def _codebook_linear(
@@ -138,20 +160,21 @@ def _codebook_linear(
 ) -> CodebookLinear:
     few = spec.outlier_columns(n)
     main_bits, residual_bits = spec.index_bits(bits)
+    layout = codebooks.layout(spec, bits, o, n)
+    tensors = {name: _empty(*part.shape, dtype=part.dtype) for name, part in layout.items()}
 
-    def book(length: int, bits: int, columns: int) -> SiteBook:
-        entries = _empty(spec.entries(bits, o // length * columns), length, dtype=torch.float16)
+    def book(name: str, bits: int, columns: int) -> SiteBook:
+        stream, entries = tensors[f"books.{name}.packed"], tensors[f"books.{name}.entries"]
         if packed:
-            stream = _empty(o // length, -(-columns * bits // 8), dtype=torch.uint8)
             return PackedBook(stream, entries, bits, columns)
-        indices = _empty(o // length, columns, dtype=index_dtype(bits))
+        indices = _empty(stream.shape[0], columns, dtype=index_dtype(bits))
         return FrozenBook(Book(indices=indices, entries=entries, bits=bits))
 
     return CodebookLinear(
         site,
-        book(spec.length, main_bits, n - few),
-        book(spec.length, residual_bits, n - few) if residual_bits else None,
-        book(spec.outlier_length, spec.outlier_bits, few) if few else None,
-        _empty(few, dtype=torch.int32) if few else None,
+        book("main", main_bits, n - few),
+        book("residual", residual_bits, n - few) if residual_bits else None,
+        book("outliers", spec.outlier_bits, few) if few else None,
+        tensors.get("columns"),
         bias,
     )

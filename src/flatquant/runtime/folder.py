@@ -37,7 +37,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flatquant.errors import ArtifactError, SpecError, one_line
-from flatquant.spec import BlockPlan, Plan, QuantSpec, SitePlan, from_dict, to_dict
+from flatquant.formats import kinds as storage
+from flatquant.spec import BlockPlan, Plan, SitePlan, from_dict, to_dict
 
 METHOD = "flatquant"
 FORMAT_VERSION = 1
@@ -317,6 +318,8 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
                 kinds |= {f"{root}flatquant.{name}.activations.{n}": "transforms" for n in ("step", "copies")}
             if site.activations and site.activations.kind == "levels":
                 kinds[f"{root}flatquant.{name}.activations.basis"] = "transforms"
+            if site.activations and site.activations.format and site.activations.format.tensor_scale:
+                kinds[f"{root}flatquant.{name}.activations.tensor_scale"] = "transforms"
             if site.activations and site.activations.clip != "none":
                 kinds[f"{root}flatquant.{name}.activations.clip.ratio"] = "transforms"
         attention = f"{root}{plan.attention}.flatquant_kv."
@@ -396,26 +399,10 @@ def _reader_kinds(site: SitePlan) -> dict[str, str]:
     """Of one reader's tensors, biases and dense weights left out."""
     if site.weights is None:
         return {}
-    kinds = _integer_kinds(site.weights) if site.codebook is None else _codebook_kinds(site)
+    rows = 1 if site.codebook is None else math.lcm(site.codebook.length, site.codebook.outlier_length)
+    try:
+        layout = storage.layout(site.weights, site.codebook, rows, site.shape[0] * site.shape[1])
+    except ValueError as error:
+        raise ArtifactError(f"{CONFIG_FILE} is damaged: plan: {one_line(error)}") from error
+    kinds: dict[str, str] = {name: part.kind for name, part in layout.items()}
     return {f"inner.{n}": kind for n, kind in kinds.items()} | {"up": "transforms"} if site.rank else kinds
-
-
-def _integer_kinds(weights: QuantSpec) -> dict[str, str]:
-    if weights.kind == "levels":
-        return {"packed": "packed", "levels": "grids"}
-    return {"packed": "packed", "scale": "grids"} | ({} if weights.symmetric else {"zero": "grids"})
-
-
-def _codebook_kinds(site: SitePlan) -> dict[str, str]:
-    assert site.codebook is not None
-    assert site.weights is not None
-    books = ["main"]
-    if site.codebook.index_bits(site.weights.bits)[1]:
-        books.append("residual")
-    kinds = {}
-    if site.codebook.outlier_columns(site.shape[0] * site.shape[1]):
-        books.append("outliers")
-        kinds["columns"] = "grids"
-    for book in books:
-        kinds |= {f"books.{book}.packed": "packed", f"books.{book}.entries": "grids"}
-    return kinds

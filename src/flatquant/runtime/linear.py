@@ -18,7 +18,7 @@ from flatquant.modules import ExactBuffers, Site
 from flatquant.ops.int_linear import int_linear
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.spec import QuantSpec
 
 _State = tuple[int, int]  # of a tensor: how often it was changed in place, and where its numbers lie
@@ -40,7 +40,7 @@ class FrozenSite(ExactBuffers, Site):
         self,
         left: Tensor | None,
         right: Tensor | None,
-        activations: Dynamic | SplitGrid | ActivationLevels | None,
+        activations: Dynamic | SplitGrid | ActivationLevels | FrozenBlocks | None,
         down: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> None:
@@ -54,9 +54,9 @@ class FrozenSite(ExactBuffers, Site):
     def forward(self, x: Tensor) -> Tensor | QTensor:
         """(x - d) (P1 (x) P2), as integers if activations are on a uniform grid here, else in x's dtype.  # (.., n)
 
-        Levels have no product of integers: they are the numbers they stand for. Integers carry no gradient: where x
-        has one, the result is the numbers that the integers stand for, and the
-        gradient passes the rounding straight through.
+        Levels and formats have no product of integers: they are the numbers they stand for. Integers carry no gradient:
+        where x has one, the result is the numbers that the integers stand for, and the gradient passes the rounding
+        straight through.
         """
         return self._computed(x)[0]
 

@@ -1,35 +1,49 @@
-"""What a solver is: plain weights in, integers on a grid out.
+"""What a solver is: plain weights in, integers on a grid, or codes of a format, out.
 
 A solver receives its grid; it never makes one. Transforms and clipping have happened before: the solver sees weights
-and, where it uses one, a Hessian in the same coordinates.
+and, where it uses one, a Hessian in the same coordinates. What a number can become is the grid's: `nearest` for all at
+once, `columns` for one column after another.
 """
 
 from abc import ABC, abstractmethod
 from typing import Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from flatquant.qtensor import QTensor
-from flatquant.spec import QuantSpec
+Result = TypeVar("Result", covariant=True)
 
 
-class Grid(Protocol):
+class Columns(Protocol[Result]):
+    """A matrix of which columns are fixed, some at a time."""
+
+    block: int  # neighbours that must be fixed together; 1 where any column may come alone
+
+    def fix(self, columns: Tensor, block: Tensor, u: Tensor) -> Tensor:
+        """Fix columns: see `recursion.compensate`."""
+        ...
+
+    def result(self) -> Result:
+        """The matrix, once all columns are fixed."""
+        ...
+
+
+class Grid(Protocol[Result]):
     """The part of a weight quantizer that solvers use."""
 
-    spec: QuantSpec
+    def nearest(self, w: Tensor) -> Result:
+        """Every weight to its nearest number.  # (o, n)"""
+        ...
 
-    def grid(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point for w.  # (o, g)"""
+    def columns(self, w: Tensor, *, updated: bool = False) -> Columns[Result]:
+        """Begin to fix the columns of w, (o, n), with scales that stay, or that follow compensation."""
         ...
 
 
 GridT = TypeVar("GridT", contravariant=True)
-Result = TypeVar("Result", covariant=True)
 
 
 class Solver(ABC, Generic[GridT, Result]):
-    """Chooses, for a weight matrix, integers on a grid (a `QTensor`) or entries of codebooks (a `CodebookTensor`)."""
+    """Chooses, for a weight matrix, numbers of a grid or entries of codebooks (a `CodebookTensor`)."""
 
     needs_hessian: bool
 
@@ -39,17 +53,6 @@ class Solver(ABC, Generic[GridT, Result]):
 
         Args:
             w: float32 or float64, (o, n).
-            grid: where the integers live, or what the entries are.
+            grid: where the numbers live, or what the entries are.
             hessian: (n, n), or None for solvers that do without.
         """
-
-
-def as_qtensor(values: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> QTensor:
-    """Integers held in floats, (o, n), with (o, g) scales, as a QTensor."""
-    dtype = torch.int8 if spec.symmetric else torch.uint8
-    return QTensor(
-        values=values.to(dtype).contiguous(),
-        scale=scale.float().contiguous(),
-        zero=None if zero is None else zero.float().contiguous(),
-        spec=spec,
-    )

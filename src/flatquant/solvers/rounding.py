@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from flatquant.modules import Bounded, Trainable
 from flatquant.ops.quantize.reference import fake_quantize, quantize, round_ste
-from flatquant.qtensor import QTensor
-from flatquant.solvers.base import as_qtensor
+from flatquant.qtensor import QTensor, as_qtensor
 
 OFFSET = 0.5  # of a weight, in steps of its grid
 FACTOR = 0.5  # how far from 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,21 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from flatquant import seams
-from flatquant.levels import LevelTensor
+from flatquant.formats.base import Codes
 from flatquant.modules import Group, Neutral, Trainable, share_inputs, trainable_parameters
-from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, NoClip, SplitGrid, WeightLevels
+from flatquant.quantizers import (
+    ActivationLevels,
+    Dynamic,
+    FixedClip,
+    FrozenBlocks,
+    LiveBlocks,
+    NoClip,
+    SplitGrid,
+    WeightLevels,
+)
 from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.codes import FrozenCodes
 from flatquant.runtime.keyvalue import FrozenKeyValue
-from flatquant.runtime.levels import FrozenLevels
 from flatquant.runtime.linear import DenseLinear, FrozenSite
 from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec
 from flatquant.transforms import (
@@ -49,6 +59,7 @@ from flatquant.wiring.linear import (
     JoinedWeight,
     LastRows,
     ReaderScale,
+    RowScale,
 )
 
 
@@ -82,6 +93,11 @@ class FitBlock:
         """The trainable parameters by group."""
         return trainable_parameters(*self.roots())
 
+    def static_grids(self) -> list[LiveBlocks]:
+        """The activations' grids that will have a static scale, which is found when transforms are."""
+        grids = [site.activations for site in self.sites.values()]
+        return [grid for grid in grids if isinstance(grid, LiveBlocks) and grid.format.facts.tensor_scale]
+
     def release_weights(self) -> None:
         """Make the weights trainable too."""
         for site in self.sites.values():
@@ -108,6 +124,22 @@ class FitBlock:
         for group, parameters in self.parameters().items():
             for i, p in enumerate(parameters):
                 p.copy_(state[f"{group}.{i}"])
+
+
+@contextmanager
+def observing(grids: Sequence[LiveBlocks]) -> Iterator[None]:
+    """Let grids see what they round while this lasts: their static scales are made for it."""
+
+    def see(grid: nn.Module, args: tuple[Tensor]) -> None:
+        assert isinstance(grid, LiveBlocks)
+        grid.observe(args[0])
+
+    handles = [grid.register_forward_pre_hook(see) for grid in grids]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -155,16 +187,21 @@ def wrap_block(
         linears = [linear_at(block, path) for path in edge.readers]
         if parts and parts[0].kind == "shift":
             shifts[edge.site] = _shift(parts[0], linears, statistics.get(edge.site))
-        heads, first = 1, 0
-        if edge.passes == "per_head":
-            rows = linear_at(block, edge.writes.path).out_features
-            first = edge.writes.first(rows, linears[0].in_features)
-            heads = (rows - first) // plan.head_dim
+        heads, first, n, writers = 1, 0, linears[0].in_features, ()
+        if edge.writer is not None:
+            writers = expanded(block, (edge.writes.path,))
+            rows = linear_at(block, writers[0]).out_features
+            first = edge.writes.first(rows, n)
+            if edge.passes == "per_head":
+                heads = (rows - first) // plan.head_dim
         made = _transforms(edge, parts, plan.sites[edge.site], linears, statistics.get(edge.site), generator, heads)
+        if _minds_scales(plan, writers) and edge.site not in shifts:
+            made = [Written(part) if isinstance(part, Diagonal) else part for part in made]
         for part in made:
             if isinstance(part, Written):
-                output = _written_output(part.inner)
-                outputs[edge.writes.path].append(LastRows(output, first) if first else output)
+                output = _written_output(part.inner, first, n)
+                for path in writers:
+                    outputs[path].append(output)
         if residual is not None and edge.norm is not None:
             made = [MovedGain(_gain(block, edge.norm)), Written(Matrix(residual)), *made]
         transforms[edge.site] = _joined(made)
@@ -226,8 +263,10 @@ def _shift(spec: TransformSpec, linears: list[nn.Linear], statistics: InputStati
 
 def _activations(
     spec: QuantSpec | None, transform: Transform, statistics: InputStatistics | None
-) -> Dynamic | SplitGrid | ActivationLevels | None:
+) -> Dynamic | SplitGrid | ActivationLevels | LiveBlocks | None:
     """The grid of a site's transformed input."""
+    if spec is not None and spec.format is not None:
+        return LiveBlocks(spec)
     if spec is not None and spec.kind == "levels":
         assert statistics is not None, "levels of activations need some of them"
         assert statistics.rows is not None
@@ -251,13 +290,26 @@ def _gain(block: nn.Module, norm: str) -> Tensor:
     return gain
 
 
-def _written_output(inner: Transform) -> nn.Module:
-    """What the writer of heads absorbs of a transform that its readers undo."""
+def _minds_scales(plan: BlockPlan, writers: Sequence[str]) -> bool:
+    """Whether the weights of a writer round otherwise once its rows are scaled: those of a format do.
+
+    A grid that has a scale for a row, or for groups of it, does not mind.
+    """
+    specs = [site.weights for site in plan.sites.values() if set(site.readers) & set(writers)]
+    return any(spec is not None and spec.format is not None for spec in specs)
+
+
+def _written_output(inner: Transform, first: int, n: int) -> nn.Module:
+    """What a writer absorbs of a transform that its readers undo, on the n rows from `first` on."""
+    if isinstance(inner, Diagonal):
+        return RowScale(inner, first, n)
     if isinstance(inner, HeadDiagonal | HeadMatrices):
-        return HeadsOutput(inner)
-    assert isinstance(inner, Kronecker)
-    assert inner.right is not None
-    return HeadOutput(inner.right)
+        output: nn.Module = HeadsOutput(inner)
+    else:
+        assert isinstance(inner, Kronecker)
+        assert inner.right is not None
+        output = HeadOutput(inner.right)
+    return LastRows(output, first) if first else output
 
 
 def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str, list[nn.Module]]) -> HeadDiagonal:
@@ -316,6 +368,10 @@ def _transforms(
                 made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
             case "kronecker":
                 made.append(Kronecker(make_factor(spec, n1, generator), make_factor(spec, n2, generator)))
+            case "blocks" if edge.passes == "per_head":
+                made.append(Written(Kronecker(None, make_factor(spec, math.gcd(spec.size, n2), generator))))
+            case "blocks":
+                made.append(Kronecker(None, make_factor(spec, n2, generator)))
     return made
 
 
@@ -386,7 +442,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     folded: dict[str, tuple[Tensor, Tensor | None]] = {}
     transforms: dict[str, Transform] = {}
     shifts: dict[str, Tensor | None] = {}
-    levels: dict[str, LevelTensor] = {}
+    levels: dict[str, Codes] = {}
     for edge in arch.edges:
         site = copy.deepcopy(fit.sites[edge.site]).double()  # one at a time: of a large model, these are gigabytes
         transforms[edge.site] = site.transform
@@ -422,7 +478,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
             assert isinstance(frozen_site, FrozenSite)
             bias = None if bias is None else bias.to(dtype)
             if path in levels:
-                replace_submodule(block, path, FrozenLevels(frozen_site, levels[path], bias))
+                replace_submodule(block, path, FrozenCodes(frozen_site, levels[path], bias))
                 continue
             replace_submodule(block, path, DenseLinear(frozen_site, weight.to(target), bias))
     setattr(block, SITES_SLOT, frozen)
@@ -502,8 +558,14 @@ def freeze_grid(grid: Dynamic) -> Dynamic: ...
 def freeze_grid(grid: SplitGrid) -> SplitGrid: ...
 @overload
 def freeze_grid(grid: ActivationLevels) -> ActivationLevels: ...
-def freeze_grid(grid: Dynamic | SplitGrid | ActivationLevels) -> Dynamic | SplitGrid | ActivationLevels:
-    """The same grid with its clip fixed."""
+@overload
+def freeze_grid(grid: LiveBlocks) -> FrozenBlocks: ...
+def freeze_grid(
+    grid: Dynamic | SplitGrid | ActivationLevels | LiveBlocks,
+) -> Dynamic | SplitGrid | ActivationLevels | FrozenBlocks:
+    """The same grid with its clip, or its scale of the tensor, fixed."""
+    if isinstance(grid, LiveBlocks):
+        return grid.frozen()
     if not isinstance(grid, Dynamic):
         return grid
     ratios = grid.clip.ratios()

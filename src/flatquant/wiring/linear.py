@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from flatquant.modules import Site, Trainable
 from flatquant.ops.kron.reference import kron_matmul
-from flatquant.quantizers import ActivationLevels, Dynamic, SplitGrid, WeightGrid, WeightLevels
+from flatquant.quantizers import (
+    ActivationLevels,
+    BlockWeights,
+    Dynamic,
+    LiveBlocks,
+    SplitGrid,
+    WeightGrid,
+    WeightLevels,
+)
 from flatquant.spec import QuantSpec
-from flatquant.transforms import Factor, HeadDiagonal, HeadMatrices, Identity, Shift, Transform
+from flatquant.transforms import Diagonal, Factor, HeadDiagonal, HeadMatrices, Identity, Shift, Transform
 
 # On a GPU a fit is bound by launches and memory traffic. Up to this size, one dense product forward and two backward
 # beat the structured product's many passes: 8192 x 1536 x 1536 in half precision takes an H100 0.06 ms.
@@ -67,6 +75,20 @@ class HeadsOutput(nn.Module):
         return self.heads.write(y)
 
 
+class RowScale(nn.Module):
+    """What a writer absorbs on n of its rows, from `first` on, of a scale of the channels that they write."""
+
+    def __init__(self, diagonal: Diagonal, first: int, n: int) -> None:
+        super().__init__()
+        self.diagonal = diagonal
+        self.first, self.n = first, n
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Outputs (or a bias), some of them scaled.  # (.., rows)"""
+        before, own, after = y.split([self.first, self.n, y.shape[-1] - self.first - self.n], dim=-1)
+        return torch.cat([before, self.diagonal(own), after], dim=-1)
+
+
 class ReaderScale(nn.Module):
     """What queries absorb of their keys' `HeadDiagonal`: rows divided by its scale."""
 
@@ -110,7 +132,7 @@ class FitSite(Site):
     def __init__(
         self,
         transform: Transform,
-        activations: Dynamic | SplitGrid | ActivationLevels | None,
+        activations: Dynamic | SplitGrid | ActivationLevels | LiveBlocks | None,
         weights: QuantSpec | None,
         linears: Sequence[nn.Linear],
         outputs: Sequence[Sequence[nn.Module]],
@@ -133,9 +155,11 @@ class FitSite(Site):
             self.register_buffer("bias", torch.cat([b.detach() for b in filled]).to(self.weight.dtype))
         else:
             self.register_buffer("bias", None)
-        self.grid: WeightGrid | WeightLevels | None = None  # levels come once all is on one device
+        self.grid: WeightGrid | WeightLevels | BlockWeights | None = None  # levels come once all is on one device
         if weights is not None and weights.kind == "uniform":
             self.grid = WeightGrid.for_weight(weights, (sum(self.sizes), linears[0].in_features))
+        elif weights is not None and weights.format is not None:
+            self.grid = BlockWeights(weights)
         self.outputs = nn.ModuleList(nn.Sequential(*maps) for maps in outputs)
         n = linears[0].in_features
         dense = weight.is_cuda and n <= DENSE_LIMIT and not isinstance(transform, Identity)

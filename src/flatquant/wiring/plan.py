@@ -120,6 +120,11 @@ def _site(
     n = _input_size(block, edge)
     if weights and weights.group_size and n % weights.group_size:
         raise SpecError(f"group size {weights.group_size} does not divide the {n} inputs of {edge.readers[0]}")
+    for spec in (weights, activations):
+        if spec is not None and spec.format is not None and n % spec.format.block:
+            raise SpecError(
+                f"{spec.kind}: blocks of {spec.format.block} do not divide the {n} inputs of {edge.readers[0]}"
+            )
     codebook = recipe.solver.codebook if weights else None
     if codebook is not None:
         _check_lengths(block, edge, codebook)
@@ -167,7 +172,7 @@ def _check_lengths(block: nn.Module, edge: Edge, codebook: CodebookSpec) -> None
 
 
 def _shape(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> tuple[int, int]:
-    """(n1, n2): heads x head_dim where the edge is made of heads, else the cheapest Kronecker split."""
+    """(n1, n2): heads x head_dim where heads write, blocks x their size, else the cheapest Kronecker split."""
     if edge.passes == "per_head":
         if n != geometry.heads * geometry.head_dim:
             raise SpecError(f"{edge.readers[0]} has {n} inputs, not {geometry.heads} heads x {geometry.head_dim}")
@@ -175,6 +180,10 @@ def _shape(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> tuple[i
     for part in parts:
         if part.kind == "kronecker":
             return hadamard_split(n) if part.init == "hadamard" else kronecker_split(n)
+        if part.kind == "blocks":
+            if n % part.size:
+                raise SpecError(f"{edge.site}: blocks of {part.size} do not divide the {n} inputs of {edge.readers[0]}")
+            return n // part.size, part.size
     return 1, n
 
 
@@ -189,7 +198,7 @@ def _online(edge: Edge, parts: Transforms, quantised: bool) -> tuple[bool, bool]
         if "matrix" in kinds:
             raise SpecError(f"{edge.site}: a full matrix mixes heads and cannot be absorbed; use a kronecker")
         return "kronecker" in kinds and quantised, False  # the writer absorbs P2
-    return "kronecker" in kinds and quantised, bool(kinds & {"kronecker", "matrix"}) and quantised
+    return "kronecker" in kinds and quantised, bool(kinds & {"kronecker", "matrix", "blocks"}) and quantised
 
 
 def _input_size(block: nn.Module, edge: Edge) -> int:

@@ -9,15 +9,18 @@ import torch
 from flatquant.api import stored_bytes
 from flatquant.calibrate.state import RunState
 from flatquant.errors import ModelError, SpecError
+from flatquant.formats.base import Codes
+from flatquant.formats.levels import Levels
 from flatquant.interchange import export_compressed, export_dense
-from flatquant.levels import LevelTensor
 from flatquant.recipes import direct, quarot
 from flatquant.runtime.artifact import inspect, load, save
-from flatquant.runtime.levels import FrozenLevels, PackedLevels
+from flatquant.runtime.codes import FrozenCodes, PackedCodes
 from flatquant.spec import BranchSpec, DataSpec, EndToEndSpec, QuantSpec, Recipe, Scheme, SolverSpec, to_dict
 from flatquant.wiring.arch import submodule
 from tests.laws import BASES, SHAPES, bare, calibrated, family, hidden, relative, same_bytes, tokens_for
 from tests.test_laws import ALL_READERS
+
+ROW = torch.zeros(1, 4, dtype=torch.uint8)
 
 
 def small(scheme: str = "w2a16", steps: int = 3) -> Recipe:
@@ -43,16 +46,16 @@ def test_a_loaded_model_has_the_same_integers(tmp_path: Path, scheme: str, shape
     for ours, theirs in zip(model.model.layers, loaded.model.layers, strict=True):
         for path in ALL_READERS:
             linear, again = submodule(ours, path), submodule(theirs, path)
-            if not isinstance(linear, FrozenLevels):
+            if not isinstance(linear, FrozenCodes):
                 assert "w16" in scheme
                 continue
-            assert isinstance(again, PackedLevels)
-            assert torch.equal(linear.indices, again.qweight().indices)
+            assert isinstance(again, PackedCodes)
+            assert torch.equal(linear.codes, again.qweight().codes)
             assert torch.equal(linear.levels, again.levels)
-            assert torch.equal(PackedLevels.of(linear).packed, again.packed)
+            assert torch.equal(PackedCodes.of(linear).packed, again.packed)
             assert linear.packed_bytes == again.packed.nbytes
             linear.qweight().check_range()
-            quantised += linear.indices.numel()
+            quantised += linear.codes.numel()
     found = inspect(tmp_path / "a")
     assert found.quantised_parameters == quantised > 0
     assert sum(found.bytes_by_kind.values()) == stored_bytes(model)
@@ -70,7 +73,7 @@ def test_training_lowers_the_loss_by_moving_codes_and_levels() -> None:
     first, last = report.end_to_end.losses[:4], report.end_to_end.losses[-4:]
     assert sum(last) < 0.95 * sum(first)
     before, after = start.model.layers[0].mlp.up_proj, ours.model.layers[0].mlp.up_proj
-    moved = float((before.indices != after.indices).float().mean())
+    moved = float((before.codes != after.codes).float().mean())
     assert 0 < moved < 0.5
     assert not torch.equal(before.levels, after.levels)
 
@@ -126,7 +129,9 @@ def test_exports_hold_the_numbers_or_refuse(tmp_path: Path) -> None:
         (lambda: dataclasses.replace(small(), transforms=BASES["diagonal only"]), "only fixed transforms"),
         (lambda: dataclasses.replace(small("a4"), transforms=BASES["diagonal only"]), "leave out transforms"),
         (lambda: dataclasses.replace(small(), end_to_end=EndToEndSpec(steps=1, weight_lr=1e-4)), "weight_lr 0"),
-        (lambda: LevelTensor(indices=torch.zeros(2, 3), levels=torch.zeros(2, 1, 2)), "uint8"),
+        (lambda: Codes(codes=torch.zeros(2, 3), parts={}, format=Levels(2, None)), "uint8"),
+        (lambda: Codes(codes=ROW, parts={"levels": torch.zeros(1, 2, 2)}, format=Levels(2, None)), "levels is"),
+        (lambda: Codes(codes=ROW, parts={}, format=Levels(2, None)), "the format has levels"),
     ],
 )
 def test_what_levels_cannot_do_is_said(made, why: str) -> None:

@@ -1,0 +1,252 @@
+"""What holds for every format: laws first, then what compressed-tensors and torchao make of the same numbers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flatquant import formats
+from flatquant.errors import SpecError
+from flatquant.formats import Facts
+from flatquant.formats.base import SCALE, WHOLE, BlockFormat, Codes
+from flatquant.formats.minifloat import from_e4m3, from_e8m0
+from flatquant.quantizers import BlockWeights
+from flatquant.solvers import GPTQ, RTN
+from flatquant.spec import QuantSpec
+
+NAMES = formats.names()
+
+
+def matrix(seed: int, o: int = 12, n: int = 64) -> Tensor:
+    """Rows of very different sizes, with a row and a block of zeros."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(o, n, generator=g) * torch.exp(3 * torch.randn(o, 1, generator=g))
+    x[1], x[2, :32] = 0, 0
+    return x
+
+
+def step_of(form: BlockFormat, parts: dict[str, Tensor]) -> Tensor:
+    return form.steps(parts[SCALE], parts.get(WHOLE)).repeat_interleave(form.block, -1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_every_number_takes_the_nearest_code(name: str, seed: int) -> None:
+    form, x = formats.make(name), matrix(seed)
+    q = form.quantize(x)
+    q.check_range()
+    step = step_of(form, q.parts)
+    table = torch.cat([torch.tensor(form.magnitudes), -torch.tensor(form.magnitudes)]).double()
+    best = (x.double()[..., None] - table * step.double()[..., None]).abs().amin(-1)
+    error = (x.double() - q.dequantize(torch.float64)).abs()
+    torch.testing.assert_close(error, best, rtol=1e-6, atol=1e-30)  # the division by the step is rounded
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_halfway_takes_the_even_code(name: str, sign: int) -> None:
+    form = formats.make(name)
+    m = torch.tensor(form.magnitudes)
+    codes = form.nearest(sign * (m[1:] + m[:-1]) / 2).long() % len(m)
+    below = torch.arange(len(m) - 1)
+    assert torch.equal(codes, below + below % 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_numbers_of_the_format_stay(name: str, seed: int) -> None:
+    form = formats.make(name)
+    q = form.quantize(matrix(seed))
+    assert torch.equal(form.encode(q.dequantize(), q.parts) % 8, q.codes % 8)  # the sign of 0 is lost
+    assert torch.equal(form.fake(matrix(seed)), q.dequantize())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_scales_are_those_of_float32_whatever_the_dtype(name: str, dtype: torch.dtype) -> None:
+    form, x = formats.make(name), torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, want = form.quantize(x), form.quantize(x.float())
+    assert all(torch.equal(ours.parts[part], want.parts[part]) for part in want.parts)
+    assert form.fake(x).dtype == dtype
+    assert torch.equal(form.fake(x), want.dequantize(dtype) if dtype != torch.float64 else ours.dequantize(dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_go_into_bytes_and_back(name: str) -> None:
+    form = formats.make(name)
+    q = form.quantize(matrix(0, o=5))
+    layout, packed = form.layout(5, 64), q.packed()
+    assert torch.equal(form.unpack(packed, 64), q.codes)
+    for part, tensor in {"packed": packed, **q.parts}.items():
+        assert (tensor.dtype, tuple(tensor.shape)) == layout[part][:2], part
+    assert layout.keys() == {"packed", *q.parts}
+    first, second = q.split([2, 3])
+    assert torch.equal(torch.cat([first.dequantize(), second.dequantize()]), q.dequantize())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_block_with_nan_is_nan_and_others_keep_their_numbers(name: str, bad: float) -> None:
+    form, x = formats.make(name), torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    whole = form.parts(x).get(WHOLE)
+    want = form.fake(x, whole=whole)
+    x[0, 3] = bad
+    got = form.fake(x, whole=whole)
+    assert torch.equal(got[:, form.block :], want[:, form.block :])
+    assert got[0, : form.block].isnan().all() if math.isnan(bad) else not bool((got[0, 3] == want[0, 3]).any())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_pass_straight_through(name: str) -> None:
+    form = formats.make(name)
+    x = matrix(3).requires_grad_()
+    seed = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    form.fake(x).backward(seed)
+    q = form.quantize(x.detach())
+    inside = x.detach().abs() <= form.magnitudes[-1] * step_of(form, q.parts)
+    assert inside.float().mean() > 0.9
+    assert torch.equal(x.grad, torch.where(inside, seed, 0.0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_is_what_is_stored_under_autograd_too(name: str) -> None:
+    form, x = formats.make(name), matrix(5)
+    assert torch.equal(form.fake(x.clone().requires_grad_()), form.quantize(x).dequantize())
+
+
+# --------------------------------------------------------------------------------------------- solvers
+
+
+def gram(n: int, seed: int = 0) -> Tensor:
+    x = torch.randn(256, n, generator=torch.Generator().manual_seed(seed)) @ torch.randn(
+        n, n, generator=torch.Generator().manual_seed(seed + 1)
+    )
+    return x.mT @ x / 256
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("updated", [False, True])
+def test_gptq_loses_on_weights_and_wins_on_outputs(name: str, updated: bool) -> None:
+    w, h, grid = (
+        torch.randn(24, 64, generator=torch.Generator().manual_seed(2)),
+        gram(64),
+        BlockWeights(QuantSpec.of(name, symmetric=True)),
+    )
+    plain, ours = RTN[Codes]().solve(w, grid, None), GPTQ[Codes](updated=updated).solve(w, grid, h)
+
+    def errors(q: Codes) -> tuple[float, float]:
+        d = q.dequantize() - w
+        return float(d.square().sum()), float(((d @ h) * d).sum())
+
+    (plain_weight, plain_output), (weight, output) = errors(plain), errors(ours)
+    assert weight > plain_weight
+    assert output < plain_output
+    assert updated or all(torch.equal(ours.parts[part], plain.parts[part]) for part in plain.parts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gptq_with_updated_scales_minds_no_block_size(name: str) -> None:
+    w, h, grid = (
+        torch.randn(8, 96, generator=torch.Generator().manual_seed(2)),
+        gram(96),
+        BlockWeights(QuantSpec.of(name, symmetric=True)),
+    )
+    one, other = (GPTQ[Codes](updated=True, block_size=size).solve(w.double(), grid, h.double()) for size in (7, 96))
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.parts[SCALE], other.parts[SCALE])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("updated", [False, True])
+def test_gptq_with_an_identity_hessian_is_plain_rounding(name: str, updated: bool) -> None:
+    w, grid = (
+        torch.randn(8, 64, generator=torch.Generator().manual_seed(2)),
+        BlockWeights(QuantSpec.of(name, symmetric=True)),
+    )
+    ours, want = GPTQ[Codes](updated=updated).solve(w, grid, torch.eye(64)), RTN[Codes]().solve(w, grid, None)
+    assert torch.equal(ours.codes, want.codes)
+
+
+# --------------------------------------------------------------------------------------------- other tools
+
+
+def hard(seed: int, scale: float) -> Tensor:
+    """Random numbers with rows of zeros, subnormal numbers, ties, and signs of zero."""
+    x = scale * matrix(seed, o=16, n=128)
+    x[4] = 1e-40
+    x[5, ::3], x[6, ::5] = 0.0, -0.0
+    x[7] = scale * torch.tensor([6.0, *(t / 4 for t in range(-31, 32))]).repeat(2)  # ties, at a step that is scale
+    return x
+
+
+@pytest.mark.parametrize("preset, name", [("NVFP4A16", "nvfp4"), ("MXFP4A16", "mxfp4")])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 3e4, 1e-38])
+@pytest.mark.parametrize("seed", range(3))
+def test_compressed_tensors_stores_the_same_bytes(preset: str, name: str, scale: float, seed: int) -> None:
+    """Given a block's scale; MX scales themselves are found by the specification here, by another rule there."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    form, x = formats.make(name), hard(seed, scale)
+    args = preset_name_to_scheme(preset, ["Linear"]).weights
+    assert args is not None
+    assert args.group_size == form.block
+    q = form.quantize(x)
+    whole, blocks = q.parts.get(WHOLE), x.unflatten(-1, (-1, form.block))
+    if whole is not None:
+        torch.testing.assert_close(whole, generate_gparam(x.amin(), x.amax()), rtol=0, atol=0)
+        theirs, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, whole)
+        ours = from_e4m3(q.parts[SCALE])
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=0)
+    else:
+        theirs = from_e8m0(q.parts[SCALE])
+    assert torch.equal(q.packed(), quantize_and_pack_fp4(x, theirs, whole, None, form.block))
+    want = fake_quantize(x, theirs, None, args, whole)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(q.dequantize(), want)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 3e4])
+@pytest.mark.parametrize("seed", range(3))
+def test_torchao_stores_the_same_mx_bytes(scale: float, seed: int) -> None:
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    x, form = hard(seed, scale), formats.make("mxfp4")
+    theirs, codes = mx.to_mx(x, torch.float4_e2m1fn_x2, 32)
+    q = form.quantize(x)
+    assert torch.equal(q.parts[SCALE], theirs.view(torch.uint8))
+    assert torch.equal(q.packed() & 0x77, codes.view(torch.uint8) & 0x77)  # signs of zeros aside
+    assert torch.equal(q.dequantize(), mx.to_dtype(codes, theirs, torch.float4_e2m1fn_x2, 32, torch.float32))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_torchao_stores_the_same_nv_bytes(seed: int) -> None:
+    """On blocks whose scales are normal numbers of e4m3; torchao has no others. Its tensor scale is 1 / g."""
+    nv = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    x, form = torch.randn(16, 128, generator=torch.Generator().manual_seed(seed)), formats.make("nvfp4")
+    whole = torch.tensor([2.0**7])  # a power of two: its inverse is exact
+    scales, codes = nv.nvfp4_quantize(x, per_tensor_scale=1 / whole)
+    parts = form.parts(x, whole=whole)
+    q = Codes(codes=form.encode(x, parts), parts=parts, format=form)
+    assert torch.equal(q.parts[SCALE], scales.view(torch.uint8).reshape(q.parts[SCALE].shape))
+    assert torch.equal(q.packed() & 0x77, codes.view(torch.uint8).reshape(q.packed().shape) & 0x77)
+
+
+# --------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["w4", "kv4", "a8x", "FP4", "", "uniform", "levels", "4bit"])
+def test_names_that_read_as_something_else_are_refused(name: str) -> None:
+    with pytest.raises(SpecError, match="format name"):
+        Facts(name=name, bits=4, block=16, code="x:Y")
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(SpecError, match="nvfp4"):
+        formats.make("fp3")
