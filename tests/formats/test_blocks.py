@@ -1,6 +1,9 @@
 """What holds for every format: laws first, then what compressed-tensors and torchao make of the same numbers."""
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,29 +216,32 @@ def test_compressed_tensors_stores_the_same_bytes(preset: str, name: str, scale:
     assert torch.equal(q.dequantize(), want)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-6, 3e4])
-@pytest.mark.parametrize("seed", range(3))
-def test_torchao_stores_the_same_mx_bytes(scale: float, seed: int) -> None:
-    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    x, form = hard(seed, scale), formats.make("mxfp4")
-    theirs, codes = mx.to_mx(x, torch.float4_e2m1fn_x2, 32)
-    q = form.quantize(x)
-    assert torch.equal(q.parts[SCALE], theirs.view(torch.uint8))
-    assert torch.equal(q.packed() & 0x77, codes.view(torch.uint8) & 0x77)  # signs of zeros aside
-    assert torch.equal(q.dequantize(), mx.to_dtype(codes, theirs, torch.float4_e2m1fn_x2, 32, torch.float32))
+def read(name: str) -> list[dict[str, Any]]:
+    """What torchao 0.18 made of some numbers: its `to_mx`, and its `nvfp4_quantize` with 1 / `whole`."""
+    recorded = json.loads(Path(__file__).with_name("torchao-0.18.json").read_text())[name]
+    for row in recorded:
+        numbers = torch.frombuffer(bytearray.fromhex(row["numbers"]), dtype=torch.float32)
+        row["numbers"] = numbers.reshape(row["shape"])
+        for part in ("scales", "codes"):
+            row[part] = torch.frombuffer(bytearray.fromhex(row[part]), dtype=torch.uint8).reshape(row["shape"][0], -1)
+    return recorded
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_torchao_stores_the_same_nv_bytes(seed: int) -> None:
-    """On blocks whose scales are normal numbers of e4m3; torchao has no others. Its tensor scale is 1 / g."""
-    nv = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
-    x, form = torch.randn(16, 128, generator=torch.Generator().manual_seed(seed)), formats.make("nvfp4")
-    whole = torch.tensor([2.0**7])  # a power of two: its inverse is exact
-    scales, codes = nv.nvfp4_quantize(x, per_tensor_scale=1 / whole)
-    parts = form.parts(x, whole=whole)
+@pytest.mark.parametrize("row", read("mxfp4"), ids=["around 1", "tiny", "large"])
+def test_torchao_stores_the_same_mx_bytes(row: dict[str, Any]) -> None:
+    q = formats.make("mxfp4").quantize(row["numbers"])
+    assert torch.equal(q.parts[SCALE], row["scales"])
+    assert torch.equal(q.packed() & 0x77, row["codes"] & 0x77)  # signs of zeros aside
+
+
+@pytest.mark.parametrize("row", read("nvfp4"), ids=["seed 0", "seed 1"])
+def test_torchao_stores_the_same_nv_bytes(row: dict[str, Any]) -> None:
+    """On blocks whose scales are normal numbers of e4m3; torchao has no others."""
+    x, form = row["numbers"], formats.make("nvfp4")
+    parts = form.parts(x, whole=torch.tensor([row["whole"]]))  # a power of two: its inverse is exact
     q = Codes(codes=form.encode(x, parts), parts=parts, format=form)
-    assert torch.equal(q.parts[SCALE], scales.view(torch.uint8).reshape(q.parts[SCALE].shape))
-    assert torch.equal(q.packed() & 0x77, codes.view(torch.uint8).reshape(q.packed().shape) & 0x77)
+    assert torch.equal(q.parts[SCALE], row["scales"])
+    assert torch.equal(q.packed() & 0x77, row["codes"] & 0x77)
 
 
 # --------------------------------------------------------------------------------------------- names
