@@ -461,6 +461,20 @@ def test_losses_are_told_on_demand(place: Path, tmp_path: Path) -> None:
     refused(run("quantize", place / "model", "-o", tmp_path / "c", "--method", "rtn", "--losses"), "leave out --losses")
 
 
+def test_an_end_to_end_fit_that_was_not_worth_it_is_told(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["quantize", place / "model", "-o", out, "--calibration", place / "text.txt", "--preset", "quick"]
+    done = run(*command, "--scheme", "kv8", "--samples", "2", "--seqlen", "300", "--device", "cpu", "--losses")
+    assert done.exit_code == 0, (done.output, done.exception)
+    report = json.loads((out / "flatquant_report.json").read_text())
+    found = report["end_to_end"]
+    assert found["losses"] == []
+    assert found["undone"]
+    assert found["plain"] == found["held_out"][1] < 1e-3
+    assert re.search(rf"end to end +. - +. - +. - +. {found['plain']:.4g} plainly", done.stdout), done.stdout
+    assert re.search(r"end to end, step (\d+)/\1;", done.output), done.output  # the time left counts it as done
+
+
 def test_an_output_layer_of_its_own_is_told(place: Path, tmp_path: Path) -> None:
     command = ["quantize", place / "model", "--method", "quarot", "--calibration", place / "text.txt"]
     done = run(*command, "--output", tmp_path / "out", "--samples", "2", "--seqlen", "16")

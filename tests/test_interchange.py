@@ -326,11 +326,26 @@ def test_what_compressed_tensors_compresses_is_read(scheme: str, tmp_path: Path)
         assert torch.equal(submodule(again, path).plain().bfloat16(), want), path
 
 
+DOWN = "model.layers.0.mlp.down_proj"
+
+
 @pytest.mark.parametrize(
     "change, match",
     [
         (lambda c, s: c["quantization_config"].update(format="int-quantized"), "not a compressed-tensors model in"),
         (lambda c, s: c["quantization_config"]["config_groups"].update(b={}), "one scheme"),
+        (lambda c, s: c["quantization_config"]["config_groups"].clear(), "one scheme"),
+        (lambda c, s: c["quantization_config"].update(format=["nvfp4"]), "not a compressed-tensors model in"),
+        (
+            lambda c, s: c["quantization_config"]["config_groups"]["group_0"].update(input_activations="x"),
+            "input_activations is x",
+        ),
+        (lambda c, s: c.update(model_type=["llama"]), "does not know the model type"),
+        (lambda c, s: s.update({f"{DOWN}.input_global_scale": torch.zeros(1)}), "no positive number"),
+        (lambda c, s: s.update({f"{DOWN}.input_global_scale": torch.ones(2)}), "no positive number"),
+        (lambda c, s: s.update({f"{DOWN}.weight_global_scale": torch.ones(2)}), "do not fit"),
+        (lambda c, s: s.update({f"{DOWN}.weight_scale": torch.tensor(1.0)}), "do not fit"),
+        (lambda c, s: s.update({f"{DOWN}.weight_packed": s[f"{DOWN}.weight_packed"].float()}), "not of uint8"),
         (lambda c, s: c.update(model_type="nonesuch"), "nonesuch"),
         (
             lambda c, s: s.pop("model.layers.0.mlp.up_proj.weight_scale"),
@@ -375,6 +390,9 @@ def test_the_command_line_takes_fp4_back(tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "back")(TOKENS).logits, load(tmp_path / "model")(TOKENS).logits)
+    done = CliRunner().invoke(app, ["import", str(tmp_path / "out"), "-o", str(tmp_path / "b"), "--scheme", "w4a4"])
+    assert done.exit_code == 1
+    assert "leave out --scheme" in done.output
 
 
 def test_the_command_line_exports(tmp_path: Path) -> None:

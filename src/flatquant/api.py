@@ -617,7 +617,7 @@ class _Run:
             "device": _device_name(self.device),
             "versions": {**identity["versions"], "python": platform.python_version()},
             "blocks": blocks,
-            "end_to_end": None if whole is None or not whole.losses else _whole_fit(whole),
+            "end_to_end": None if whole is None or not (whole.losses or whole.held_out) else _whole_fit(whole),
             "sizes": {
                 "original_bytes": original["bytes"],
                 "quantised_bytes": stored_bytes(self.model),

@@ -561,6 +561,8 @@ def _losses_row(table: Table, name: str, found: dict[str, Any]) -> None:
     if before is not None and after is not None:
         ratio = f"{after / before:.3f}" if before else "-"
         table.add_row(name, f"{before:.4g}", f"{after:.4g}", ratio, _held_out(found))
+    elif found.get("held_out") and None not in found["held_out"]:
+        table.add_row(name, "-", "-", "-", f"{found['plain']:.4g} plainly rounded, nothing fitted")
     elif found.get("held_out"):  # no epoch ended with a loss that is finite
         table.add_row(name, "not finite", "not finite", "-", _held_out(found))
 
@@ -1237,7 +1239,9 @@ def import_(
     matrices: Annotated[
         Path | None, typer.Option(help="flat_matrices.pth of the original FlatQuant project, or its folder.")
     ] = None,
-    scheme: Annotated[str, typer.Option(help="What the matrices were made for; the file does not say.")] = "w4a4kv4",
+    scheme: Annotated[
+        str | None, typer.Option(help="What the matrices were made for; the file does not say. w4a4kv4 by default.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Take over what other tools have found: the original project's matrices, or FP4 models of compressed-tensors."""
@@ -1248,12 +1252,14 @@ def import_(
         from flatquant.spec import to_dict
 
         artifact.check_output(output)
+        if matrices is None and scheme is not None:
+            raise SpecError("an FP4 folder says what its scheme is: leave out --scheme, or name --matrices")
         if matrices is None:
             loaded, plan, recipe, noted = import_compressed(Path(model))
             tokenizer = load_tokenizer(Path(model))
         else:
             loaded, tokenizer = load_model(model)
-            plan, recipe, noted = import_matrices(loaded, matrices, scheme)
+            plan, recipe, noted = import_matrices(loaded, matrices, scheme or "w4a4kv4")
         artifact.save(loaded, plan, output, recipe=to_dict(recipe), report=noted, tokenizer=tokenizer)
     if not quiet:
         _print(f"{output}: {recipe.scheme}")

@@ -271,9 +271,11 @@ def import_compressed(path: Path) -> tuple[PreTrainedModel, Plan, Recipe, dict[s
             root = f"{arch.blocks}.{index}."
             statics = [state.pop(f"{root}{reader}.input_global_scale", None) for reader in site.readers]
             if site.activations is not None and site.activations.format and site.activations.format.tensor_scale:
-                found = [s.float().reshape(1) for s in statics if s is not None]
+                found = [s.float().flatten() for s in statics if s is not None]
                 if len(found) < len(statics) or any(not torch.equal(s, found[0]) for s in found):
                     raise ArtifactError(f"{path}: the readers of {root}{name} do not share one input_global_scale")
+                if len(found[0]) != 1 or not 0 < float(found[0]) < float("inf"):
+                    raise ArtifactError(f"{path}: input_global_scale of {root}{name} is no positive number")
                 state[f"{root}flatquant.{name}.activations.{WHOLE}"] = found[0]
     state = {_our_name(name): _our_bytes(name, tensor) for name, tensor in state.items()}
     try:
@@ -288,6 +290,8 @@ def import_compressed(path: Path) -> tuple[PreTrainedModel, Plan, Recipe, dict[s
     rebuild_buffers(model, torch.device("cpu"))
     for name, module in model.named_modules():
         if isinstance(module, CodeLinear):
+            if module.get_buffer("packed").dtype != torch.uint8:
+                raise ArtifactError(f"{path}: {name}.weight_packed is not of uint8")
             try:
                 module.qweight().check_range()
             except ValueError as error:
@@ -306,15 +310,19 @@ def _their_scheme(path: Path, config: Any) -> str:
     quantisation = config.get("quantization_config") if isinstance(config, dict) else None
     groups = quantisation.get("config_groups") if isinstance(quantisation, dict) else None
     ours = {theirs.name: name for name, theirs in _FORMATS.items()}
-    if not isinstance(quantisation, dict) or quantisation.get("format") not in ours or not isinstance(groups, dict):
+    kind = quantisation.get("format") if isinstance(quantisation, dict) else None
+    if not isinstance(kind, str) or kind not in ours or not isinstance(groups, dict):
         raise ArtifactError(f"{path} is not a compressed-tensors model in {' or '.join(ours)}")
-    (group, *others) = groups.values()
-    if others or not isinstance(group, dict) or group.get("targets") != ["Linear"]:
+    group = next(iter(groups.values()), None)
+    if len(groups) != 1 or not isinstance(group, dict) or group.get("targets") != ["Linear"]:
         raise ArtifactError(f"{path}: only one scheme for all linears is read")
-    name = ours[quantisation["format"]]
+    name = ours[kind]
     given = group.get("input_activations")
+    if given is not None and not isinstance(given, dict):
+        raise ArtifactError(f"{path}: input_activations is {one_line(given)}, no description of a grid")
     if given is not None and (given.get("num_bits"), given.get("type")) != (4, "float"):
-        raise ArtifactError(f"{path}: activations in {given.get('num_bits')} bits are not read, only FP4 or 16 bit")
+        bits = one_line(given.get("num_bits"))
+        raise ArtifactError(f"{path}: activations in {bits} bits are not read, only FP4 or 16 bit")
     return name if given is not None else f"w{name}a16"
 
 
@@ -322,7 +330,7 @@ def _empty_model(path: Path, config: dict[str, Any]) -> PreTrainedModel:
     """The model that a config describes, with all tensors on the meta device."""
     data = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     kind = data.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ArtifactError(f"{path}: the installed transformers does not know the model type {one_line(kind)}")
     with torch.device("meta"):
         made = CONFIG_MAPPING[kind].from_dict(data)
@@ -339,8 +347,8 @@ def _our_name(name: str) -> str:
 
 def _our_bytes(name: str, tensor: Tensor) -> Tensor:
     if name.endswith(".weight_scale"):
-        return tensor.view(torch.uint8)
-    return tensor.float().reshape(1) if name.endswith(".weight_global_scale") else tensor
+        return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+    return tensor.float().flatten() if name.endswith(".weight_global_scale") else tensor
 
 
 # --------------------------------------------------------------------------------------------- out

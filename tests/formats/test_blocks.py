@@ -256,3 +256,9 @@ def test_names_that_read_as_something_else_are_refused(name: str) -> None:
 def test_an_unknown_name_is_an_error_that_lists_the_known() -> None:
     with pytest.raises(SpecError, match="nvfp4"):
         formats.make("fp3")
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_no_tokens_are_rounded_to_no_numbers(name: str) -> None:
+    whole = torch.ones(1) if formats.facts(name).tensor_scale else None
+    assert formats.make(name).fake(torch.empty(0, 64), whole=whole).shape == (0, 64)

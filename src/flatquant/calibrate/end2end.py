@@ -190,6 +190,8 @@ def fit_end_to_end(
                     FitWarning,
                     stacklevel=2,
                 )
+                if progress:
+                    progress(spec.steps, spec.steps)
                 return FittedModel(losses=[], held_out=(before, least), plain=least, undone=True)
         restore()
     if start is not None:

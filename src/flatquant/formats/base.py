@@ -219,7 +219,7 @@ class BlockFormat(Format):
             whole: a scale of the tensor that was made before.
         """
         blocks = self._peaks(x)
-        if whole is None:
+        if whole is None and self.facts.tensor_scale:
             whole = self.tensor_scale(blocks.amax().reshape(1) if peak is None else peak)
         scales = self.scales(blocks, whole)
         return {SCALE: scales} if whole is None else {SCALE: scales, WHOLE: whole}
