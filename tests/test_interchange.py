@@ -329,6 +329,11 @@ def test_what_compressed_tensors_compresses_is_read(scheme: str, tmp_path: Path)
 DOWN = "model.layers.0.mlp.down_proj"
 
 
+def group_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What all linears share."""
+    return config["quantization_config"]["config_groups"]["group_0"]
+
+
 @pytest.mark.parametrize(
     "change, match",
     [
@@ -336,10 +341,15 @@ DOWN = "model.layers.0.mlp.down_proj"
         (lambda c, s: c["quantization_config"]["config_groups"].update(b={}), "one scheme"),
         (lambda c, s: c["quantization_config"]["config_groups"].clear(), "one scheme"),
         (lambda c, s: c["quantization_config"].update(format=["nvfp4"]), "not a compressed-tensors model in"),
+        (lambda c, s: group_of(c).update(input_activations="x"), "input_activations is x"),
+        (lambda c, s: group_of(c).update(weights=None), "weights is None, no description"),
         (
-            lambda c, s: c["quantization_config"]["config_groups"]["group_0"].update(input_activations="x"),
-            "input_activations is x",
+            lambda c, s: group_of(c)["weights"].update(group_size=32),
+            "weights with group_size 32 are not nvfp4; only 16",
         ),
+        (lambda c, s: group_of(c)["weights"].update(symmetric=False), "symmetric False are not nvfp4"),
+        (lambda c, s: group_of(c)["input_activations"].update(num_bits=8), "input_activations with num_bits 8"),
+        (lambda c, s: c["quantization_config"].update(kv_cache_scheme={"num_bits": 8}), "keys and values"),
         (lambda c, s: c.update(model_type=["llama"]), "does not know the model type"),
         (lambda c, s: s.update({f"{DOWN}.input_global_scale": torch.zeros(1)}), "no positive number"),
         (lambda c, s: s.update({f"{DOWN}.input_global_scale": torch.ones(2)}), "no positive number"),

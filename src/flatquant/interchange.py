@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from flatquant import seams
+from flatquant import formats, seams
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.errors import ArtifactError, ModelError, one_line
@@ -311,19 +311,36 @@ def _their_scheme(path: Path, config: Any) -> str:
     groups = quantisation.get("config_groups") if isinstance(quantisation, dict) else None
     ours = {theirs.name: name for name, theirs in _FORMATS.items()}
     kind = quantisation.get("format") if isinstance(quantisation, dict) else None
-    if not isinstance(kind, str) or kind not in ours or not isinstance(groups, dict):
+    if (
+        not isinstance(quantisation, dict)
+        or not isinstance(kind, str)
+        or kind not in ours
+        or not isinstance(groups, dict)
+    ):
         raise ArtifactError(f"{path} is not a compressed-tensors model in {' or '.join(ours)}")
     group = next(iter(groups.values()), None)
     if len(groups) != 1 or not isinstance(group, dict) or group.get("targets") != ["Linear"]:
         raise ArtifactError(f"{path}: only one scheme for all linears is read")
+    if quantisation.get("kv_cache_scheme") is not None:
+        raise ArtifactError(f"{path}: keys and values that are quantised are not read; only 16 bit")
     name = ours[kind]
+    _check_grid(path, name, "weights", group.get("weights"))
     given = group.get("input_activations")
-    if given is not None and not isinstance(given, dict):
-        raise ArtifactError(f"{path}: input_activations is {one_line(given)}, no description of a grid")
-    if given is not None and (given.get("num_bits"), given.get("type")) != (4, "float"):
-        bits = one_line(given.get("num_bits"))
-        raise ArtifactError(f"{path}: activations in {bits} bits are not read, only FP4 or 16 bit")
-    return name if given is not None else f"w{name}a16"
+    if given is None:
+        return f"w{name}a16"
+    _check_grid(path, name, "input_activations", given)
+    return name
+
+
+def _check_grid(path: Path, name: str, tensors: str, given: object) -> None:
+    """Raise ArtifactError unless a description of weights or activations is that of a format."""
+    if not isinstance(given, dict):
+        raise ArtifactError(f"{path}: {tensors} is {one_line(given)}, no description of a grid")
+    wanted = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": formats.facts(name).block}
+    found = {"symmetric": True, **given}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise ArtifactError(f"{path}: {tensors} with {key} {one_line(found.get(key))} are not {name}; only {value}")
 
 
 def _empty_model(path: Path, config: dict[str, Any]) -> PreTrainedModel:

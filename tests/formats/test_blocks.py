@@ -247,10 +247,17 @@ def test_torchao_stores_the_same_nv_bytes(row: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["w4", "kv4", "a8x", "FP4", "", "uniform", "levels", "4bit"])
+@pytest.mark.parametrize("name", ["w4", "kv4", "a8x", "FP4", "", "uniform", "levels", "4bit", "xkv4", "xa8"])
 def test_names_that_read_as_something_else_are_refused(name: str) -> None:
     with pytest.raises(SpecError, match="format name"):
         Facts(name=name, bits=4, block=16, code="x:Y")
+
+
+@pytest.mark.parametrize("name", ["wnvfp4", "anvfp4"])
+def test_a_name_that_a_scheme_reads_as_a_known_format_is_refused(name: str) -> None:
+    with pytest.raises(SpecError, match="could mean 'nvfp4'"):
+        formats.register(Facts(name=name, bits=4, block=16, code="x:Y"))
+    assert name not in formats.names()
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known() -> None:

@@ -40,7 +40,8 @@ class Facts:
     code: str | type[BlockFormat]
 
     def __post_init__(self) -> None:
-        named = re.fullmatch(r"[a-z][a-z0-9]*", self.name) and not re.fullmatch(r"(w|a|kv?|v|g)\d+.*", self.name)
+        named = re.fullmatch(r"[a-z][a-z0-9]*", self.name)
+        named = named and not re.fullmatch(r"(w|a|kv?|v|g)\d+.*|.*(w|a|k|v|g)\d+", self.name)
         if not named or self.name in ("uniform", "levels"):
             raise SpecError(f"format name {self.name!r}: use letters and digits that do not read as bits")
         if not 2 <= self.bits <= 8 or self.block < 1:
@@ -51,7 +52,14 @@ _FACTS: dict[str, Facts] = {}
 
 
 def register(facts: Facts) -> None:
-    """Make a format known by its name. Naming the same format again replaces it."""
+    """Make a format known by its name. Naming the same format again replaces it.
+
+    Raises:
+        SpecError: a scheme could read the name as another format of weights or activations alone, or the other way.
+    """
+    for known in _FACTS:
+        if facts.name in (f"w{known}", f"a{known}") or known in (f"w{facts.name}", f"a{facts.name}"):
+            raise SpecError(f"format name {facts.name!r}: a scheme could mean {known!r} by it; use another")
     _FACTS[facts.name] = facts
 
 
@@ -67,7 +75,9 @@ def facts(name: str) -> Facts:
         SpecError: there is none of this name.
     """
     if name not in _FACTS:
-        raise SpecError(f"unknown format {name!r}; known: {', '.join(names())}")
+        raise SpecError(
+            f"unknown format {name!r}; known: {', '.join(names())}; register one of your own first (docs/formats.md)"
+        )
     return _FACTS[name]
 
 
