@@ -70,7 +70,7 @@ test: $(READY_DEV) ## run the tests (PYTEST_ARGS='-m "not slow"' for the quick o
 	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 test-gpu: $(READY_DEV) ## run the tests that need a CUDA device
-	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -v -m gpu --timeout 1200 $(PYTEST_ARGS)
 
 test-oldest: ## run the tests of interfaces with the oldest transformers that is allowed
 	$(MAKE) --no-print-directory $(OLDEST)/.ready-oldest VENV=$(OLDEST)
