@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -16,14 +17,15 @@ from flatquant.calibrate.capture import Observer
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.modules import share_inputs
 from flatquant.recipes import flatquant
+from flatquant.runtime.artifact import load, save
 from flatquant.runtime.build import install
 from flatquant.runtime.experts import open_experts
 from flatquant.seams import CACHE
-from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, Scheme, Transforms, TransformSpec
+from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, Scheme, Transforms, TransformSpec, to_dict
 from flatquant.transforms import Factor
 from flatquant.transforms.factor import cayley
 from flatquant.wiring.apply import FitBlock, InputStatistics, wrap_block
-from flatquant.wiring.arch import Geometry
+from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 from flatquant.wiring.residual import residual_factor, rotate_ends
@@ -256,6 +258,25 @@ def calibrated(model: PreTrainedModel, recipe: Recipe, **options: Any) -> tuple[
     options = {"device": CPU, "dtype": torch.float32, **options}
     plan, report = calibrate(model, recipe, tokens if recipe.needs_data else None, **options)
     return model, plan, report
+
+
+def reloaded(model: PreTrainedModel, plan: Plan, recipe: Recipe, folder: Path) -> PreTrainedModel:
+    """What the folder of a quantised model gives: the same logits, to the last bit."""
+    save(model, plan, folder, recipe=to_dict(recipe), report={})
+    loaded = load(folder)
+    tokens = tokens_for(model, 2, 9)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    return loaded
+
+
+def in_pairs(
+    a: PreTrainedModel, b: PreTrainedModel, paths: Sequence[str]
+) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+    """The same modules of every block of two models."""
+    for ours, theirs in zip(a.model.layers, b.model.layers, strict=True):
+        for path in paths:
+            yield submodule(ours, path), submodule(theirs, path)
 
 
 def same_bytes(a: torch.nn.Module, b: torch.nn.Module) -> bool:

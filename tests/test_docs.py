@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 import flatquant
 from flatquant import compare, formats
@@ -27,6 +28,17 @@ def example(name: str, page: str = "methods.md") -> str:
     return found[0]
 
 
+def at_hand(code: str, model: PreTrainedModel, folder: Path) -> str:
+    """An example that takes a tiny model and a text from `folder` for those that it names."""
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    for name, here in {"smollm2-135m": "model", "wikitext2": "text.txt"}.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(folder / here)))
+    return code
+
+
 def hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
     assert spec is not None
@@ -42,12 +54,7 @@ def test_the_new_method_runs_from_its_recipe_to_a_compared_row(
     code = example("method")
     assert len(code.splitlines()) <= 40
     assert "turnscale" not in RECIPES
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
-    for name, here in {"smollm2-135m": "model", "wikitext2": "text.txt"}.items():
-        assert f'"{name}"' in code
-        code = code.replace(f'"{name}"', repr(str(tmp_path / here)))
+    code = at_hand(code, tiny_llama(), tmp_path)
     real = compare.Settings
     less = {"samples": 4, "seqlen": 16, "window": 32, "device": "cpu"}
     monkeypatch.setattr(compare, "Settings", lambda **given: real(**{**given, **less}))
@@ -70,12 +77,7 @@ def test_a_format_from_outside_is_fitted_stored_and_served(
 ) -> None:
     code = example("format", "formats.md")
     assert len(code.splitlines()) <= 60
-    tiny_llama(hidden=64, intermediate=96).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    for name, here in {"smollm2-135m": "model", "wikitext2": "text.txt"}.items():
-        assert f'"{name}"' in code
-        code = code.replace(f'"{name}"', repr(str(tmp_path / here)))
+    code = at_hand(code, tiny_llama(hidden=64, intermediate=96), tmp_path)
     real = flatquant.quantize
 
     def on_little_text(model: str, recipe: Recipe, text: str, output: str) -> None:

@@ -214,7 +214,7 @@ def _clip(grid: Dynamic, reader: _Reader, names: list[str]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Theirs:
-    """What compressed-tensors calls a format of ours, and what it says of its scales."""
+    """What compressed-tensors calls a format of ours, and how its scales are made and stored."""
 
     name: str
     scales: Mapping[str, Any]
@@ -225,17 +225,23 @@ class _Theirs:
 _FORMATS = {
     "nvfp4": _Theirs(
         name="nvfp4-pack-quantized",
-        scales={"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"},
+        scales={"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"},
         activations={"dynamic": "local", "observer": "static_minmax"},
         scale_dtype=torch.float8_e4m3fn,
     ),
     "mxfp4": _Theirs(
         name="mxfp4-pack-quantized",
-        scales={"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+        scales={"strategy": "group", "scale_dtype": "torch.uint8"},
         activations={"dynamic": True},
         scale_dtype=torch.uint8,
     ),
 }
+
+
+def _their_numbers(name: str) -> dict[str, Any]:
+    """How compressed-tensors describes the numbers of a format, and which of them share a scale."""
+    facts = formats.facts(name)
+    return {"num_bits": facts.bits, "type": "float", "symmetric": True, "group_size": facts.block}
 
 
 @torch.no_grad()
@@ -308,15 +314,11 @@ def import_compressed(path: Path) -> tuple[PreTrainedModel, Plan, Recipe, dict[s
 def _their_scheme(path: Path, config: Any) -> str:
     """The scheme of a compressed-tensors folder, as ours are written."""
     quantisation = config.get("quantization_config") if isinstance(config, dict) else None
-    groups = quantisation.get("config_groups") if isinstance(quantisation, dict) else None
+    if not isinstance(quantisation, dict):
+        quantisation = {}
     ours = {theirs.name: name for name, theirs in _FORMATS.items()}
-    kind = quantisation.get("format") if isinstance(quantisation, dict) else None
-    if (
-        not isinstance(quantisation, dict)
-        or not isinstance(kind, str)
-        or kind not in ours
-        or not isinstance(groups, dict)
-    ):
+    kind, groups = quantisation.get("format"), quantisation.get("config_groups")
+    if not isinstance(kind, str) or kind not in ours or not isinstance(groups, dict):
         raise ArtifactError(f"{path} is not a compressed-tensors model in {' or '.join(ours)}")
     group = next(iter(groups.values()), None)
     if len(groups) != 1 or not isinstance(group, dict) or group.get("targets") != ["Linear"]:
@@ -336,9 +338,8 @@ def _check_grid(path: Path, name: str, tensors: str, given: object) -> None:
     """Raise ArtifactError unless a description of weights or activations is that of a format."""
     if not isinstance(given, dict):
         raise ArtifactError(f"{path}: {tensors} is {one_line(given)}, no description of a grid")
-    wanted = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": formats.facts(name).block}
     found = {"symmetric": True, **given}
-    for key, value in wanted.items():
+    for key, value in _their_numbers(name).items():
         if found.get(key) != value:
             raise ArtifactError(f"{path}: {tensors} with {key} {one_line(found.get(key))} are not {name}; only {value}")
 
@@ -472,9 +473,9 @@ def export_compressed(
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "input_activations": _their_activations(plan, theirs),
+                "input_activations": _their_activations(plan, spec.kind),
                 "output_activations": None,
-                "weights": _their_weights(spec, theirs),
+                "weights": _their_weights(spec),
             }
         },
     }
@@ -492,10 +493,10 @@ def export_compressed(
         raise ArtifactError(f"cannot write {output}: {error.strerror or error}") from error
 
 
-def _their_weights(spec: QuantSpec, theirs: _Theirs | None) -> dict[str, Any]:
+def _their_weights(spec: QuantSpec) -> dict[str, Any]:
     """What compressed-tensors is told of weights."""
-    if theirs is not None:
-        return {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, **theirs.scales}
+    if spec.kind in _FORMATS:
+        return {**_their_numbers(spec.kind), **_FORMATS[spec.kind].scales, "dynamic": False}
     group = spec.group_size
     return {
         "num_bits": spec.bits,
@@ -507,11 +508,11 @@ def _their_weights(spec: QuantSpec, theirs: _Theirs | None) -> dict[str, Any]:
     }
 
 
-def _their_activations(plan: Plan, theirs: _Theirs | None) -> dict[str, Any] | None:
-    """What compressed-tensors is told of activations; None for 16 bit."""
-    if theirs is None or not any(site.activations for block in plan.blocks for site in block.sites.values()):
+def _their_activations(plan: Plan, kind: str) -> dict[str, Any] | None:
+    """What compressed-tensors is told of activations beside weights of this kind; None for 16 bit."""
+    if kind not in _FORMATS or not any(site.activations for block in plan.blocks for site in block.sites.values()):
         return None
-    return {"num_bits": 4, "type": "float", "symmetric": True, **theirs.scales, **theirs.activations}
+    return {**_their_numbers(kind), **_FORMATS[kind].scales, **_FORMATS[kind].activations}
 
 
 def _their_tensors(spec: QuantSpec, weight: Codes, site: FrozenSite) -> dict[str, Tensor]:

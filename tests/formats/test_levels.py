@@ -16,8 +16,19 @@ from flatquant.recipes import direct, quarot
 from flatquant.runtime.artifact import inspect, load, save
 from flatquant.runtime.codes import FrozenCodes, PackedCodes
 from flatquant.spec import BranchSpec, DataSpec, EndToEndSpec, QuantSpec, Recipe, Scheme, SolverSpec, to_dict
-from flatquant.wiring.arch import submodule
-from tests.laws import BASES, SHAPES, bare, calibrated, family, hidden, relative, same_bytes, tokens_for
+from tests.laws import (
+    BASES,
+    SHAPES,
+    bare,
+    calibrated,
+    family,
+    hidden,
+    in_pairs,
+    relative,
+    reloaded,
+    same_bytes,
+    tokens_for,
+)
 from tests.test_laws import ALL_READERS
 
 ROW = torch.zeros(1, 4, dtype=torch.uint8)
@@ -36,26 +47,19 @@ def test_a_loaded_model_has_the_same_integers(tmp_path: Path, scheme: str, shape
     original = family("llama", dtype=torch.float32, **SHAPES[shape])
     chosen = small(scheme)
     model, plan, _ = calibrated(original, chosen)
-    save(model, plan, tmp_path / "a", recipe=to_dict(chosen), report={})
-    loaded = load(tmp_path / "a")
-    tokens = tokens_for(original, 2, 9)
-    with torch.no_grad():
-        want, got = model(tokens).logits, loaded(tokens).logits
-    assert torch.equal(got, want)
+    loaded = reloaded(model, plan, chosen, tmp_path / "a")
     quantised = 0
-    for ours, theirs in zip(model.model.layers, loaded.model.layers, strict=True):
-        for path in ALL_READERS:
-            linear, again = submodule(ours, path), submodule(theirs, path)
-            if not isinstance(linear, FrozenCodes):
-                assert "w16" in scheme
-                continue
-            assert isinstance(again, PackedCodes)
-            assert torch.equal(linear.codes, again.qweight().codes)
-            assert torch.equal(linear.levels, again.levels)
-            assert torch.equal(PackedCodes.of(linear).packed, again.packed)
-            assert linear.packed_bytes == again.packed.nbytes
-            linear.qweight().check_range()
-            quantised += linear.codes.numel()
+    for linear, again in in_pairs(model, loaded, ALL_READERS):
+        if not isinstance(linear, FrozenCodes):
+            assert "w16" in scheme
+            continue
+        assert isinstance(again, PackedCodes)
+        assert torch.equal(linear.codes, again.qweight().codes)
+        assert torch.equal(linear.levels, again.levels)
+        assert torch.equal(PackedCodes.of(linear).packed, again.packed)
+        assert linear.packed_bytes == again.packed.nbytes
+        linear.qweight().check_range()
+        quantised += linear.codes.numel()
     found = inspect(tmp_path / "a")
     assert found.quantised_parameters == quantised > 0
     assert sum(found.bytes_by_kind.values()) == stored_bytes(model)

@@ -25,7 +25,20 @@ from flatquant.runtime.folder import Folder
 from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, SolverSpec, to_dict
 from flatquant.wiring.apply import fold_block, observing
 from flatquant.wiring.arch import submodule
-from tests.laws import BASES, bare, calibrated, family, hidden, inputs_of, relative, same_bytes, tokens_for, wrap
+from tests.laws import (
+    BASES,
+    bare,
+    calibrated,
+    family,
+    hidden,
+    in_pairs,
+    inputs_of,
+    relative,
+    reloaded,
+    same_bytes,
+    tokens_for,
+    wrap,
+)
 from tests.test_laws import ALL_READERS, READERS
 from tests.tiny_models import tiny_family, tiny_llama
 
@@ -105,12 +118,9 @@ def cases() -> Iterator:
 def round_trip(model: PreTrainedModel, recipe: Recipe, path: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A quantised copy, and what its folder gives; they agree to the last bit."""
     quantised, plan, _ = calibrated(model, recipe)
-    save(quantised, plan, path, recipe=to_dict(recipe), report={})
-    loaded = load(path)
-    tokens = tokens_for(model, 2, 9)
-    with torch.no_grad():
-        assert torch.equal(loaded(tokens).logits, quantised(tokens).logits)
-        ids = [m.generate(tokens[:1], max_new_tokens=5, do_sample=False) for m in (loaded, quantised)]
+    loaded = reloaded(quantised, plan, recipe, path)
+    tokens = tokens_for(model, 1, 9)
+    ids = [m.generate(tokens, max_new_tokens=5, do_sample=False) for m in (loaded, quantised)]
     assert torch.equal(*ids)
     return quantised, loaded
 
@@ -119,19 +129,18 @@ def round_trip(model: PreTrainedModel, recipe: Recipe, path: Path) -> tuple[PreT
 def test_a_loaded_model_has_the_same_codes(tmp_path: Path, recipe: Recipe) -> None:
     model, loaded = round_trip(tiny_llama(hidden=64, intermediate=96), short(recipe), tmp_path / "a")
     scheme, quantised = str(recipe.scheme), 0
-    for ours, theirs in zip(model.model.layers, loaded.model.layers, strict=True):
-        for path in ALL_READERS:
-            linear, again = (getattr(m, "inner", m) for m in (submodule(ours, path), submodule(theirs, path)))
-            if not isinstance(linear, FrozenCodes):
-                assert "w" in scheme
-                continue
-            assert isinstance(again, PackedCodes)
-            assert torch.equal(linear.codes, again.qweight().codes)
-            assert torch.equal(PackedCodes.of(linear).packed, again.packed)
-            assert linear.packed_bytes == again.packed.nbytes
-            assert all(torch.equal(part, again.parts[name]) for name, part in linear.parts.items())
-            linear.qweight().check_range()
-            quantised += linear.codes.numel()
+    for pair in in_pairs(model, loaded, ALL_READERS):
+        linear, again = (getattr(m, "inner", m) for m in pair)
+        if not isinstance(linear, FrozenCodes):
+            assert "w" in scheme
+            continue
+        assert isinstance(again, PackedCodes)
+        assert torch.equal(linear.codes, again.qweight().codes)
+        assert torch.equal(PackedCodes.of(linear).packed, again.packed)
+        assert linear.packed_bytes == again.packed.nbytes
+        assert all(torch.equal(part, again.parts[name]) for name, part in linear.parts.items())
+        linear.qweight().check_range()
+        quantised += linear.codes.numel()
     found = inspect(tmp_path / "a")
     assert found.scheme == scheme
     assert sum(found.bytes_by_kind.values()) == stored_bytes(model)

@@ -16,7 +16,19 @@ from flatquant.runtime.artifact import inspect, load, save
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook
 from flatquant.spec import CodebookSpec, DataSpec, QuantSpec, Recipe, Scheme, SolverSpec, from_dict, to_dict
 from flatquant.wiring.arch import submodule
-from tests.laws import BASES, SHAPES, bare, calibrated, family, hidden, relative, same_bytes, tokens_for
+from tests.laws import (
+    BASES,
+    SHAPES,
+    bare,
+    calibrated,
+    family,
+    hidden,
+    in_pairs,
+    relative,
+    reloaded,
+    same_bytes,
+    tokens_for,
+)
 
 READERS = tuple(f"self_attn.{p}_proj" for p in "qkvo") + tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down"))
 DATA = DataSpec(samples=8, seqlen=16)
@@ -44,29 +56,24 @@ def test_a_loaded_model_is_the_saved_one(tmp_path: Path, name: str, shape: str) 
     original = family("llama", dtype=torch.float32, **SHAPES[shape])
     chosen = RECIPES[name]
     model, plan, _ = calibrated(original, chosen)
-    save(model, plan, tmp_path / "a", recipe=to_dict(chosen), report={})
-    loaded = load(tmp_path / "a")
+    loaded = reloaded(model, plan, chosen, tmp_path / "a")
     tokens = tokens_for(original, 2, 9)
     with torch.no_grad():
-        want, got = model(tokens).logits, loaded(tokens).logits
-    assert torch.equal(got, want)
-    assert relative(want, original(tokens).logits) > 1e-3
+        assert relative(model(tokens).logits, original(tokens).logits) > 1e-3
     quantised = 0
-    for ours, theirs in zip(model.model.layers, loaded.model.layers, strict=True):
-        for path in READERS:
-            linear, again = submodule(ours, path), submodule(theirs, path)
-            if not isinstance(linear, CodebookLinear):
-                assert name == "sites apart"
-                continue
-            assert isinstance(again, CodebookLinear)
-            assert {type(b) for b in linear.books.values()} == {FrozenBook}
-            assert {type(b) for b in again.books.values()} == {PackedBook}
-            assert torch.equal(linear.qweight().dequantize(), again.qweight().dequantize())
-            linear.qweight().check_range()
-            quantised += linear.qweight().shape.numel()
-            for book in linear.books.values():
-                assert torch.equal(PackedBook.of(book).packed, book.pack())
-                assert book.packed_bytes == book.pack().nbytes
+    for linear, again in in_pairs(model, loaded, READERS):
+        if not isinstance(linear, CodebookLinear):
+            assert name == "sites apart"
+            continue
+        assert isinstance(again, CodebookLinear)
+        assert {type(b) for b in linear.books.values()} == {FrozenBook}
+        assert {type(b) for b in again.books.values()} == {PackedBook}
+        assert torch.equal(linear.qweight().dequantize(), again.qweight().dequantize())
+        linear.qweight().check_range()
+        quantised += linear.qweight().shape.numel()
+        for book in linear.books.values():
+            assert torch.equal(PackedBook.of(book).packed, book.pack())
+            assert book.packed_bytes == book.pack().nbytes
     found = inspect(tmp_path / "a")
     assert found.quantised_parameters == quantised
     ours = {k: found.bytes_by_kind[k] for k in ("packed", "grids", "transforms")}

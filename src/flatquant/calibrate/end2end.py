@@ -112,15 +112,12 @@ def fit_end_to_end(
     if not any(parameters.values()):
         return FittedModel(losses=[])
 
-    def run(fit: FitBlock, call: BlockCall, x: Tensor) -> Tensor:
-        return call(fit.block, x)
-
     def student(calls: Sequence[BlockCall], x: Tensor) -> Tensor:
         for fit, call in zip(fits, calls, strict=True):
             if recompute:
-                x = cast(Tensor, checkpoint(run, fit, call, x, use_reentrant=False, preserve_rng_state=False))
+                x = cast(Tensor, checkpoint(call, fit.block, x, use_reentrant=False, preserve_rng_state=False))
             else:
-                x = run(fit, call, x)
+                x = call(fit.block, x)
         return head(x)
 
     def measure(calls: Sequence[BlockCall], x: Tensor, y: Tensor) -> Tensor:

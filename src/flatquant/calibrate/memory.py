@@ -258,15 +258,17 @@ def estimate(
     if host_limit is None and (free := free_host_bytes()) is not None:
         host_limit = free + resident_bytes()
     places: tuple[Place, ...] = ("device", "host", "disk") if on_gpu else ("device", "disk")
+
+    def with_text(layout: Estimate) -> Estimate:
+        return count.with_text(layout, written) if written else layout
+
     if count.recomputes:
         roomy = count.layout("device", parts[0], together[0], recompute=False)
-        short, limit, given = (roomy.device, device_limit, limits.device)
-        if not on_gpu:
-            short, limit, given = roomy.host, host_limit, limits.host
         # What is free is for others too, unless a limit says otherwise.
-        most = limit if limit is None or given is not None else limit // SPENT_ON_SPEED
-        if _within(short, most) and _within(roomy.host, host_limit):
-            return count.with_text(roomy, written) if written else roomy
+        share = 1 if (limits.device if on_gpu else limits.host) is not None else SPENT_ON_SPEED
+        fits = _within(share * roomy.device, device_limit) if on_gpu else _within(share * roomy.host, host_limit)
+        if fits and _within(roomy.host, host_limit):
+            return with_text(roomy)
     least: Estimate | None = None
     # What is given up first varies fastest.
     for w, place, k in product(parts, places, together):
@@ -274,7 +276,7 @@ def estimate(
             continue  # blocks side by side read one another's rows: they would be brought twice
         least = count.layout(place, w, k, recompute=count.recomputes)
         if _within(least.device, device_limit) and _within(least.host, host_limit):
-            return count.with_text(least, written) if written else least
+            return with_text(least)
     assert least is not None
     # What is free is taken as a wish: an estimate must not stop a run that might go well.
     if not (_within(least.device, limits.device) and _within(least.host, limits.host)):

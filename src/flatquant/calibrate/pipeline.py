@@ -306,12 +306,10 @@ class _Run:
 
     def _observe(self, fit: FitBlock, call: BlockCall, inputs: Kept, *, keep: bool = True) -> Kept:
         """Show static scales of activations what they are to cover; the block's outputs, if they are to be kept."""
-        grids, run = (
-            fit.static_grids(),
-            partial(_in_dtype, self.dtype, inputs.dtype, partial(self._rotated(call), fit.block)),
-        )
+        grids = fit.static_grids()
         if not grids and not keep:
             return inputs
+        run = partial(_in_dtype, self.dtype, inputs.dtype, partial(self._rotated(call), fit.block))
         with self.clock("static scales"), torch.no_grad(), autocast(self.device, self.dtype), observing(grids):
             if keep:
                 return mapped(inputs, self.batch, run)

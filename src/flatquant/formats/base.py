@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flatquant.formats import Facts
-from flatquant.ops.pack.reference import pack_bits, unpack_bits
+from flatquant.ops.pack.reference import pack_bits, packed_width, unpack_bits
 
 
 class Part(NamedTuple):
@@ -206,7 +206,7 @@ class BlockFormat(Format):
             raise ValueError(f"{self.name}: blocks of {self.block} do not divide {n}")
         whole = {WHOLE: Part(torch.float32, (1,), "grids")} if self.facts.tensor_scale else {}
         return {
-            "packed": Part(torch.uint8, (o, -(-n * self.bits // 8)), "packed"),
+            "packed": Part(torch.uint8, (o, packed_width(n, self.bits)), "packed"),
             SCALE: Part(self.scale_dtype, (o, n // self.block), "grids"),
             **whole,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flatquant.formats.base import Layout, Part
+from flatquant.ops.pack.reference import packed_width
 from flatquant.spec import CodebookSpec
 
 
@@ -20,6 +21,6 @@ def layout(spec: CodebookSpec, bits: int, o: int, n: int) -> Layout:
     found: Layout = {"columns": Part(torch.int32, (few,), "grids")} if few else {}
     for name, (length, each, columns) in books.items():
         entries = spec.entries(each, o // length * columns)
-        found[f"books.{name}.packed"] = Part(torch.uint8, (o // length, -(-columns * each // 8)), "packed")
+        found[f"books.{name}.packed"] = Part(torch.uint8, (o // length, packed_width(columns, each)), "packed")
         found[f"books.{name}.entries"] = Part(torch.float16, (entries, length), "grids")
     return found

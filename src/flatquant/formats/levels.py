@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flatquant.formats.base import Format, Layout, Part
+from flatquant.ops.pack.reference import packed_width
 
 LEVELS = "levels"  # float32, (o, g, K)
 
@@ -26,7 +27,7 @@ class Levels(Format):
         if n % group:
             raise ValueError(f"groups of {group} do not divide {n}")
         return {
-            "packed": Part(torch.uint8, (o, -(-n * self.bits // 8)), "packed"),
+            "packed": Part(torch.uint8, (o, packed_width(n, self.bits)), "packed"),
             LEVELS: Part(torch.float32, (o, n // group, self.bits), "grids"),
         }
 

@@ -113,8 +113,7 @@ class WeightGrid(nn.Module):
 
     def nearest(self, w: Tensor) -> QTensor:
         """Each weight to its nearest grid point.  # (o, n)"""
-        scale, zero = self.grid(w)
-        scale = scale.float().to(w.dtype)  # round with the scale that will be stored
+        scale, zero = self.stored_grid(w)
         group = w.shape[-1] // scale.shape[-1]
         each = None if zero is None else zero.repeat_interleave(group, -1)
         q = quantize(w, scale.repeat_interleave(group, -1), each, self.spec.low, self.spec.high)
@@ -133,6 +132,11 @@ class WeightGrid(nn.Module):
             # The zero point counts steps, so it stays where it is when both ends shrink alike.
             scale = scale * searched_ratio(groups, scale, zero, self.spec.low, self.spec.high)
         return scale[..., 0], None if zero is None else zero[..., 0]
+
+    def stored_grid(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`grid`, in w's dtype, with scales as they will be stored: what is rounded must meet those.  # (o, g)"""
+        scale, zero = self.grid(w)
+        return scale.float().to(w.dtype), zero
 
     def _covering(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point that cover (o, g, group).  # (o, g, 1)"""
@@ -159,8 +163,7 @@ class _Columns:
 
     def __init__(self, grid: WeightGrid, w: Tensor) -> None:
         self.spec = grid.spec
-        scale, self.zero = grid.grid(w)
-        self.scale = scale.float().to(w.dtype)
+        self.scale, self.zero = grid.stored_grid(w)
         self.values = torch.empty_like(w)
 
     def fix(self, columns: Tensor, block: Tensor, u: Tensor) -> Tensor:

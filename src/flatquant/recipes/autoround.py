@@ -10,10 +10,8 @@ Grids of 2 and 3 bits are asymmetric and searched. From 4 bits on they are symme
 sign that puts the largest weight on the end -2^(b-1).
 """
 
-from flatquant.recipes.common import TEXT, of_preset, signed_scales
+from flatquant.recipes.common import TEXTS, of_preset, signed_scales
 from flatquant.spec import Recipe, RoundingSpec, Scheme, SolverSpec
-
-TEXTS = {**TEXT, "best": TEXT["reference"]}
 
 
 def autoround(scheme: str | Scheme = "w4a16", preset: str = "reference") -> Recipe:

@@ -8,6 +8,7 @@ from flatquant.spec import Clip, DataSpec, Scheme
 
 # Text of methods that need second moments or gradients of it, but fit nothing on it.
 TEXT = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
+TEXTS = {**TEXT, "best": TEXT["reference"]}  # of those whose `best` differs in something else
 
 
 def of_preset(preset: str, texts: Mapping[str, DataSpec] = TEXT) -> DataSpec:

@@ -8,10 +8,8 @@ Other than that code, with either: from 4 bits on grids are symmetric, and scale
 they were, not as compensation has left them.
 """
 
-from flatquant.recipes.common import TEXT, fitting_few_levels, of_preset, searched_groups
+from flatquant.recipes.common import TEXTS, fitting_few_levels, of_preset, searched_groups
 from flatquant.spec import Recipe, Scheme, SolverSpec
-
-TEXTS = {**TEXT, "best": TEXT["reference"]}
 
 
 def gptq(scheme: str | Scheme, preset: str = "reference", authors: bool = False) -> Recipe:

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from flatquant.recipes.common import TEXT, unclipped
-from flatquant.spec import DataSpec, Recipe, Scheme
+from flatquant.spec import Recipe, Scheme
 
 
 def rtn(scheme: str | Scheme, preset: str = "reference") -> Recipe:
     """Plain rounding; a preset says how much text is read where a static scale of activations needs some."""
     recipe = Recipe(name="rtn", scheme=unclipped(scheme))
-    return replace(recipe, data=TEXT.get(preset, DataSpec())) if recipe.needs_data else recipe
+    return replace(recipe, data=TEXT.get(preset, TEXT["reference"])) if recipe.needs_data else recipe

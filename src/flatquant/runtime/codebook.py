@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flatquant.codebook import Book, CodebookTensor
 from flatquant.modules import ExactBuffers
+from flatquant.ops.pack.reference import packed_width
 from flatquant.runtime.linear import FrozenSite, NumberLinear, Unpacked
 
 
@@ -49,7 +50,8 @@ class FrozenBook(SiteBook, Unpacked):
 
     @property
     def packed_bytes(self) -> int:
-        return self.indices.shape[0] * -(-self.indices.shape[1] * self.bits // 8)
+        rows, m = self.indices.shape
+        return rows * packed_width(m, self.bits)
 
 
 class PackedBook(SiteBook):

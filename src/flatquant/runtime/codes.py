@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flatquant.formats.base import Codes, Format
+from flatquant.ops.pack.reference import packed_width
 from flatquant.runtime.linear import FrozenSite, NumberLinear, Unpacked
 
 
@@ -58,7 +59,7 @@ class FrozenCodes(CodeLinear, Unpacked):
     @property
     def packed_bytes(self) -> int:
         o, n = self.codes.shape
-        return o * -(-n * self.format.bits // 8)
+        return o * packed_width(n, self.format.bits)
 
 
 class PackedCodes(CodeLinear):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from flatquant.errors import ModelError
+from flatquant.ops.pack.reference import packed_width
 from flatquant.qtensor import QTensor
 from flatquant.rotary import Angles
 from flatquant.runtime.keyvalue import FrozenKeyValue, IntegerStore, Offset
@@ -32,7 +33,7 @@ def token_bytes(head_dim: int, spec: QuantSpec | None) -> int:
     """Bytes that a key or value of one head and token takes; 16 bit without a grid."""
     if spec is None:
         return 2 * head_dim
-    return -(-head_dim * spec.bits // 8) + 4 + (0 if spec.symmetric else 1)
+    return packed_width(head_dim, spec.bits) + 4 + (0 if spec.symmetric else 1)
 
 
 class _History:

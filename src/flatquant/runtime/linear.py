@@ -17,6 +17,7 @@ from torch import Tensor
 from flatquant.modules import ExactBuffers, Site
 from flatquant.ops.int_linear import int_linear
 from flatquant.ops.kron.reference import kron_matmul
+from flatquant.ops.pack.reference import packed_width
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.spec import QuantSpec
@@ -211,7 +212,7 @@ class FrozenLinear(IntegerLinear, Unpacked):
     @property
     def packed_bytes(self) -> int:
         o, n = self.values.shape
-        return o * -(-n * self.spec.bits // 8)
+        return o * packed_width(n, self.spec.bits)
 
 
 class PackedLinear(IntegerLinear):

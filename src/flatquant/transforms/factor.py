@@ -14,7 +14,7 @@ manifold of orthogonal matrices (SpinQuant).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -76,10 +76,7 @@ def shared_inverses(modules: Sequence[nn.Module]) -> Iterator[None]:
     to a common one. Gradients flow as they would one by one.
     """
     factors = {id(m): m for root in modules for m in root.modules() if isinstance(m, DirectFactor)}
-    sizes: dict[int, list[DirectFactor]] = {}
-    for factor in factors.values():
-        sizes.setdefault(max(32, 1 << (factor.size - 1).bit_length()), []).append(factor)
-    for size, members in ((s, batch) for s, same in sizes.items() for batch in _batches(s, same)):
+    for size, members in _batches(factors.values()):
         if len(members) == 1:
             members[0].shared = members[0].inverse_t()
             continue
@@ -98,11 +95,18 @@ def shared_inverses(modules: Sequence[nn.Module]) -> Iterator[None]:
             factor.shared = None
 
 
-def _batches(size: int, members: list[DirectFactor]) -> Iterator[list[DirectFactor]]:
-    """Such that torch leaves their inverses to cuSOLVER or cuBLAS: those of MAGMA cannot be held by a CUDA graph."""
-    most = 16 if size <= 128 else 1
-    for i in range(0, len(members), most):
-        yield members[i : i + most]
+def _batches(factors: Iterable[DirectFactor]) -> Iterator[tuple[int, list[DirectFactor]]]:
+    """Factors to invert together, and the size to pad them to.
+
+    Such that torch leaves their inverses to cuSOLVER or cuBLAS: those of MAGMA cannot be held by a CUDA graph.
+    """
+    sizes: dict[int, list[DirectFactor]] = {}
+    for factor in factors:
+        sizes.setdefault(max(32, 1 << (factor.size - 1).bit_length()), []).append(factor)
+    for size, members in sizes.items():
+        most = 16 if size <= 128 else 1
+        for i in range(0, len(members), most):
+            yield size, members[i : i + most]
 
 
 class SVDFactor(Factor, Trainable):

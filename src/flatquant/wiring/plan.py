@@ -70,7 +70,7 @@ def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: G
 def takes_mean(recipe: Recipe, keys: QuantSpec | None) -> bool:
     """Whether keys on this grid are cached less their mean over calibration text.
 
-    At 8 bits it takes nothing away that can be measured (docs/experiments.md, "Keys less a constant").
+    At 8 bits it takes nothing away that can be measured (docs/experiments.md, "A fit that ends worse than it began").
     """
     wanted = recipe.scheme.key_offset
     fine = keys is not None and keys.bits >= 8

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def packed_width(n: int, bits: int) -> int:
+    """Bytes that a row of n fields takes."""
+    return -(-n * bits // 8)
+
+
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Pack unsigned `bits`-bit integers along the last dimension.
 
