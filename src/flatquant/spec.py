@@ -251,17 +251,20 @@ _CACHE = r"(?:kv(?P<kv>\d+)|(?:k(?P<k>\d+))?(?:v(?P<v>\d+))?)"
 _CACHE_OVERRIDE = re.compile(rf"(?P<block>\d+)\.{_CACHE}")
 
 
-def _head() -> re.Pattern[str]:
-    """A scheme up to its first comma. A name alone is a format for weights and activations."""
+def _linear(group: str = "") -> str:
+    """What a scheme says of weights and activations, as a pattern: a format for both, or bits or a format for each."""
     name = "|".join(formats.names())
-    pair = rf"(?:w(?P<w>\d+|{name})(?:g(?P<g>\d+))?)?(?:a(?P<a>\d+|{name}))?"
-    return re.compile(rf"(?:(?P<both>{name})|{pair}){_CACHE}")
+    return rf"(?:(?P<both>{name})|(?:w(?P<w>\d+|{name}){group})?(?:a(?P<a>\d+|{name}))?)"
+
+
+def _head() -> re.Pattern[str]:
+    """A scheme up to its first comma."""
+    return re.compile(_linear(r"(?:g(?P<g>\d+))?") + _CACHE)
 
 
 def _override() -> re.Pattern[str]:
-    name = "|".join(formats.names())
-    pair = rf"(?:w(?P<w>\d+|{name}))?(?:a(?P<a>\d+|{name}))?"
-    return re.compile(rf"(?:(?P<block>\d+)\.)?(?P<site>{'|'.join(SITES)})=(?:(?P<both>{name})|{pair})")
+    """What follows a comma, of a site."""
+    return re.compile(rf"(?:(?P<block>\d+)\.)?(?P<site>{'|'.join(SITES)})={_linear()}")
 
 
 def _storage(m: re.Match[str], letter: str) -> int | str | None:
@@ -839,8 +842,9 @@ class Recipe:
             self.fits or not clipped or bool(self.transforms),
             f"recipe {self.name}: learned clipping needs a fit; use clip='none' or give the recipe a fit",
         )
+        named = ", ".join(sorted(self.scheme.named("weights")))
         if self.solver.updates_scales:
-            blocks = self.scheme.named("weights") and (self.scheme.weights is None or self.scheme.weights.format)
+            blocks = named and (self.scheme.weights is None or self.scheme.weights.format)
             whole = not any(isinstance(o.weights, int) and o.weights < 16 for o in self.scheme.overrides.values())
             _check(bool(blocks) and whole, f"recipe {self.name}: only scales of a format's blocks are updated")
         if self.solver.learns:
@@ -848,10 +852,11 @@ class Recipe:
                 self.scheme.weights is None or self.scheme.weights.scope == "row",
                 f"recipe {self.name}: rounding is learned with scales by row or group, not with one for a tensor",
             )
-            named = sorted(self.scheme.named("weights"))
-            _check(not named, f"recipe {self.name}: rounding is learned for integers, not for {', '.join(named)}")
-        if self.solver.codebook is not None and (named := sorted(self.scheme.named("weights"))):
-            _check(False, f"recipe {self.name}: weights in {', '.join(named)} are not in codebooks; use bits")
+            _check(not named, f"recipe {self.name}: rounding is learned for integers, not for {named}")
+        _check(
+            self.solver.codebook is None or not named,
+            f"recipe {self.name}: weights in {named} are not in codebooks; use bits",
+        )
         if self.solver.codebook is not None and self.scheme.weights is not None:
             _check(not self.fits, f"recipe {self.name}: fits round weights to a uniform grid, which codebooks are not")
             _check(
