@@ -193,6 +193,7 @@ def brief(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": [run["seed"] for run in whole],
         "calibration": whole[0]["calibration"],
         "perplexity": {text: mean(lambda run, t=text: run["perplexity"][t]) for text in texts},
+        "original": {text: mean(lambda run, t=text: run["original"]["perplexity"][t]) for text in texts},
         "kl": {text: mean(lambda run, t=text: run["divergence"][t]["kl"]) for text in texts},
         "tasks": {task: mean(lambda run, t=task: run["tasks"][t]["value"]) for task in tasks},
         "verdicts": [run["verdict"]["word"] for run in whole],

@@ -426,6 +426,7 @@ def families() -> list[str]:
 
 LADDER = ("smollm2-135m", "qwen2.5-coder-1.5b")
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "code.txt": "code"}
+NAMED = ("wikitext2", "c4")
 
 
 def ladder(prefix: str, seconds: bool) -> list[str]:
@@ -436,15 +437,18 @@ def ladder(prefix: str, seconds: bool) -> list[str]:
         for text in TEXTS
         if all(text in metrics["rows"][next(iter(metrics["rows"]))]["kl"] for metrics in files.values())
     ]
-    head = ["model, recipe", *(TEXTS[t] for t in texts), *(f"KL, {TEXTS[t]}" for t in texts), "verdict"]
+    # A file that a row was measured on need not be the next row's: its perplexities are given as ratios.
+    named = [f"{TEXTS[t]}, times 16 bits" if t not in NAMED else TEXTS[t] for t in texts]
+    head = ["model, recipe", *named, *(f"KL, {TEXTS[t]}" for t in texts), "verdict"]
     head += ["seconds", "peak, GB"] if seconds else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for model, metrics in files.items():
-        original = [f"{metrics['original']['perplexity'][t]:.2f}" for t in texts]
+        original = [f"{metrics['original']['perplexity'][t]:.2f}" if t in NAMED else "1.00" for t in texts]
         blank = len(head) - 1 - len(texts)
         lines.append(f"| {model}, 16 bits | {' | '.join(original)} |{' - |' * blank}")
         for name, row in metrics["rows"].items():
-            cells = [f"{row['perplexity'][t]:.2f}" for t in texts] + [f"{row['kl'][t]:.3f}" for t in texts]
+            sizes = [row["perplexity"][t] / (1.0 if t in NAMED else row["original"][t]) for t in texts]
+            cells = [f"{size:.2f}" for size in sizes] + [f"{row['kl'][t]:.3f}" for t in texts]
             cells.append(", ".join(dict.fromkeys(row["verdicts"])))
             cells += [f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"] if seconds else []
             lines.append(f"| {model}, {name.rpartition('/')[0]} | {' | '.join(cells)} |")
