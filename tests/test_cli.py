@@ -184,6 +184,8 @@ def test_options_reach_the_solver() -> None:
 
     assert made("gptq", "wnvfp4", update_scales=True).solver.updates_scales
     assert not made("gptq", "wnvfp4", update_scales=True).solver.act_order
+    formats = made("rtn", "mxfp4", weight_clip="search", activation_clip="search")
+    assert formats.scheme.weights == formats.scheme.activations == QuantSpec(bits=4, kind="mxfp4", clip="search")
     authors = made(act_order=False, damping=0.02, gram_inputs="original", weight_clip="none")
     assert authors.solver == SolverSpec(kind="gptq", act_order=False, damping=0.02, inputs="original")
     assert authors.scheme == Scheme.parse("w4g16a16", clip="none")
@@ -519,6 +521,7 @@ def test_an_output_layer_of_its_own_is_told(place: Path, tmp_path: Path) -> None
         (["--method", "gptq", "--gram-inputs", "mine"], "'mine' is not one of 'quantised', 'original'"),
         (["--method", "oac", "--gram-inputs", "original"], "output_adaptive has no Gram matrix of original inputs"),
         (["--weight-clip", "none"], "leaves no ranges to choose: leave out --weight-clip"),
+        (["--activation-clip", "none"], "leaves no ranges to choose: leave out --activation-clip"),
         (["--method", "rtn", "--weight-clip", "fixed"], "unknown weight clip 'fixed'; known: none, search"),
         (["--rounding-steps", "-1"], "rounding steps -1: at least 0"),
         (["--scheme", "a4", "--rounding-steps", "5"], "does not quantise weights: leave out --rounding-steps"),

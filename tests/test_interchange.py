@@ -21,7 +21,7 @@ from flatquant.errors import ArtifactError, ModelError
 from flatquant.interchange import export_compressed, export_dense, import_compressed, import_matrices, read_matrices
 from flatquant.recipes import autoround, gptq, rtn
 from flatquant.runtime.artifact import load, save
-from flatquant.spec import DataSpec, Recipe, to_dict
+from flatquant.spec import DataSpec, Recipe, Scheme, to_dict
 from flatquant.wiring.arch import submodule
 from tests.laws import calibrated, quick, relative, tokens_for
 from tests.test_laws import ALL_READERS
@@ -233,6 +233,7 @@ def test_what_compressed_tensors_has_no_place_for(tmp_path: Path) -> None:
         (rtn("wmxfp4a8"), "weight-only"),
         (rtn("mxfp4,mlp_mid=a16"), "weight-only"),
         (rtn("mxfp4kv4"), "weight-only"),
+        (rtn(Scheme.parse("mxfp4")), "--activation-clip none"),
     ):
         model, plan, _ = calibrated(tiny_llama(), recipe)
         with pytest.raises(ModelError, match=match):

@@ -206,6 +206,23 @@ def test_bits_in_the_place_of_a_format_are_those_of_the_scheme() -> None:
     assert QuantSpec.of("mxfp4", symmetric=True).with_bits(8) == QuantSpec(bits=8)
 
 
+def test_a_format_searches_its_scales_in_the_place_of_a_clip() -> None:
+    def clips(scheme: Scheme) -> set[str]:
+        return {spec.clip for spec in (scheme.weights, scheme.activations) if spec is not None}
+
+    assert clips(Scheme.parse("nvfp4")) == {"search"}
+    assert clips(Scheme.parse("nvfp4", clip="none")) == {"none"}
+    assert clips(Scheme.parse("nvfp4", clip="none").with_clips(weights="search", activations=0.9)) == {"search"}
+    assert clips(Scheme.parse("nvfp4", clip="none").with_clips(weights="search")) == {"search", "none"}
+    assert clips(recipe("rtn", "mxfp4").scheme) == {"none"}  # plain rounding, as other tools know it
+    assert clips(recipe("gptq", "mxfp4").scheme) == {"search", "none"}
+    assert clips(recipe("flatquant", "mxfp4").scheme) == {"search"}
+    with pytest.raises(SpecError, match="no clip but a search"):
+        dataclasses.replace(QuantSpec.of("mxfp4", symmetric=True), clip="learned")
+    with pytest.raises(SpecError, match="searched clip of integers"):
+        Scheme(activations=QuantSpec(bits=4, clip="search"))
+
+
 def test_what_came_after_format_version_1_is_written_where_it_is_used() -> None:
     """Folders that do without stay byte for byte what they were, and older versions read them."""
     assert "updates_scales" not in to_dict(SolverSpec(kind="gptq"))

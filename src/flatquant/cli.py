@@ -389,6 +389,10 @@ def quantize(
     weight_clip: Annotated[
         str | None, typer.Option(help="Ranges of weights that no fit learns: none (all of it), or search.")
     ] = None,
+    activation_clip: Annotated[
+        str | None,
+        typer.Option(help="Scales of activations in a format: none (as large as their block), or search for the best."),
+    ] = None,
     rounding_steps: Annotated[
         int | None, typer.Option(help="Steps by which each block's rounding is then learned; 0 for none.")
     ] = None,
@@ -440,6 +444,7 @@ def quantize(
             "damping": damping,
             "gram_inputs": gram_inputs,
             "weight_clip": weight_clip,
+            "activation_clip": activation_clip,
             "rounding_steps": rounding_steps,
         }
         named = not mistakes.found
@@ -592,6 +597,7 @@ def _recipe(
     damping: float | None = None,
     gram_inputs: str | None = None,
     weight_clip: str | None = None,
+    activation_clip: str | None = None,
     rounding_steps: int | None = None,
 ) -> Recipe:
     """The method's recipe with what the options change; an option that would change nothing is an error."""
@@ -612,8 +618,9 @@ def _recipe(
     if epochs is not None and base.fit is None:
         raise SpecError(f"method {method} with preset {preset} has no block-wise fit: leave out --epochs")
     base = base.tuned(samples=samples, seqlen=seqlen, epochs=epochs, batch_size=batch_size, lr=lr)
-    if weight_clip is not None:
-        base = _with_weight_clip(base, weight_clip)
+    for tensors, clip in (("weights", weight_clip), ("activations", activation_clip)):
+        if clip is not None:
+            base = _with_clip(base, tensors, clip)
     if update_scales and act_order is None:
         act_order = False  # the recipes' default would refuse
     settings = {
@@ -656,17 +663,17 @@ def _with_solver(base: Recipe, solver: str | None, hessian: str | None, settings
     return replace(base, solver=made, scheme=scheme)
 
 
-def _with_weight_clip(base: Recipe, clip: str) -> Recipe:
-    """The recipe with other ranges of weights."""
+def _with_clip(base: Recipe, tensors: str, clip: str) -> Recipe:
+    """The recipe with other ranges of weights, or of activations in a format."""
     from flatquant.spec import QuantSpec, from_dict, to_dict
 
-    weights = base.scheme.weights
-    if weights is None or weights.clip == "learned":
-        raise SpecError(f"method {base.name} at {base.scheme} leaves no ranges to choose: leave out --weight-clip")
+    spec, option = getattr(base.scheme, tensors), f"{tensors.removesuffix('s')}-clip"
+    if spec is None or spec.clip == "learned" or (tensors == "activations" and not spec.format):
+        raise SpecError(f"method {base.name} at {base.scheme} leaves no ranges to choose: leave out --{option}")
     if clip not in ("none", "search"):
-        raise SpecError(f"unknown weight clip {clip!r}; known: none, search")
-    made = from_dict(QuantSpec, to_dict(weights) | {"clip": clip}, "weights")
-    return replace(base, scheme=replace(base.scheme, weights=made))
+        raise SpecError(f"unknown {option.replace('-', ' ')} {clip!r}; known: none, search")
+    made = from_dict(QuantSpec, to_dict(spec) | {"clip": clip}, tensors)
+    return replace(base, scheme=replace(base.scheme, **{tensors: made}))
 
 
 def _with_learned_rounding(base: Recipe, steps: int) -> Recipe:

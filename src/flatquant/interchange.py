@@ -534,12 +534,20 @@ def _one_weight_grid(plan: Plan) -> QuantSpec:
         if any(len(site.groups) > 1 for site in block.sites.values()):
             raise ModelError("compressed-tensors takes no mixtures of experts here; export the dense checkpoint")
         inputs |= {site.activations for site in block.sites.values()}
-        alike = all(site.activations in (None, site.weights) for site in block.sites.values())
+        alike = all(
+            site.activations is None or (site.weights and site.activations.kind == site.weights.kind)
+            for site in block.sites.values()
+        )
         rounded = any(spec is not None and spec.kind not in _FORMATS for spec in inputs)
         if block.keys or block.values or rounded or not alike or len(inputs) > 1:
             raise ModelError(
                 "compressed-tensors takes weight-only models here, or FP4 alike for weights and activations; "
                 "activations, keys or values have other grids"
+            )
+        if any(spec is not None and spec.clip == "search" for spec in inputs):
+            raise ModelError(
+                "compressed-tensors gives blocks of activations the scales that cover them, and this model searches "
+                "theirs; quantise with --activation-clip none"
             )
         if any(site.left or site.right for site in block.sites.values()):
             raise ModelError(

@@ -124,7 +124,8 @@ class QuantSpec:
         symmetric: zero point 0 and integers in [-2^(b-1), 2^(b-1)-1]; otherwise a zero point and [0, 2^b-1].
         group_size: weights only; `None` is the whole row.
         clip: `learned` fits how far the range is cut in; `fixed` cuts it to `clip_ratio`; `search` tries ratios from 1
-            to 0.21 for every scale and keeps the one with the least |error|^2.4 (weights only); `none` keeps all.
+            to 0.21 for every scale and keeps the one with the least |error|^2.4 (weights only); `none` keeps all. Of a
+            format: `search`, the scales that it names for a block, by squared error, or `none`, the one that covers it.
         clip_start: where a learned clip starts: the range times sigmoid(clip_start). 4.0 is the paper's.
         clip_ratio: of a fixed clip.
         scope: `row` as above, or `tensor`: weights get one scale for all readers of a site, activations a static one,
@@ -157,8 +158,11 @@ class QuantSpec:
         plain = self.symmetric and self.clip == "none" and self.scope == "row"
         form = self.format
         if form is not None:
-            blocks = plain and self.group_size is None and not self.signed_scale
-            _check(blocks, f"{self.kind} has scales of its own: no zero point, no clip and no group size")
+            blocks = self.symmetric and self.scope == "row" and self.group_size is None and not self.signed_scale
+            _check(
+                blocks and self.clip in ("none", "search"),
+                f"{self.kind} has scales of its own: no zero point, no group size, no clip but a search",
+            )
             _check(self.bits == form.bits, f"{self.kind} has {form.bits} bits, not {self.bits}")
         _check(self.kind != "levels" or plain, "levels have no zero point, no clip, and scales by row or token")
         _check(self.kind == "levels" or self.weigh == "channels", "only levels weigh errors in two ways")
@@ -190,6 +194,11 @@ class QuantSpec:
     def with_bits(self, bits: int) -> Self:
         """The same grid with other bits; integers in the place of a format."""
         return type(self)(bits=bits) if self.format else dataclasses.replace(self, bits=bits)
+
+    @property
+    def has_ratios(self) -> bool:
+        """Whether a grid of activations, keys or values stores the ratios that its ranges are cut to."""
+        return self.clip in ("learned", "fixed")
 
     @property
     def low(self) -> int:
@@ -304,7 +313,8 @@ class Scheme:
         for name in ("activations", "keys", "values"):
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
-            _check(spec is None or spec.clip != "search", f"{name}: a searched clip is for weights only")
+            integers = spec is not None and spec.format is None and name != "weights"
+            _check(not integers or spec.clip != "search", f"{name}: a searched clip of integers is for weights only")
             _check(spec is None or not spec.signed_scale, f"{name}: a signed scale is for weights only")
             uniform = spec is None or spec.kind == "uniform" or name == "activations"
             kind = "levels are" if spec is None or spec.format is None else f"{spec.kind} is"
@@ -332,7 +342,8 @@ class Scheme:
 
         Left-out parts and 16 stay in 16 bit. Weights and activations are symmetric, keys and values asymmetric.
         A format's name may stand for the bits of weights or activations, and alone for both: with a format F, `F`,
-        `Fkv4`, `wFa16`, `w4aF`, `w4a4kv4,mlp_mid=F`. Its scales are its own: it has no clip and no group size.
+        `Fkv4`, `wFa16`, `w4aF`, `w4a4kv4,mlp_mid=F`. Its scales are its own: it has no group size, and searches them in
+        the place of a clip.
 
         Raises:
             SpecError: text that is not of this form, a tensor named twice, or bits that no grid has.
@@ -374,8 +385,10 @@ class Scheme:
         """
 
         def fixed(spec: QuantSpec | None, ratio: float) -> QuantSpec | None:
-            if spec is None or ratio == 1 or spec.bits > up_to or spec.format:
+            if spec is None or ratio == 1 or spec.bits > up_to:
                 return spec
+            if spec.format:
+                return _with_clip(spec, "search", self.clip_starts)
             return dataclasses.replace(spec, clip="fixed", clip_ratio=ratio)
 
         return dataclasses.replace(
@@ -444,9 +457,12 @@ class Scheme:
 
 
 def _with_clip(spec: QuantSpec, clip: Clip, starts: Sequence[float]) -> QuantSpec:
-    """The same grid with another clip; a learned one starts where it does for the grid's bits. A format has none."""
+    """The same grid with another clip; a learned one starts where it does for the grid's bits.
+
+    A format's scales are searched in the place of any clip.
+    """
     if spec.format is not None:
-        return spec
+        return dataclasses.replace(spec, clip="none" if clip == "none" else "search")
     return dataclasses.replace(spec, clip=clip, clip_start=starts[spec.bits - 2] if clip == "learned" else 4.0)
 
 

@@ -1,5 +1,6 @@
 """What holds for every format: laws first, then what compressed-tensors and torchao make of the same numbers."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,9 +19,10 @@ from flatquant.formats.base import SCALE, WHOLE, BlockFormat, Codes
 from flatquant.formats.minifloat import from_e4m3, from_e8m0
 from flatquant.quantizers import BlockWeights
 from flatquant.solvers import GPTQ, RTN
-from flatquant.spec import QuantSpec
+from flatquant.spec import Clip, QuantSpec
 
 NAMES = formats.names()
+FORMS = [pytest.param(name, how, id=f"{name}{', searched' * how}") for name in NAMES for how in (False, True)]
 
 
 def matrix(seed: int, o: int = 12, n: int = 64) -> Tensor:
@@ -35,11 +37,11 @@ def step_of(form: BlockFormat, parts: dict[str, Tensor]) -> Tensor:
     return form.steps(parts[SCALE], parts.get(WHOLE)).repeat_interleave(form.block, -1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, searched", FORMS)
 @given(seed=st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
-def test_every_number_takes_the_nearest_code(name: str, seed: int) -> None:
-    form, x = formats.make(name), matrix(seed)
+def test_every_number_takes_the_nearest_code(name: str, searched: bool, seed: int) -> None:
+    form, x = formats.make(name, searched=searched), matrix(seed)
     q = form.quantize(x)
     q.check_range()
     step = step_of(form, q.parts)
@@ -59,20 +61,23 @@ def test_a_number_halfway_takes_the_even_code(name: str, sign: int) -> None:
     assert torch.equal(codes, below + below % 2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, searched", FORMS)
 @given(seed=st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
-def test_numbers_of_the_format_stay(name: str, seed: int) -> None:
-    form = formats.make(name)
+def test_numbers_of_the_format_stay(name: str, searched: bool, seed: int) -> None:
+    form = formats.make(name, searched=searched)
     q = form.quantize(matrix(seed))
     assert torch.equal(form.encode(q.dequantize(), q.parts) % 8, q.codes % 8)  # the sign of 0 is lost
     assert torch.equal(form.fake(matrix(seed)), q.dequantize())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, searched", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_scales_are_those_of_float32_whatever_the_dtype(name: str, dtype: torch.dtype) -> None:
-    form, x = formats.make(name), torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_scales_are_those_of_float32_whatever_the_dtype(name: str, searched: bool, dtype: torch.dtype) -> None:
+    form, x = (
+        formats.make(name, searched=searched),
+        torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype),
+    )
     ours, want = form.quantize(x), form.quantize(x.float())
     assert all(torch.equal(ours.parts[part], want.parts[part]) for part in want.parts)
     assert form.fake(x).dtype == dtype
@@ -92,10 +97,10 @@ def test_codes_go_into_bytes_and_back(name: str) -> None:
     assert torch.equal(torch.cat([first.dequantize(), second.dequantize()]), q.dequantize())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, searched", FORMS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_block_with_nan_is_nan_and_others_keep_their_numbers(name: str, bad: float) -> None:
-    form, x = formats.make(name), torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+def test_a_block_with_nan_is_nan_and_others_keep_their_numbers(name: str, searched: bool, bad: float) -> None:
+    form, x = formats.make(name, searched=searched), torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     whole = form.parts(x).get(WHOLE)
     want = form.fake(x, whole=whole)
     x[0, 3] = bad
@@ -104,9 +109,9 @@ def test_a_block_with_nan_is_nan_and_others_keep_their_numbers(name: str, bad: f
     assert got[0, : form.block].isnan().all() if math.isnan(bad) else not bool((got[0, 3] == want[0, 3]).any())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_pass_straight_through(name: str) -> None:
-    form = formats.make(name)
+@pytest.mark.parametrize("name, searched", FORMS)
+def test_gradients_pass_straight_through(name: str, searched: bool) -> None:
+    form = formats.make(name, searched=searched)
     x = matrix(3).requires_grad_()
     seed = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     form.fake(x).backward(seed)
@@ -116,13 +121,88 @@ def test_gradients_pass_straight_through(name: str) -> None:
     assert torch.equal(x.grad, torch.where(inside, seed, 0.0))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_fake_is_what_is_stored_under_autograd_too(name: str) -> None:
-    form, x = formats.make(name), matrix(5)
+@pytest.mark.parametrize("name, searched", FORMS)
+def test_fake_is_what_is_stored_under_autograd_too(name: str, searched: bool) -> None:
+    form, x = formats.make(name, searched=searched), matrix(5)
     assert torch.equal(form.fake(x.clone().requires_grad_()), form.quantize(x).dequantize())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_read_back_from_a_device(name: str) -> None:
+    """A CUDA graph of a fit's step could not hold that; a device without memory stands for one."""
+    x = torch.empty(4, 64, device="meta", requires_grad=True)
+    formats.make(name, searched=True).fake(x).sum().backward()
+    assert x.grad is not None
+
+
+# --------------------------------------------------------------------------------------------- searched scales
+
+
+def squared_errors(form: BlockFormat, x: Tensor, q: Codes) -> Tensor:
+    """Of every block, in float64, relative to the largest magnitude of its tensor.  # (o, g)"""
+    error = (q.dequantize(torch.float64) - x.double()) / x.double().abs().amax()
+    return error.unflatten(-1, (-1, form.block)).square().sum(-1)
+
+
+def tried(form: BlockFormat, x: Tensor) -> Tensor:
+    """The squared errors of blocks with every scale that a search may choose.  # (tries, o, g)"""
+    whole, found = form.parts(x).get(WHOLE), []
+    peak = x.unflatten(-1, (-1, form.block)).abs().amax(-1)
+    for stretch in (1.0, *form.stretches):
+        parts = form.parts(x) | {SCALE: form.scales(peak * stretch, whole)}
+        found.append(squared_errors(form, x, Codes(codes=form.encode(x, parts), parts=parts, format=form)))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_no_block_is_worse_for_a_search(name: str, seed: int) -> None:
+    x = matrix(seed)
+    plain, searched = formats.make(name), formats.make(name, searched=True)
+    before = squared_errors(plain, x, plain.quantize(x))
+    after = squared_errors(plain, x, searched.quantize(x))
+    assert bool((after <= before * (1 + 1e-6)).all())  # of errors this close, either may be the smaller in float32
+    torch.testing.assert_close(after, tried(plain, x).amin(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name, block, largest",
+    [
+        ("nvfp4", (6.0, 4.0, 3.0, 2.0, 1.0, 0.5), 6.0),  # all on the grid
+        ("nvfp4", (4.0, 4.0, 3.0, 3.0, 1.0), 4.0),  # in steps of 4 / 6, 3 would be 4.5
+        ("mxfp4", (6.0, 4.0, 3.0, 2.0, 1.0, 0.5), 6.0),
+        ("mxfp4", (7.9, 7.9, 4.0), 4.0),  # 7.9 is nearer to 8 than to 6, which it is cut to
+    ],
+)
+def test_four_over_six(name: str, block: tuple[float, ...], largest: float) -> None:
+    form = formats.make(name, searched=True)
+    x = torch.tensor([*block] + [0.0] * (form.block - len(block)))[None]
+    parts = form.parts(x, peak=torch.tensor([x.amax().item() * 7]))
+    assert form.values(form.encode(x, parts)).abs().amax() == largest
+
+
+def test_a_format_without_stretches_has_nothing_to_search() -> None:
+    class Plain(type(formats.make("mxfp4"))):
+        stretches = ()
+
+    x, facts = matrix(0), formats.facts("mxfp4")
+    assert torch.equal(Plain(facts, searched=True).fake(x), Plain(facts).fake(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_pass_rounds_as_the_table_does(name: str) -> None:
+    form = formats.make(name)
+    x = torch.cat([torch.linspace(0, 9, 3001), torch.tensor([0.25, 0.75, 2.5, 5.0, math.inf])])
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(form.magnitude(x.to(dtype)), BlockFormat.magnitude(form, x.to(dtype)))
+
+
 # --------------------------------------------------------------------------------------------- solvers
+
+
+def grid_of(name: str, clip: Clip) -> QuantSpec:
+    return dataclasses.replace(QuantSpec.of(name, symmetric=True), clip=clip)
 
 
 def gram(n: int, seed: int = 0) -> Tensor:
@@ -132,13 +212,14 @@ def gram(n: int, seed: int = 0) -> Tensor:
     return x.mT @ x / 256
 
 
+@pytest.mark.parametrize("clip", ["none", "search"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("updated", [False, True])
-def test_gptq_loses_on_weights_and_wins_on_outputs(name: str, updated: bool) -> None:
+def test_gptq_loses_on_weights_and_wins_on_outputs(name: str, clip: Clip, updated: bool) -> None:
     w, h, grid = (
         torch.randn(24, 64, generator=torch.Generator().manual_seed(2)),
         gram(64),
-        BlockWeights(QuantSpec.of(name, symmetric=True)),
+        BlockWeights(grid_of(name, clip)),
     )
     plain, ours = RTN[Codes]().solve(w, grid, None), GPTQ[Codes](updated=updated).solve(w, grid, h)
 
@@ -152,24 +233,26 @@ def test_gptq_loses_on_weights_and_wins_on_outputs(name: str, updated: bool) -> 
     assert updated or all(torch.equal(ours.parts[part], plain.parts[part]) for part in plain.parts)
 
 
+@pytest.mark.parametrize("clip", ["none", "search"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gptq_with_updated_scales_minds_no_block_size(name: str) -> None:
+def test_gptq_with_updated_scales_minds_no_block_size(name: str, clip: Clip) -> None:
     w, h, grid = (
         torch.randn(8, 96, generator=torch.Generator().manual_seed(2)),
         gram(96),
-        BlockWeights(QuantSpec.of(name, symmetric=True)),
+        BlockWeights(grid_of(name, clip)),
     )
     one, other = (GPTQ[Codes](updated=True, block_size=size).solve(w.double(), grid, h.double()) for size in (7, 96))
     assert torch.equal(one.codes, other.codes)
     assert torch.equal(one.parts[SCALE], other.parts[SCALE])
 
 
+@pytest.mark.parametrize("clip", ["none", "search"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("updated", [False, True])
-def test_gptq_with_an_identity_hessian_is_plain_rounding(name: str, updated: bool) -> None:
+def test_gptq_with_an_identity_hessian_is_plain_rounding(name: str, clip: Clip, updated: bool) -> None:
     w, grid = (
         torch.randn(8, 64, generator=torch.Generator().manual_seed(2)),
-        BlockWeights(QuantSpec.of(name, symmetric=True)),
+        BlockWeights(grid_of(name, clip)),
     )
     ours, want = GPTQ[Codes](updated=updated).solve(w, grid, torch.eye(64)), RTN[Codes]().solve(w, grid, None)
     assert torch.equal(ours.codes, want.codes)

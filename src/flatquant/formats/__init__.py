@@ -81,8 +81,8 @@ def facts(name: str) -> Facts:
     return _FACTS[name]
 
 
-def make(name: str) -> BlockFormat:
-    """The format itself.
+def make(name: str, *, searched: bool = False) -> BlockFormat:
+    """The format itself; `searched` says how it finds the scales of blocks (`BlockFormat.stretches`).
 
     Raises:
         SpecError: there is none of this name.
@@ -90,8 +90,8 @@ def make(name: str) -> BlockFormat:
     found = facts(name)
     if isinstance(found.code, str):
         module, _, leaf = found.code.partition(":")
-        return getattr(importlib.import_module(module), leaf)(found)
-    return found.code(found)
+        return getattr(importlib.import_module(module), leaf)(found, searched=searched)
+    return found.code(found, searched=searched)
 
 
 register(Facts(name="mxfp4", bits=4, block=32, code="flatquant.formats.mxfp4:MXFP4"))

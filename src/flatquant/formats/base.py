@@ -171,9 +171,11 @@ class BlockFormat(Format):
     magnitudes: ClassVar[tuple[float, ...]]  # by code, ascending from 0; the sign bit is above them
     shared = frozenset({WHOLE})
     scale_dtype: ClassVar[torch.dtype]  # of stored scales
+    stretches: ClassVar[tuple[float, ...]] = ()  # of a block's largest magnitude: a search tries the scales made for it
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    def __init__(self, facts: Facts, *, searched: bool = False) -> None:
+        """`searched`: give a block the scale of least squared error, of the one that covers it and its `stretches`."""
+        self.facts, self.searched = facts, searched
         self.name, self.bits, self.block = facts.name, facts.bits, facts.block
         assert len(self.magnitudes) == 1 << (self.bits - 1), "one magnitude for every code without its sign"
 
@@ -199,6 +201,10 @@ class BlockFormat(Format):
         """The scale of a tensor whose largest magnitude is `peak`, float32, (1,); None for a format without."""
         return None
 
+    def magnitude(self, x: Tensor) -> Tensor:
+        """The magnitude nearest to x, at least 0 and in steps; of two, that of the even code.  # x's shape and dtype"""
+        return self._table("values", x)[torch.bucketize(x, self._table("ends", x), right=True, out_int32=True)]
+
     # ------------------------------------------------------------------------- what all have
 
     def layout(self, o: int, n: int) -> Layout:
@@ -218,15 +224,31 @@ class BlockFormat(Format):
             peak: what a scale of the tensor is made for, float32, (1,); the largest magnitude of x if None.
             whole: a scale of the tensor that was made before.
         """
-        blocks = self._peaks(x)
         if whole is None and self.facts.tensor_scale:
-            whole = self.tensor_scale(blocks.amax().reshape(1) if peak is None else peak)
-        scales = self.scales(blocks, whole)
+            whole = self.tensor_scale(x.abs().amax().reshape(1) if peak is None else peak)
+        scales = self.block_scales(x, whole)
         return {SCALE: scales} if whole is None else {SCALE: scales, WHOLE: whole}
 
     def block_scales(self, x: Tensor, whole: Tensor | None) -> Tensor:
         """Stored scales for x under a tensor scale that stays as it is.  # (.., n / block)"""
-        return self.scales(self._peaks(x), whole)
+        peak = self._blocks(x).abs().amax(-1).float()
+        scales = self.scales(peak, whole)
+        if not self.searched:
+            return scales
+        blocks, first = self._blocks(x.float()), self.steps(scales, whole)
+        least = self._errors(blocks, first)
+        for stretch in self.stretches:
+            other = self.scales(peak * stretch, whole)
+            step = self.steps(other, whole)
+            errors = self._errors(blocks, step) * (step / first).square()
+            better = errors < least  # never where either is NaN
+            scales, least = torch.where(better, other, scales), torch.where(better, errors, least)
+        return scales
+
+    def _errors(self, blocks: Tensor, step: Tensor) -> Tensor:
+        """Sums of squared errors, in squared steps.  # (.., g, block), (.., g) -> (.., g)"""
+        ratio = (blocks / step[..., None]).abs_()
+        return ratio.sub_(self.magnitude(ratio)).square_().sum(-1)
 
     def encode(self, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """The nearest codes of x, (.., n), in blocks with these scales.  # uint8, (.., n)"""
@@ -250,8 +272,7 @@ class BlockFormat(Format):
         parts = self.parts(fixed, peak, whole)
         step = self.steps(parts[SCALE], parts.get(WHOLE)).to(_work(x))[..., None]
         ratio = self._blocks(fixed) / step  # (.., g, block)
-        index = torch.bucketize(ratio.abs(), self._table("ends", ratio), right=True, out_int32=True)
-        rounded = self._table("values", ratio)[index].copysign_(ratio).mul_(step).flatten(-2).to(x.dtype)
+        rounded = self.magnitude(ratio.abs()).copysign_(ratio).mul_(step).flatten(-2).to(x.dtype)
         if not x.requires_grad:
             return rounded
         return _StraightThrough.apply(x, rounded, (ratio.abs_() <= self.magnitudes[-1]).flatten(-2))
@@ -278,9 +299,6 @@ class BlockFormat(Format):
 
     def _blocks(self, x: Tensor) -> Tensor:
         return x.to(_work(x)).unflatten(-1, (-1, self.block))  # (.., g, block)
-
-    def _peaks(self, x: Tensor) -> Tensor:
-        return self._blocks(x).abs().amax(-1).float()
 
     def _table(self, which: Literal["ends", "values"], like: Tensor) -> Tensor:
         table = _ends if which == "ends" else _values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flatquant import formats
 from flatquant.formats import codebooks, integers
-from flatquant.formats.base import Format, Layout
+from flatquant.formats.base import BlockFormat, Format, Layout
 from flatquant.formats.levels import Levels
 from flatquant.spec import CodebookSpec, QuantSpec
 
@@ -16,8 +16,13 @@ def of(spec: QuantSpec) -> Format | None:
             return None
         case "levels":
             return Levels(spec.bits, spec.group_size)
-        case name:
-            return formats.make(name)
+        case _:
+            return blocks(spec)
+
+
+def blocks(spec: QuantSpec) -> BlockFormat:
+    """The format that a grid names, and how it finds its scales."""
+    return formats.make(spec.kind, searched=spec.clip == "search")
 
 
 def layout(spec: QuantSpec, codebook: CodebookSpec | None, o: int, n: int) -> Layout:

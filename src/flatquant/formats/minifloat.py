@@ -14,9 +14,15 @@ from torch import Tensor
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code
 E2M1_EXPONENT = 2  # of its largest power of two, 4
 E4M3_MAX = 448.0
-E8M0_BIAS = 127
 E8M0_NAN = 255
+_FRACTION = 23  # bits of float32 below its exponent, whose bias is that of e8m0
 _TINY_SCALE = 0.125  # what compressed-tensors stores where a scale rounds to 0
+
+
+def round_e2m1(x: Tensor) -> Tensor:
+    """Numbers of at least 0 to the nearest e2m1, ties to the even code, at most 6.  # x's shape and dtype"""
+    spacing = (x >= 2).to(x.dtype).add_(1).mul_(0.5).add_(x >= 4)  # 0.5, 1 or 2
+    return (x / spacing).round_().mul_(spacing).clamp_(max=E2M1[-1])
 
 
 def to_e4m3(x: Tensor) -> Tensor:
@@ -41,16 +47,10 @@ def to_e8m0(x: Tensor) -> Tensor:
 
     2^-127 for anything below, 0 too; the NaN of e8m0 for NaN and infinity.
     """
-    exponent = torch.frexp(x.float()).exponent - 1  # of float32, subnormal numbers too
-    exponent = torch.where(x == 0, -E8M0_BIAS, exponent)
-    code = (exponent + E8M0_BIAS).clamp(0, E8M0_NAN - 1)
-    return torch.where(torch.isfinite(x), code, E8M0_NAN).to(torch.uint8)
+    return (x.float().view(torch.int32) >> _FRACTION & E8M0_NAN).to(torch.uint8)  # float32's own exponent
 
 
 def from_e8m0(code: Tensor) -> Tensor:
     """2^(code - 127); NaN for 255.  # float32, code's shape"""
-    # ldexp multiplies by a power of two that float32 may not hold: halves of the exponent, one after another, do
-    exponent = code.to(torch.int32) - E8M0_BIAS
-    half = exponent // 2
-    number = torch.ldexp(torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), half), exponent - half)
-    return torch.where(code == E8M0_NAN, torch.nan, number)
+    bits = (code.to(torch.int32) << _FRACTION).masked_fill_(code == 0, 1 << _FRACTION - 1)  # 2^-127 is subnormal
+    return bits.view(torch.float32).masked_fill_(code == E8M0_NAN, torch.nan)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatquant.formats.base import BlockFormat
-from flatquant.formats.minifloat import E2M1, E2M1_EXPONENT, from_e8m0, to_e8m0
+from flatquant.formats.minifloat import E2M1, E2M1_EXPONENT, from_e8m0, round_e2m1, to_e8m0
 
 
 class MXFP4(BlockFormat):
@@ -18,6 +18,10 @@ class MXFP4(BlockFormat):
 
     magnitudes = E2M1
     scale_dtype = torch.uint8  # e8m0
+    stretches = (2.0,)
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        return round_e2m1(x)
 
     def scales(self, peak: Tensor, whole: Tensor | None) -> Tensor:
         return to_e8m0(peak * 2.0**-E2M1_EXPONENT)

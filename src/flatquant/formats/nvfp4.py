@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flatquant.formats.base import BlockFormat
-from flatquant.formats.minifloat import E2M1, E4M3_MAX, from_e4m3, to_e4m3
+from flatquant.formats.minifloat import E2M1, E4M3_MAX, from_e4m3, round_e2m1, to_e4m3
 
 
 class NVFP4(BlockFormat):
@@ -23,10 +23,14 @@ class NVFP4(BlockFormat):
 
     magnitudes = E2M1
     scale_dtype = torch.uint8  # e4m3
+    stretches = (1.5,)
 
     def tensor_scale(self, peak: Tensor) -> Tensor:
         peak = peak.float().clamp(min=torch.finfo(torch.float32).tiny)
         return (E4M3_MAX * E2M1[-1] / peak).nan_to_num(1.0, 1.0, 1.0).reshape(1)
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        return round_e2m1(x)
 
     def scales(self, peak: Tensor, whole: Tensor | None) -> Tensor:
         assert whole is not None

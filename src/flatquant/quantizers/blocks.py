@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from flatquant import formats
 from flatquant.errors import CalibrationError
+from flatquant.formats import kinds
 from flatquant.formats.base import WHOLE, Codes, Columns
 from flatquant.modules import ExactBuffers
 from flatquant.spec import QuantSpec
@@ -21,7 +21,7 @@ class BlockWeights(nn.Module):
         """`peak` is what a scale for the whole tensor is made for; that of the weights given if None."""
         super().__init__()
         self.spec = spec
-        self.format = formats.make(spec.kind)
+        self.format = kinds.blocks(spec)
         self.peak = peak
 
     @classmethod
@@ -56,7 +56,7 @@ class LiveBlocks(nn.Module):
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.format = formats.make(spec.kind)
+        self.format = kinds.blocks(spec)
         self.peak: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,13 +90,13 @@ class FrozenBlocks(ExactBuffers):
     def __init__(self, spec: QuantSpec, tensor_scale: Tensor | None) -> None:
         super().__init__()
         self.spec = spec
-        self.format = formats.make(spec.kind)
+        self.format = kinds.blocks(spec)
         self.register_buffer("tensor_scale", tensor_scale)
 
     @classmethod
     def empty(cls, spec: QuantSpec) -> FrozenBlocks:
         """Before its tensors are loaded."""
-        form = formats.make(spec.kind)
+        form = kinds.blocks(spec)
         part = form.layout(1, form.block).get(WHOLE)
         return cls(spec, None if part is None else torch.empty(part.shape, dtype=part.dtype, device="meta"))
 

@@ -41,9 +41,14 @@ def fitting_few_levels(scheme: str | Scheme, clip: Clip = "search") -> Scheme:
 
 
 def searched_groups(scheme: str | Scheme) -> Scheme:
-    """`fitting_few_levels`, and the ranges of groups searched whatever their bits: with error compensation it helps."""
+    """`fitting_few_levels`, and ranges searched of groups, whatever their bits, and of a format's blocks.
+
+    With error compensation it helps.
+    """
     read = fitting_few_levels(scheme)
-    if not isinstance(scheme, str) or read.weights is None or read.weights.group_size is None:
+    if not isinstance(scheme, str) or read.weights is None:
+        return read
+    if read.weights.group_size is None and read.weights.format is None:
         return read
     return dataclasses.replace(read, weights=dataclasses.replace(read.weights, clip="search"))
 

@@ -97,7 +97,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _dynamic(spec: QuantSpec | None) -> Dynamic | None:
     if spec is None:
         return None
-    return Dynamic(spec, NoClip() if spec.clip == "none" else FixedClip(_empty(2)))
+    return Dynamic(spec, FixedClip(_empty(2)) if spec.has_ratios else NoClip())
 
 
 def _site(plan: SitePlan) -> FrozenSite:

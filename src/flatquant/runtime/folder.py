@@ -320,7 +320,7 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
                 kinds[f"{root}flatquant.{name}.activations.basis"] = "transforms"
             if site.activations and site.activations.format and site.activations.format.tensor_scale:
                 kinds[f"{root}flatquant.{name}.activations.tensor_scale"] = "transforms"
-            if site.activations and site.activations.clip != "none":
+            if site.activations and site.activations.has_ratios:
                 kinds[f"{root}flatquant.{name}.activations.clip.ratio"] = "transforms"
         attention = f"{root}{plan.attention}.flatquant_kv."
         if block.qk:
@@ -328,7 +328,7 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
         if block.key_offset:
             kinds[attention + "key_offset"] = "transforms"
         for name, spec in (("keys", block.keys), ("values", block.values)):
-            if spec and spec.clip != "none":
+            if spec and spec.has_ratios:
                 kinds[f"{attention}{name}.clip.ratio"] = "transforms"
     return kinds
 
