@@ -63,9 +63,11 @@ def environment() -> dict[str, Any]:
 
 
 def write_result(path: Path, name: str, **content: Any) -> None:
-    """Write a results file: name, environment, and whatever the benchmark measured."""
+    """Write a results file, all at once: name, environment, and whatever the benchmark measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"name": name, **environment(), **content}, indent=1) + "\n")
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps({"name": name, **environment(), **content}, indent=1) + "\n")
+    scratch.replace(path)
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

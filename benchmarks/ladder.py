@@ -3,15 +3,21 @@
     python -m benchmarks.ladder smollm2-135m
     python -m benchmarks.ladder ./Qwen2.5-Coder-1.5B-Instruct --texts code.jsonl --tasks all
     python -m benchmarks.ladder smollm2-135m --methods best best:end_to_end.steps=800:factors=hadamard
+    python -m benchmarks.ladder smollm2-135m --prefix fp4 --schemes nvfp4 mxfp4kv4 w4g32a4 \
+        --methods rtn rtn:blocks=own:clip=search best:blocks=own
 
-A model is whatever `flatquant quantize` takes; each has a results file of its own, `ladder-NAME.json`. A row has
+A model is whatever `flatquant quantize` takes; each has a results file of its own, `PREFIX-NAME.json`. A row has
 perplexity and KL divergence from the original on every text, the seconds and the peak memory of its run, the verdict,
 and zero-shot scores if tasks are asked for. It is measured on the folder that was written, read back
 (`flatquant.compare`), and is kept as soon as it is there: rows that a results file holds, by the same settings, are not
 made again (`--again` does). A pair that a method refuses is a row that says why.
 
 A rung may change its recipe: `:PATH=VALUE` for a field, `:factors=hadamard` for where Kronecker factors and matrices
-start. So one change at a time can be measured on any model.
+start, `:blocks=16` for block-diagonal matrices in the place of Kronecker products, or, of a recipe without transforms,
+for fixed Hadamard matrices; `blocks=own` has the size in which the scheme's weights share scales. `:clip=search` and
+`:clip=none` say how formats find the scales of blocks. So one change at a time can be measured on any model.
+
+Several processes may add to one results file, each with rows of its own.
 
 Every recipe is calibrated on its own text unless `--calibration` names one. Texts are WikiText-2's test text, documents
 of C4 that calibration does not read, and files; with `--windows`, so many windows of each count for perplexity, and
@@ -23,6 +29,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -36,12 +43,13 @@ import torch
 
 from benchmarks.common import RESULTS, commit, environment, read_samples, write_result
 from benchmarks.compare_smollm2 import Original, tiny
+from flatquant import formats
 from flatquant.compare import Bench, Settings
 from flatquant.errors import FlatQuantError, QualityWarning, SpecError
 from flatquant.evaluate import TASKS
 from flatquant.mixture import Mixture
 from flatquant.recipes import RECIPES, recipe
-from flatquant.spec import Recipe, Scheme, from_dict, to_dict
+from flatquant.spec import SITES, Recipe, Scheme, TransformSpec, from_dict, to_dict
 
 # Rungs that are not a method by its reference preset.
 PRESETS = {"reference": ("flatquant", "reference"), "best": ("flatquant", "best"), "quick": ("flatquant", "quick")}
@@ -74,12 +82,13 @@ class Job:
 
 
 def changed(made: Recipe, changes: Sequence[str]) -> Recipe:
-    """A recipe with other fields: `end_to_end.steps=800`, `scheme.key_offset=mean`, `factors=hadamard`.
+    """A recipe with other fields: `end_to_end.steps=800`, `scheme.key_offset=mean`, `factors=hadamard`, `blocks=16`.
 
     Raises:
         SpecError: no such field, or a value that it does not take.
     """
     data = to_dict(made)
+    weights = made.scheme.weights
     for change in changes:
         path, _, text = change.partition("=")
         if path == "factors":
@@ -87,6 +96,18 @@ def changed(made: Recipe, changes: Sequence[str]) -> Recipe:
                 for transform in chain:
                     if transform["kind"] in ("kronecker", "matrix"):
                         transform["init"] = text
+            continue
+        if path == "blocks":
+            own = weights and (weights.format.block if weights.format else weights.group_size)
+            size = str(own) if text == "own" else text
+            if not size.isdecimal():
+                raise SpecError(f"{change!r}: name a size, or own where weights of {made.scheme} have scales by block")
+            put_blocks(data, int(size))
+            continue
+        if path == "clip":
+            for grid in (data["scheme"]["weights"], data["scheme"]["activations"]):
+                if grid and grid["kind"] in formats.names():
+                    grid["clip"] = text
             continue
         *outer, last = path.split(".")
         fields = data
@@ -99,6 +120,17 @@ def changed(made: Recipe, changes: Sequence[str]) -> Recipe:
         except json.JSONDecodeError:
             fields[last] = text
     return from_dict(Recipe, data)
+
+
+def put_blocks(recipe: dict[str, Any], size: int) -> None:
+    """Matrices inside blocks for Kronecker products; where nothing is transformed, fixed Hadamard matrices."""
+    if not recipe["transforms"]:
+        fixed = TransformSpec(kind="blocks", parameters="fixed", init="hadamard", size=size)
+        recipe["transforms"] = {site: [to_dict(fixed)] for site in SITES}
+    for chain in recipe["transforms"].values():
+        for transform in chain:
+            if transform["kind"] == "kronecker":
+                transform |= {"kind": "blocks", "size": size}
 
 
 def measure(
@@ -123,15 +155,17 @@ def measure(
         bench = Bench(base, Path(folder), load=load)
         for job in jobs:
             known = {**job.key, "settings": shared}
-            there = read_samples(path)
-            others = [s for s in there if any(s[name] != value for name, value in known.items())]
-            if len(others) < len(there) and not again:
+
+            def others(known: dict[str, Any] = known) -> list[dict[str, Any]]:
+                return [s for s in read_samples(path) if any(s[name] != value for name, value in known.items())]
+
+            if len(others()) < len(read_samples(path)) and not again:
                 continue
             bench.settings = dataclasses.replace(base, seed=job.seed)
             row = {**known, **measured(bench, job, prepare), "original": bench.original(), "commit": commit()}
             shown = ("rung", "scheme", "seed", "perplexity", "divergence", "seconds", "error")
             print({name: row[name] for name in shown if name in row}, flush=True)
-            write(path, [*others, row])
+            write(path, [*others(), row])  # of the file as other processes have left it
 
 
 def measured(bench: Bench, job: Job, prepare: Callable[[Recipe], Recipe]) -> dict[str, Any]:
@@ -144,6 +178,7 @@ def measured(bench: Bench, job: Job, prepare: Callable[[Recipe], Recipe]) -> dic
             row = bench.measure(made) | {"recipe": to_dict(made)}
     except (FlatQuantError, torch.OutOfMemoryError) as error:
         row = {"error": " ".join(str(error).split())}
+        shutil.rmtree(bench.output / "models", ignore_errors=True)  # what there is of it; the next may have its name
     return row | {"row_seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -224,6 +259,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--again", action="store_true", help="make rows that are there already")
     parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--prefix", default="ladder", help="of results files")
     parser.add_argument("--tiny", action="store_true", help="a dry run of two blocks that measures nothing")
     args = parser.parse_args()
     unknown = [rung for rung in args.methods if (name := rung.split(":")[0]) not in PRESETS and name not in RECIPES]
@@ -252,7 +288,7 @@ def main() -> None:
             jobs,
             settings,
             Original(model, blocks=2 if args.tiny else None),
-            Path(args.out) / f"ladder-{Path(model).name.removesuffix('.gguf').lower()}.json",
+            Path(args.out) / f"{args.prefix}-{Path(model).name.removesuffix('.gguf').lower()}.json",
             again=args.again,
             prepare=tiny if args.tiny else lambda made: made,
         )

@@ -10,6 +10,7 @@ from benchmarks import ladder
 
 from flatquant.compare import Bench
 from flatquant.errors import SpecError
+from flatquant.spec import SITES, QuantSpec
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 MODEL = "Tiny-2.5-Base"  # a dot that begins no ending
@@ -104,7 +105,45 @@ def test_a_rung_changes_its_recipe() -> None:
     assert (made.fit, made.data, made.solver) == (plain.fit, plain.data, plain.solver)
 
 
-@pytest.mark.parametrize("change", ["nothing.steps=1", "end_to_end.stps=1", "scheme.key_offset=7", "factors=7"])
+def test_a_rung_puts_matrices_into_blocks() -> None:
+    """Of the size in which weights share scales, learned where products were, fixed where nothing was."""
+
+    def sizes(rung: str, scheme: str) -> dict[str, list[tuple[str, str, int]]]:
+        made = ladder.Job(rung, scheme, 0).recipe()
+        return {site: [(t.kind, t.parameters, t.size) for t in chain] for site, chain in made.transforms.items()}
+
+    scale, head = ("diagonal", "inverse", 0), ("matrix", "inverse", 0)
+    for scheme, own in (("nvfp4", 16), ("mxfp4kv4", 32), ("w4g64a4", 64)):
+        learned = ("blocks", "inverse", own)
+        assert sizes("best:blocks=own", scheme) == {
+            "attn_in": [scale, learned],
+            "attn_out": [learned],
+            "mlp_in": [scale, learned],
+            "mlp_mid": [scale, learned],
+            "qk": [head],
+        }
+    assert sizes("rtn:blocks=8", "w4a4") == {site: [("blocks", "fixed", 8)] for site in SITES}
+
+
+def test_a_rung_searches_scales_of_formats() -> None:
+    made = ladder.Job("rtn:clip=search", "nvfp4,mlp_mid=w8a8", 0).recipe().scheme
+    assert made.weights == made.activations == QuantSpec(bits=4, kind="nvfp4", clip="search")
+    plain = ladder.Job("rtn", "w4a4", 0).recipe()
+    assert ladder.Job("rtn:clip=search", "w4a4", 0).recipe() == plain
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "nothing.steps=1",
+        "end_to_end.stps=1",
+        "scheme.key_offset=7",
+        "factors=7",
+        "blocks=own",
+        "blocks=x",
+        "scheme.weights.clip=x",
+    ],
+)
 def test_a_change_of_nothing_is_refused(change: str) -> None:
     with pytest.raises(SpecError):
         ladder.Job(f"best:{change}", "w4a4kv4", 0).recipe()
