@@ -455,6 +455,31 @@ def ladder(prefix: str, seconds: bool) -> list[str]:
     return lines
 
 
+def fp4() -> list[str]:
+    """Formats in blocks, by rung: perplexity, KL divergence, and how much of plain rounding's divergence is gone."""
+    head = ["model, scheme", "rung", *TEXTS.values(), *(f"KL, {text}" for text in TEXTS.values())]
+    head += ["less KL than rtn", "seconds", "peak, GB"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for model in LADDER:
+        rows: dict[str, Any] = {}
+        for file in sorted(RESULTS.glob(f"fp4*-{model}.json")):  # processes that shared no disk wrote one each
+            rows |= read(file.stem)["metrics"]["rows"]
+        for name, row in sorted(rows.items(), key=lambda item: item[0].rpartition("/")[2]):
+            rung, _, scheme = name.rpartition("/")
+            where = f"| {model}, `{scheme.removesuffix('kv16')}` | `{rung}` |"
+            if "error" in row:
+                lines.append(f"{where} {row['error']} |{' |' * (len(head) - 3)}")
+                continue
+            plain, texts = rows.get(f"rtn/{scheme}", row)["kl"], [text for text in TEXTS if text in row["kl"]]
+            less = statistics.mean(1 - row["kl"][text] / plain[text] for text in texts)
+            cells = [f"{row['perplexity'][t]:.2f}" if t in texts else "-" for t in TEXTS]
+            cells += [f"{row['kl'][t]:.3f}" if t in texts else "-" for t in TEXTS]
+            peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
+            cells += [f"{less:.0%}", f"{row['seconds']:.0f}", peak]
+            lines.append(f"{where} {' | '.join(cells)} |")
+    return lines
+
+
 def key_offset() -> list[str]:
     """Milliseconds with and without an offset of keys, by each way to give it back."""
     lines = ["| angles | what | sequences | without, ms | with, ms | ratio | of 16 pairs |", "|---" * 7 + "|"]
@@ -498,6 +523,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "families": families,
     "kv4": partial(ladder, "ladder-kv4", False),
     "ladder": partial(ladder, "ladder", True),
+    "fp4": fp4,
     "key_offset": key_offset,
     "branch_dit": partial(over_seeds, "branch-dit", "W4A4 of one block", "relative squared error", ".4f"),
     "levels_digits": partial(over_seeds, "levels-digits", "weights and activations", "accuracy", ".2%"),

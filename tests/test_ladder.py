@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import ladder
+from benchmarks import ladder, tables
 
 from flatquant.compare import Bench
 from flatquant.errors import SpecError
@@ -147,6 +147,27 @@ def test_a_rung_searches_scales_of_formats() -> None:
 def test_a_change_of_nothing_is_refused(change: str) -> None:
     with pytest.raises(SpecError):
         ladder.Job(f"best:{change}", "w4a4kv4", 0).recipe()
+
+
+def test_a_table_of_formats_joins_files(run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = ("--texts", place / "code.txt")
+    found = run("--methods", "rtn", "rtn:blocks=own", "--schemes", "w4g16a4", "w4a4", *code)
+    other = run("--methods", "rtn", "--schemes", "w4g32a4", *code)
+    for name, content in (("fp4", found), ("fp4-2", other)):
+        (tmp_path / f"{name}-smollm2-135m.json").write_text(json.dumps(content))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "LADDER", ("smollm2-135m",))
+    table = tables.fp4()
+    assert [line.split(" | ")[:2] for line in table[2:]] == [
+        ["| smollm2-135m, `w4a4`", "`rtn`"],
+        ["| smollm2-135m, `w4a4`", "`rtn:blocks=own`"],
+        ["| smollm2-135m, `w4g16a4`", "`rtn`"],
+        ["| smollm2-135m, `w4g16a4`", "`rtn:blocks=own`"],
+        ["| smollm2-135m, `w4g32a4`", "`rtn`"],
+    ]
+    assert all(line.count("|") == table[0].count("|") for line in table)
+    assert "name a size" in table[3]
+    assert "| 0% |" in table[2]
 
 
 def test_means_are_over_seeds() -> None:
