@@ -1,10 +1,10 @@
 """Which transforms go with formats whose scales are for short blocks: SmolLM2-135M on a CPU.
 
-    python -m benchmarks.block_transforms --data DATA [--learned]
+    python -m benchmarks.block_transforms --data DATA [--learned] [--clip none]
 
 Perplexity and divergence with nothing, with Kronecker products and with block-diagonal matrices in front of every
-linear: Hadamard matrices with plain rounding, or, with --learned, the quick preset trained from them. Samples
-are added to those of earlier runs on the same machine.
+linear: Hadamard matrices with plain rounding, or, with --learned, the quick preset trained from them. Scales of blocks
+cover them, or are searched. Samples are added to those of earlier runs on the same machine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -23,7 +24,7 @@ from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate import divergence_from_logits, perplexity, reference_logits
 from flatquant.models import load_model
 from flatquant.recipes import flatquant, rtn
-from flatquant.spec import DataSpec, Recipe, Transforms, TransformSpec
+from flatquant.spec import DataSpec, Recipe, Scheme, Transforms, TransformSpec
 
 NAME = "block-transforms"
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
@@ -39,14 +40,15 @@ def parts(transform: str, *, learned: bool) -> Transforms:
     return (TransformSpec(kind=kind, parameters=how, init="hadamard", size=int(size or 0)),)  # type: ignore[arg-type]
 
 
-def recipe_for(scheme: str, transform: str, *, learned: bool) -> Recipe:
+def recipe_for(scheme: str, transform: str, *, learned: bool, clip: Literal["none", "search"]) -> Recipe:
     """Plain rounding behind fixed matrices, or the quick preset with these matrices in place of its own."""
     ours = parts(transform, learned=learned)
+    grids = Scheme.parse(scheme, clip="none" if clip == "none" else "learned")  # which formats search in the place of
     if not learned:
         return dataclasses.replace(
-            rtn(scheme), transforms=dict.fromkeys(SITES, ours), data=DataSpec(samples=8, seqlen=512)
+            rtn(grids), transforms=dict.fromkeys(SITES, ours), data=DataSpec(samples=8, seqlen=512)
         )
-    base = flatquant(scheme, preset="quick")
+    base = flatquant(grids, preset="quick")
     kept = {site: tuple(p for p in base.transforms[site] if p.kind == "diagonal") for site in SITES}
     return dataclasses.replace(base, transforms={site: (*kept[site], *ours) for site in SITES})
 
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--learned", action="store_true")
+    parser.add_argument("--clip", choices=("none", "search"), default="search", help="how scales of blocks are found")
     parser.add_argument("--schemes", default="nvfp4,mxfp4")
     parser.add_argument("--transforms", default="none,kronecker," + ",".join(f"blocks of {size}" for size in SIZES))
     parser.add_argument("--windows", type=int, default=5)
@@ -68,7 +71,7 @@ def main() -> None:
     original = {"perplexity": perplexity(model, windows).value}
     for scheme in args.schemes.split(","):
         for transform in args.transforms.split(","):
-            recipe = recipe_for(scheme, transform, learned=args.learned)
+            recipe = recipe_for(scheme, transform, learned=args.learned, clip=args.clip)
             data = recipe.data
             tokens = calibration_tokens(
                 text / "wiki.valid.raw", tokenizer, samples=data.samples, seqlen=data.seqlen, seed=0
@@ -80,12 +83,13 @@ def main() -> None:
                 "scheme": scheme,
                 "transform": transform,
                 "learned": args.learned,
+                "clip": args.clip,
                 "kl": found.kl,
                 "top1": found.top1,
             }
             row |= {"perplexity": perplexity(quantised, windows).value, "seconds": round(seconds, 1)}
             print(row, flush=True)
-            same = ("scheme", "transform", "learned")
+            same = ("scheme", "transform", "learned", "clip")
             others = [s for s in read_samples(path) if any(s[key] != row[key] for key in same)]
             write_result(path, NAME, seeds=[0], windows=args.windows, metrics=original, samples=[*others, row])
 

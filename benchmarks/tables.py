@@ -10,6 +10,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -157,11 +158,13 @@ def clip_start() -> list[str]:
 def block_transforms() -> list[str]:
     """Transforms for formats in blocks: KL divergence and perplexity, fixed matrices beside trained ones."""
     samples = read("block-transforms")["samples"]
-    lines = ["| format | transform | fixed Hadamard, RTN | `quick`, trained |", "|---|---|---|---|"]
+    head = [f"{made}{how}" for made in ("fixed Hadamard, RTN", "`quick`, trained") for how in ("", ", scales searched")]
+    lines = [f"| format | transform | {' | '.join(head)} |", "|---" * 6 + "|"]
     for scheme, transform in dict.fromkeys((s["scheme"], s["transform"]) for s in samples):
         cells = []
-        for learned in (False, True):
-            found = [s for s in samples if (s["scheme"], s["transform"], s["learned"]) == (scheme, transform, learned)]
+        for variant in itertools.product((False, True), ("none", "search")):
+            key = (scheme, transform, *variant)
+            found = [s for s in samples if (s["scheme"], s["transform"], s["learned"], s["clip"]) == key]
             cells.append(f"{found[0]['kl']:.3f}, {found[0]['perplexity']:.1f}" if found else "-")
         lines.append(f"| `{scheme}` | {transform} | {' | '.join(cells)} |")
     return lines
