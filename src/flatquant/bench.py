@@ -334,14 +334,14 @@ def config_of(shape: str, layers: int | None = None) -> Any:
 
 @torch.no_grad()
 def packed_model(
-    config: Any, device: torch.device, transform: str = "kronecker", *, key_offset: int = 0
+    config: Any, device: torch.device, transform: str = "kronecker", *, key_offset: bool = False
 ) -> PreTrainedModel:
     """A W4A4KV4 model of random integers, with the fused runtime attached.
 
     Args:
         transform: "kronecker" everywhere; "hadamard" where QuaRot has it online, in front of o_proj and down_proj and
             on queries and keys; or "none".
-        key_offset: pairs of a head's channels in which keys are cached less a constant.
+        key_offset: keys are cached less a constant.
     """
     with torch.device("meta"):
         own = copy.deepcopy(config)  # which names the attention
@@ -368,8 +368,6 @@ def packed_model(
             tensor.copy_(torch.linalg.qr(torch.randn_like(tensor)).Q)
         elif "inv_freq" not in leaf:
             tensor.normal_(0, 0.02)
-        if leaf == "key_offset":
-            tensor.unflatten(-1, (2, -1))[..., key_offset:] = 0
     if transform != "kronecker":
         _replace_transforms(model, transform)
     fused.attach(model, ("cuda", "cpu"))
@@ -604,10 +602,9 @@ def _attention_error(runtime: fused.Fused, block: fused.Block, dtype: torch.dtyp
     if heads.offset is not None:
         turns = runtime.angles(torch.arange(places, device=device)[None], torch.float32)
         angles = turns.of_pairs("halves").expand(2, -1, -1).contiguous()
-        assert heads.pairs is not None
         amounts = heads.shortage(q[:, :, None])[:, :, 0]
         gaps = torch.tensor([0, 1], dtype=torch.int32, device=device)  # each way to get at angles
-        shortages.append(kv_cache.Shortage(amounts, heads.pairs, angles, runtime.first_angles, gaps))
+        shortages.append(kv_cache.Shortage(amounts, angles, runtime.first_angles, gaps))
     return max(
         relative_error(
             site_reference.merged(*kv_cache.attend(*given, 3, short)),

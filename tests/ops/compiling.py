@@ -185,8 +185,7 @@ def main() -> None:
     pair = meta(2, 128, 128)
     back = meta(8, 128, 128, dtype=torch.float32)
     heads = heads_of(32, 8, 128, pair, meta(2, 2, dtype=torch.float32))
-    pairs = meta(8, 16, dtype=torch.int32)
-    less = heads._replace(offset=meta(8, 128, dtype=torch.float32), back=back, pairs=pairs)
+    less = heads._replace(offset=meta(8, 128, dtype=torch.float32), back=back)
     stores = [
         store_of(
             meta(1, 8, 2048, 64, dtype=torch.uint8),
@@ -207,10 +206,9 @@ def main() -> None:
     caching.attend(meta(1, 32, 128), *stores, place, place, None, 0.1, parts=8)
     found["attend"] = kernel.found[-1]
     short = kv_cache.Shortage(
-        meta(1, 32, 32, dtype=torch.float32),
-        pairs,
+        meta(1, 32, 128, dtype=torch.float32),
         meta(1, 2048, 128, dtype=torch.float32),
-        kv_cache.Steps(meta(128, dtype=torch.float32), meta(kv_cache.STEPS, 128, dtype=torch.float16)),
+        meta(kv_cache.STEPS, 128, dtype=torch.float16),
         meta(1, dtype=torch.int32),
     )
     caching.attend(meta(1, 32, 128), *stores, place, place, None, 0.1, short, parts=8)

@@ -13,16 +13,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 from flatquant.ops import kron_quantize  # noqa: E402
 from flatquant.ops.kron_quantize import Site  # noqa: E402
 from flatquant.ops.kron_quantize.reference import merged  # noqa: E402
-from flatquant.ops.kv_cache import (  # noqa: E402
-    STEPS,
-    Heads,
-    Shortage,
-    Steps,
-    Store,
-    offset_matrix,
-    offset_pairs,
-    reference,
-)
+from flatquant.ops.kv_cache import STEPS, Heads, Shortage, Store, offset_matrix, reference  # noqa: E402
 from flatquant.ops.kv_cache import triton as fused  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -62,12 +53,8 @@ def make_heads(queries: int, keys: int, d: int, matrix: bool, g: torch.Generator
     ratios = (torch.rand(2, 2, generator=g) * 0.3 + 0.7).to(DEVICE)
     if not offset:
         return Heads(queries, keys, d, pair, ratios)
-    m = torch.randn(keys, d, generator=g).mul(30)
-    m *= (torch.rand(keys, d // 2, generator=g) < 0.4).repeat(1, 2)  # some pairs have none
-    m = m.to(DEVICE)
-    return Heads(
-        queries, keys, d, pair, ratios, m, offset_matrix(m, None if pair is None else pair[1]), offset_pairs(m)
-    )
+    m = torch.randn(keys, d, generator=g).mul(30).to(DEVICE)
+    return Heads(queries, keys, d, pair, ratios, m, offset_matrix(m, None if pair is None else pair[1]))
 
 
 def angles(b: int, t: int, d: int, g: torch.Generator):
@@ -180,9 +167,9 @@ def test_values_are_divided_as_a_division_rounds(exponent: int, seed: int) -> No
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def shortage(q: torch.Tensor, keys: int, start: torch.Tensor, length: int, even: bool, g: torch.Generator) -> Shortage:
+def shortage(q: torch.Tensor, start: torch.Tensor, length: int, even: bool, g: torch.Generator) -> Shortage:
     """As large as a constant makes it. Places are one position apart, or anywhere; those that do not count hold NaN."""
-    batch, queries, d = q.shape
+    batch, _, d = q.shape
     frequencies = 10 ** -torch.linspace(0, 4, d // 2)
     first = torch.randint(0, 9, (batch, 1), generator=g) - start.cpu()[:, None]
     positions = first + torch.arange(PLACES) if even else torch.randint(0, 999, (batch, PLACES), generator=g)
@@ -191,14 +178,12 @@ def shortage(q: torch.Tensor, keys: int, start: torch.Tensor, length: int, even:
     turns[:, length:] = float("nan")
     turns[torch.arange(PLACES) < start.cpu()[:, None]] = float("nan")
     angles = torch.arange(STEPS)[:, None] * frequencies
-    dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
-    steps = Steps.of(torch.cat((angles.cos(), angles.sin()), dim=-1), dtype)
-    most = int(torch.randint(1, d // 2 + 1, (), generator=g))
-    pairs = torch.stack([torch.randperm(d // 2, generator=g)[:most].sort().values for _ in range(keys)]).int()
-    amounts = torch.randn(batch, queries, 2 * most, generator=g) * 30
+    steps = torch.cat((angles.cos(), angles.sin()), dim=-1).to(
+        torch.float32 if q.dtype == torch.float32 else torch.float16
+    )
+    amounts = torch.randn(q.shape, generator=g) * 30
     gaps = torch.full((batch,), int(not even), dtype=torch.int32)
-    amounts, pairs, turns, gaps = (t.to(DEVICE) for t in (amounts, pairs, turns, gaps))
-    return Shortage(amounts, pairs, turns, Steps(*(t.to(DEVICE) for t in steps)), gaps)
+    return Shortage(*(t.to(DEVICE) for t in (amounts, turns, steps, gaps)))
 
 
 @settings(deadline=None, max_examples=2500 if CUDA else 20)
@@ -231,7 +216,7 @@ def test_attention_equals_the_reference(
         s.scale[:, :, :length] = torch.rand(batch, keys, length, generator=g).add(0.05).to(DEVICE)
     q = torch.randn(batch, queries, d, generator=g).to(DEVICE, dtype)
     start = torch.randint(0, length, (batch,), generator=g).to(DEVICE)
-    short = shortage(q, keys, start, length, even, g) if offset else None
+    short = shortage(q, start, length, even, g) if offset else None
     arguments = (q, *stores, torch.tensor([length - 1], device=DEVICE), start, window, d**-0.5, short)
     out, lse = fused.attend(*arguments, parts=parts, least=16, block=16)
     assert out.shape == (batch, queries, min(parts, -(-PLACES // 16)), d)
@@ -242,10 +227,10 @@ def test_attention_equals_the_reference(
     want = merged(*reference.attend(*arguments))
     near = max(1e-3, 4 * torch.finfo(dtype).eps)  # weights of attention are rounded to q's type before the product
     atol = near * want.abs().max().item()
-    if short is not None and short.steps.apart.dtype == torch.float16:
-        # Angles of at most 1.2, and shares of an amount, are rounded to 11 bits: scores move by at most five standard
-        # deviations of the sum, and with them by how much a value counts.
-        moved = 5 * short.amounts.norm(dim=-1).max().item() * 1.2 * 2**-11 * math.sqrt(2 / 12) * d**-0.5
+    if short is not None and short.steps.dtype == torch.float16:
+        # Angles of at most 1.2 are rounded to 11 bits: scores move by at most five standard deviations of the sum, and
+        # with them by how much a value counts.
+        moved = 5 * short.amounts.norm(dim=-1).max().item() * 1.2 * 2**-11 / math.sqrt(12) * d**-0.5
         atol += 2 * moved * stores[1].read(length).abs().nan_to_num().max().item()
     torch.testing.assert_close(got, want, rtol=near, atol=atol)
 
@@ -256,7 +241,7 @@ def test_keys_less_an_offset_get_it_back(matrix: bool) -> None:
     g = torch.Generator().manual_seed(4)
     queries, keys, d, n = 4, 2, 16, 7
     heads = make_heads(queries, keys, d, matrix, g, offset=True)
-    plain = heads._replace(offset=None, back=None, pairs=None)
+    plain = heads._replace(offset=None, back=None)
     cos, sin = angles(2, n, d, g)
     assert heads.offset is not None
     constant = torch.zeros(queries + 2 * keys, d, device=DEVICE)
@@ -274,8 +259,7 @@ def test_keys_less_an_offset_get_it_back(matrix: bool) -> None:
     assert (whole - wanted).abs().max() > 1
     last, start = torch.tensor([n - 1], device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     assert amounts is not None
-    assert heads.pairs is not None
-    short = Shortage(amounts[:, :, -1], heads.pairs, turns, Steps.of(turns[0], torch.float32), start.int())
+    short = Shortage(amounts[:, :, -1], turns, turns, start.int())
     out, lse = reference.attend(q[:, :, -1], *stores, last, start, None, 0.01, short)
     scores = (q[:, :, -1, None] @ wanted.repeat_interleave(2, dim=1).mT)[:, :, 0] * 0.01
     torch.testing.assert_close(lse[..., 0], scores.logsumexp(-1), rtol=1e-3, atol=1e-3)

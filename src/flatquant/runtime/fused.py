@@ -125,21 +125,14 @@ class Block:
     window: int | None
 
     def __call__(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        steps: kv_cache.Steps,
-        cache: PackedCache,
-        layer: PackedLayer,
-        masks: Masks,
+        self, x: Tensor, cos: Tensor, sin: Tensor, steps: Tensor, cache: PackedCache, layer: PackedLayer, masks: Masks
     ) -> Tensor:
         """The block's output, with keys and values stored.
 
         Args:
             x: hidden states, (B, T, n).
             cos, sin: (B or 1, T, head_dim).
-            steps: `Fused.first_angles`.
+            steps: see `kv_cache.Shortage`.
             masks: see `Fused.masks`.
         """
         mask, room = masks.get(self.window), cache.room
@@ -156,8 +149,7 @@ class Block:
             short = None
             if amounts is not None:
                 assert room.angles is not None
-                assert self.heads.pairs is not None
-                short = kv_cache.Shortage(amounts[:, :, 0], self.heads.pairs, room.angles, steps, room.gaps)
+                short = kv_cache.Shortage(amounts[:, :, 0], room.angles, steps, room.gaps)
             z = kv_cache.attend(
                 q[:, :, 0], keys, values, room.used, room.start, self.window, self.scaling, parts, short
             )
@@ -258,13 +250,11 @@ class Fused:
             angles=self._offset,
         )
 
-    def _first_angles(self) -> kv_cache.Steps:
-        """In float16, also for models in bfloat16, which has three bits less."""
+    def _first_angles(self) -> Tensor:
+        """See `kv_cache.Shortage.steps`: in float16, also for models in bfloat16, which has three bits less."""
         cos, sin = self.angles(torch.arange(kv_cache.STEPS, device=self.device)[None], torch.float32)
         dtype = torch.float32 if self.embedding.weight.dtype == torch.float32 else torch.float16
-        return kv_cache.Steps.of(
-            Angles(cos, sin).of_pairs("halves")[0] / cos[0, 0, 0], dtype
-        )  # the cosine of 0, scaled
+        return (Angles(cos, sin).of_pairs("halves")[0] / cos[0, 0, 0]).to(dtype)  # the cosine of 0, scaled
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """Cosines and sines of positions, (B or 1, T)."""
@@ -571,10 +561,9 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
         raise Unsupported(f"channels of keys are turned together as {kv.pairing}")
     if head_dim % 4 or head_dim > 256:
         raise Unsupported(f"heads of {head_dim} channels")
-    matrices = back = pairs = None
+    matrices = back = None
     if kv.key_offset is not None:
         back = kv_cache.offset_matrix(kv.key_offset, kv.key_matrix)
-        pairs = kv_cache.offset_pairs(kv.key_offset)
     if kv.query_matrix is not None and kv.key_matrix is not None:
         matrices = torch.stack((kv.query_matrix, kv.key_matrix)).contiguous()
         if device.type == "cuda":
@@ -587,7 +576,6 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
         torch.stack((_ratios(kv.keys, device), _ratios(kv.values, device))),
         kv.key_offset,
         back,
-        pairs,
     )
 
 

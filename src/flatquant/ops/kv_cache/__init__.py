@@ -4,29 +4,9 @@ from torch import Tensor
 
 from flatquant.ops import HAS_TRITON
 from flatquant.ops.kv_cache import reference
-from flatquant.ops.kv_cache.reference import (
-    STEPS,
-    Appended,
-    Heads,
-    Shortage,
-    Steps,
-    Store,
-    offset_matrix,
-    offset_pairs,
-)
+from flatquant.ops.kv_cache.reference import STEPS, Appended, Heads, Shortage, Store, offset_matrix
 
-__all__ = [
-    "STEPS",
-    "Appended",
-    "Heads",
-    "Shortage",
-    "Steps",
-    "Store",
-    "append",
-    "attend",
-    "offset_matrix",
-    "offset_pairs",
-]
+__all__ = ["STEPS", "Appended", "Heads", "Shortage", "Store", "append", "attend", "offset_matrix"]
 
 
 def append(

@@ -13,7 +13,7 @@ from torch import Tensor
 from flatquant.ops.pack.reference import pack_bits, unpack_bits
 from flatquant.ops.quantize.reference import quantize, row_grid
 
-STEPS = 64  # positions of which `Steps` has the angles
+STEPS = 64  # positions of which `Shortage.steps` has the angles
 
 
 class Store(NamedTuple):
@@ -39,7 +39,6 @@ class Heads(NamedTuple):
     ratios: Tensor  # of keys, of values: shares of a row's lower and upper end that the grid covers, float32, (2, 2)
     offset: Tensor | None = None  # m: a place j holds keys less R_j m, m before RoPE, float32, (keys, head_dim)
     back: Tensor | None = None  # `offset_matrix` of m and P_h, float32, (keys, head_dim, head_dim)
-    pairs: Tensor | None = None  # `offset_pairs` of m, int32, (keys, N)
 
     def given_back(self, angles: Tensor) -> Tensor:
         """R_j m P_h, by which what places hold is short.  # (B, T, head_dim) -> float32 (B, keys, T, head_dim)"""
@@ -49,15 +48,11 @@ class Heads(NamedTuple):
     def shortage(self, q: Tensor) -> Tensor:
         """q R_j m per cosine and sine of a place j, of queries that are turned and not yet transformed.
 
-        Of the N `pairs` of channels alone: (B, queries, T, head_dim) -> float32 (B, queries, T, 2 N)
+        (B, queries, T, head_dim) -> float32 (B, queries, T, head_dim)
         """
         assert self.offset is not None
-        assert self.pairs is not None
-        groups = self.queries // self.keys
-        i = self.pairs.long().repeat_interleave(groups, dim=0)[:, None]  # (queries, 1, N)
-        ma, mb = (m.gather(-1, i) for m in self.offset.repeat_interleave(groups, dim=0)[:, None].chunk(2, dim=-1))
-        i = i.expand(q.shape[0], -1, q.shape[2], -1)
-        a, b = (x.gather(-1, i) for x in q.float().chunk(2, dim=-1))
+        m = self.offset.repeat_interleave(self.queries // self.keys, dim=0)[:, None]
+        (a, b), (ma, mb) = q.float().chunk(2, dim=-1), m.chunk(2, dim=-1)
         return torch.cat((a * ma + b * mb, b * ma - a * mb), dim=-1)
 
 
@@ -67,52 +62,16 @@ class Appended(NamedTuple):
     q: Tensor  # (B, queries, T, head_dim)
     k: Tensor  # that their places stand for, (B, keys, T, head_dim)
     v: Tensor
-    short: Tensor | None  # `Heads.shortage` of keys less an offset, float32, (B, queries, T, 2 N)
-
-
-class Steps(NamedTuple):
-    """Cosines and sines of positions 0, 1, .., not scaled for long texts.
-
-    Less the middle of what each of them takes, since 16 bits of a small number lie closer together.
-    """
-
-    middle: Tensor  # float32, (head_dim,)
-    apart: Tensor  # (STEPS, head_dim)
-
-    @classmethod
-    def of(cls, angles: Tensor, dtype: torch.dtype) -> "Steps":
-        """Of float32 cosines and sines, (STEPS, head_dim)."""
-        middle = (angles.amin(0) + angles.amax(0)) / 2
-        return cls(middle, (angles - middle).to(dtype))
+    short: Tensor | None  # `Heads.shortage` of keys less an offset, float32, (B, queries, T, head_dim)
 
 
 class Shortage(NamedTuple):
     """What gives attention back the offset that its keys are stored without."""
 
-    amounts: Tensor  # `Heads.shortage` of the queries, float32, (B, queries, 2 N)
-    pairs: Tensor  # of channels with an offset, int32, (keys, N)
+    amounts: Tensor  # `Heads.shortage` of the queries, float32, (B, queries, head_dim)
     angles: Tensor  # cosines and sines of every place, one a pair of channels, float32, (B, S, head_dim)
-    steps: Steps
+    steps: Tensor  # the same of positions 0, 1, .., not scaled for long texts, (STEPS, head_dim)
     gaps: Tensor  # not 0 where a sequence's places are not one position apart, int32, (B,)
-
-    def scores(self, length: int) -> Tensor:
-        """What products of queries with stored keys are short of.  # (B, queries, length)"""
-        groups = self.amounts.shape[1] // self.pairs.shape[0]
-        parts = [x[:, :, self.pairs.long()] for x in self.angles[:, :length].chunk(2, dim=-1)]  # (B, length, keys, N)
-        angles = torch.cat(parts, dim=-1).transpose(1, 2).repeat_interleave(groups, dim=1)
-        return (angles @ self.amounts[..., None])[..., 0]
-
-
-def offset_pairs(m: Tensor) -> Tensor:
-    """The pairs of channels in which an offset is not 0; of heads that have fewer, others too.  # int32, (heads, N)
-
-    Args:
-        m: (heads, head_dim).
-    """
-    size = sum(part.square() for part in m.chunk(2, dim=-1))
-    assert isinstance(size, Tensor)
-    most = max(1, int((size > 0).sum(-1).max()))
-    return size.topk(most, dim=-1).indices.sort(-1).values.int().contiguous()
 
 
 def offset_matrix(m: Tensor, p: Tensor | None) -> Tensor:
@@ -202,7 +161,7 @@ def attend(
     k, v = (s.read(n).repeat_interleave(groups, dim=1) for s in (keys, values))
     scores = (q.float()[:, :, None] @ k.mT)[:, :, 0]  # (B, queries, n)
     if short is not None:
-        scores = scores + short.scores(n)
+        scores = scores + short.amounts @ short.angles[:, :n].mT
     scores = scores * scaling
     place = torch.arange(n, device=q.device)
     counts = place >= start[:, None]

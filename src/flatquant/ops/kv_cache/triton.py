@@ -73,10 +73,10 @@ def _put(
 
 @triton.jit
 def _append(
-    qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, offset_ptr, pair_ptr, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr,
-    vs_ptr, vz_ptr, q_ptr, k_ptr, v_ptr, short_ptr, rows, T, S, shared,
+    qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, offset_ptr, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr,
+    vz_ptr, q_ptr, k_ptr, v_ptr, short_ptr, rows, T, S, shared,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr, DENSE: tl.constexpr,
-    OFFSET: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    OFFSET: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`R` tokens, of whatever sequences, and `GROUP` heads of one kind: a matrix is loaded once."""
     dtype = qkv_ptr.dtype.element_ty
@@ -95,29 +95,23 @@ def _append(
     wait(EARLY)
     place = b * (HK * S) + tl.load(at_ptr) + t  # of the first head
     x_ptr = qkv_ptr + row[:, None] * ((HQ + 2 * HK) * D)
-    angle = tl.where(shared != 0, t, row)[:, None] * D
+    angle = tl.where(shared != 0, t, row)[:, None] * D + c[None, :]
     cos_ptr += angle
     sin_ptr += angle
     if group < HQ:
         for head in range(group, group + GROUP):
             at = (row * HQ + head)[:, None] * D + c[None, :]
+            x, other = _turned(x_ptr + head * D, cos_ptr, sin_ptr, c, mask, D)
             if OFFSET and not DENSE:
-                h = head // (HQ // HK)
-                cell = (row * HQ + head)[:, None] * (2 * N)
-                _short(
-                    x_ptr + head * D, cos_ptr, sin_ptr, offset_ptr + h * D, pair_ptr + h * N, short_ptr + cell, inside,
-                    D, N, NP,
-                )  # fmt: skip
-            x = _turned(x_ptr + head * D, cos_ptr + c[None, :], sin_ptr + c[None, :], c, mask, D)
+                own, across = _pair(offset_ptr + head // (HQ // HK) * D, c, D)
+                short = tl.where((c < D // 2)[None, :], x * own + other * across, x * across - other * own)
+                tl.store(short_ptr + at, short, mask=mask)
             x = tl.dot(x.to(dtype), m, input_precision="ieee") if MATRIX else x
             tl.store(q_ptr + at, x.to(dtype), mask=mask)
     elif group < HQ + HK:
         for head in range(group, group + GROUP):
             h = head - HQ
-            x = _turned(
-                x_ptr + head * D, cos_ptr + c[None, :], sin_ptr + c[None, :], c, mask, D,
-                offset_ptr + h * D if OFFSET else None,
-            )  # fmt: skip
+            x, _ = _turned(x_ptr + head * D, cos_ptr, sin_ptr, c, mask, D, offset_ptr + h * D if OFFSET else None)
             x = tl.dot(x.to(dtype), m, input_precision="ieee") if MATRIX else x
             _put(x, ratio_ptr, kp_ptr, ks_ptr, kz_ptr, k_ptr, place + h * S, row * HK + h, inside, D, DP, DENSE, R)
     else:
@@ -129,7 +123,10 @@ def _append(
 
 @triton.jit
 def _turned(x_ptr, cos_ptr, sin_ptr, c, mask, D: tl.constexpr, offset_ptr=None):
-    """A head's rows, less its offset, turned by their positions.  # (R, DP)"""
+    """A head's rows, less its offset, turned by their positions; and with the channels of each pair swapped.
+
+    (R, DP), twice
+    """
     first = (c < D // 2)[None, :]
     # Angles come from the cache for every head: kept, they would take half of a thread's registers.
     cos = tl.load(cos_ptr, mask=mask, other=0.0).to(tl.float32)
@@ -140,27 +137,7 @@ def _turned(x_ptr, cos_ptr, sin_ptr, c, mask, D: tl.constexpr, offset_ptr=None):
         own, across = _pair(offset_ptr, c, D)
         x -= own
         other -= across
-    return x * cos + other * tl.where(first, -sin, sin)
-
-
-@triton.jit
-def _short(
-    x_ptr, cos_ptr, sin_ptr, offset_ptr, pair_ptr, short_ptr, inside, D: tl.constexpr, N: tl.constexpr,
-    NP: tl.constexpr,
-):  # fmt: skip
-    """Store `Heads.shortage` of a head's rows.  # x, cos, sin, short: pointers (R, 1)"""
-    f = tl.arange(0, NP)[None, :]
-    i = tl.load(pair_ptr + f, mask=f < N, other=0)
-    mask = inside[:, None] & (f < N)
-    cos = tl.load(cos_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    a = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + i + D // 2, mask=mask, other=0.0).to(tl.float32)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    own = tl.load(offset_ptr + i)
-    across = tl.load(offset_ptr + i + D // 2)
-    tl.store(short_ptr + f, a * own + b * across, mask=mask)
-    tl.store(short_ptr + f + N, b * own - a * across, mask=mask)
+    return x * cos + other * tl.where(first, -sin, sin), other * cos + x * tl.where(first, sin, -sin)
 
 
 @triton.jit
@@ -201,10 +178,10 @@ def _nibble(u, I: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, amount_ptr, pair_ptr, angle_ptr, middle_ptr, step_ptr,
-    gap_ptr, out_ptr, lse_ptr, last_ptr, start_ptr, window, scaling, S, PARTS, most, least, HK: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    B: tl.constexpr, SHORT: tl.constexpr, EARLY: tl.constexpr, EMULATE: tl.constexpr,
+    q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, amount_ptr, angle_ptr, step_ptr, gap_ptr, out_ptr, lse_ptr,
+    last_ptr, start_ptr, window, scaling, S, PARTS, most, least, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr, SHORT: tl.constexpr, EARLY: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
     bh = tl.program_id(0)
@@ -227,25 +204,22 @@ def _attend(
     scaling *= LOG2_E
     base = bh.to(tl.int64) * S
     if SHORT:
-        f = tl.arange(0, NP)
-        pair = tl.load(pair_ptr + bh % HK * N + f, mask=f < N, other=0)
-        x, y, unit = _shortage(amount_ptr + bh * G * 2 * N, g, f, scaling, G, N)
-        short = (x, y, unit, pair)
+        short = _shortage(amount_ptr + bh * G * D, g, scaling, G, D, H)
         angle_ptr += (bh // HK).to(tl.int64) * S * D
         if tl.load(gap_ptr + bh // HK) == 0:
             top, total, zero, sums = _over(
                 kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr,
-                middle_ptr, step_ptr, GP, D, W, N, B, "steps", EMULATE,
+                step_ptr, GP, D, W, H, B, "steps", EMULATE,
             )  # fmt: skip
         else:
             top, total, zero, sums = _over(
                 kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr,
-                middle_ptr, step_ptr, GP, D, W, N, B, "places", EMULATE,
+                step_ptr, GP, D, W, H, B, "places", EMULATE,
             )  # fmt: skip
     else:
         top, total, zero, sums = _over(
             kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, (), angle_ptr,
-            middle_ptr, step_ptr, GP, D, W, N, B, "", EMULATE,
+            step_ptr, GP, D, W, H, B, "", EMULATE,
         )  # fmt: skip
     some = total > 0
     total = tl.where(some, total, 1.0)
@@ -258,9 +232,9 @@ def _attend(
 
 @triton.jit
 def _over(
-    kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr, middle_ptr,
-    step_ptr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
-    ANGLES: tl.constexpr, EMULATE: tl.constexpr,
+    kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr, step_ptr,
+    GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr, ANGLES: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Attention over places begin to end: largest score, sums of weights, of weights times zero points, and of values.
 
@@ -272,16 +246,13 @@ def _over(
     """
     dtype: tl.constexpr = qs[0].dtype
     OFFSET: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0 if dtype == tl.float16 else 0.0
-    j = tl.arange(0, W)
-    if ANGLES != "":
-        x, y, unit, pair = short
-        real = (tl.arange(0, x.shape[1]) < N)[:, None]
+    j, f = tl.arange(0, W), tl.arange(0, H)
     if ANGLES == "steps":
-        at = tl.arange(0, B)[None, :] * D + pair[:, None]
-        cos_steps = tl.load(step_ptr + at, mask=real, other=0.0)  # (NP, B)
-        sin_steps = tl.load(step_ptr + at + D // 2, mask=real, other=0.0)
-        cos_middle = tl.load(middle_ptr + pair)[None, :]
-        sin_middle = tl.load(middle_ptr + pair + D // 2)[None, :]
+        at = tl.arange(0, B)[None, :] * D + f[:, None]
+        turns = (
+            tl.load(step_ptr + at, mask=(f < D // 2)[:, None], other=0.0),  # (H, B)
+            tl.load(step_ptr + at + D // 2, mask=(f < D // 2)[:, None], other=0.0),
+        )
     sums = ()
     for _ in tl.static_range(4):
         sums = sums + (tl.zeros((GP, W), tl.float32),)
@@ -308,19 +279,18 @@ def _over(
             score = tl.dot(qs[i], tl.trans(_nibble(k, i, dtype, EMULATE)), score, input_precision="ieee")  # (GP, B)
         score = (score - q_sum[:, None] * k_zero[None, :]) * (k_scale[None, :] * scaling)
         if ANGLES == "steps":
-            cos = tl.load(angle_ptr + s0 * D + pair)[None, :]
-            sin = tl.load(angle_ptr + s0 * D + D // 2 + pair)[None, :]
-            x_here, y_here = x * cos + y * sin, y * cos - x * sin  # (GP, NP)
-            lack = tl.zeros((GP, B), tl.float32) + tl.sum(x_here * cos_middle + y_here * sin_middle, axis=1)[:, None]
-            lack = tl.dot(x_here.to(cos_steps.dtype), cos_steps, lack, input_precision="ieee")
-            lack = tl.dot(y_here.to(cos_steps.dtype), sin_steps, lack, input_precision="ieee")
-            score += lack * unit[:, None]
+            cos = tl.load(angle_ptr + s0 * D + f, mask=f < D // 2, other=0.0)[None, :]
+            sin = tl.load(angle_ptr + s0 * D + D // 2 + f, mask=f < D // 2, other=0.0)[None, :]
+            x, y, unit = short
+            lack = _twice(x * cos + y * sin, turns[0], tl.zeros((GP, B), tl.float32))
+            score += _twice(y * cos - x * sin, turns[1], lack) * unit[:, None]
         elif ANGLES == "places":
-            at = s[None, :] * D + pair[:, None]
-            mask = real & some[None, :]
-            lack = _twice(x, tl.load(angle_ptr + at, mask=mask, other=0.0), step_ptr, tl.zeros((GP, B), tl.float32))
-            lack = _twice(y, tl.load(angle_ptr + at + D // 2, mask=mask, other=0.0), step_ptr, lack)
-            score += lack * unit[:, None]
+            at = s[None, :] * D + f[:, None]
+            mask = (f < D // 2)[:, None] & some[None, :]
+            cos = tl.load(angle_ptr + at, mask=mask, other=0.0).to(step_ptr.dtype.element_ty)  # (H, B)
+            sin = tl.load(angle_ptr + at + D // 2, mask=mask, other=0.0).to(step_ptr.dtype.element_ty)
+            x, y, unit = short
+            score += _twice(y, sin, _twice(x, cos, tl.zeros((GP, B), tl.float32))) * unit[:, None]
         score = tl.where(some[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, axis=1))
         shrink = tl.exp2(top - new)
@@ -338,28 +308,28 @@ def _over(
 
 
 @triton.jit
-def _shortage(amount_ptr, g, f, scaling, G: tl.constexpr, N: tl.constexpr):
+def _shortage(amount_ptr, g, scaling, G: tl.constexpr, D: tl.constexpr, H: tl.constexpr):
     """What scores are short of, per cosine and per sine, as numbers of at most 1; and what to multiply them by.
 
-    (GP, NP), (GP, NP), (GP,)
+    (GP, H), (GP, H), (GP,)
     """
-    at = g[:, None] * (2 * N) + f[None, :]
-    mask = (g < G)[:, None] & (f < N)[None, :]
+    f = tl.arange(0, H)
+    at = g[:, None] * D + f[None, :]
+    mask = (g < G)[:, None] & (f < D // 2)[None, :]
     x = tl.load(amount_ptr + at, mask=mask, other=0.0)
-    y = tl.load(amount_ptr + at + N, mask=mask, other=0.0)
+    y = tl.load(amount_ptr + at + D // 2, mask=mask, other=0.0)
     unit = tl.sqrt(tl.max(x * x + y * y, axis=1))
     unit = tl.where(unit > 0, unit, 1.0)
     return x / unit[:, None], y / unit[:, None], unit * scaling
 
 
 @triton.jit
-def _twice(x, y, like_ptr, total):
-    """x y + total in the type of `like`, with what rounding x to 16 bits would take from a large number."""
-    dtype = like_ptr.dtype.element_ty
-    near, y = x.to(dtype), y.to(dtype)
+def _twice(x, y, total):
+    """x y + total, with what rounding x to 16 bits would take from a number as large as an offset."""
+    near = x.to(y.dtype)
     total = tl.dot(near, y, total, input_precision="ieee")
-    if dtype != tl.float32:
-        total = tl.dot((x - near.to(tl.float32)).to(dtype), y, total, input_precision="ieee")
+    if y.dtype != tl.float32:
+        total = tl.dot((x - near.to(tl.float32)).to(y.dtype), y, total, input_precision="ieee")
     return total
 
 
@@ -381,20 +351,18 @@ def append(
     size = (b, t if dense else 0, h.keys, d)
     k, v = (torch.empty(size, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
     short = None
-    pairs = 1 if h.pairs is None else h.pairs.shape[1]
     if h.offset is not None and not dense:
-        short = torch.empty((b, t, h.queries, 2 * pairs), dtype=torch.float32, device=qkv.device)
+        short = torch.empty(q.shape, dtype=torch.float32, device=qkv.device)
     rows = rows or (16 if b * t <= 16 else 64)
     blocks = triton.cdiv(b * t, rows)
     if group is None:  # of many tokens, as many heads as leave programs for all multiprocessors twice over
         most = 1 if b * t <= 1024 else 4 if blocks * (h.queries + 2 * h.keys) > 4 * _PROGRAMS else 2
         group = math.gcd(h.queries, h.keys, most)
     _append[(blocks, (h.queries + 2 * h.keys) // group)](
-        qkv, cos, sin, h.matrices, h.offset, h.pairs, h.ratios, at, *keys, *values, q, k, v, short,
+        qkv, cos, sin, h.matrices, h.offset, h.ratios, at, *keys, *values, q, k, v, short,
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
         DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense,
-        OFFSET=h.offset is not None, N=pairs, NP=max(16, triton.next_power_of_2(pairs)), R=rows, GROUP=group,
-        EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
+        OFFSET=h.offset is not None, R=rows, GROUP=group, EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
         num_warps=warps or (4 if rows == 16 and h.offset is None else 8), num_stages=1, maxnreg=128,
         enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
@@ -429,21 +397,19 @@ def attend(
         least: places of a part, a multiple of `block`.
         block: places at a time, at most as many as there are steps.
     """
-    assert short is None or block <= len(short.steps.apart)
+    assert short is None or block <= len(short.steps)
     b, hq, d = q.shape
     hk, s = keys.scale.shape[1:]
     most, parts = parts, max(1, min(parts, triton.cdiv(s, least)))
     out = torch.empty((b, hq, parts, d), dtype=torch.float32, device=q.device)
     lse = torch.empty((b, hq, parts), dtype=torch.float32, device=q.device)
     group = hq // hk
-    pairs = 1 if short is None else short.pairs.shape[1]
-    given = (None,) * 6 if short is None else (short.amounts, short.pairs, short.angles, *short.steps, short.gaps)
     _attend[(b * hk, parts)](
-        q, *_words(keys), *_words(values), *given, out, lse, last, start,
+        q, *_words(keys), *_words(values), *(short or (None,) * 4), out, lse, last, start,
         s if window is None else window, scaling, s, parts, most, least,
         HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, W=max(16, triton.next_power_of_2(d // 4)),
-        N=pairs, NP=max(16, triton.next_power_of_2(pairs)), B=block, SHORT=short is not None,
-        EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b),
+        H=max(16, triton.next_power_of_2(d // 2)),
+        B=block, SHORT=short is not None, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
