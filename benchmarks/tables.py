@@ -484,12 +484,19 @@ def fp4() -> list[str]:
 
 
 def key_offset() -> list[str]:
-    """Milliseconds with and without an offset of keys, by each of two ways to give it back."""
-    lines = ["| angles | what | sequences | without, ms | with, ms | ratio |", "|---" * 6 + "|"]
-    for label, name in (("of every place", "key-offset-places-h200"), ("of a block's first place", "key-offset-h200")):
+    """Milliseconds with and without an offset of keys, by each way to give it back."""
+    lines = ["| angles | what | sequences | without, ms | with, ms | ratio | in 16 pairs |", "|---" * 7 + "|"]
+    files = {
+        "of every place": "key-offset-places-h200",
+        "of a block's first place, pairs gathered": "key-offset-gathered-h200",
+        "of a block's first place": "key-offset-h200",
+    }
+    for label, name in files.items():
         result = read(name)
         for row in result["rows"]:
-            times = f"{row['without']:.2f} | {row['with']:.2f} | {row['ratio']:.2f}"
+            ratios = row.get("ratios") or {"with": row["ratio"]}
+            few = f"{ratios['with 16 pairs']:.2f}" if "with 16 pairs" in ratios else "-"
+            times = f"{row['without']:.2f} | {row['with']:.2f} | {ratios['with']:.2f} | {few}"
             what = f"{row['what']}, {result['layers']} layers"
             lines.append(f"| {label} | {what} | {row['batch']} | {times} |")
     return lines
