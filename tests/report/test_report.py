@@ -233,6 +233,21 @@ def test_the_page_opens_with_the_verdict() -> None:
     assert "What both write" not in text
 
 
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"end_to_end": {"losses": [0.2, 0.1], "undone": False}}, ""),
+        ({"end_to_end": {"losses": [0.2, 0.1], "undone": True}}, "end-to-end fit was undone"),
+        ({"end_to_end": {"losses": [], "plain": 4e-4, "undone": True}}, "plain rounding loses"),
+        ({"blocks": [{"block": 0}, {"block": 3, "undone": True}]}, "fit of block 3 was undone"),
+    ],
+)
+def test_the_page_says_what_was_not_kept(found: dict, said: str) -> None:
+    text = " ".join(parsed(report.page("out", {}, found, None, None)).text)
+    sentences = ("was undone", "Nothing was fitted")
+    assert said in text if said else not any(s in text for s in sentences)
+
+
 @pytest.mark.parametrize("kl", [0.0, 1e-9, 0.05, 0.2, 1.0, 7.0, 1e9, None])
 def test_the_scale_marks_its_value_within_its_zone(kl: float | None) -> None:
     figure = plots.scale(kl, VERDICT["bounds"], "destroyed", "KL", "nats")

@@ -92,6 +92,7 @@ def page(
         _cards(inspection, evaluation, collection),
         _quality(name, original, evaluation, measured=bool(_at(report, "verdict"))),
         *(_section(section, text, drawn) for section, text in _SECTIONS.items()),
+        *(f"<p>{escape(line)}</p>" for line in _undone(report)),
     ]
     if not collection:
         body.append(
@@ -234,6 +235,22 @@ def _noted(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
             "transforms into the weights, solve rounds them.",
         ),
     }
+
+
+def _undone(report: Mapping[str, Any]) -> list[str]:
+    """Sentences about fits that were not kept, or not made."""
+    end, lines = _at(report, "end_to_end") or {}, []
+    if end.get("undone") and end.get("losses"):
+        lines.append("The end-to-end fit was undone: on windows held out of it, the model was better without.")
+    elif end.get("undone") and end.get("plain") is not None:
+        lines.append(
+            f"Nothing was fitted end to end: plain rounding loses {number(float(end['plain']))} nats per token on "
+            "windows held out."
+        )
+    blocks = [str(block["block"]) for block in _list(report, "blocks") if block.get("undone")]
+    if blocks:
+        lines.append(f"The fit of block {', '.join(blocks)} was undone: on windows held out of it, it was worse.")
+    return lines
 
 
 def _by_block(entries: Sequence[Mapping[str, Any]], value: Any) -> list[float]:
