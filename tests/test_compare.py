@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from flatquant import api, compare, methods
 from flatquant.cli import _listed_schemes, app
-from flatquant.errors import FlatQuantError, SpecError
+from flatquant.errors import DataError, FlatQuantError, SpecError
 from flatquant.models import load_model
 from flatquant.recipes import RECIPES, recipe
 from flatquant.runtime.kvcache import QuantizedCache
@@ -225,6 +226,9 @@ def test_what_is_wrong_with_the_whole_comparison_is_an_error(place: Path, tmp_pa
         compare.run(chosen, ["magic", "rtn", "voodoo"], ["w4"], out)
     with pytest.raises(SpecError, match="expected something like"):
         compare.run(chosen, ["rtn"], ["4bits"], out)
+    for none in (([], ["w4"]), (["rtn"], [])):
+        with pytest.raises(SpecError, match="name at least one method and one scheme"):
+            compare.run(chosen, *none, out, plot=False)
     assert not out.exists()
     compare.run(chosen, ["rtn"], ["w4"], out, plot=False)
     with pytest.raises(FlatQuantError, match="differs in seed, window"):
@@ -236,6 +240,21 @@ def test_what_is_wrong_with_the_whole_comparison_is_an_error(place: Path, tmp_pa
     done = run("compare", tmp_path / "none", "--output", tmp_path / "new", "--methods", "rtn", "--device", "cpu")
     assert done.exit_code == 1
     assert "no such model folder" in done.output
+
+
+def test_a_text_that_cannot_be_measured_on_stops_before_a_model_is_made(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, quantize = tmp_path / "out", compare.api.quantize
+    monkeypatch.setattr(compare.api, "quantize", lambda *_, **__: pytest.fail("a model was made"))
+    for perplexity, window in ((("nowhere.txt",), 32), (settings(place).perplexity, 100_000)):
+        chosen = replace(settings(place), perplexity=perplexity, window=window)
+        with pytest.raises(DataError):
+            compare.run(chosen, ["rtn"], ["w4"], out, plot=False)
+    monkeypatch.setattr(compare.api, "quantize", quantize)
+    # Nothing was made: the folder takes other settings.
+    rows = compare.run(settings(place), ["rtn"], ["w4"], out, plot=False)["rows"]
+    assert "error" not in rows[0]
 
 
 def test_without_matplotlib_the_error_comes_first(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +272,8 @@ def test_without_matplotlib_the_error_comes_first(place: Path, tmp_path: Path, m
 
 
 def test_an_override_belongs_to_the_scheme_before_it() -> None:
-    assert _listed_schemes("w4a4kv4, w4,mlp_mid=w8a8,1.attn_in=a8,w3 ,") == [
-        "w4a4kv4",
+    assert _listed_schemes("w4a4kv4,0.k8, 1.kv16, w4,mlp_mid=w8a8,1.attn_in=a8,w3 ,") == [
+        "w4a4kv4,0.k8,1.kv16",
         "w4,mlp_mid=w8a8,1.attn_in=a8",
         "w3",
     ]

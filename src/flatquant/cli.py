@@ -850,10 +850,10 @@ def _listed(text: str) -> list[str]:
 
 
 def _listed_schemes(text: str) -> list[str]:
-    """Schemes between commas; an override (`mlp_mid=w8`) belongs to the scheme before it."""
+    """Schemes between commas; an override (`mlp_mid=w8`, `0.k8`) belongs to the scheme before it."""
     found: list[str] = []
     for part in _listed(text):
-        if "=" in part and found:
+        if found and ("=" in part or "." in part):
             found[-1] += f",{part}"
         else:
             found.append(part)

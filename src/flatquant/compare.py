@@ -128,6 +128,8 @@ def run(
     if unknown:
         raise SpecError(f"unknown method {', '.join(unknown)}; known: {', '.join(sorted(RECIPES))}")
     names = {scheme: str(Scheme.parse(scheme)) for scheme in schemes}
+    if not methods or not names:
+        raise SpecError("nothing to compare; name at least one method and one scheme")
     if plot:
         _matplotlib()
     with _claimed(output, settings.identity()):
@@ -170,14 +172,17 @@ def _claim(output: Path, identity: dict[str, Any]) -> None:
     if file.is_file():
         found = json.loads(file.read_text())
         differing = sorted(k for k in identity if found.get(k) != json.loads(json.dumps(identity[k])))
-        if differing:
+        if not differing:
+            return
+        own = (file, output / store.LOCK_FILE)
+        if any(path.is_file() and path not in own for path in output.rglob("*")):
             raise FlatQuantError(
                 f"the comparison in {output} differs in {', '.join(differing)}; "
                 "repeat it with its own settings, or choose another output folder"
             )
-        return
-    artifact.check_output(output)
-    (output / "rows").mkdir(parents=True)
+    else:
+        artifact.check_output(output)
+    (output / "rows").mkdir(parents=True, exist_ok=True)
     store.write(file, (json.dumps(identity, indent=1) + "\n").encode())
 
 
@@ -263,6 +268,7 @@ class Bench:
         Raises:
             FlatQuantError: the recipe does not fit the model, or anything else that `api.quantize` raises.
         """
+        self.texts  # noqa: B018 - one that is missing or too short is an error before minutes are spent
         settings, label = self.settings, f"{parts.name} {parts.scheme}"
         folder = self.output / "models" / f"{parts.name}-{str(parts.scheme).replace(',', '+')}"
         _reset_peak(self.device)
