@@ -183,6 +183,8 @@ def quantize(
     plan = make_plan(recipe, arch_of(model.config, model), Geometry.of(model.config), _blocks(model))
     shape = (recipe.data.samples, recipe.data.seqlen) if recipe.needs_data else None
     written = 0 if mixture is None else mixture.written(recipe.data.samples)
+    half = device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16)
+    writes = verdict and tokenizer is not None and checkpoint is None  # as `_Run._writing` has it
     layout = estimate(
         model,
         plan,
@@ -194,6 +196,7 @@ def quantize(
         streamed=checkpoint is not None,
         windows=recorded(place.state).get("windows") if place is not None and resume else None,
         written=written,
+        copied=writes and half and _room_for_copy(model, limits),
     )
     costs = work(model, plan, recipe, shape, written=written, saves=place is not None, recompute=layout.recompute)
     layout = replace(layout, work=costs)
@@ -523,8 +526,7 @@ class _Run:
             with _copied_to(self.device, model):
                 yield model
         elif home.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
-            free = self.limits.host or free_host_bytes()
-            yield copy.deepcopy(model).float() if free is None or 2 * stored_bytes(model) < free // 2 else None
+            yield copy.deepcopy(model).float() if _room_for_copy(model, self.limits) else None
         else:
             yield model
 
@@ -826,6 +828,12 @@ def discard(output: Path) -> None:
     place = _Place.of(output)
     with place.held():
         place.tidy()
+
+
+def _room_for_copy(model: PreTrainedModel, limits: Limits) -> bool:
+    """Whether a float32 copy of a model in 16 bits takes less than half of the host memory that there is."""
+    free = limits.host or free_host_bytes()
+    return free is None or 2 * stored_bytes(model) < free // 2
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for
 from tests.tensor_bytes import TensorBytes
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +252,23 @@ def test_so_is_that_of_an_end_to_end_fit(recompute: bool, weight_lr: float, voca
     with TensorBytes() as tensors:
         calibrate(model, recipe, tokens, device=CPU, dtype=torch.float32, layout=want)
     assert want.device == pytest.approx(tensors.peak, rel=0.25)
+
+
+@pytest.mark.parametrize("tokenizer", [None, tiny_tokenizer()])
+def test_the_copy_that_writes_texts_is_counted(tokenizer: Any) -> None:
+    from flatquant import quantize
+
+    told: list[Estimate] = []
+    model = tiny_llama(hidden=128, intermediate=256, layers=24, dtype=torch.bfloat16)
+    whole = sum(p.nbytes for p in model.parameters())
+    with TensorBytes() as tensors:
+        quantize(model, rtn("w4a16"), tokenizer=tokenizer, device="cpu", notice=told.append)
+    want = told[0].host - memory._LIBRARIES
+    if tokenizer is None:
+        assert want < 3 * whole
+    else:
+        assert want >= 3 * whole
+        assert want == pytest.approx(whole + tensors.peak, rel=0.25)
 
 
 def test_blocks_are_recomputed_where_keeping_them_takes_over_a_third_of_what_is_free(

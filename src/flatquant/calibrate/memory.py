@@ -229,6 +229,7 @@ def estimate(
     side_by_side: int | None = None,
     windows: int | None = None,
     written: int = 0,
+    copied: bool = False,
 ) -> Estimate:
     """Count what a run will need, and lay it out within limits.
 
@@ -238,6 +239,7 @@ def estimate(
         limits: what is not given is what is free now.
         side_by_side, windows: fixed, where given.
         written: calibration windows that the model writes before anything else; no limit holds for that.
+        copied: whether a float32 copy of the model writes the report's texts; nor for that.
 
     Raises:
         CalibrationError: a given limit is less than the least that the run needs.
@@ -260,7 +262,8 @@ def estimate(
     places: tuple[Place, ...] = ("device", "host", "disk") if on_gpu else ("device", "disk")
 
     def with_text(layout: Estimate) -> Estimate:
-        return count.with_text(layout, written) if written else layout
+        layout = count.with_text(layout, written) if written else layout
+        return count.with_copy(layout) if copied else layout
 
     if count.recomputes:
         roomy = count.layout("device", parts[0], together[0], recompute=False)
@@ -285,7 +288,7 @@ def estimate(
             f"{_size(least.host)} in host memory, more than was allowed; raise the limit, or use a smaller --seqlen"
             + ("" if streamed or needs_all_blocks(recipe) else ", or --stream")
         )
-    return least
+    return with_text(least)
 
 
 def _within(size: int, limit: int | None) -> bool:
@@ -375,6 +378,12 @@ class _Count:
         if self.fused:
             return replace(layout, device=max(layout.device, whole + size))
         return replace(layout, host=max(layout.host, int(self.base + whole + _FRAGMENTS * size)))
+
+    def with_copy(self, layout: Estimate) -> Estimate:
+        """The same layout, of a run that makes a float32 copy of the model."""
+        whole = self.ends + sum(s.stored for s in self.sizes)
+        copy = 4 * whole // self.model.dtype.itemsize
+        return replace(layout, host=max(layout.host, int(self.base + whole + copy)))
 
     @property
     def _beginnings(self) -> int:
