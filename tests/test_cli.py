@@ -392,6 +392,17 @@ def test_a_stage_that_says_nothing_is_not_silent(capsys: pytest.CaptureFixture[s
     assert set(lines[1:-1]) == {"load; estimating the time left"}
 
 
+def test_the_time_left_passes_while_a_stage_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with Display(silent=False, clock=clock, every=60.0) as display:
+        display("fold", 0, 4)
+        clock.now = 10.0
+        display("fold", 1, 4)
+        clock.now = 20.0
+        display._speak()
+    assert lines_of(capsys)[-1] == "fold, block 1/4; 20 s left"
+
+
 def test_the_whole_run_is_told_once_it_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     plan = {"device": 1, "host": 1, "disk": 1, "place": "device", "windows": 1, "side_by_side": 1}

@@ -147,26 +147,25 @@ class Display:
         stage, done, total = self.last
         parts = [self._describe(stage, done, total)]
         if done < total:
-            parts.append(self._left(self.forecast.stage_left(stage)))
+            parts.append(self._left(self._by_now(self.forecast.stage_left(stage))))
         if self.forecast.work:
-            parts.append(f"whole run: {self._left(self._whole_left())}")
+            parts.append(f"whole run: {self._left(self._by_now(self.forecast.left()))}")
         self.note("; ".join(parts))
 
     def _left(self, seconds: float | None) -> str:
         return "estimating the time left" if seconds is None else f"{duration(seconds)} left"
 
-    def _whole_left(self) -> float | None:
-        """Seconds left of the run by now; the forecast knows it of the last call."""
-        left = self.forecast.left()
+    def _by_now(self, left: float | None) -> float | None:
+        """Seconds left by now of those that the forecast knew at the last call."""
         return None if left is None else max(0.0, left - (self.clock() - self.forecast.now))
 
     def _bar(self, bars: Progress, stage: str, done: float, total: int) -> None:
-        text, left = self._describe(stage, done, total), self._left(self.forecast.stage_left(stage))
+        text, left = self._describe(stage, done, total), self._left(self._by_now(self.forecast.stage_left(stage)))
         if stage not in self.tasks:
             self.tasks[stage] = bars.add_task(text, total=total, left=left)
         bars.update(self.tasks[stage], description=text, completed=done, total=total, left=left if done < total else "")
         if self.forecast.work:
-            passed, rest = self.clock() - self.start, self._whole_left()
+            passed, rest = self.clock() - self.start, self._by_now(self.forecast.left())
             whole = None if rest is None else passed + rest
             if _WHOLE not in self.tasks:
                 self.tasks[_WHOLE] = bars.add_task(_WHOLE, total=whole, left="")
