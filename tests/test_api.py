@@ -191,6 +191,34 @@ def test_output_is_checked_before_anything_else(recipe: Recipe, tmp_path: Path) 
     assert names(tmp_path) == {"file"}
 
 
+@pytest.mark.parametrize("method", ["rtn", "flatquant"])
+@pytest.mark.parametrize("text", ["text.txt", "self"])
+def test_a_tokenizer_of_another_model_is_an_error(recipe: Recipe, tmp_path: Path, method: str, text: str) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    chosen = recipes.rtn("w4") if method == "rtn" else recipe
+    source = tmp_path / "text.txt" if text == "text.txt" else text
+    with pytest.raises(DataError, match="a tokenizer with token ids outside the model's 100"):
+        flatquant.quantize(
+            tiny_llama(vocab=100), chosen, source, tokenizer=tiny_tokenizer(), output=tmp_path / "out", device="cpu"
+        )
+    assert names(tmp_path) == {"text.txt"}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_nothing_takes(recipe: Recipe, tmp_path: Path, seed: int) -> None:
+    with pytest.raises(SpecError, match=f"seed {seed}: give a whole number from 0"):
+        flatquant.quantize(tiny_llama(), recipe, tokens(), output=tmp_path / "out", device="cpu", seed=seed)
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("meta", "neither the CPU nor a CUDA device"), ("toaster", "unknown device 'toaster'")]
+)
+def test_a_device_that_is_none(recipe: Recipe, device: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        flatquant.quantize(tiny_llama(), recipe, tokens(), device=device)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_such_device(recipe: Recipe) -> None:
     with pytest.raises(ModelError, match="no CUDA device"):

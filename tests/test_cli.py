@@ -549,6 +549,7 @@ def test_an_output_layer_of_its_own_is_told(place: Path, tmp_path: Path) -> None
         (["--epochs", "-1"], "epochs -1: at least 0"),
         (["--dtype", "int4"], "unknown dtype 'int4'; known: float16"),
         (["--device", "toaster"], "unknown device 'toaster'"),
+        (["--device", "meta"], "device meta is neither the CPU nor a CUDA device"),
         (["--calibration", "nowhere.txt", "--device", "cpu"], "no such text: nowhere.txt"),
         (["--calibration", "wikitext2:3,nowhere.txt"], "no such text: nowhere.txt"),
         (["--calibration", "wikitext2:3,self:none"], "share 'none' of calibration text self is no number above 0"),

@@ -48,13 +48,22 @@ from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded,
 from flatquant.calibrate.witness import Witness
 from flatquant.calibrate.work import work
 from flatquant.data import WRITTEN, Part, joined, read_parts, written_part
-from flatquant.errors import ArtifactError, CalibrationError, DataError, ModelError, QualityWarning
+from flatquant.errors import ArtifactError, CalibrationError, DataError, ModelError, QualityWarning, SpecError
 from flatquant.evaluate.prose import PROSE
 from flatquant.evaluate.verdict import PACKED_ERROR, blame, continuations, packed_agrees, verdict
 from flatquant.families import plan_for
 from flatquant.grade import BUILT_IN, RANDOM, TOKENS, is_bad, sentences
 from flatquant.mixture import Mixture
-from flatquant.models import ALIASES, Checkpoint, load_model, open_model, resolve, warn_of_positions
+from flatquant.models import (
+    ALIASES,
+    Checkpoint,
+    check_ids,
+    find_device,
+    load_model,
+    open_model,
+    resolve,
+    warn_of_positions,
+)
 from flatquant.progress import Progress
 from flatquant.runtime import artifact
 from flatquant.runtime.experts import open_experts
@@ -130,7 +139,7 @@ def quantize(
         output: folder to write; absent or empty. None keeps the result in memory only.
         device: where blocks are fitted; a GPU if there is one. The model stays where it is.
         dtype: of the fit's matrix products; on a GPU that of models in float16 or bfloat16, else float32.
-        seed: of the calibration text and of random transforms.
+        seed: of the calibration text and of random transforms, from 0 to 2^32 - 1.
         resume: go on with an unfinished run of the same settings, if there is one.
         progress: called with (stage, done, total), and where a stage begins with what is done by then. "text" counts
             tokens, "fit" epochs of all blocks (in fractions), "end to end" steps, "solve" blocks, "load", "hash" and
@@ -152,6 +161,8 @@ def quantize(
     place = None if output is None else _Place.of(Path(output))
     if place is not None:
         place.check(resume)
+    if not 0 <= seed < 2**32:
+        raise SpecError(f"seed {seed}: give a whole number from 0 to {2**32 - 1}")
     name, checkpoint = None, None
     mixture = _mixture(recipe, calibration)
     say = progress or (lambda *_: None)
@@ -163,10 +174,11 @@ def quantize(
         tokenizer = tokenizer or own
     elif stream:
         raise ModelError("a model that is in memory cannot be streamed; give its folder")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _check_device(device)
+    device = find_device(device)
     dtype = dtype or _fit_dtype(model, recipe, device)
     _check_model(model, recipe)
+    if tokenizer is not None:  # one of another model
+        check_ids(torch.tensor(tokenizer(PROSE)["input_ids"], dtype=torch.int64), model, "a tokenizer")
     if isinstance(calibration, Tensor):
         _check_tokens("calibration", calibration, model)
         samples, seqlen = calibration.shape
@@ -410,6 +422,10 @@ class _Run:
             )
         with nullcontext() if source.writes else _stage("text", self.progress):
             self.parts = read_parts(source, self.tokenizer, **self._drawing())
+        for part in filter(None, self.parts):
+            for windows in (part.tokens, part.kept):
+                if windows is not None:
+                    check_ids(windows, self.model, "calibration windows")
         shares = zip(source.sources, source.divided(spec.samples), self.parts, strict=True)
         data["sources"] = [
             {"source": text.name, "windows": windows, "cut": part.cut, "sha256": _sha256(part.tokens)}
@@ -493,7 +509,7 @@ class _Run:
         if self.tokenizer is not None:
             ids = torch.tensor(self.tokenizer(PROSE, add_special_tokens=False)["input_ids"], dtype=torch.int64)
             seqlen = min(seqlen, len(ids) // windows)
-            if seqlen > 1 and int(ids.max()) < vocabulary:
+            if seqlen > 1:
                 return _Judged(ids[: windows * seqlen].view(windows, seqlen), BUILT_IN, True)
         generator = torch.Generator().manual_seed(self.seed)
         return _Judged(torch.randint(vocabulary, _TEXTLESS, generator=generator), RANDOM, True)
@@ -751,17 +767,10 @@ def _check_finite(name: str, tensor: Tensor, blocks: str) -> None:
         )
 
 
-def _check_device(device: torch.device) -> None:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("there is no CUDA device here, or torch was built without CUDA; choose device cpu")
-
-
 def _check_tokens(what: str, tokens: Tensor, model: PreTrainedModel) -> None:
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise DataError(f"{what} tokens must be (samples, seqlen) int64, not {tuple(tokens.shape)} {tokens.dtype}")
-    vocab = _vocabulary(model)
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
-        raise DataError(f"{what} tokens have ids outside the model's {vocab}; use the model's own tokenizer")
+    check_ids(tokens, model, f"{what} windows")
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

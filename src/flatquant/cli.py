@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flatquant import __version__
-from flatquant.errors import FitWarning, FlatQuantError, ModelError, PositionsWarning, QualityWarning, SpecError
+from flatquant.errors import FitWarning, FlatQuantError, PositionsWarning, QualityWarning, SpecError
 from flatquant.grade import DESTROYED, readable, tried
 from flatquant.mixture import calibrated_on
 from flatquant.progress import Forecast, duration
@@ -50,6 +50,7 @@ app = typer.Typer(
 
 T = TypeVar("T")
 
+SEEDS = 2**32 - 1  # the largest that goes with everything that draws numbers
 DEMO_OUTPUT = Path("outputs/smollm2-135m-w4a4kv4")
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
@@ -304,15 +305,10 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _device(name: str | None) -> torch.device:
     import torch
 
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ModelError(f"unknown device {name!r}; give cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("there is no CUDA device here, or torch was built without CUDA; choose --device cpu")
+    from flatquant.models import find_device
+
+    device = find_device(name)
     if device.type == "cuda" and device.index is not None:
-        if device.index >= torch.cuda.device_count():
-            raise ModelError(f"there is no {device} here: the last one is cuda:{torch.cuda.device_count() - 1}")
         torch.cuda.set_device(device)  # for whatever asks for the current device's stream, in other libraries too
     return device
 
@@ -401,7 +397,7 @@ def quantize(
     ] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the calibration text and of random transforms.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the calibration text and of random transforms.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run of the same settings.")
     ] = False,
@@ -801,7 +797,7 @@ def compare(
     batch_size: Annotated[int | None, typer.Option(help="Windows in a step of a fit.")] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of fits' products: float16, bfloat16 or float32.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the calibration text and of random transforms.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the calibration text and of random transforms.")] = 0,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw compare.png, with matplotlib.")] = True,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -883,11 +879,12 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Windows or questions at a time; 1 window, and as many questions as fit.")
+        int | None,
+        typer.Option(min=1, help="Windows or questions at a time; 1 window, and as many questions as fit."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
-    seed: Annotated[int, typer.Option(help="Of text that the model of --divergence-from writes.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of text that --divergence-from's model writes.")] = 1,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is stdout.")] = None,
     save: Annotated[
         bool,
@@ -1089,7 +1086,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the text begins with.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the tokenizer's chat template.")] = False,
     device: Device = None,
     dtype: Dtype = None,

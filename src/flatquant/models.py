@@ -18,13 +18,14 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -38,7 +39,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from flatquant.errors import ModelError, PositionsWarning, one_line
+from flatquant.errors import DataError, ModelError, PositionsWarning, one_line
 
 ALIASES = ("smollm2-135m",)
 
@@ -167,6 +168,66 @@ def warn_of_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
     if tokens > positions:
         message = f"{what} of {tokens} tokens are longer than the {positions} positions that the model was made for"
         warnings.warn(message, PositionsWarning, stacklevel=3)
+
+
+def check_ids(ids: Tensor, model: PreTrainedModel, what: str) -> None:
+    """Refuse token ids that the model has no embedding for: on a GPU they would end the process.
+
+    Args:
+        ids: int64, of any shape.
+        what: what they are of, for the message.
+
+    Raises:
+        DataError: an id outside the model's vocabulary.
+    """
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        raise DataError(f"{what} with token ids outside the model's {rows}; use the model's own tokenizer")
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], way_out: str, *, before: str = ""
+) -> str:
+    """A conversation by the chat template, up to where the model's turn begins if the user's is the last.
+
+    Args:
+        turns: a role and what it says, each.
+        way_out: what to do where the template refuses them.
+        before: stands before the template.
+
+    Raises:
+        DataError: the template is damaged, or refuses a turn.
+    """
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=before + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=turns[-1][0] == "user",
+        )
+    except (TemplateError, ValueError, TypeError, KeyError) as error:  # what a template may raise
+        raise DataError(f"the tokenizer's chat template refuses a turn ({_first_line(error)}); {way_out}") from error
+    return cast(str, text)
+
+
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of this name, by default a GPU if there is one.
+
+    Raises:
+        ModelError: it is neither the CPU nor a CUDA device that is there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {str(name)!r}; give cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device} is neither the CPU nor a CUDA device; give cpu, cuda or cuda:1")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("there is no CUDA device here, or torch was built without CUDA; choose device cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ModelError(f"there is no {device} here: the last one is cuda:{torch.cuda.device_count() - 1}")
+    return device
 
 
 def identity(name: str | Path) -> str:

@@ -31,12 +31,12 @@ from itertools import chain, cycle, islice
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import seams
 from flatquant.errors import DataError
 from flatquant.mixture import interleaved
+from flatquant.models import check_ids, render_chat
 
 Progress = Callable[[int, int], None]
 
@@ -122,7 +122,8 @@ def write(
     same seed gives the same prompts, and on the same kind of device the same text.
 
     Raises:
-        DataError: the logits are not finite, or the tokenizer's chat template refuses a user's turn.
+        DataError: the logits are not finite, the tokenizer's chat template refuses a user's turn, or its prompts have
+            tokens that the model does not know.
     """
     device = torch.device(model.device)
     if device.type == "cpu" and model.dtype != torch.float32:
@@ -130,6 +131,8 @@ def write(
     chat = samples - samples // 2 if tokenizer.chat_template and topics else 0
     scripts = [_conversations(model, tokenizer, seed)] if chat else []
     scripts += [_prose(tokenizer, seed, topics)] if chat < samples else []
+    for script in scripts:
+        check_ids(torch.tensor([*chain(*script.prompts, script.closing)]), model, "prompts for the calibration text")
     jobs = list(zip(scripts, filter(None, (chat, samples - chat)), strict=True))
     total = sum(_texts(script, count, seqlen) * script.length for script, count in jobs)
     generator, done, parts = torch.Generator(device).manual_seed(seed), 0, []
@@ -243,19 +246,7 @@ def _pairs(topics: Sequence[str], forms: Sequence[str], generator: torch.Generat
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
     """A conversation by the chat template, up to where the model's turn begins if the user's is the last."""
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        template = _NO_CLOCK + tokenizer.get_chat_template()
-        ask = turns[-1][0] == "user"
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=ask
-        )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:  # what a template may raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"the tokenizer's chat template refuses a turn ({reason}); set tokenizer.chat_template to None for prose"
-        ) from error
-    return cast(str, text)
+    return render_chat(tokenizer, turns, "set tokenizer.chat_template to None for prose", before=_NO_CLOCK)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from flatquant.errors import DataError, FlatQuantError
-from flatquant.models import warn_of_positions
+from flatquant.models import check_ids, warn_of_positions
 
 Progress = Callable[[int, int], None]
 
@@ -82,9 +82,8 @@ def batches(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> I
         )
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, not {batch_size}")
+    check_ids(windows, model, "windows")
     table = cast(torch.Tensor, model.get_input_embeddings().weight)
-    if int(windows.min()) < 0 or int(windows.max()) >= len(table):
-        raise DataError(f"windows have token ids outside the model's {len(table)}; use the model's own tokenizer")
     warn_of_positions(model, windows.shape[1], "windows")
     for piece in windows.split(batch_size):
         yield piece.to(table.device)

@@ -35,6 +35,7 @@ from flatquant.calibrate.witness import Ends, Head, Part, Witness, put, rounded_
 from flatquant.evaluate.perplexity import CHUNK
 from flatquant.evaluate.prose import PROMPTS
 from flatquant.grade import BOUNDS, is_bad, word
+from flatquant.models import check_ids
 from flatquant.quantizers import Dynamic
 from flatquant.spec import CacheBits, Plan, QuantSpec, Scheme, SiteBits
 from flatquant.wiring.archs import arch_of
@@ -396,6 +397,7 @@ def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     length = min(map(len, prompts))
     ids = torch.tensor([prompt[:length] for prompt in prompts], dtype=torch.int64)  # (prompts, length)
+    check_ids(ids, model, "prompts")
     step, columns, cache = ids.to(model.device), [], DynamicCache(config=model.config)
     with sdpa_kernel(_ATTENTION):
         for _ in range(_NEW_TOKENS if length else 0):

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 
 from flatquant import seams
 from flatquant.errors import DataError, FlatQuantError, ModelError
-from flatquant.models import warn_of_positions
+from flatquant.models import check_ids, render_chat, warn_of_positions
 from flatquant.runtime import fused
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.kvcache import QuantizedCache
@@ -51,11 +51,13 @@ def generate_text(
     Warns (PositionsWarning) where the text may become longer than the model's positions.
 
     Raises:
-        DataError: an empty prompt.
+        DataError: an empty prompt, one that the chat template refuses, or tokens that the model does not know.
         ModelError: `chat` without a template.
         FlatQuantError: probabilities that are not finite.
     """
-    ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)  # (1, T)
+    ids = _prompt_ids(tokenizer, prompt, chat)  # (1, T)
+    check_ids(ids, model, "a prompt")
+    ids = ids.to(model.device)
     places = ids.shape[1] + max_new_tokens
     warn_of_positions(model, places, f"a prompt of {ids.shape[1]} tokens and up to {max_new_tokens} new ones: texts")
     cache = _cache(model, places)
@@ -109,8 +111,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> 
     if chat:
         if not tokenizer.chat_template:
             raise ModelError("the tokenizer has no chat template; leave out --chat")
-        message = [{"role": "user", "content": prompt}]
-        text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+        text = render_chat(tokenizer, [("user", prompt)], "leave out --chat")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
