@@ -173,6 +173,7 @@ def test_other_files_are_refused_and_not_run(theirs, tmp_path: Path, kind: str, 
     with pytest.raises(ArtifactError) as caught:
         read_matrices(path)
     assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "evil").exists()
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from flatquant.bench import Row
     from flatquant.calibrate.memory import Estimate
+    from flatquant.runtime.artifact import Inspection
     from flatquant.spec import Plan, Recipe
 
 app = typer.Typer(
@@ -1129,33 +1130,38 @@ def inspect(
         from flatquant.spec import to_dict
 
         found = artifact.inspect(folder)
+        try:
+            rows = _inspected_rows(found)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of any form
+            raise FlatQuantError(f"flatquant_report.json in {folder} is damaged ({error}); copy it again") from error
     if as_json:
         _print_json(to_dict(found))
     else:
-        bits = found.bits_per_quantised_weight
-        untied = bool(found.report and (found.report.get("sizes") or {}).get("untied"))
-        kept = _unquantised_rows(found.unquantised_bytes, found.left_in_16_bit, untied=untied)
-        judged = (found.report or {}).get("verdict")
-        _table(
-            folder,
-            {
-                "architecture": f"{found.architecture}, {found.blocks} blocks, {found.parameters:,} parameters",
-                "recipe, scheme": f"{found.recipe}, {found.scheme}",
-                **({"verdict": "\n".join(readable(judged))} if judged else {}),
-                **({"calibration": text} if (text := calibrated_on((found.report or {}).get("data"))) else {}),
-                "quantised parameters": f"{found.quantised_parameters:,}",
-                **{f"bytes, {kind}": f"{size:,}" for kind, size in found.bytes_by_kind.items()},
-                **{name: value for name, value in kept.items() if value},
-                "bits per quantised weight": f"{bits:.3f}, scales and transforms counted" if bits else "-",
-                "bits per parameter": f"{found.bits_per_parameter:.3f} ({found.compression:.2f} x smaller than 16 bit)",
-                "KV bytes per token": f"{found.kv_bytes_per_token:,} (in 16 bit {found.kv_bytes_per_token_16bit:,})",
-                "format version": str(found.format_version),
-                "content hash": found.content_hash,
-                "integrity": "damaged: " + ", ".join(found.damaged) if found.damaged else "whole",
-            },
-        )
+        _table(folder, rows)
     if found.damaged:
         raise _failure(f"{folder}: damaged or missing: {', '.join(found.damaged)}; copy the folder again", 1)
+
+
+def _inspected_rows(found: Inspection) -> dict[str, str]:
+    bits = found.bits_per_quantised_weight
+    untied = bool(found.report and (found.report.get("sizes") or {}).get("untied"))
+    kept = _unquantised_rows(found.unquantised_bytes, found.left_in_16_bit, untied=untied)
+    judged = (found.report or {}).get("verdict")
+    return {
+        "architecture": f"{found.architecture}, {found.blocks} blocks, {found.parameters:,} parameters",
+        "recipe, scheme": f"{found.recipe}, {found.scheme}",
+        **({"verdict": "\n".join(readable(judged))} if judged else {}),
+        **({"calibration": text} if (text := calibrated_on((found.report or {}).get("data"))) else {}),
+        "quantised parameters": f"{found.quantised_parameters:,}",
+        **{f"bytes, {kind}": f"{size:,}" for kind, size in found.bytes_by_kind.items()},
+        **{name: value for name, value in kept.items() if value},
+        "bits per quantised weight": f"{bits:.3f}, scales and transforms counted" if bits else "-",
+        "bits per parameter": f"{found.bits_per_parameter:.3f} ({found.compression:.2f} x smaller than 16 bit)",
+        "KV bytes per token": f"{found.kv_bytes_per_token:,} (in 16 bit {found.kv_bytes_per_token_16bit:,})",
+        "format version": str(found.format_version),
+        "content hash": found.content_hash,
+        "integrity": "damaged: " + ", ".join(found.damaged) if found.damaged else "whole",
+    }
 
 
 # --------------------------------------------------------------------------------------------- report

@@ -124,8 +124,8 @@ def read_matrices(path: Path) -> dict[int, dict[str, Tensor]]:
     except OSError as error:
         raise ArtifactError(f"cannot read {file}: {error.strerror or error}") from error
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[:1]
-        raise ArtifactError(f"{file} is damaged, or holds more than tensors and is not opened: {reason}") from error
+        # Not torch's own words: they advise to open the file all the same.
+        raise ArtifactError(f"{file} is damaged, or holds more than tensors, and is not opened") from error
     whole = isinstance(data, dict) and all(
         type(i) is int
         and isinstance(block, dict)

@@ -368,3 +368,7 @@ def test_another_model_is_an_error() -> None:
     model, plan, _ = calibrated(tiny_llama(**SHAPE), rtn("w4"))
     with pytest.raises(ModelError, match="other blocks"):
         collect(model, tiny_llama(layers=3), plan, torch.ones(1, 8, dtype=torch.long))
+    with pytest.raises(ModelError, match="other embeddings"):
+        collect(model, tiny_llama(**{**SHAPE, "vocab": 64}), plan, torch.ones(1, 8, dtype=torch.long))
+    with pytest.raises(ModelError, match="itself quantised"):
+        collect(model, calibrated(tiny_llama(**SHAPE), rtn("w4"))[0], plan, torch.ones(1, 8, dtype=torch.long))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from flatquant import seams
 from flatquant.errors import DataError, ModelError
 from flatquant.evaluate.perplexity import Progress
+from flatquant.models import check_ids
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.quantizers import Dynamic
 from flatquant.runtime.branch import BranchedLinear
@@ -64,6 +65,11 @@ def collect(
     ours, theirs = model.get_submodule(plan.blocks_path), original.get_submodule(plan.blocks_path)
     if not isinstance(ours, nn.ModuleList) or not isinstance(theirs, nn.ModuleList) or len(ours) != len(theirs):
         raise ModelError("the original has other blocks than the quantised model; give the model it was made from")
+    if _embedding(model).shape != _embedding(original).shape:
+        raise ModelError("the original has other embeddings than the quantised model; give the model it was made from")
+    if any(isinstance(module, SiteLinear) for module in theirs.modules()):
+        raise ModelError("the original is itself quantised; give the model it was made from")
+    check_ids(windows, original, "windows")
     open_experts(theirs)
     passes, done = len(ours) + 2, 0
 
