@@ -315,6 +315,38 @@ def test_generate_chat(place: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     done = run("generate", tmp_path / "model", *arguments)
     assert done.exit_code == 0, done.output
+    for template, reason in (("{{ raise_exception('no users') }}", "no users"), ("{{ damaged(", "unexpected")):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "model")
+        refused(run("generate", tmp_path / "model", *arguments), rf"refuses a turn \({reason}.*leave out --chat")
+
+
+def test_generate_with_another_model_s_tokenizer(tmp_path: Path) -> None:
+    tiny_llama(vocab=100).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    done = run("generate", tmp_path / "model", "--prompt", "zebra", "--device", "cpu")
+    refused(done, "a prompt with token ids outside the model's 100; use the model's own tokenizer")
+
+
+@pytest.mark.parametrize("option", [["--seed", str(2**64)], ["--seed", "-1"]])
+def test_a_seed_that_nothing_takes(place: Path, tmp_path: Path, option: list[str]) -> None:
+    for command in (
+        ["generate", place / "out", "--prompt", "a"],
+        ["quantize", place / "model", "--output", tmp_path / "out"],
+        ["compare", place / "model", "--output", tmp_path / "out", "--methods", "rtn"],
+        ["evaluate", place / "out", "--divergence-from", place / "model"],
+    ):
+        done = run(*command, *option)
+        assert done.exit_code == 2
+        assert re.search(r"'--seed': Input should be (less|greater) than or equal to", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_of_a_damaged_report(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "out", tmp_path / "out")
+    file = tmp_path / "out" / "flatquant_report.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sizes": 3}))
+    refused(run("inspect", tmp_path / "out"), "flatquant_report.json in .* is damaged")
 
 
 def test_inspect(place: Path) -> None:
@@ -705,9 +737,10 @@ def test_quantised_twice(place: Path, tmp_path: Path) -> None:
 def test_result_file_cannot_be_written(place: Path, tmp_path: Path) -> None:
     done = run(
         *("evaluate", place / "model", "--perplexity", place / "text.txt", "--seqlen", "16", "--windows", "1"),
-        *("--json", tmp_path / "none" / "file.json", "--quiet", "--device", "cpu"),
+        *("--json", tmp_path / "none" / "file.json", "--device", "cpu"),
     )
-    refused(done, "cannot write .*file.json: No such file")
+    refused(done, "cannot write .*file.json: no such folder")
+    assert "[" not in done.stderr  # nothing was evaluated
 
 
 def test_a_defect_keeps_its_traceback(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

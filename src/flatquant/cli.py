@@ -897,6 +897,8 @@ def evaluate(
     with _errors():
         if not perplexity and not tasks and divergence_from is None:
             raise FlatQuantError("nothing to evaluate; give --perplexity TEXT, --tasks all or --divergence-from MODEL")
+        if json_file not in (None, "-") and not Path(json_file).parent.is_dir():
+            raise FlatQuantError(f"cannot write {json_file}: no such folder")
         if save and not _is_quantised(model):
             raise FlatQuantError(f"--save keeps results in a quantised folder, and {model} is none")
         where, kind = _device(device), _dtype(dtype)
