@@ -84,6 +84,15 @@ def test_a_destroyed_model_is_written_and_fails_unless_it_is_accepted(place: Pat
     assert json.loads(better.stdout)["verdict"]["kl"] < first["kl"]
 
 
+def test_a_fit_that_ends_beyond_all_numbers_is_an_error(place: Path, tmp_path: Path) -> None:
+    done = run(
+        *("quantize", place / "model", "--output", tmp_path / "out", "--calibration", place / "text.txt"),
+        *(*QUICK, "--lr", "1e6"),
+    )
+    refused(done, "block 0: .* is not finite once the transforms are folded into it; try a lower --lr")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_fit_that_was_undone_is_a_warning_and_a_row(place: Path, tmp_path: Path) -> None:
     done = run("quantize", place / "model", "--output", tmp_path / "a", "--calibration", place / "text.txt", "--lr",
                "3", "--samples", "2", "--seqlen", "256", "--epochs", "1", "--batch-size", "2", "--device", "cpu",

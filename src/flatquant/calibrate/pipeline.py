@@ -567,6 +567,12 @@ class _Run:
         with self._stage("fold", index):
             fold_block(fit, dense=self.model_dtype)
             self.blocks[index].to(self.model_dtype)
+            for name, parameter in self.blocks[index].named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    raise CalibrationError(
+                        f"{name} is not finite once the transforms are folded into it; try a lower --lr, other "
+                        "calibration text, or the model in bfloat16 or float32"
+                    )
 
     def _solve(
         self,
