@@ -175,7 +175,9 @@ def test_recipes_from_before_blocks_had_bits_for_their_keys_are_still_read() -> 
 @given(
     st.sampled_from([None, "4", "8", "16", *formats.names()]),
     st.sampled_from([None, "4", "16", *formats.names()]),
-    st.sampled_from(["", "kv4", "k8v2"]),
+    st.sampled_from(
+        ["", "kv4", "k8v2", *(f"{letters}{name}" for letters in ("kv", "k", "k8v") for name in formats.names())]
+    ),
     st.sampled_from([None, *formats.names(), "w4a16", *(f"a{name}" for name in formats.names())]),
 )
 def test_a_format_stands_where_bits_do(w: str | None, a: str | None, cache: str, override: str | None) -> None:
@@ -204,6 +206,20 @@ def test_bits_in_the_place_of_a_format_are_those_of_the_scheme() -> None:
     assert back.at(1, "mlp_mid") == (Scheme.parse("nvfp4").weights, Scheme.parse("nvfp4").activations)
     assert back.at(0, "mlp_mid") == (Scheme.parse("nvfp4").weights, Scheme.parse("a4").activations)
     assert QuantSpec.of("mxfp4", symmetric=True).with_bits(8) == QuantSpec(bits=8)
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_a_format_of_keys_and_values(name: str) -> None:
+    both, apart = Scheme.parse(f"{name}kv{name}"), Scheme.parse(f"w4k{name}v8,1.k4,2.v{name},3.kv{name}")
+    want = QuantSpec(bits=4, kind=name, clip="search")
+    assert both.keys == both.values == want
+    assert apart.cache_at(0) == (want, Scheme.parse("kv8").values)
+    assert apart.cache_at(1) == (Scheme.parse("kv4").keys, Scheme.parse("kv8").values)
+    assert apart.cache_at(2) == apart.cache_at(3) == (want, want)
+    assert apart.named("keys") == apart.named("values") == {name}
+    for scheme in (both, apart):
+        assert Scheme.parse(str(scheme)) == scheme
+        assert from_dict(Scheme, json.loads(json.dumps(to_dict(scheme)))) == scheme
 
 
 def test_a_format_searches_its_scales_in_the_place_of_a_clip() -> None:

@@ -190,7 +190,7 @@ def _fill(fit: FitBlock, reader: _Reader) -> float:
         if kv.factor is not None:
             _set(kv.factor, reader, "self_attn.kcache_trans.matrix")
         for grid, name in ((kv.keys, "k"), (kv.values, "v")):
-            if grid is not None:
+            if isinstance(grid, Dynamic):
                 _clip(grid, reader, [f"self_attn.{name}_cache_quantizer"])
     return widest
 

@@ -242,10 +242,10 @@ def _check_bits(*given: int | str | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheBits:
-    """Bits of one block's keys and values where they differ from the scheme's; `None` and 16 as in `SiteBits`."""
+    """Bits or formats of one block's keys and values where they differ from the scheme's; see `SiteBits`."""
 
-    keys: int | None = None
-    values: int | None = None
+    keys: int | str | None = None
+    values: int | str | None = None
 
     def __post_init__(self) -> None:
         _check_bits(self.keys, self.values)
@@ -256,8 +256,10 @@ class CacheBits:
         return (f"k{self.keys}" if self.keys else "") + (f"v{self.values}" if self.values else "")
 
 
-_CACHE = r"(?:kv(?P<kv>\d+)|(?:k(?P<k>\d+))?(?:v(?P<v>\d+))?)"
-_CACHE_OVERRIDE = re.compile(rf"(?P<block>\d+)\.{_CACHE}")
+def _cache() -> str:
+    """What a scheme says of keys and values, as a pattern: bits or a format, for both or for each."""
+    name = "|".join(formats.names())
+    return rf"(?:kv(?P<kv>\d+|{name})|(?:k(?P<k>\d+|{name}))?(?:v(?P<v>\d+|{name}))?)"
 
 
 def _linear(group: str = "") -> str:
@@ -268,7 +270,7 @@ def _linear(group: str = "") -> str:
 
 def _head() -> re.Pattern[str]:
     """A scheme up to its first comma."""
-    return re.compile(_linear(r"(?:g(?P<g>\d+))?") + _CACHE)
+    return re.compile(_linear(r"(?:g(?P<g>\d+))?") + _cache())
 
 
 def _override() -> re.Pattern[str]:
@@ -276,9 +278,9 @@ def _override() -> re.Pattern[str]:
     return re.compile(rf"(?:(?P<block>\d+)\.)?(?P<site>{'|'.join(SITES)})={_linear()}")
 
 
-def _storage(m: re.Match[str], letter: str) -> int | str | None:
-    """What a part of a scheme's text says of weights or activations: bits, or the name of a format."""
-    found = m["both"] or m[letter]
+def _storage(m: re.Match[str], both: str, letter: str) -> int | str | None:
+    """What a part of a scheme's text says of one of two tensors: bits, or the name of a format."""
+    found = m[both] or m[letter]
     return int(found) if found and found.isdecimal() else found or None
 
 
@@ -313,12 +315,11 @@ class Scheme:
         for name in ("activations", "keys", "values"):
             spec = getattr(self, name)
             _check(spec is None or spec.group_size is None, f"{name}: group_size is for weights only")
-            integers = spec is not None and spec.format is None and name != "weights"
-            _check(not integers or spec.clip != "search", f"{name}: a searched clip of integers is for weights only")
+            integers = spec is None or spec.clip != "search" or spec.format is not None
+            _check(integers, f"{name}: a searched clip of integers is for weights only")
             _check(spec is None or not spec.signed_scale, f"{name}: a signed scale is for weights only")
-            uniform = spec is None or spec.kind == "uniform" or name == "activations"
-            kind = "levels are" if spec is None or spec.format is None else f"{spec.kind} is"
-            _check(uniform, f"{name}: {kind} for weights and activations only")
+            leveled = spec is not None and spec.kind == "levels" and name != "activations"
+            _check(not leveled, f"{name}: levels are for weights and activations only")
             static = spec is not None and spec.scope == "tensor"
             _check(not static or name == "activations", f"{name}: one scale per token and head, not for a tensor")
         _check(self.weights is None or self.weights.width == 1, "weights: only channels of activations are split")
@@ -341,9 +342,9 @@ class Scheme:
         """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8,0.k8,1.kv16`.
 
         Left-out parts and 16 stay in 16 bit. Weights and activations are symmetric, keys and values asymmetric.
-        A format's name may stand for the bits of weights or activations, and alone for both: with a format F, `F`,
-        `Fkv4`, `wFa16`, `w4aF`, `w4a4kv4,mlp_mid=F`. Its scales are its own: it has no group size, and searches them in
-        the place of a clip.
+        A format's name may stand for bits, and alone for those of weights and activations: with a format F, `F`,
+        `Fkv4`, `wFa16`, `w4aF`, `FkvF`, `w4a4kv4,mlp_mid=F,0.kF`. Its scales are its own: it has no group size, and
+        searches them in the place of a clip.
 
         Raises:
             SpecError: text that is not of this form, a tensor named twice, or bits that no grid has.
@@ -366,10 +367,10 @@ class Scheme:
 
         overrides, cache_overrides = _read_overrides(text, rest)
         return cls(
-            weights=grid(_storage(m, "w"), symmetric=True, group=m["g"]),
-            activations=grid(_storage(m, "a"), symmetric=True),
-            keys=grid(_bits(m["kv"] or m["k"]), symmetric=False),
-            values=grid(_bits(m["kv"] or m["v"]), symmetric=False),
+            weights=grid(_storage(m, "both", "w"), symmetric=True, group=m["g"]),
+            activations=grid(_storage(m, "both", "a"), symmetric=True),
+            keys=grid(_storage(m, "kv", "k"), symmetric=False),
+            values=grid(_storage(m, "kv", "v"), symmetric=False),
             overrides=overrides,
             cache_overrides=cache_overrides,
             clip=clip,
@@ -411,9 +412,10 @@ class Scheme:
         text += "".join(f",{key}={bits}" for key, bits in self.overrides.items())
         return text + "".join(f",{block}.{bits}" for block, bits in self.cache_overrides.items())
 
-    def named(self, tensors: Literal["weights", "activations"]) -> set[str]:
+    def named(self, tensors: Literal["weights", "activations", "keys", "values"]) -> set[str]:
         """The names of all formats that these tensors have somewhere."""
-        spec, others = getattr(self, tensors), (getattr(o, tensors) for o in self.overrides.values())
+        overrides = self.overrides if tensors in ("weights", "activations") else self.cache_overrides
+        spec, others = getattr(self, tensors), (getattr(o, tensors) for o in overrides.values())
         return {o for o in others if isinstance(o, str)} | ({spec.kind} if spec is not None and spec.format else set())
 
     def at(self, block: int, site: str) -> tuple[QuantSpec | None, QuantSpec | None]:
@@ -466,10 +468,6 @@ def _with_clip(spec: QuantSpec, clip: Clip, starts: Sequence[float]) -> QuantSpe
     return dataclasses.replace(spec, clip=clip, clip_start=starts[spec.bits - 2] if clip == "learned" else 4.0)
 
 
-def _bits(text: str | None) -> int | None:
-    return int(text) if text else None
-
-
 def _is_number(text: str) -> bool:
     """Whether this is how an integer of at least 0 is written."""
     return text.isdecimal() and text == str(int(text))
@@ -482,21 +480,22 @@ def _read_overrides(text: str, parts: Sequence[str]) -> tuple[dict[str, SiteBits
         SpecError: a part of no such form or without bits, or a tensor named twice.
     """
     sites: dict[str, SiteBits] = {}
-    caches: dict[str, dict[str, int]] = {}
+    caches: dict[str, dict[str, int | str]] = {}
+    cached = re.compile(rf"(?P<block>\d+)\.{_cache()}")
     for part in parts:
-        site, cache = _override().fullmatch(part), _CACHE_OVERRIDE.fullmatch(part)
+        site, cache = _override().fullmatch(part), cached.fullmatch(part)
         if site is not None:
             key = f"{int(site['block'])}.{site['site']}" if site["block"] else site["site"]
-            weights, activations = (_storage(site, letter) for letter in "wa")
+            weights, activations = (_storage(site, "both", letter) for letter in "wa")
             _check(bool(weights or activations), f"scheme {text!r}: {part!r} gives no bits; use {part}w<bits>a<bits>")
             _check(key not in sites, f"scheme {text!r}: {key} is given twice")
             sites[key] = SiteBits(weights=weights, activations=activations)
         elif cache is not None and (cache["kv"] or cache["k"] or cache["v"]):
             given = caches.setdefault(str(int(cache["block"])), {})
             for name, letter in (("keys", "k"), ("values", "v")):
-                if bits := cache["kv"] or cache[letter]:
+                if bits := _storage(cache, "kv", letter):
                     _check(name not in given, f"scheme {text!r}: {name} of block {int(cache['block'])} are given twice")
-                    given[name] = int(bits)
+                    given[name] = bits
         else:
             _check(
                 False,
@@ -983,7 +982,8 @@ class Recipe:
         starts = any(t.init in DATA_STARTS for parts in self.transforms.values() for t in parts)
         inputs = self.scheme.activations
         static = inputs is not None and (inputs.scope == "tensor" or inputs.kind == "levels")
-        static |= any(formats.facts(name).tensor_scale for name in self.scheme.named("activations"))
+        found = {name for tensors in ("activations", "keys", "values") for name in self.scheme.named(tensors)}
+        static |= any(formats.facts(name).tensor_scale for name in found)
         offset = self.scheme.key_offset == "mean"
         return self.fits or starts or static or offset or (self.solver.needs_data and self.scheme.weights is not None)
 

@@ -336,7 +336,7 @@ def test_names_that_read_as_something_else_are_refused(name: str) -> None:
         Facts(name=name, bits=4, block=16, code="x:Y")
 
 
-@pytest.mark.parametrize("name", ["wnvfp4", "anvfp4"])
+@pytest.mark.parametrize("name", ["wnvfp4", "anvfp4", "knvfp4", "vnvfp4", "kvnvfp4"])
 def test_a_name_that_a_scheme_reads_as_a_known_format_is_refused(name: str) -> None:
     with pytest.raises(SpecError, match="could mean 'nvfp4'"):
         formats.register(Facts(name=name, bits=4, block=16, code="x:Y"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from flatquant.api import stored_bytes
 from flatquant.calibrate.capture import BlockCall
@@ -22,6 +22,8 @@ from flatquant.runtime import fused
 from flatquant.runtime.artifact import inspect, load, save
 from flatquant.runtime.codes import FrozenCodes, PackedCodes
 from flatquant.runtime.folder import Folder
+from flatquant.runtime.kvcache import QuantizedCache, token_bytes
+from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, SolverSpec, to_dict
 from flatquant.wiring.apply import fold_block, observing
 from flatquant.wiring.arch import submodule
@@ -43,6 +45,7 @@ from tests.test_laws import ALL_READERS, READERS
 from tests.tiny_models import tiny_family, tiny_llama
 
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
+HEADS = {"hidden": 128, "head_dim": 32, "intermediate": 96}  # a block of each format divides a head
 TINY = {"hidden": 64, "intermediate": 96, "bias": True, "mlp_bias": True}
 
 
@@ -111,7 +114,17 @@ def cases() -> Iterator:
             ("svdquant", svdquant(scheme)),
         ):
             yield pytest.param(recipe, id=f"{scheme}, {name}")
-    for scheme in ("wnvfp4", "anvfp4", "w4anvfp4kv4", "mxfp4,mlp_mid=nvfp4,0.attn_in=w8a8,1.attn_out=w16"):
+    for scheme in ("nvfp4kvnvfp4", "mxfp4kvmxfp4"):
+        yield pytest.param(flatquant(scheme), id=f"{scheme}, reference")
+        yield pytest.param(rtn(scheme), id=f"{scheme}, rtn")
+    for scheme in (
+        "w4a4kvmxfp4",
+        "knvfp4v4,1.kv8",
+        "wnvfp4",
+        "anvfp4",
+        "w4anvfp4kv4",
+        "mxfp4,mlp_mid=nvfp4,0.attn_in=w8a8,1.attn_out=w16",
+    ):
         yield pytest.param(flatquant(scheme, "quick"), id=scheme)
 
 
@@ -127,7 +140,7 @@ def round_trip(model: PreTrainedModel, recipe: Recipe, path: Path) -> tuple[PreT
 
 @pytest.mark.parametrize("recipe", list(cases()))
 def test_a_loaded_model_has_the_same_codes(tmp_path: Path, recipe: Recipe) -> None:
-    model, loaded = round_trip(tiny_llama(hidden=64, intermediate=96), short(recipe), tmp_path / "a")
+    model, loaded = round_trip(tiny_llama(**HEADS), short(recipe), tmp_path / "a")
     scheme, quantised = str(recipe.scheme), 0
     for pair in in_pairs(model, loaded, ALL_READERS):
         linear, again = (getattr(m, "inner", m) for m in pair)
@@ -220,6 +233,47 @@ def test_a_fit_helps(scheme: str) -> None:
     assert relative(hidden(ours, tokens), want) < relative(hidden(plain, tokens), want)
 
 
+# --------------------------------------------------------------------------------------------- keys and values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["kvnvfp4", "kvmxfp4", "mxfp4knvfp4v4", "kmxfp4"])
+def test_a_packed_cache_gives_the_same_tokens(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
+    _, loaded = round_trip(tiny_llama(**HEADS), short(flatquant(scheme)), tmp_path / "a")
+    model = loaded.to(dtype)
+    tokens = tokens_for(model, 2, 9)
+    cache, plain = QuantizedCache(model), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for step in tokens.split([6, 1, 2], 1):
+            ours = model(step, **{CACHE: cache}).logits
+            assert torch.equal(ours, model(step, **{CACHE: plain}).logits)
+
+
+@pytest.mark.parametrize("name, bits", [("nvfp4", 4.5), ("mxfp4", 4.25)])
+def test_bytes_of_a_key_are_those_of_its_codes_and_scales(name: str, bits: float) -> None:
+    assert 8 * token_bytes(64, Scheme.parse(f"kv{name}").keys) == 64 * bits
+
+
+def test_static_scales_of_keys_and_values_cover_what_calibration_saw() -> None:
+    model, recipe = tiny_llama(**HEADS), dataclasses.replace(short(rtn("kvnvfp4")))
+    recipe = dataclasses.replace(recipe, scheme=dataclasses.replace(recipe.scheme, key_offset="none"))
+    quantised, _, _ = calibrated(model, recipe)
+    tokens = tokens_for(model, recipe.data.samples, recipe.data.seqlen, seed=1)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(tokens, **{CACHE: cache})
+    grids = submodule(quantised.model.layers[0], "self_attn.flatquant_kv")
+    first = cache.layers[0]
+    for grid, seen in ((grids.keys, first.keys), (grids.values, first.values)):
+        assert isinstance(grid, FrozenBlocks)
+        torch.testing.assert_close(448 * 6 / grid.tensor_scale, seen.abs().amax().reshape(1))
+
+
+def test_blocks_divide_heads() -> None:
+    with pytest.raises(SpecError, match="mxfp4: blocks of 32 do not divide heads of 16"):
+        calibrated(tiny_llama(hidden=64, intermediate=96), rtn("kvmxfp4"))
+
+
 def test_casts_of_a_loaded_model_leave_codes_and_scales(tmp_path: Path) -> None:
     _, loaded = round_trip(tiny_llama(hidden=64, intermediate=96), short(rtn("nvfp4")), tmp_path / "a")
     before = {n: t for n, t in copy.deepcopy(loaded).state_dict().items() if "scale" in n or "packed" in n}
@@ -235,7 +289,7 @@ def test_casts_of_a_loaded_model_leave_codes_and_scales(tmp_path: Path) -> None:
     "make, match",
     [
         (lambda: Scheme.parse("wnvfp4g16"), "scales of its own"),
-        (lambda: Scheme.parse("w4a4kvnvfp4"), "expected something like"),
+        (lambda: Scheme.parse("w4a4nvfp4"), "expected something like"),
         (lambda: direct("nvfp4"), "levels of its own"),
         (lambda: flattenquant("nvfp4"), "scale for a tensor|levels|clip|no zero point"),
         (lambda: vptq("wnvfp4"), "codebooks"),
@@ -259,6 +313,8 @@ def test_blocks_divide_the_inputs() -> None:
 
 def test_a_static_scale_needs_text() -> None:
     assert rtn("nvfp4").needs_data
+    assert rtn("kvnvfp4").needs_data
+    assert rtn("kv4,1.vnvfp4").needs_data
     assert rtn("w4,mlp_mid=anvfp4").needs_data
     assert not rtn("wnvfp4").needs_data
     assert not rtn("mxfp4").needs_data

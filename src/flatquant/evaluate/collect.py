@@ -252,16 +252,16 @@ def _condition(factor: Tensor) -> float:
 
 def _clips(index: int, plan: BlockPlan, block: nn.Module, model: Plan) -> Iterator[dict[str, Any]]:
     """The share of their range that learned clips keep: (low, high)."""
-    grids: dict[str, Dynamic | None] = {}
+    grids: dict[str, nn.Module | None] = {}
     for site in plan.sites:
         frozen = block.get_submodule(f"flatquant.{site}")
         assert isinstance(frozen, FrozenSite)
-        grids[site] = frozen.activations if isinstance(frozen.activations, Dynamic) else None
+        grids[site] = frozen.activations
     kv = seams.attached(block.get_submodule(model.attention))
     if isinstance(kv, FrozenKeyValue):
         grids |= {"keys": kv.keys, "values": kv.values}
     for where, grid in grids.items():
-        ratios = None if grid is None else grid.clip.ratios()
+        ratios = grid.clip.ratios() if isinstance(grid, Dynamic) else None
         if ratios is not None:
             yield {"block": index, "where": where, "keeps": _round(torch.stack([r.reshape(()) for r in ratios]))}
 

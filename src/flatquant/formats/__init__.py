@@ -55,10 +55,10 @@ def register(facts: Facts) -> None:
     """Make a format known by its name. Naming the same format again replaces it.
 
     Raises:
-        SpecError: a scheme could read the name as another format of weights or activations alone, or the other way.
+        SpecError: a scheme could read the name as another format of one kind of tensor, or the other way.
     """
     for known in _FACTS:
-        if facts.name in (f"w{known}", f"a{known}") or known in (f"w{facts.name}", f"a{facts.name}"):
+        if any(facts.name == letter + known or known == letter + facts.name for letter in ("w", "a", "k", "v", "kv")):
             raise SpecError(f"format name {facts.name!r}: a scheme could mean {known!r} by it; use another")
     _FACTS[facts.name] = facts
 

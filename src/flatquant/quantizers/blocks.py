@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flatquant.errors import CalibrationError
 from flatquant.formats import kinds
-from flatquant.formats.base import WHOLE, Codes, Columns
+from flatquant.formats.base import SCALE, WHOLE, BlockFormat, Codes, Columns
 from flatquant.modules import ExactBuffers
+from flatquant.ops.pack.reference import pack_bits
 from flatquant.spec import QuantSpec
 
 
@@ -82,8 +84,28 @@ class LiveBlocks(nn.Module):
         return FrozenBlocks(self.spec, self.format.tensor_scale(self.peak))
 
 
+class BlockRows(NamedTuple):
+    """Rows in a format, packed; `whole` is the scale of the tensor, if there is one."""
+
+    packed: Tensor  # uint8, (.., ceil(n * bits / 8))
+    scale: Tensor  # (.., n / block)
+    whole: Tensor | None
+    format: BlockFormat
+
+    @property
+    def shape(self) -> torch.Size:
+        """(.., n)."""
+        return torch.Size((*self.scale.shape[:-1], self.scale.shape[-1] * self.format.block))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The numbers, put together in float32 (float64 if asked for), then cast.  # (.., n)"""
+        codes = self.format.unpack(self.packed, self.shape[-1])
+        parts = {SCALE: self.scale} if self.whole is None else {SCALE: self.scale, WHOLE: self.whole}
+        return self.format.decode(codes, parts, dtype)
+
+
 class FrozenBlocks(ExactBuffers):
-    """Activations in a format: scales of blocks from each token, that of the tensor static."""
+    """Activations, keys or values in a format: scales of blocks from each token, that of the tensor static."""
 
     tensor_scale: Tensor | None  # float32, (1,)
 
@@ -103,3 +125,13 @@ class FrozenBlocks(ExactBuffers):
     def forward(self, x: Tensor) -> Tensor:
         """Round to the format's numbers, differentiable.  # x's shape and dtype"""
         return self.format.fake(x, whole=self.tensor_scale)
+
+    def quantize(self, x: Tensor) -> BlockRows:
+        """Codes and scales."""
+        parts = self.format.parts(x, whole=self.tensor_scale)
+        packed = pack_bits(self.format.encode(x, parts), self.format.bits)
+        return BlockRows(packed, parts[SCALE], parts.get(WHOLE), self.format)
+
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the codes of x stand for, in `dtype`; where x has a gradient, differentiable as `forward` is."""
+        return self(x).to(dtype) if x.requires_grad else self.quantize(x).dequantize(dtype)

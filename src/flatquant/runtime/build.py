@@ -63,8 +63,8 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
         key_value = FrozenKeyValue(
             key,
             query,
-            _dynamic(plan.keys),
-            _dynamic(plan.values),
+            _cache_grid(plan.keys, plan.head_dim),
+            _cache_grid(plan.values, plan.head_dim),
             _empty(offset.heads, plan.head_dim) if offset else None,
             offset.pairing if offset else "none",
         )
@@ -100,6 +100,18 @@ def _dynamic(spec: QuantSpec | None) -> Dynamic | None:
     return Dynamic(spec, FixedClip(_empty(2)) if spec.has_ratios else NoClip())
 
 
+def _cache_grid(spec: QuantSpec | None, head_dim: int) -> Dynamic | FrozenBlocks | None:
+    return _dynamic(spec) if spec is None or spec.format is None else _blocks(spec, head_dim)
+
+
+def _blocks(spec: QuantSpec, n: int) -> FrozenBlocks:
+    """The grid of rows of n numbers in a format."""
+    assert spec.format is not None
+    if n % spec.format.block:
+        raise ArtifactError(f"the plan does not fit the model: {spec.kind} has no blocks for {n} numbers")
+    return FrozenBlocks.empty(spec)
+
+
 def _site(plan: SitePlan) -> FrozenSite:
     n1, n2 = plan.shape
     spec = plan.activations
@@ -108,9 +120,7 @@ def _site(plan: SitePlan) -> FrozenSite:
     elif spec is not None and spec.kind == "levels":
         grid = ActivationLevels(spec, _empty(spec.bits - 1))
     elif spec is not None and spec.format is not None:
-        if (n1 * n2) % spec.format.block:
-            raise ArtifactError(f"the plan does not fit the model: {spec.kind} has no blocks for {n1 * n2} inputs")
-        grid = FrozenBlocks.empty(spec)
+        grid = _blocks(spec, n1 * n2)
     else:
         grid = _dynamic(spec)
     left, right = _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None

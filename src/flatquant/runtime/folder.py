@@ -330,6 +330,8 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
         for name, spec in (("keys", block.keys), ("values", block.values)):
             if spec and spec.has_ratios:
                 kinds[f"{attention}{name}.clip.ratio"] = "transforms"
+            if spec and spec.format and spec.format.tensor_scale:
+                kinds[f"{attention}{name}.tensor_scale"] = "transforms"
     return kinds
 
 

@@ -555,7 +555,8 @@ def _ratios(grid: Dynamic, device: torch.device) -> Tensor:
 def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device, dtype: torch.dtype) -> kv_cache.Heads:
     if not isinstance(kv, FrozenKeyValue) or kv.keys is None or kv.values is None:
         raise Unsupported(f"keys and values of block {index} are not both quantised")
-    if any(grid.spec.bits != 4 or grid.spec.symmetric for grid in (kv.keys, kv.values)):
+    grids = [grid for grid in (kv.keys, kv.values) if isinstance(grid, Dynamic)]
+    if len(grids) < 2 or any(grid.spec.bits != 4 or grid.spec.symmetric for grid in grids):
         raise Unsupported(f"keys and values of block {index} are not on asymmetric 4-bit grids")
     if kv.key_offset is not None and kv.pairing != "halves":
         raise Unsupported(f"channels of keys are turned together as {kv.pairing}")
@@ -573,7 +574,7 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
         config.num_key_value_heads,
         head_dim,
         matrices,
-        torch.stack((_ratios(kv.keys, device), _ratios(kv.values, device))),
+        torch.stack([_ratios(grid, device) for grid in grids]),
         kv.key_offset,
         back,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flatquant.modules import ExactBuffers
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import Dynamic
+from flatquant.quantizers import BlockRows, Dynamic, FrozenBlocks
 from flatquant.rotary import Angles, constant_at
 from flatquant.seams import KeyValue, position_angles
 from flatquant.spec import Pairing
@@ -26,13 +26,13 @@ class Offset(NamedTuple):
 
 
 class IntegerStore(ABC):
-    """A cache that keeps integers instead of the numbers they stand for."""
+    """A cache that keeps integers, or codes of a format, instead of the numbers they stand for."""
 
     @abstractmethod
     def append(
         self,
-        k: Tensor | QTensor,
-        v: Tensor | QTensor,
+        k: Tensor | QTensor | BlockRows,
+        v: Tensor | QTensor | BlockRows,
         layer: int,
         dtype: torch.dtype,
         offset: Offset | None = None,
@@ -61,8 +61,8 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
         self,
         key_matrix: Tensor | None,
         query_matrix: Tensor | None,
-        keys: Dynamic | None,
-        values: Dynamic | None,
+        keys: Dynamic | FrozenBlocks | None,
+        values: Dynamic | FrozenBlocks | None,
         key_offset: Tensor | None = None,
         pairing: Pairing = "halves",
     ) -> None:

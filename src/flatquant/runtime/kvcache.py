@@ -1,10 +1,10 @@
-"""A cache that holds keys and values as packed integers.
+"""A cache that holds keys and values as packed integers, or as codes of a format.
 
 `QuantizedCache(model)` goes where transformers takes `past_key_values`. What it returns to attention are exactly the
 values that a plain cache would hold (those were rounded to the same grid on their way in), so that both generate the
 same tokens; it only costs less memory: for a head of d channels at b bits, d b / 8 bytes, a float32 scale and a
-one-byte zero point per token, instead of 2 d. Where keys are stored less an offset, which depends on their positions,
-the positions' cosines and sines are kept too, once for all layers that share them.
+one-byte zero point per token, or the scales of a format's blocks, instead of 2 d. Where keys are stored less an offset,
+which depends on their positions, the positions' cosines and sines are kept too, once for all layers that share them.
 
 Given up here: speed. All of a layer's history is unpacked for every new token; a kernel that reads integers directly
 will not need that. Sliding-window layers keep their whole history (the mask cuts it).
@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from flatquant.errors import ModelError
+from flatquant.formats import kinds
 from flatquant.ops.pack.reference import packed_width
 from flatquant.qtensor import QTensor
+from flatquant.quantizers import BlockRows
 from flatquant.rotary import Angles
 from flatquant.runtime.keyvalue import FrozenKeyValue, IntegerStore, Offset
 from flatquant.seams import broken
@@ -33,29 +35,38 @@ def token_bytes(head_dim: int, spec: QuantSpec | None) -> int:
     """Bytes that a key or value of one head and token takes; 16 bit without a grid."""
     if spec is None:
         return 2 * head_dim
+    if spec.format is not None:
+        parts = kinds.blocks(spec).layout(1, head_dim)
+        return sum(part.dtype.itemsize * part.shape[1] for part in parts.values() if len(part.shape) == 2)
     return packed_width(head_dim, spec.bits) + 4 + (0 if spec.symmetric else 1)
 
 
 class _History:
-    """Keys, or values, of one layer: one tensor as it came, or a `QTensor`'s packed parts.  # (B, heads, T, ..)"""
+    """Keys, or values, of one layer: one tensor as it came, or packed parts.  # (B, heads, T, ..)"""
 
-    def __init__(self, first: Tensor | QTensor) -> None:
+    def __init__(self, first: Tensor | QTensor | BlockRows) -> None:
         self.spec = first.spec if isinstance(first, QTensor) else None
+        self.blocks = (first.whole, first.format) if isinstance(first, BlockRows) else None
         self.head_dim = first.shape[-1]
         self.parts = self._split(first)
 
-    def _split(self, new: Tensor | QTensor) -> list[Tensor]:
+    def _split(self, new: Tensor | QTensor | BlockRows) -> list[Tensor]:
         """Each part keeps the dimensions (B, heads, T); zero points are integers of at most 8 bits, hence bytes."""
         if isinstance(new, Tensor):
             return [new]
+        if isinstance(new, BlockRows):
+            return [new.packed, new.scale]
         return [new.packed(), new.scale] + ([] if new.zero is None else [new.zero.to(torch.uint8)])
 
-    def append(self, new: Tensor | QTensor) -> None:
+    def append(self, new: Tensor | QTensor | BlockRows) -> None:
         assert (new.spec if isinstance(new, QTensor) else None) == self.spec, "one layer, two grids"
         self.parts = [torch.cat(pair, dim=-2) for pair in zip(self.parts, self._split(new), strict=True)]
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """All of it.  # (B, heads, T, head_dim)"""
+        if self.blocks is not None:
+            packed, scale = self.parts
+            return BlockRows(packed, scale, *self.blocks).dequantize(dtype)
         if self.spec is None:
             return self.parts[0]
         packed, scale, *zero = self.parts
@@ -109,7 +120,11 @@ class IntegerLayer(DynamicLayer):
         self._all_turns, self._turns = turns, None
 
     def append(
-        self, k: Tensor | QTensor, v: Tensor | QTensor, dtype: torch.dtype, offset: Offset | None = None
+        self,
+        k: Tensor | QTensor | BlockRows,
+        v: Tensor | QTensor | BlockRows,
+        dtype: torch.dtype,
+        offset: Offset | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add tokens; all keys and values in `dtype`."""
         if self._histories is None:
@@ -204,8 +219,8 @@ class QuantizedCache(Cache, IntegerStore):
 
     def append(
         self,
-        k: Tensor | QTensor,
-        v: Tensor | QTensor,
+        k: Tensor | QTensor | BlockRows,
+        v: Tensor | QTensor | BlockRows,
         layer: int,
         dtype: torch.dtype,
         offset: Offset | None = None,

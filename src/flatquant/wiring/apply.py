@@ -94,8 +94,9 @@ class FitBlock:
         return trainable_parameters(*self.roots())
 
     def static_grids(self) -> list[LiveBlocks]:
-        """The activations' grids that will have a static scale, which is found when transforms are."""
-        grids = [site.activations for site in self.sites.values()]
+        """Grids of activations, keys and values that will have a static scale, which is found when transforms are."""
+        cached = [] if self.key_value is None else [self.key_value.keys, self.key_value.values]
+        grids = [*(site.activations for site in self.sites.values()), *cached]
         return [grid for grid in grids if isinstance(grid, LiveBlocks) and grid.format.facts.tensor_scale]
 
     def release_weights(self) -> None:
@@ -284,6 +285,13 @@ def _activations(
     return SplitGrid.covering(spec, absmax)
 
 
+def _cache_grid(spec: QuantSpec | None) -> Dynamic | LiveBlocks | None:
+    """The grid of keys or values."""
+    if spec is None:
+        return None
+    return Dynamic(spec) if spec.format is None else LiveBlocks(spec)
+
+
 def _gain(block: nn.Module, norm: str) -> Tensor:
     gain = submodule(block, norm).weight
     assert isinstance(gain, Tensor)
@@ -414,8 +422,8 @@ def _attach_key_value(
     factor = make_factor(recipe.transforms["qk"][0], plan.head_dim, generator) if plan.qk else None
     key_value = FitKeyValue(
         factor,
-        Dynamic(plan.keys) if plan.keys else None,
-        Dynamic(plan.values) if plan.values else None,
+        _cache_grid(plan.keys),
+        _cache_grid(plan.values),
         offset,
         plan.key_offset.pairing if plan.key_offset else "none",
         scale if offset is not None else None,

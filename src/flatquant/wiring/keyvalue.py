@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flatquant.quantizers import Dynamic
+from flatquant.quantizers import Dynamic, LiveBlocks
 from flatquant.rotary import Angles, constant_at
 from flatquant.seams import KeyValue, position_angles
 from flatquant.spec import Pairing
@@ -26,8 +26,8 @@ class FitKeyValue(KeyValue):
     def __init__(
         self,
         factor: Factor | None,
-        keys: Dynamic | None,
-        values: Dynamic | None,
+        keys: Dynamic | LiveBlocks | None,
+        values: Dynamic | LiveBlocks | None,
         offset: Tensor | None = None,
         pairing: Pairing = "halves",
         scale: HeadDiagonal | None = None,

@@ -59,6 +59,9 @@ def rotates_residual(recipe: Recipe, plan: Plan, force: bool = False) -> bool:
 
 def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, force: bool) -> BlockPlan:
     keys, values = recipe.scheme.cache_at(index)
+    for spec in (keys, values):
+        if spec is not None and spec.format is not None and geometry.head_dim % spec.format.block:
+            raise SpecError(f"{spec.kind}: blocks of {spec.format.block} do not divide heads of {geometry.head_dim}")
     sites = {e.site: _site(e, index, block, recipe, geometry, force) for e in arch.edges}
     _check_all_read(index, block, arch)
     online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
