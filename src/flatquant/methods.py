@@ -83,9 +83,7 @@ def _grids(found: Recipe) -> str:
 
 
 def _grid(spec: QuantSpec) -> str:
-    if spec.kind == "levels":
-        return "on learned levels"
-    if spec.format is not None:
+    if spec.kind != "uniform":
         return f"in {spec.kind}"
     kind = ("symmetric" if spec.symmetric else "asymmetric") + (" per tensor" if spec.scope == "tensor" else "")
     return kind if spec.clip == "none" else f"{kind}, {spec.clip} clip"

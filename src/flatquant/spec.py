@@ -196,6 +196,16 @@ class QuantSpec:
         return type(self)(bits=bits) if self.format else dataclasses.replace(self, bits=bits)
 
     @property
+    def is_fitted(self) -> bool:
+        """Of weights: whether a fit chooses the codes themselves, so that no solver rounds them."""
+        return self.kind == "levels"
+
+    @property
+    def needs_rows(self) -> bool:
+        """Of activations: whether the grid is found from those of some tokens."""
+        return self.kind == "levels"
+
+    @property
     def has_ratios(self) -> bool:
         """Whether a grid of activations, keys or values stores the ratios that its ranges are cut to."""
         return self.clip in ("learned", "fixed")
@@ -519,7 +529,8 @@ class TransformSpec:
         parameters: `inverse` trains the matrix itself and inverts it, `svd` trains U diag(d) V^T with U and V in
             Cayley form, so that the inverse is free of a general solve; `rotation` trains an orthogonal matrix by
             Cayley SGD; `fixed` stays at its start, which is orthogonal; `masked` starts at the identity and opens band
-            by band, epoch by epoch, all off its diagonal held back by the factor `stability`.
+            by band, epoch by epoch, all off its diagonal held back by the factor `stability`; `product` trains the two
+            matrices of a Kronecker product inside a `matrix` or `blocks`: in blocks of 32, one of 4 and one of 8.
         init: `orthogonal` (Haar), `hadamard` (randomised; a Haar factor where none exists), `identity`. For a diagonal:
             `absmax` is the paper's wmax^(1-alpha) / xmax^alpha, `second_moment` is (E w^2 / E x^2)^(1/4), `identity`.
             For a shift: `center`, the middle between a channel's ends, or `identity`, none.
@@ -530,7 +541,7 @@ class TransformSpec:
     """
 
     kind: Literal["shift", "diagonal", "matrix", "kronecker", "blocks", "head", "heads"]
-    parameters: Literal["inverse", "svd", "rotation", "fixed", "masked"] = "inverse"
+    parameters: Literal["inverse", "svd", "rotation", "fixed", "masked", "product"] = "inverse"
     init: Literal["orthogonal", "hadamard", "identity", "absmax", "second_moment", "center"] = "identity"
     alpha: float = 0.3
     stability: float = 0.1
@@ -546,6 +557,8 @@ class TransformSpec:
         _check(shifted, f"a {self.kind} transform has no {self.init} start")
         trains = self.kind not in ("diagonal", "shift") or self.parameters == "inverse"
         _check(trains, f"a {self.kind} has no {self.parameters} parameters")
+        square = self.kind in ("matrix", "blocks")
+        _check(self.parameters != "product" or square, f"a {self.kind} has no product for parameters")
         masked = self.parameters == "masked"
         _check(self.kind != "heads" or masked, "heads takes masked parameters; use head for one matrix that all share")
         _check(not masked or self.init == "identity", f"masked parameters have no {self.init} start")
@@ -981,7 +994,7 @@ class Recipe:
         """Whether calibration text is read at all: plain rounding needs none."""
         starts = any(t.init in DATA_STARTS for parts in self.transforms.values() for t in parts)
         inputs = self.scheme.activations
-        static = inputs is not None and (inputs.scope == "tensor" or inputs.kind == "levels")
+        static = inputs is not None and (inputs.scope == "tensor" or inputs.needs_rows)
         found = {name for tensors in ("activations", "keys", "values") for name in self.scheme.named(tensors)}
         static |= any(formats.facts(name).tensor_scale for name in found)
         offset = self.scheme.key_offset == "mean"

@@ -685,10 +685,10 @@ class _Run:
 def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec, grid: QuantSpec | None = None) -> int:
     """What an end-to-end fit keeps on the device besides activations: weights; trained, with gradient and moments.
 
-    A weight on levels has a position that trains.
+    A weight whose code a fit chooses has a position that trains.
     """
     weights = sum(p.numel() for block in blocks for p in block.parameters())
-    codes = grid is not None and grid.kind == "levels"
+    codes = grid is not None and grid.is_fitted
     return weights * ((16 if spec.weight_lr else 4) + 16 * codes)
 
 

@@ -66,7 +66,7 @@ def solve_block(
         learns: leave `RoundingLinear`s instead of `FrozenLinear`s, for `learn_rounding`.
     """
     for site in plan.sites.values():
-        if site.weights is None or site.weights.kind == "levels":  # a fit has chosen these
+        if site.weights is None or site.weights.is_fitted:
             continue
         gram = None
         if hessians is None and solver.needs_hessian and inputs is not None:

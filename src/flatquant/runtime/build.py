@@ -15,7 +15,8 @@ from flatquant.formats import codebooks, kinds
 from flatquant.formats.base import Codes, Format, Layout
 from flatquant.modules import share_inputs
 from flatquant.qtensor import QTensor
-from flatquant.quantizers import ActivationLevels, Dynamic, FixedClip, FrozenBlocks, NoClip, SplitGrid
+from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
+from flatquant.quantizers.choose import empty
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
 from flatquant.runtime.codes import CodeLinear, FrozenCodes, PackedCodes
@@ -94,38 +95,26 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _dynamic(spec: QuantSpec | None) -> Dynamic | None:
-    if spec is None:
-        return None
-    return Dynamic(spec, FixedClip(_empty(2)) if spec.has_ratios else NoClip())
+def _grid(spec: QuantSpec | None, n: int) -> Dynamic | SplitGrid | ActivationLevels | FrozenBlocks | None:
+    """The grid of rows of n numbers."""
+    if spec is not None and spec.format is not None and n % spec.format.block:
+        raise ArtifactError(f"the plan does not fit the model: {spec.kind} has no blocks for {n} numbers")
+    return None if spec is None else empty(spec, n)
 
 
 def _cache_grid(spec: QuantSpec | None, head_dim: int) -> Dynamic | FrozenBlocks | None:
-    return _dynamic(spec) if spec is None or spec.format is None else _blocks(spec, head_dim)
-
-
-def _blocks(spec: QuantSpec, n: int) -> FrozenBlocks:
-    """The grid of rows of n numbers in a format."""
-    assert spec.format is not None
-    if n % spec.format.block:
-        raise ArtifactError(f"the plan does not fit the model: {spec.kind} has no blocks for {n} numbers")
-    return FrozenBlocks.empty(spec)
+    grid = _grid(spec, head_dim)
+    assert not isinstance(grid, SplitGrid | ActivationLevels)
+    return grid
 
 
 def _site(plan: SitePlan) -> FrozenSite:
     n1, n2 = plan.shape
-    spec = plan.activations
-    if spec is not None and spec.scope == "tensor":
-        grid = SplitGrid(spec, _empty(1), _empty(n1 * n2, dtype=torch.uint8))
-    elif spec is not None and spec.kind == "levels":
-        grid = ActivationLevels(spec, _empty(spec.bits - 1))
-    elif spec is not None and spec.format is not None:
-        grid = _blocks(spec, n1 * n2)
-    else:
-        grid = _dynamic(spec)
     left, right = _empty(n1, n1) if plan.left else None, _empty(n2, n2) if plan.right else None
     down = _empty(plan.rank, n1 * n2, dtype=torch.float16) if plan.rank else None
-    return FrozenSite(left, right, grid, down, _empty(n1 * n2) if plan.shift == "online" else None)
+    return FrozenSite(
+        left, right, _grid(plan.activations, n1 * n2), down, _empty(n1 * n2) if plan.shift == "online" else None
+    )
 
 
 def _linear(linear: nn.Linear, site: FrozenSite, plan: SitePlan, packed: bool) -> SiteLinear:

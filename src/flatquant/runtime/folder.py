@@ -38,7 +38,8 @@ from safetensors import SafetensorError, safe_open
 
 from flatquant.errors import ArtifactError, SpecError, one_line
 from flatquant.formats import kinds as storage
-from flatquant.spec import BlockPlan, Plan, SitePlan, from_dict, to_dict
+from flatquant.quantizers.choose import empty
+from flatquant.spec import BlockPlan, Plan, QuantSpec, SitePlan, from_dict, to_dict
 
 METHOD = "flatquant"
 FORMAT_VERSION = 1
@@ -299,6 +300,11 @@ def plan_from_json(data: Any) -> Plan:
     return Plan(blocks_path=plan.blocks_path, attention=plan.attention, blocks=tuple(read[i] for i in blocks))
 
 
+def _grid_tensors(spec: QuantSpec | None) -> list[str]:
+    """The tensors that a grid of activations, keys or values serves with."""
+    return [] if spec is None else list(dict(empty(spec, 1).named_buffers()))
+
+
 def stored_kinds(plan: Plan) -> dict[str, str]:
     """What a plan adds to a model, by tensor name: `packed`, `grids` (scales and zero points) or `transforms`."""
     kinds: dict[str, str] = {}
@@ -314,24 +320,14 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
             for side in ("left", "right"):
                 if getattr(site, side):
                     kinds[f"{root}flatquant.{name}.{side}"] = "transforms"
-            if site.activations and site.activations.scope == "tensor":
-                kinds |= {f"{root}flatquant.{name}.activations.{n}": "transforms" for n in ("step", "copies")}
-            if site.activations and site.activations.kind == "levels":
-                kinds[f"{root}flatquant.{name}.activations.basis"] = "transforms"
-            if site.activations and site.activations.format and site.activations.format.tensor_scale:
-                kinds[f"{root}flatquant.{name}.activations.tensor_scale"] = "transforms"
-            if site.activations and site.activations.has_ratios:
-                kinds[f"{root}flatquant.{name}.activations.clip.ratio"] = "transforms"
+            kinds |= {f"{root}flatquant.{name}.activations.{n}": "transforms" for n in _grid_tensors(site.activations)}
         attention = f"{root}{plan.attention}.flatquant_kv."
         if block.qk:
             kinds |= {attention + "key_matrix": "transforms", attention + "query_matrix": "transforms"}
         if block.key_offset:
             kinds[attention + "key_offset"] = "transforms"
         for name, spec in (("keys", block.keys), ("values", block.values)):
-            if spec and spec.has_ratios:
-                kinds[f"{attention}{name}.clip.ratio"] = "transforms"
-            if spec and spec.format and spec.format.tensor_scale:
-                kinds[f"{attention}{name}.tensor_scale"] = "transforms"
+            kinds |= {f"{attention}{name}.{n}": "transforms" for n in _grid_tensors(spec)}
     return kinds
 
 

@@ -26,6 +26,7 @@ from flatquant.quantizers import (
     SplitGrid,
     WeightLevels,
 )
+from flatquant.quantizers.choose import live
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.codes import FrozenCodes
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -232,7 +233,7 @@ def wrap_block(
             [outputs[path] for path in edge.readers],
             shifts.get(edge.site),
         ).to(device)
-        if site_plan.weights is not None and site_plan.weights.kind == "levels":
+        if site_plan.weights is not None and site_plan.weights.is_fitted:
             with torch.no_grad():
                 site.grid = WeightLevels(site_plan.weights, site.transformed_weight())
     for edge in arch.edges:
@@ -266,14 +267,8 @@ def _activations(
     spec: QuantSpec | None, transform: Transform, statistics: InputStatistics | None
 ) -> Dynamic | SplitGrid | ActivationLevels | LiveBlocks | None:
     """The grid of a site's transformed input."""
-    if spec is not None and spec.format is not None:
-        return LiveBlocks(spec)
-    if spec is not None and spec.kind == "levels":
-        assert statistics is not None, "levels of activations need some of them"
-        assert statistics.rows is not None
-        return ActivationLevels.found(spec, statistics.rows)
     if spec is None or spec.scope == "row":
-        return None if spec is None else Dynamic(spec)
+        return None if spec is None else live(spec, None if statistics is None else statistics.rows)
     assert statistics is not None, "a static scale needs input statistics"
     absmax = statistics.absmax.float()
     for part in _parts_of(transform):
@@ -287,9 +282,9 @@ def _activations(
 
 def _cache_grid(spec: QuantSpec | None) -> Dynamic | LiveBlocks | None:
     """The grid of keys or values."""
-    if spec is None:
-        return None
-    return Dynamic(spec) if spec.format is None else LiveBlocks(spec)
+    grid = None if spec is None else live(spec)
+    assert not isinstance(grid, ActivationLevels)
+    return grid
 
 
 def _gain(block: nn.Module, norm: str) -> Tensor:
