@@ -107,6 +107,7 @@ BASES: dict[str, dict[str, Transforms]] = {
     "full matrices": basis("inverse", "orthogonal", kind="matrix"),
     "blocks orthogonal": basis("inverse", "orthogonal", kind="blocks", size=4),
     "blocks hadamard": basis("rotation", "hadamard", kind="blocks", size=8),
+    "blocks product": basis("product", "hadamard", kind="blocks", size=8),
     "blocks fixed": basis("fixed", "hadamard", kind="blocks", size=8, scale=False),
     "diagonal only": DIAGONAL,
 }

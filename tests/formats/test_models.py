@@ -24,7 +24,7 @@ from flatquant.runtime.codes import FrozenCodes, PackedCodes
 from flatquant.runtime.folder import Folder
 from flatquant.runtime.kvcache import QuantizedCache, token_bytes
 from flatquant.seams import CACHE
-from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, SolverSpec, to_dict
+from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, SolverSpec, TransformSpec, to_dict
 from flatquant.wiring.apply import fold_block, observing
 from flatquant.wiring.arch import submodule
 from tests.laws import (
@@ -267,6 +267,13 @@ def test_static_scales_of_keys_and_values_cover_what_calibration_saw() -> None:
     for grid, seen in ((grids.keys, first.keys), (grids.values, first.values)):
         assert isinstance(grid, FrozenBlocks)
         torch.testing.assert_close(448 * 6 / grid.tensor_scale, seen.abs().amax().reshape(1))
+
+
+def test_matrices_in_blocks_divide_the_inputs() -> None:
+    blocks = TransformSpec(kind="blocks", parameters="fixed", init="hadamard", size=128)
+    recipe = dataclasses.replace(rtn("wmxfp4"), transforms={"mlp_mid": (blocks,)})
+    with pytest.raises(SpecError, match=r"blocks of 128 do not divide the 96 inputs of .*; the largest power .* is 32"):
+        calibrated(tiny_llama(hidden=64, intermediate=96), recipe)
 
 
 def test_blocks_divide_heads() -> None:

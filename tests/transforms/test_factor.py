@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flatquant.errors import SpecError
 from flatquant.modules import trainable_parameters
 from flatquant.spec import TransformSpec
 from flatquant.transforms import (
@@ -265,3 +266,18 @@ def test_make_factor_makes_what_the_spec_says(parameters, kind: type, init) -> N
     else:
         want = {"orthogonal": random_orthogonal, "hadamard": random_hadamard}[init](12, generator(4))
     torch.testing.assert_close(factor.matrix(), want, rtol=0, atol=2e-6)
+
+
+def test_a_product_is_that_of_two_small_matrices() -> None:
+    spec = TransformSpec(kind="blocks", size=32, parameters="product", init="hadamard")
+    factor = make_factor(spec, 32, torch.Generator().manual_seed(0)).double()
+    assert [tuple(p.shape) for p in factor.parameters()] == [(4, 4), (8, 8)]
+    with torch.no_grad():
+        torch.testing.assert_close(factor.matrix() @ factor.matrix().mT, torch.eye(32).double(), rtol=0, atol=1e-6)
+        for p in factor.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).double())
+    torch.testing.assert_close(factor.matrix().mT @ factor.inverse_t(), torch.eye(32).double())
+    with shared_inverses([factor]):
+        torch.testing.assert_close(factor.matrix().mT @ factor.inverse_t(), torch.eye(32).double())
+    with pytest.raises(SpecError, match="no product"):
+        TransformSpec(kind="kronecker", parameters="product")

@@ -1,13 +1,15 @@
 """Starting matrices for factors."""
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
 from flatquant.spec import TransformSpec
-from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor
+from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, ProductFactor, SVDFactor
 from flatquant.transforms.hadamard import hadamard, largest_hadamard_divisor
+from flatquant.transforms.kronecker import kronecker_split
 from flatquant.transforms.masked import MaskedFactor
 
 
@@ -40,6 +42,10 @@ def make_factor(spec: TransformSpec, n: int, generator: torch.Generator) -> Fact
     """An (n, n) factor as `spec` asks; random starts draw from `generator` (a CPU generator)."""
     if spec.parameters == "masked":
         return make_masked(spec, n)
+    if spec.parameters == "product":
+        each = dataclasses.replace(spec, parameters="inverse")
+        left, right = (make_factor(each, size, generator) for size in kronecker_split(n))
+        return ProductFactor(left, right)
     match spec.init:
         case "orthogonal":
             start = random_orthogonal(n, generator)

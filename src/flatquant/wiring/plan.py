@@ -185,7 +185,10 @@ def _shape(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> tuple[i
             return hadamard_split(n) if part.init == "hadamard" else kronecker_split(n)
         if part.kind == "blocks":
             if n % part.size:
-                raise SpecError(f"{edge.site}: blocks of {part.size} do not divide the {n} inputs of {edge.readers[0]}")
+                raise SpecError(
+                    f"{edge.site}: blocks of {part.size} do not divide the {n} inputs of {edge.readers[0]}; the "
+                    f"largest power of two that does is {n & -n}"
+                )
             return n // part.size, part.size
     return 1, n
 
