@@ -162,7 +162,7 @@ def test_a_loaded_model_has_the_same_codes(tmp_path: Path, recipe: Recipe) -> No
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "phi3", "olmo2", "cohere", "mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4kv4"])
+@pytest.mark.parametrize("scheme", ["nvfp4kvnvfp4", "mxfp4kv4"])
 def test_every_kind_of_family(tmp_path: Path, name: str, scheme: str) -> None:
     model = tiny_family(name, **SIZES, **({"moe_intermediate_size": 32} if name == "qwen3_moe" else {}))
     round_trip(model, short(flatquant(scheme)), tmp_path / "reference")
@@ -358,7 +358,7 @@ def test_a_fit_and_the_solver_share_the_grid() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", ["nvfp4kv4", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["nvfp4kvnvfp4", "mxfp4"])
 def test_transformers_loads_the_same_model(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
     round_trip(tiny_llama(hidden=64, intermediate=96), short(flatquant(scheme, "quick")), tmp_path / "a")
     ours, theirs = load(tmp_path / "a", dtype=dtype), AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype)
