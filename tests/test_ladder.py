@@ -175,7 +175,7 @@ def test_means_are_over_seeds() -> None:
         "rung": "rtn",
         "scheme": "w4a4kv4",
         "settings": {},
-        "original": {},
+        "original": {"perplexity": {"t": 2.5}},
         "calibration": None,
         "bits_per_weight": 4.0,
     }
@@ -183,4 +183,5 @@ def test_means_are_over_seeds() -> None:
     other = {**row, "seed": 1, "divergence": {"t": {"kl": 3.0}}, "peak_bytes": None, "verdict": {"word": "degraded"}}
     found = ladder.summary([{**row, "seed": 0, "peak_bytes": 7}, other])["rows"]["rtn/w4a4kv4"]
     assert (found["seeds"], found["kl"], found["verdicts"]) == ([0, 1], {"t": 2.0}, ["good", "degraded"])
+    assert (found["perplexity"], found["original"]) == ({"t": 3.0}, {"t": 2.5})
     assert found["peak_bytes"] == 7
