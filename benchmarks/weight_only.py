@@ -59,12 +59,13 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rtn": ("rtn", "reference", ()),
     "gptq": ("gptq", "reference", ()),
     "autoround": ("autoround", "reference", ()),
+    "autoround-best": ("autoround", "best", ()),
     "best": ("flatquant", "best", ()),
     "distilled": ("flatquant", "best", NO_TRANSFORMS),
     "distilled-16k": ("flatquant", "best", (*NO_TRANSFORMS, *FEW_TOKENS)),
 }
 ROWS |= {f"{name}-asymmetric": (method, preset, (*own, *ASYMMETRIC)) for name, (method, preset, own) in ROWS.items()}
-OWN_TEXT = ("best", "distilled", "best-asymmetric", "distilled-asymmetric")
+OWN_TEXT = ("best", "autoround-best", "distilled", "best-asymmetric", "distilled-asymmetric")
 
 
 def made(row: str, scheme: str) -> Recipe:

@@ -389,7 +389,6 @@ NONE = Scheme.parse("w4a4", clip="none")
         lambda: QuantSpec(bits=16),
         lambda: QuantSpec(bits=4, group_size=1),
         lambda: QuantSpec(bits=4, symmetric=False, signed_scale=True),
-        lambda: QuantSpec(bits=4, clip="learned", signed_scale=True),
         lambda: QuantSpec(bits=4, scope="tensor", signed_scale=True),
         lambda: Scheme(activations=QuantSpec(bits=4, signed_scale=True)),
         lambda: Scheme(activations=QuantSpec(bits=4, group_size=128)),
@@ -491,6 +490,23 @@ def test_few_bits_get_a_zero_point_and_a_range(make) -> None:
     assert rows == QuantSpec(bits=4, signed_scale=make is autoround)  # not searched
     given = Scheme.parse("w2g16a16", clip="none")
     assert make(given).scheme == given
+
+
+def test_the_best_rounding_is_fitted_end_to_end_and_leaves_ordinary_integers() -> None:
+    for bits in (2, 3, 4, 8):
+        made = autoround(f"w{bits}g16a16", "best")
+        few = bits < 4
+        weights = made.scheme.weights
+        assert weights is not None
+        assert (weights.bits, weights.group_size, weights.clip) == (bits, 16, "learned")
+        assert (weights.symmetric, weights.signed_scale) == (not few, not few)
+        assert made.end_to_end is not None
+        assert made.end_to_end.weight_lr > 0
+        assert not made.transforms
+        assert made.fit is None
+    given = Scheme.parse("w2g16a16", clip="none")
+    assert autoround(given, "best").scheme == given
+    assert autoround("a8", "best").scheme == Scheme.parse("a8")
 
 
 def test_gptq_rounds_with_what_measured_best_or_as_its_authors() -> None:

@@ -166,11 +166,8 @@ class QuantSpec:
             _check(self.bits == form.bits, f"{self.kind} has {form.bits} bits, not {self.bits}")
         _check(self.kind != "levels" or plain, "levels have no zero point, no clip, and scales by row or token")
         _check(self.kind == "levels" or self.weigh == "channels", "only levels weigh errors in two ways")
-        signed = self.symmetric and self.clip in ("none", "search") and (self.kind, self.scope) == ("uniform", "row")
-        _check(
-            not self.signed_scale or signed,
-            "a signed scale is of symmetric weights by row or group, with no learned clip",
-        )
+        signed = self.symmetric and (self.kind, self.scope) == ("uniform", "row")
+        _check(not self.signed_scale or signed, "a signed scale is of symmetric weights by row or group")
         whole = self.symmetric and self.group_size is None and self.clip == "none"
         _check(self.scope == "row" or whole, "one scale for a tensor is symmetric, without groups and without a clip")
         _check(self.width == 1 or self.scope == "tensor", "only a grid with one scale for a tensor splits channels")
@@ -710,12 +707,14 @@ class RoundingSpec:
         batch_size: windows in a step; all of them where there are fewer.
         reach: how far an offset, in steps of its grid, and a factor can get from their start in all steps.
         checks: how often the error on all windows is measured on the way; the best of these, and of the start, is kept.
+        relative: a token's error counts in proportion to the power of what the original block gives for it.
     """
 
     steps: int = 200
     batch_size: int = 8
     reach: float = 0.5
     checks: int = 4
+    relative: bool = False
 
     def __post_init__(self) -> None:
         _check(self.steps >= 0, f"rounding steps {self.steps}: at least 0")

@@ -367,3 +367,20 @@ def test_a_signed_scale_puts_the_largest_weight_on_the_far_end(bits: int, clip) 
         torch.testing.assert_close(grid(w), grid.clamp_and_round(w), rtol=0, atol=0)
         plain = WeightGrid(QuantSpec(bits=bits, group_size=8)).grid(w)[0]
         torch.testing.assert_close(scale[1:].abs(), plain[1:] * (1 - 0.5 ** (bits - 1)))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_signed_scale_covers_what_a_learned_clip_leaves(bits: int) -> None:
+    w = torch.randn(16, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spec = QuantSpec(bits=bits, group_size=8, clip="learned", signed_scale=True)
+    clipped = WeightGrid.for_weight(spec, (16, 24))
+    whole = WeightGrid(QuantSpec(bits=bits, group_size=8, signed_scale=True))
+    assert isinstance(clipped.clip, LearnedClip)
+    clipped.clip.high_logit.data.fill_(0.5)
+    inside = clipped.clamp(w)
+    assert bool((inside != w).any())
+    torch.testing.assert_close(clipped.clamp_and_round(w), whole(inside), rtol=0, atol=0)
+    torch.testing.assert_close(clipped.nearest(inside).dequantize(w.dtype), whole(inside), rtol=1e-6, atol=1e-6)
+    clipped.clamp_and_round(w).square().sum().backward()
+    assert clipped.clip.high_logit.grad is not None
+    assert bool((clipped.clip.high_logit.grad != 0).any())

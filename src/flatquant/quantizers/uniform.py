@@ -108,7 +108,7 @@ class WeightGrid(nn.Module):
     def clamp_and_round(self, w: Tensor) -> Tensor:
         """`clamp`, then `forward`, in one kernel where there is one.  # (o, n)"""
         if self.spec.scope == "tensor" or self.spec.signed_scale:
-            return self(w)
+            return self(self.clamp(w))
         return fake_quantize_clamped(self.grouped(w), *self._ratios(w), self.spec.low, self.spec.high).flatten(-2)
 
     def nearest(self, w: Tensor) -> QTensor:
