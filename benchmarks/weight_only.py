@@ -76,8 +76,10 @@ def made(row: str, scheme: str) -> Recipe:
     """
     name, *changes = row.split(":")
     method, preset, own = ROWS[name]
-    found = changed(recipe(method, scheme, preset), (*own, *changes))
-    return found if name in OWN_TEXT else dataclasses.replace(found, data=DATA)
+    found = recipe(method, scheme, preset)
+    if name not in OWN_TEXT:
+        found = dataclasses.replace(found, data=DATA)
+    return changed(found, (*own, *changes))
 
 
 def quantised(

@@ -207,9 +207,20 @@ def test_a_dense_checkpoint_cannot_round_activations(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+FITTED = autoround("w4g8a16", "best")
+assert FITTED.end_to_end is not None
+FITTED = dataclasses.replace(FITTED, end_to_end=dataclasses.replace(FITTED.end_to_end, steps=3))
+
+
 @pytest.mark.parametrize(
     "recipe, tied",
-    [(rtn("w4a16"), True), (gptq("w4g8a16"), False), (rtn("w8a16"), True), (autoround("w4g8a16", "quick"), True)],
+    [
+        (rtn("w4a16"), True),
+        (gptq("w4g8a16"), False),
+        (rtn("w8a16"), True),
+        (autoround("w4g8a16", "quick"), True),
+        (FITTED, False),
+    ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_compressed_tensors_load_in_transformers(recipe: Recipe, tied: bool, tmp_path: Path) -> None:

@@ -243,7 +243,9 @@ def test_what_came_after_format_version_1_is_written_where_it_is_used() -> None:
     """Folders that do without stay byte for byte what they were, and older versions read them."""
     assert "updates_scales" not in to_dict(SolverSpec(kind="gptq"))
     assert "size" not in to_dict(TransformSpec(kind="kronecker"))
-    for spec in (SolverSpec(kind="gptq", updates_scales=True), TransformSpec(kind="blocks", size=16)):
+    assert "weight_lr" not in to_dict(FitSpec())
+    used = FitSpec(weight_lr=1e-3), SolverSpec(kind="gptq", updates_scales=True), TransformSpec(kind="blocks", size=16)
+    for spec in used:
         assert from_dict(type(spec), to_dict(spec)) == spec
 
 
@@ -502,8 +504,9 @@ def test_the_best_rounding_is_fitted_end_to_end_and_leaves_ordinary_integers() -
         assert (weights.symmetric, weights.signed_scale) == (not few, not few)
         assert made.end_to_end is not None
         assert made.end_to_end.weight_lr > 0
+        assert made.fit is not None
+        assert made.fit.weight_lr > 0
         assert not made.transforms
-        assert made.fit is None
     given = Scheme.parse("w2g16a16", clip="none")
     assert autoround(given, "best").scheme == given
     assert autoround("a8", "best").scheme == Scheme.parse("a8")

@@ -582,6 +582,8 @@ class FitSpec:
         schedule: `cosine` per step from `lr` to `lr * final_lr` (the same floor for every group), or `constant`.
         rotation_lr: of rotations, by Cayley SGD.
         code_lr: of weights on levels: of the levels, relative to where they start, and of what decides the codes.
+        weight_lr: of the weights before transform and grid; see `EndToEndSpec` (EfficientQAT's first stage, arXiv
+            2407.11062).
     """
 
     epochs: int = 15
@@ -596,6 +598,7 @@ class FitSpec:
     inputs: Literal["original", "quantised"] = "original"
     schedule: Literal["cosine", "constant"] = "cosine"
     both_targets: bool = False
+    weight_lr: float = _later(0.0)
 
     def __post_init__(self) -> None:
         _check(
@@ -707,14 +710,12 @@ class RoundingSpec:
         batch_size: windows in a step; all of them where there are fewer.
         reach: how far an offset, in steps of its grid, and a factor can get from their start in all steps.
         checks: how often the error on all windows is measured on the way; the best of these, and of the start, is kept.
-        relative: a token's error counts in proportion to the power of what the original block gives for it.
     """
 
     steps: int = 200
     batch_size: int = 8
     reach: float = 0.5
     checks: int = 4
-    relative: bool = False
 
     def __post_init__(self) -> None:
         _check(self.steps >= 0, f"rounding steps {self.steps}: at least 0")

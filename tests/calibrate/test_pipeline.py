@@ -15,7 +15,7 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, ModelError, SpecError
 from flatquant.ops.divergence import kl_rows
 from flatquant.recipes import flatquant, gptq, rtn
-from flatquant.spec import EndToEndSpec, Recipe, SolverSpec
+from flatquant.spec import EndToEndSpec, FitSpec, Recipe, SolverSpec
 from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for
 
 IDENTITY = {"run": 1}
@@ -87,6 +87,19 @@ def test_recomputing_blocks_changes_nothing(model, monkeypatch: pytest.MonkeyPat
     assert same_bytes(*models)
 
 
+def moving_weights(scheme: str, weight_lr: float = 3e-3, epochs: int = 2) -> Recipe:
+    """A block-wise fit of weights and ranges, and of nothing else."""
+    fit = FitSpec(epochs=epochs, batch_size=2, weight_lr=weight_lr)
+    return dataclasses.replace(quick(scheme, samples=8, seqlen=16), transforms={}, fit=fit)
+
+
+def test_a_block_wise_fit_of_weights_brings_the_blocks_nearer_to_the_original(model) -> None:
+    _, _, moved = calibrated(model, moving_weights("w4a16", epochs=8))
+    _, _, ranges = calibrated(model, moving_weights("w4a16", weight_lr=0.0, epochs=8))
+    for with_it, without in zip(moved.blocks, ranges.blocks, strict=True):
+        assert with_it["losses"][-1] < 0.8 * without["losses"][-1]
+
+
 # ------------------------------------------------------------------------------------------------ resume
 
 
@@ -116,6 +129,8 @@ def killed_at(stage: str, done: int):
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)), "end to end", 2),  # before a step is kept
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=3, batch_size=2)), "solve", 1),
         (quick("w4a4kv4", end_to_end=EndToEndSpec(steps=10, batch_size=2, weight_lr=1e-2)), "end to end", 9),
+        (moving_weights("w3a16"), "fit", 1),
+        (moving_weights("w3a16"), "solve", 1),
     ],
 )
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, recipe: Recipe, stage: str, done: int) -> None:

@@ -306,7 +306,7 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, 
 
     rates: dict[Group, float] = {
         "transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "rotation": spec.rotation_lr,
-        "code": spec.code_lr,
+        "code": spec.code_lr, "weight": spec.weight_lr,
     }  # fmt: skip
     floors: dict[Group, float] = {g: spec.final_lr * (spec.lr if g == "clip" else rate) for g, rate in rates.items()}
     return Optimiser(

@@ -336,6 +336,7 @@ class _Count:
         self.rounds_inputs = any(site.activations is not None for block in plan.blocks for site in block.sites.values())
         batches = [spec.batch_size for spec in (fit, self.end_to_end, self.learned) if spec is not None]
         self.fits = fit is not None and recipe.needs_data
+        self.moves_weights = fit is not None and fit.weight_lr > 0
         self.batch = max(batches, default=4)
         feeds = fit is not None and fit.inputs == "quantised"
         hessian = recipe.solver.needs_hessian and rounds
@@ -411,7 +412,8 @@ class _Count:
         fold = 12 * s.weights + 22 * s.largest  # float64, a site at a time
         solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.hessian else 0)
         passes = tokens * self.item * (2 * s.inputs + s.outputs)
-        fit = side_by_side * (4 * s.weights + self._kept(s, tokens) + self._made(s)) if self.fits else 0
+        moved = 4 + 12 * self.moves_weights  # bytes a weight: with its gradient and both moments of AdamW
+        fit = side_by_side * (moved * s.weights + self._kept(s, tokens) + self._made(s)) if self.fits else 0
         learn = self._learning(s, tokens) if self.learned is not None else 0
         end = 0
         if self.end_to_end is not None:

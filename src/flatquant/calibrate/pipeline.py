@@ -384,6 +384,8 @@ class _Run:
             return None, targets
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         fit = wrap_block(block, self.arch, plan, self.recipe, statistics, generator, residual=self.residual)
+        if self.recipe.fit is not None and self.recipe.fit.weight_lr:
+            fit.release_weights()
         return fit, targets
 
     def _hold_out(self, index: int) -> HeldOut | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatquant.calibrate.activations import Kept, cyclic
@@ -73,7 +74,7 @@ def learn_rounding(
     """
     linears = {path: module for path, module in block.named_modules() if isinstance(module, RoundingLinear)}
     parts = [module.rounding for module in linears.values()]
-    error = partial(_error, block, call, inputs, targets, windows, spec)
+    error = partial(_error, block, call, inputs, targets, windows)
     before = after = error()
     if not math.isfinite(before):
         raise CalibrationError("the error of its rounded weights is not finite; try --dtype float32 or bfloat16")
@@ -128,7 +129,7 @@ def _optimiser(
     block: nn.Module, call: BlockCall, parts: Sequence[LearnedRounding], spec: RoundingSpec, splits: int
 ) -> Optimiser:
     def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = _squared_errors(call(block, x).float(), y.float(), spec).mean()
+        loss = F.mse_loss(call(block, x).float(), y.float())
         # Only signs count. The gradient of an output is made so large that half precision holds it.
         return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny) * y.numel() ** 0.5, loss
 
@@ -147,16 +148,10 @@ def _optimiser(
     )
 
 
-def _squared_errors(got: Tensor, want: Tensor, spec: RoundingSpec) -> Tensor:
-    """Of tokens.  # (B, T, h), (B, T, h) -> (B, T)"""
-    errors = (got - want).square().mean(-1)
-    return errors / want.square().mean(-1) if spec.relative else errors
-
-
 @torch.no_grad()
-def _error(block: nn.Module, call: BlockCall, inputs: Kept, targets: Kept, windows: int, spec: RoundingSpec) -> float:
+def _error(block: nn.Module, call: BlockCall, inputs: Kept, targets: Kept, windows: int) -> float:
     """The mean squared error of a block's outputs."""
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
     for x, y in zip(inputs.split(windows), targets.split(windows), strict=True):
-        total += _squared_errors(call(block, x).double(), y.double(), spec).sum()
-    return float(total) / math.prod(inputs.shape[:2])
+        total += F.mse_loss(call(block, x).double(), y.double(), reduction="sum")
+    return float(total) / math.prod(inputs.shape)

@@ -20,16 +20,20 @@ from flatquant.spec import Recipe, RoundingSpec, Scheme, SolverSpec
 def autoround(scheme: str | Scheme = "w4a16", preset: str = "reference") -> Recipe:
     """The paper's 200 steps of 8 windows; `quick` takes 50 of 4, on less text.
 
-    `best` is not the paper's: weights and ranges of all blocks are fitted together by KL divergence to the original, on
-    the text of FlatQuant's `best` and without its transforms, then rounded to nearest. It leaves ordinary integers too.
-    All blocks are on the device: 16 bytes a weight.
+    `best` is not the paper's: weights and ranges are fitted block by block, then those of all blocks together by KL
+    divergence to the original (as EfficientQAT, arXiv 2407.11062, which trains scales alone then), on the text of
+    FlatQuant's `best` and without its transforms; then rounded to nearest. It leaves ordinary integers too. All blocks
+    are on the device: 16 bytes a weight.
 
     Raises:
         SpecError: an unknown preset or a scheme that is none.
     """
     data = of_preset(preset, TEXTS)
     if preset == "best":
-        return replace(flatquant(_fitted(scheme), "best"), name="autoround", transforms={}, fit=None)
+        made = flatquant(_fitted(scheme), "best")
+        assert made.fit is not None
+        fit = replace(made.fit, epochs=2, weight_lr=5e-4)
+        return replace(made, name="autoround", transforms={}, fit=fit)
     learned = RoundingSpec(steps=50, batch_size=4) if preset == "quick" else RoundingSpec()
     return Recipe(name="autoround", scheme=signed_scales(scheme), solver=SolverSpec(learned=learned), data=data)
 
