@@ -502,7 +502,24 @@ def key_offset() -> list[str]:
     return lines
 
 
+def weight_only() -> list[str]:
+    """Weights alone in groups, ours and peers' on the same text."""
+    lines = ["| model | weights | row | WikiText-2 | C4 | KL, WikiText-2 | KL, C4 | seconds |", "|---" * 8 + "|"]
+    for name in ("smollm2-135m", "qwen2.5-coder-1.5b"):
+        rows = {(s["scheme"], s["row"]): s for s in read(f"weight-only-{name}")["samples"]}
+        order = ["-", *sorted({scheme for scheme, _ in rows if scheme != "-"}, reverse=True)]
+        for (scheme, row), s in sorted(rows.items(), key=lambda r: (order.index(r[0][0]), r[1]["wikitext2"]["kl"])):
+            texts = s["wikitext2"], s["c4"]
+            values = [f"{t['perplexity']:.2f}" for t in texts] + [f"{t['kl']:.3f}" for t in texts]
+            if row == "original":
+                values[2:] = ["-", "-"]
+            seconds = f"{s['seconds']:.0f}" if "seconds" in s else "-"
+            lines.append(f"| {name} | {scheme.removesuffix('a16')} | {row} | {' | '.join(values)} | {seconds} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "weight_only": weight_only,
     "reference": reference,
     "quick": quick,
     "best": best,
