@@ -422,8 +422,8 @@ def load(
     if verify:
         folder.check_files()
     stored = folder.tensors()
-    model = _skeleton(folder, stored)
-    state = _read_tensors(folder, stored, torch.device(device))
+    model = skeleton(folder, stored)
+    state = read_tensors(folder, stored, torch.device(device))
     if dtype is not None:
         for name in _castable(model):
             if name in state:
@@ -443,8 +443,15 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def _skeleton(folder: Folder, stored: Mapping[str, StoredTensor]) -> PreTrainedModel:
-    """The model with every tensor on the meta device: costs no memory whatever the numbers say."""
+def skeleton(folder: Folder, stored: Mapping[str, StoredTensor]) -> PreTrainedModel:
+    """The model with every tensor on the meta device: costs no memory whatever the numbers say.
+
+    Args:
+        stored: `folder.tensors()`.
+
+    Raises:
+        ArtifactError: the config, the plan and the stored tensors do not fit one another.
+    """
     data = {k: v for k, v in folder.config.items() if k.lstrip("_") not in _FOREIGN}
     where = folder.path / CONFIG_FILE
     kind = data.pop("model_type", None)
@@ -511,7 +518,12 @@ def _compare(folder: Folder, model: nn.Module, tied: set[str], stored: Mapping[s
             raise ArtifactError(f"{folder.path}: {name} is {found.dtype}, the plan says {tensor.dtype}")
 
 
-def _read_tensors(folder: Folder, stored: Mapping[str, StoredTensor], device: torch.device) -> dict[str, Tensor]:
+def read_tensors(folder: Folder, stored: Mapping[str, StoredTensor], device: torch.device) -> dict[str, Tensor]:
+    """These tensors of a folder, by name.
+
+    Raises:
+        ArtifactError: a file cannot be read.
+    """
     state = {}
     for file in folder.shards:
         try:

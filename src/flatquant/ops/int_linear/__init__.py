@@ -32,8 +32,12 @@ def int_linear(
 
 
 def _room(weight: Tensor) -> Tensor:
-    """Float32 memory of a weight's shape, one piece a thread."""
+    """Float32 memory of a weight's shape, one piece a thread.
+
+    It is no inference tensor, whoever asks first: those could not be written outside of inference mode.
+    """
     held = getattr(_local, "room", None)
     if held is None or held.numel() < weight.numel():
-        held = _local.room = torch.empty(weight.numel())
+        with torch.inference_mode(False):
+            held = _local.room = torch.empty(weight.numel(), dtype=torch.float32)
     return held[: weight.numel()].view(weight.shape)

@@ -1,0 +1,1 @@
+"""Quantised models inside other people's inference engines."""

@@ -1,0 +1,213 @@
+"""The serving modules of a folder, one by one, for an engine that has a model of its own.
+
+An engine builds its model, and asks here for what computes a linear, the experts of a block, or the queries, keys and
+values of an attention module: the very modules that `flatquant.load` would put there, filled from the folder's files.
+So an engine computes what was calibrated, by the same arithmetic, and whatever a folder can hold can be served.
+
+With tensor parallelism a rank holds some rows of a linear (all ranks read the same tensor, and each transforms it), or
+some columns of one that reads what the ranks hold parts of: those are gathered and transformed whole, and the rank
+goes on with its own columns of the result. Weights were rounded before, and are cut, never rounded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatquant.errors import ModelError
+from flatquant.formats import kinds
+from flatquant.modules import Site, share_inputs
+from flatquant.qtensor import QTensor
+from flatquant.rotary import Angles
+from flatquant.runtime import artifact
+from flatquant.runtime.branch import BranchedLinear
+from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.experts import Experts
+from flatquant.runtime.folder import Folder
+from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.linear import DenseLinear, FrozenLinear, PackedLinear, SiteLinear
+from flatquant.seams import attached
+from flatquant.spec import Plan, SitePlan
+
+Linear = SiteLinear | BranchedLinear
+
+
+class Joined(nn.ModuleList):
+    """Linears that read one site, as one whose rows are theirs, one after another; the site computes once."""
+
+    def __init__(self, linears: Iterable[Linear]) -> None:
+        super().__init__(linears)
+        share_inputs(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., n) -> (.., o)"""
+        return torch.cat([linear(x) for linear in self], dim=-1)
+
+
+class Parts:
+    """The serving modules of one folder. Tensors are read when a part is asked for."""
+
+    def __init__(self, folder: Folder) -> None:
+        """
+        Raises:
+            ArtifactError: the config, the plan and the stored tensors do not fit one another.
+        """
+        self.folder, self.plan = folder, folder.plan
+        self._stored = folder.tensors()
+        self._model = artifact.skeleton(folder, self._stored)
+
+    def site(self, path: str) -> tuple[str, SitePlan] | None:
+        """Path and plan of the site that a linear reads; None if it is not quantised."""
+        return site_of(self.plan, path)
+
+    def linear(self, path: str, device: torch.device, dtype: torch.dtype) -> Linear:
+        """A linear by its path in the model, with its site.
+
+        Args:
+            dtype: of an unquantised weight.
+        """
+        linear, site = self._filled(path, device), self.site(path)
+        assert isinstance(linear, Linear) and site is not None, path
+        self._filled(site[0], device)
+        if isinstance(linear, DenseLinear):
+            linear.weight = linear.weight.to(dtype)
+        return linear
+
+    def experts(self, path: str, device: torch.device, dtype: torch.dtype) -> Experts:
+        """The experts of a block, with their sites."""
+        experts = self._model.get_submodule(path)
+        assert isinstance(experts, Experts)
+        for index, expert in enumerate(experts):
+            for name, _ in expert.named_children():
+                self.linear(f"{path}.{index}.{name}", device, dtype)
+        share_inputs(experts)
+        return experts
+
+    def key_value(self, block: int, device: torch.device) -> FrozenKeyValue:
+        """What happens to the queries, keys and values of a block."""
+        path = f"{self.plan.blocks_path}.{block}.{self.plan.attention}"
+        kv = attached(self._model.get_submodule(path))
+        assert isinstance(kv, FrozenKeyValue)
+        self._fill(kv, f"{path}.flatquant_kv", device)
+        return kv
+
+    def angles(self, block: int, device: torch.device) -> Callable[[Tensor, torch.dtype], Angles]:
+        """The model's own rotary embedding, as a block's attention is given it: of positions (T,) in a dtype."""
+        config: Any = self._model.config
+        rotary = getattr(self._model.base_model, "rotary_emb", None)
+        if rotary is None:
+            raise ModelError(f"{config.model_type} has no rotary embedding where it is looked for; its keys have an offset")
+        rotary = type(rotary)(config=config).to(device)  # the skeleton's is on the meta device
+        kinds = getattr(config, "layer_types", None)
+        several = kinds is not None and "layer_type" in rotary.forward.__code__.co_varnames
+        more = (kinds[block],) if several else ()
+
+        def at(positions: Tensor, dtype: torch.dtype) -> Angles:
+            return Angles(*rotary(torch.empty(1, dtype=dtype, device=positions.device), positions[None], *more))
+
+        return at
+
+    def _filled(self, path: str, device: torch.device) -> Any:
+        module = self._model.get_submodule(path)
+        self._fill(module, path, device)
+        return module
+
+    def _fill(self, module: nn.Module, path: str, device: torch.device) -> None:
+        if not any(t.is_meta for t in module.state_dict().values()):
+            return  # a site that another reader has asked for
+        names = {f"{path}.{name}" for name in module.state_dict()}
+        state = artifact.read_tensors(self.folder, {n: self._stored[n] for n in names}, device)
+        module.load_state_dict({name.removeprefix(f"{path}."): t for name, t in state.items()}, assign=True)
+
+
+def site_of(plan: Plan, path: str) -> tuple[str, SitePlan] | None:
+    """Path and plan of the site that a linear reads; None if it is not quantised."""
+    index, _, reader = path.removeprefix(f"{plan.blocks_path}.").partition(".")
+    sites = plan.blocks[int(index)].sites if index.isdecimal() and int(index) < len(plan.blocks) else {}
+    found = ((f"{plan.blocks_path}.{index}.{SITES_SLOT}.{name}", site) for name, site in sites.items())
+    return next((pair for pair in found if reader in pair[1].readers), None)
+
+
+# --------------------------------------------------------------------------------------------- ranks
+
+
+class Gathered(Site):
+    """A site whose input the ranks hold parts of; gives the columns of one rank."""
+
+    def __init__(self, site: Site, gather: Callable[[Tensor], Tensor], rank: int, ranks: int) -> None:
+        """
+        Args:
+            gather: the whole of a tensor's last dimension from the rank's part of it.
+        """
+        super().__init__()
+        self.site, self.gather, self.rank, self.ranks = site, gather, rank, ranks
+
+    def forward(self, x: Tensor) -> Tensor | QTensor:
+        """(.., n / ranks) -> (.., n / ranks)"""
+        y = self.site(self.gather(x))
+        if isinstance(y, QTensor):
+            return QTensor(values=self._own(y.values), scale=y.scale, zero=y.zero, spec=y.spec)
+        return self._own(y)
+
+    def _own(self, y: Tensor) -> Tensor:
+        return y.chunk(self.ranks, dim=-1)[self.rank]
+
+    def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
+        return x[index]
+
+
+def check_ranks(name: str, site: SitePlan, ranks: int, *, columns: bool) -> None:
+    """Raise ModelError unless a site's linears can be cut for this many ranks.
+
+    Args:
+        name: of the linear, for the message.
+        columns: of every rank are some columns, not rows.
+    """
+    weights, (n1, n2) = site.weights, site.shape
+    why = None
+    if site.codebook is not None or site.rank or (weights is not None and kinds.of(weights) is not None):
+        why = "weights in codebooks, levels or formats of floats, or beside a branch"
+    elif columns and site.activations is not None and site.activations.scope == "tensor":
+        why = "activations on a grid that splits channels"
+    elif columns and (n1 * n2) % (ranks * ((weights.group_size if weights else None) or 1)):
+        why = f"{n1 * n2} columns, which do not divide"
+    if why is not None:
+        raise ModelError(f"{name} cannot be served by {ranks} ranks: it has {why}; use one rank")
+
+
+def share(whole: int, own: int, rank: int, ranks: int) -> slice:
+    """A rank's part of `whole` rows or heads, `own` in number; where there are fewer parts than ranks, that of its
+    group."""
+    start = rank * (whole // own) // ranks * own
+    return slice(start, start + own)
+
+
+def rows_of(linear: Linear, own: int, rank: int, ranks: int) -> Linear:
+    """A rank's rows of a linear, `own` in number; see `share`."""
+    if isinstance(linear, DenseLinear):
+        rows = share(len(linear.weight), own, rank, ranks)
+        return DenseLinear(linear.site, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+    assert isinstance(linear, PackedLinear)
+    rows = share(len(linear.packed), own, rank, ranks)
+    bias = None if linear.bias is None else linear.bias[rows]
+    return PackedLinear.of(FrozenLinear(linear.site, linear.qweight().rows(rows), bias))
+
+
+def columns_of(linear: Linear, gather: Callable[[Tensor], Tensor], rank: int, ranks: int) -> Linear:
+    """A rank's columns of a linear that reads what ranks hold parts of; the sum over ranks is the linear's output."""
+    site: Any = Gathered(linear.site, gather, rank, ranks)
+    bias = linear.bias if rank == 0 else None
+    if isinstance(linear, DenseLinear):
+        return DenseLinear(site, linear.weight.chunk(ranks, dim=-1)[rank], bias)
+    assert isinstance(linear, PackedLinear)
+    w = linear.qweight()
+
+    def own(grid: Tensor) -> Tensor:
+        return grid if grid.shape[-1] == 1 else grid.chunk(ranks, dim=-1)[rank]
+
+    values, zero = w.values.chunk(ranks, dim=-1)[rank], None if w.zero is None else own(w.zero)
+    cut = QTensor(values=values, scale=own(w.scale), zero=zero, spec=w.spec)
+    return PackedLinear.of(FrozenLinear(site, cut, bias))

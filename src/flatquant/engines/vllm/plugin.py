@@ -1,0 +1,367 @@
+"""The plugin: vLLM's linears, experts and attention layers, computed by the serving modules of a folder.
+
+vLLM builds its own model of the family and loads what we leave alone: embeddings, norms, routers, output layer. For
+what the plan quantises it asks `FlatQuantConfig` for a method. Ours holds no parameter of vLLM's: after the weights are
+loaded it takes the serving modules from `Parts`, which reads them from the folder, and calls them. Names of tensors
+that belong to them are hidden from vLLM's loader.
+
+Linears and the change of basis before attention are one custom operator each, so that torch.compile sees an operator
+with a shape, and never our modules. The operators find their layer by name in the forward context, as vLLM's own do.
+
+Keys and values: queries, keys and values are changed before they reach the attention backend, so that every backend,
+and its cache, holds exactly the numbers that were calibrated, in 16 bits. A key's offset depends on its position, which
+is read off the batch's metadata.
+"""
+# pyright: reportMissingImports=false
+# vLLM brings its own torch and is not part of the environment of development.
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from flatquant.engines.parts import Joined, Parts, check_ranks, columns_of, rows_of, share, site_of
+from flatquant.engines.vllm import support
+from flatquant.errors import ModelError
+from flatquant.rotary import Angles
+from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.folder import METHOD, Folder
+from flatquant.runtime.keyvalue import FrozenKeyValue
+
+_SLOT = "flatquant"  # attribute of a vLLM layer that holds our module
+
+
+@register_quantization_config(METHOD)
+class FlatQuantConfig(QuantizationConfig):
+    """What vLLM asks how each layer is computed.
+
+    It is pickled to the processes of the engine; each of them builds the serving modules for itself.
+    """
+
+    folder: Folder
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FlatQuantConfig:
+        return cls()
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """What vLLM calls first, with the folder's path.
+
+        Raises:
+            ArtifactError: the folder is damaged.
+            ModelError: vLLM's release or the folder's family was not tested.
+        """
+        support.check_version(vllm.__version__)
+        self.folder = support.open_folder(model_name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "parts"}
+
+    @cached_property
+    def parts(self) -> Parts:
+        return Parts(self.folder)
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Hides our tensors from vLLM's loader, and calls others as vLLM's model does."""
+        plan = self.folder.plan
+        ours = {f"{SITES_SLOT}.", f"{plan.attention}.flatquant_kv."}
+        ours |= {f"{reader}." for block in plan.blocks for site in block.sites.values() for reader in site.readers}
+        start = rf"^{re.escape(plan.blocks_path)}\.\d+\."
+        hidden = re.compile(f"{start}(?:{'|'.join(map(re.escape, sorted(ours)))})")
+        return WeightsMapper(orig_to_new_regex={hidden: None}, orig_to_new_substr=self._names)
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return support.FAMILIES[self.folder.config["model_type"]]
+
+    def _path(self, prefix: str) -> str:
+        """A layer of vLLM's model in the folder's own names."""
+        for ours, theirs in self._names.items():
+            prefix = prefix.replace(theirs, ours)
+        return prefix
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """The method for a layer, or None for an embedding.
+
+        Raises:
+            ModelError: the layer cannot be served as it is asked for.
+        """
+        plan = self.folder.plan
+        if isinstance(layer, Attention):
+            index = extract_layer_index(prefix)
+            return KeyValueMethod(self, index) if plan.blocks[index].attended else None
+        if isinstance(layer, RoutedExperts):
+            path = self._path(prefix)
+            path = path[: path.index(".experts") + len(".experts")]
+            return ExpertsMethod(layer.moe_config, self, path) if site_of(plan, f"{path}.0.gate_proj") else None
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, leaf = self._path(prefix).rpartition(".")
+        paths = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
+        sites = {None if found is None else found[0] for found in (site_of(plan, path) for path in paths)}
+        if len(sites) > 1:
+            raise ModelError(f"{prefix}: vLLM joins {', '.join(paths)}, which do not read one site")
+        return UnquantizedLinearMethod() if sites == {None} else LinearMethod(self, paths)
+
+
+def _check_engine(name: str) -> None:
+    """Raise ModelError for what vLLM is asked to do and we have not tried."""
+    config = get_current_vllm_config()
+    parallel, speculative = config.parallel_config, config.speculative_config
+    asked = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "expert parallelism": parallel.enable_expert_parallel,
+        "LoRA adapters": config.lora_config is not None,
+        f"--kv-cache-dtype {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
+        not in ("auto", "float32", "float16", "bfloat16"),
+        "speculation other than n-grams": speculative is not None and speculative.method != "ngram",
+    }
+    for what, found in asked.items():
+        if found:
+            raise ModelError(f"{name} is quantised by flatquant, which is not served with {what}; leave that out")
+
+
+def _enter(layer: nn.Module, name: str) -> None:
+    """Let our operators find a layer."""
+    context = get_current_vllm_config().compilation_config.static_forward_context
+    if not name or context.get(name, layer) is not layer:
+        raise ModelError(f"vLLM's model has two layers named {name!r}; this family is not served")
+    context[name] = layer
+
+
+# --------------------------------------------------------------------------------------------- linears
+
+
+class LinearMethod(LinearMethodBase):
+    """Linears that read one site, as one layer of vLLM's."""
+
+    def __init__(self, config: FlatQuantConfig, paths: list[str]) -> None:
+        self.config, self.paths = config, paths
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """No parameters; only checks."""
+        _check_engine(layer.prefix)
+        if layer.skip_bias_add:
+            raise ModelError(f"{layer.prefix}: vLLM adds its bias elsewhere; this family is not served")
+        ranks, columns = layer.tp_size, isinstance(layer, RowParallelLinear)
+        for path in self.paths:
+            found = site_of(self.config.folder.plan, path)
+            assert found is not None
+            if ranks > 1:
+                check_ranks(path, found[1], ranks, columns=columns)
+        if ranks > 1 and not columns and len(self.paths) != len(output_partition_sizes):
+            raise ModelError(f"{layer.prefix} is one matrix for several outputs, and cannot be cut for {ranks} ranks")
+        if columns and not layer.input_is_parallel:
+            raise ModelError(f"{layer.prefix}: its input is not split over ranks; this family is not served")
+        self.rows, self.dtype = output_partition_sizes, params_dtype
+        _enter(layer, layer.prefix)
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Take the serving modules."""
+        device, rank, ranks = torch.device(current_platform.device_type), layer.tp_rank, layer.tp_size
+        linears = [self.config.parts.linear(path, device, self.dtype) for path in self.paths]
+        if ranks > 1 and isinstance(layer, RowParallelLinear):
+            linears = [columns_of(linear, tensor_model_parallel_all_gather, rank, ranks) for linear in linears]
+        elif ranks > 1:
+            pairs = zip(linears, self.rows, strict=True)
+            linears = [rows_of(linear, rows, rank, ranks) for linear, rows in pairs]
+        setattr(layer, _SLOT, Joined(linears))
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(.., n) -> (.., o). The serving modules have the bias, in float32; vLLM's own is never filled."""
+        return torch.ops.flatquant.linear(x, sum(self.rows), layer.prefix)
+
+
+def _linear(x: Tensor, out_features: int, name: str) -> Tensor:
+    return getattr(get_forward_context().no_compile_layers[name], _SLOT)(x)
+
+
+def _linear_fake(x: Tensor, out_features: int, name: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+# --------------------------------------------------------------------------------------------- experts
+
+
+class ExpertsMethod(FusedMoEMethodBase):
+    """The experts of a block. vLLM routes, and calls this inside an operator of its own."""
+
+    def __init__(self, moe: Any, config: FlatQuantConfig, path: str) -> None:
+        super().__init__(moe)
+        self.config, self.path = config, path
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """No parameters; only checks."""
+        _check_engine(self.path)
+        if self.moe.moe_parallel_config.tp_size > 1 or self.moe.moe_parallel_config.dp_size > 1:
+            raise ModelError(f"{self.path} cannot be cut for several ranks; use one")
+        self.dtype = params_dtype
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        return None
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Take the serving modules."""
+        device = torch.device(current_platform.device_type)
+        setattr(layer, _SLOT, self.config.parts.experts(self.path, device, self.dtype))
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """The experts' outputs, weighted and summed.  # (tokens, h)"""
+        return getattr(layer, _SLOT)(x, topk_ids.long(), topk_weights)
+
+
+# --------------------------------------------------------------------------------------------- keys and values
+
+
+class KeyValueMethod(BaseKVCacheMethod):
+    """Queries, keys and values of one block, as the cache and attention get them."""
+
+    def __init__(self, config: FlatQuantConfig, block: int) -> None:
+        super().__init__(config)
+        self.config, self.block = config, block
+
+    def create_weights(self, layer: Attention) -> None:
+        super().create_weights(layer)
+        _check_engine(layer.layer_name)
+        layer.register_forward_pre_hook(_before_attention)
+
+    def process_weights_after_loading(self, layer: Attention) -> None:
+        super().process_weights_after_loading(layer)
+        device = torch.device(current_platform.device_type)
+        parts = self.config.parts
+        kv = parts.key_value(self.block, device)
+        angles = None
+        if kv.key_offset is not None:
+            rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            kv.key_offset = kv.key_offset[share(len(kv.key_offset), layer.num_kv_heads, rank, ranks)]
+            angles = None if kv.pairing == "none" else parts.angles(self.block, device)
+        setattr(layer, _SLOT, _Basis(kv, angles))
+
+
+class _Basis(nn.Module):
+    """`FrozenKeyValue` on vLLM's layout: tokens of all requests in one row.  # (T, heads * head_dim)"""
+
+    def __init__(self, kv: FrozenKeyValue, angles: Any) -> None:
+        super().__init__()
+        self.kv, self.angles = kv, angles
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: Attention) -> tuple[Tensor, Tensor, Tensor]:
+        at: Angles | None = None
+        if self.angles is not None:
+            at = self.angles(_positions(layer.layer_name, k.shape[0], k.device), k.dtype)
+        new = (
+            self.kv.query(_heads(q, layer.num_heads)),
+            self.kv.key(_heads(k, layer.num_kv_heads), at),
+            self.kv.value(_heads(v, layer.num_kv_heads)),
+        )
+        q, k, v = (torch.empty_like(old, memory_format=torch.contiguous_format).copy_(_joined(x, old)) for x, old in zip(new, (q, k, v)))
+        return q, k, v
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(T, heads * d) or (T, heads, d) -> (1, heads, T, d)"""
+    return x.reshape(x.shape[0], heads, -1).transpose(0, 1)[None]
+
+
+def _joined(x: Tensor, like: Tensor) -> Tensor:
+    return x[0].transpose(0, 1).reshape(like.shape)
+
+
+def _positions(layer: str, tokens: int, device: torch.device) -> Tensor:
+    """Positions of a batch's tokens in their requests; 0 in a pass without requests.  # int64, (T,)"""
+    metadata = get_forward_context().attn_metadata
+    if not metadata:
+        return torch.zeros(tokens, dtype=torch.long, device=device)
+    batch = metadata[layer]
+    starts, lengths = batch.query_start_loc.to(device), batch.seq_lens.to(device)
+    token = torch.arange(tokens, device=device)
+    request = torch.searchsorted(starts[1:].contiguous(), token, right=True).clamp(max=len(lengths) - 1)
+    return (lengths[request] - starts[request + 1] + token).clamp(min=0)
+
+
+def _before_attention(layer: Attention, args: tuple) -> tuple:
+    """Forward pre-hook."""
+    q, k, v, *rest = args
+    return (*torch.ops.flatquant.key_value(q, k, v, layer.layer_name), *rest)
+
+
+def _key_value(q: Tensor, k: Tensor, v: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    layer = get_forward_context().no_compile_layers[name]
+    return getattr(layer, _SLOT)(q, k, v, layer)
+
+
+def _key_value_fake(q: Tensor, k: Tensor, v: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return q, k, v
+
+
+_library = torch.library.Library("flatquant", "FRAGMENT")
+for _name, _op, _fake in (("linear", _linear, _linear_fake), ("key_value", _key_value, _key_value_fake)):
+    direct_register_custom_op(_name, _op, fake_impl=_fake, target_lib=_library)
