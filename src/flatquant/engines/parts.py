@@ -11,6 +11,7 @@ goes on with its own columns of the result. Weights were rounded before, and are
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -102,7 +103,7 @@ class Parts:
             raise ModelError(f"{config.model_type} has no rotary embedding where it is looked for; its keys have an offset")
         rotary = type(rotary)(config=config).to(device)  # the skeleton's is on the meta device
         kinds = getattr(config, "layer_types", None)
-        several = kinds is not None and "layer_type" in rotary.forward.__code__.co_varnames
+        several = kinds is not None and "layer_type" in inspect.signature(rotary.forward).parameters
         more = (kinds[block],) if several else ()
 
         def at(positions: Tensor, dtype: torch.dtype) -> Angles:

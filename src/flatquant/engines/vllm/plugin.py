@@ -57,6 +57,9 @@ from flatquant.runtime.folder import METHOD, Folder
 from flatquant.runtime.keyvalue import FrozenKeyValue
 
 _SLOT = "flatquant"  # attribute of a vLLM layer that holds our module
+# What most of vLLM's models join; not all of them say so in time.
+_JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+_EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
 @register_quantization_config(METHOD)
@@ -67,6 +70,10 @@ class FlatQuantConfig(QuantizationConfig):
     """
 
     folder: Folder
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: set[str] = set()  # linears that layers of vLLM's will compute
 
     def get_name(self) -> str:
         return METHOD
@@ -104,10 +111,22 @@ class FlatQuantConfig(QuantizationConfig):
         return Parts(self.folder)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """Hides our tensors from vLLM's loader, and calls others as vLLM's model does."""
+        """Hides our tensors from vLLM's loader, and calls others as vLLM's model does.
+
+        Raises:
+            ModelError: nothing of vLLM's model computes what some of them belong to.
+        """
         plan = self.folder.plan
+        linears = {
+            f"{plan.blocks_path}.{index}.{reader}"
+            for index, block in enumerate(plan.blocks)
+            for site in block.sites.values()
+            for reader in site.readers
+        }
+        if lost := linears - self.taken:
+            raise ModelError(f"vLLM's model has no layer for {min(lost)} ({len(lost)} in all); it is not served")
         ours = {f"{SITES_SLOT}.", f"{plan.attention}.flatquant_kv."}
-        ours |= {f"{reader}." for block in plan.blocks for site in block.sites.values() for reader in site.readers}
+        ours |= {f"{path.removeprefix(plan.blocks_path).split('.', 2)[2]}." for path in linears}
         start = rf"^{re.escape(plan.blocks_path)}\.\d+\."
         hidden = re.compile(f"{start}(?:{'|'.join(map(re.escape, sorted(ours)))})")
         return WeightsMapper(orig_to_new_regex={hidden: None}, orig_to_new_substr=self._names)
@@ -135,15 +154,23 @@ class FlatQuantConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             path = self._path(prefix)
             path = path[: path.index(".experts") + len(".experts")]
-            return ExpertsMethod(layer.moe_config, self, path) if site_of(plan, f"{path}.0.gate_proj") else None
+            if site_of(plan, f"{path}.0.gate_proj") is None:
+                return None
+            self.taken |= {f"{path}.{index}.{name}" for index in range(layer.global_num_experts) for name in _EXPERT}
+            return ExpertsMethod(layer.moe_config, self, path)
         if not isinstance(layer, LinearBase):
             return None
-        parent, _, leaf = self._path(prefix).rpartition(".")
-        paths = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
+        path = self._path(prefix)
+        parent, _, leaf = path.rpartition(".")
+        joined = [f"{parent}.{name}" for name in (_JOINED | self.packed_modules_mapping).get(leaf, [leaf])]
+        paths = joined if site_of(plan, path) is None else [path]
         sites = {None if found is None else found[0] for found in (site_of(plan, path) for path in paths)}
         if len(sites) > 1:
             raise ModelError(f"{prefix}: vLLM joins {', '.join(paths)}, which do not read one site")
-        return UnquantizedLinearMethod() if sites == {None} else LinearMethod(self, paths)
+        if sites == {None}:
+            return UnquantizedLinearMethod()
+        self.taken |= set(paths)
+        return LinearMethod(self, paths)
 
 
 def _check_engine(name: str) -> None:
