@@ -10,6 +10,7 @@ inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -27,8 +28,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flatquant import __version__
-from flatquant.errors import FitWarning, FlatQuantError, PositionsWarning, QualityWarning, SpecError
-from flatquant.grade import DESTROYED, readable, tried
+from flatquant.errors import FitWarning, FlatQuantError, ModelError, PositionsWarning, QualityWarning, SpecError
+from flatquant.grade import DESTROYED, readable, tried, word_of
 from flatquant.mixture import calibrated_on
 from flatquant.progress import Forecast, duration
 
@@ -1116,6 +1117,43 @@ def generate(
     elif not quiet:
         kept = "" if found.cache_bytes is None else f", {found.cache_bytes / 1e3:.1f} kB of keys and values"
         typer.echo(f"[{found.tokens} tokens, {found.tokens / found.seconds:.1f} per second{kept}]", err=True)
+
+
+# --------------------------------------------------------------------------------------------- serve
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A quantised folder.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    dtype: Annotated[str, typer.Option(help="Of activations and cache: auto, float16, bfloat16 or float32.")] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share every layer.")] = 1,
+    accept: Annotated[bool, typer.Option("--accept", help="Serve it even if its verdict is destroyed.")] = False,
+) -> None:
+    """Serve a quantised model over the OpenAI API, by vLLM. Options that are not listed here are vLLM's own."""
+    with _errors():
+        from flatquant.engines.vllm import support
+
+        support.check_version(support.installed())
+        support.check_plugins()
+        found = support.open_folder(folder)
+        support.check_cut(found, tensor_parallel_size)
+        if not accept and word_of(found.read_report()) == DESTROYED:
+            raise ModelError(f"{folder} has the verdict {DESTROYED}; quantise it with more bits, or give --accept")
+        server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        options = {
+            "--model": folder,
+            "--served-model-name": found.path.resolve().name,
+            "--host": host,
+            "--port": str(port),
+            "--dtype": dtype,
+            "--tensor-parallel-size": str(tensor_parallel_size),
+        }
+        given = {option.partition("=")[0] for option in context.args}
+        named = [part for name, value in options.items() if name not in given for part in (name, value)]
+        os.execv(sys.executable, [*server, *named, *context.args])
 
 
 # --------------------------------------------------------------------------------------------- inspect

@@ -24,6 +24,13 @@ def word(kl: float | None) -> str:
     return next((name for name, bound in BOUNDS.items() if kl is not None and kl <= bound), DESTROYED)
 
 
+def word_of(report: Mapping[str, Any]) -> str | None:
+    """The verdict in a report, which may hold anything; None if it has none."""
+    found = report.get("verdict")
+    name = found.get("word") if isinstance(found, Mapping) else None
+    return name if name in WORDS else None
+
+
 def is_bad(name: str) -> bool:
     """Whether a verdict asks what is to blame."""
     return name in ("degraded", DESTROYED)

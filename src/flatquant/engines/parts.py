@@ -60,18 +60,14 @@ class Parts:
         self._stored = folder.tensors()
         self._model = artifact.skeleton(folder, self._stored)
 
-    def site(self, path: str) -> tuple[str, SitePlan] | None:
-        """Path and plan of the site that a linear reads; None if it is not quantised."""
-        return site_of(self.plan, path)
-
     def linear(self, path: str, device: torch.device, dtype: torch.dtype) -> Linear:
         """A linear by its path in the model, with its site.
 
         Args:
             dtype: of an unquantised weight.
         """
-        linear, site = self._filled(path, device), self.site(path)
-        assert isinstance(linear, Linear) and site is not None, path
+        linear, site = self._filled(path, device), site_of(self.plan, path)
+        assert site is not None, path
         self._filled(site[0], device)
         if isinstance(linear, DenseLinear):
             linear.weight = linear.weight.to(dtype)
@@ -100,11 +96,12 @@ class Parts:
         config: Any = self._model.config
         rotary = getattr(self._model.base_model, "rotary_emb", None)
         if rotary is None:
-            raise ModelError(f"{config.model_type} has no rotary embedding where it is looked for; its keys have an offset")
+            raise ModelError(
+                f"{config.model_type} has no rotary embedding where it is looked for; its keys have an offset"
+            )
         rotary = type(rotary)(config=config).to(device)  # the skeleton's is on the meta device
-        kinds = getattr(config, "layer_types", None)
-        several = kinds is not None and "layer_type" in inspect.signature(rotary.forward).parameters
-        more = (kinds[block],) if several else ()
+        several = "layer_type" in inspect.signature(rotary.forward).parameters
+        more = (config.layer_types[block],) if several else ()
 
         def at(positions: Tensor, dtype: torch.dtype) -> Angles:
             return Angles(*rotary(torch.empty(1, dtype=dtype, device=positions.device), positions[None], *more))
@@ -164,19 +161,24 @@ def check_ranks(name: str, site: SitePlan, ranks: int, *, columns: bool) -> None
     """Raise ModelError unless a site's linears can be cut for this many ranks.
 
     Args:
-        name: of the linear, for the message.
-        columns: of every rank are some columns, not rows.
+        name: of the site, for the message.
+        columns: every rank has some columns, not rows.
     """
     weights, (n1, n2) = site.weights, site.shape
+    group = (weights.group_size if weights is not None else None) or 1
     why = None
-    if site.codebook is not None or site.rank or (weights is not None and kinds.of(weights) is not None):
-        why = "weights in codebooks, levels or formats of floats, or beside a branch"
+    if len(site.groups) > 1:
+        why = "a mixture of experts"
+    elif site.codebook is not None or site.rank or (weights is not None and kinds.of(weights) is not None):
+        why = "weights in a codebook, on levels, in a format of floats, or beside a branch"
+    elif any(reader.endswith(("qkv_proj", "gate_up_proj")) for reader in site.readers):
+        why = "one matrix for several outputs"
     elif columns and site.activations is not None and site.activations.scope == "tensor":
         why = "activations on a grid that splits channels"
-    elif columns and (n1 * n2) % (ranks * ((weights.group_size if weights else None) or 1)):
-        why = f"{n1 * n2} columns, which do not divide"
+    elif columns and n1 * n2 % (ranks * group):
+        why = f"{n1 * n2} columns" + (f" in groups of {group}" if group > 1 else "")
     if why is not None:
-        raise ModelError(f"{name} cannot be served by {ranks} ranks: it has {why}; use one rank")
+        raise ModelError(f"{name} cannot be cut for {ranks} ranks: it has {why}; use fewer")
 
 
 def share(whole: int, own: int, rank: int, ranks: int) -> slice:

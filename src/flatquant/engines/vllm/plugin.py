@@ -20,11 +20,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-import vllm
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import (
@@ -48,7 +46,7 @@ from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from flatquant.engines.parts import Joined, Parts, check_ranks, columns_of, rows_of, share, site_of
+from flatquant.engines.parts import Joined, Parts, columns_of, rows_of, share, site_of
 from flatquant.engines.vllm import support
 from flatquant.errors import ModelError
 from flatquant.rotary import Angles
@@ -100,7 +98,7 @@ class FlatQuantConfig(QuantizationConfig):
             ArtifactError: the folder is damaged.
             ModelError: vLLM's release or the folder's family was not tested.
         """
-        support.check_version(vllm.__version__)
+        support.check_version(support.installed())
         self.folder = support.open_folder(model_name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,6 +106,7 @@ class FlatQuantConfig(QuantizationConfig):
 
     @cached_property
     def parts(self) -> Parts:
+        _check_engine(self.folder)
         return Parts(self.folder)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
@@ -147,7 +146,7 @@ class FlatQuantConfig(QuantizationConfig):
         Raises:
             ModelError: the layer cannot be served as it is asked for.
         """
-        plan = self.folder.plan
+        plan = self.parts.plan
         if isinstance(layer, Attention):
             index = extract_layer_index(prefix)
             return KeyValueMethod(self, index) if plan.blocks[index].attended else None
@@ -156,7 +155,9 @@ class FlatQuantConfig(QuantizationConfig):
             path = path[: path.index(".experts") + len(".experts")]
             if site_of(plan, f"{path}.0.gate_proj") is None:
                 return None
-            self.taken |= {f"{path}.{index}.{name}" for index in range(layer.global_num_experts) for name in _EXPERT}
+            self.taken |= {
+                f"{path}.{index}.{name}" for index in range(int(layer.global_num_experts)) for name in _EXPERT
+            }
             return ExpertsMethod(layer.moe_config, self, path)
         if not isinstance(layer, LinearBase):
             return None
@@ -173,21 +174,21 @@ class FlatQuantConfig(QuantizationConfig):
         return LinearMethod(self, paths)
 
 
-def _check_engine(name: str) -> None:
+def _check_engine(folder: Folder) -> None:
     """Raise ModelError for what vLLM is asked to do and we have not tried."""
     config = get_current_vllm_config()
-    parallel, speculative = config.parallel_config, config.speculative_config
+    parallel, speculative, cache = config.parallel_config, config.speculative_config, config.cache_config.cache_dtype
+    support.check_cut(folder, parallel.tensor_parallel_size)
     asked = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
         "expert parallelism": parallel.enable_expert_parallel,
         "LoRA adapters": config.lora_config is not None,
-        f"--kv-cache-dtype {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
-        not in ("auto", "float32", "float16", "bfloat16"),
+        f"a cache of {cache}": cache not in ("auto", "float32", "float16", "bfloat16"),
         "speculation other than n-grams": speculative is not None and speculative.method != "ngram",
     }
-    for what, found in asked.items():
-        if found:
-            raise ModelError(f"{name} is quantised by flatquant, which is not served with {what}; leave that out")
+    for what in (what for what, found in asked.items() if found):
+        raise ModelError(f"{folder.path} is not served with {what}; leave that out")
 
 
 def _enter(layer: nn.Module, name: str) -> None:
@@ -218,19 +219,8 @@ class LinearMethod(LinearMethodBase):
         **extra: Any,
     ) -> None:
         """No parameters; only checks."""
-        _check_engine(layer.prefix)
-        if layer.skip_bias_add:
-            raise ModelError(f"{layer.prefix}: vLLM adds its bias elsewhere; this family is not served")
-        ranks, columns = layer.tp_size, isinstance(layer, RowParallelLinear)
-        for path in self.paths:
-            found = site_of(self.config.folder.plan, path)
-            assert found is not None
-            if ranks > 1:
-                check_ranks(path, found[1], ranks, columns=columns)
-        if ranks > 1 and not columns and len(self.paths) != len(output_partition_sizes):
-            raise ModelError(f"{layer.prefix} is one matrix for several outputs, and cannot be cut for {ranks} ranks")
-        if columns and not layer.input_is_parallel:
-            raise ModelError(f"{layer.prefix}: its input is not split over ranks; this family is not served")
+        if layer.skip_bias_add or not getattr(layer, "input_is_parallel", True):
+            raise ModelError(f"{layer.prefix}: vLLM gives its input or adds its bias elsewhere; it is not served")
         self.rows, self.dtype = output_partition_sizes, params_dtype
         _enter(layer, layer.prefix)
 
@@ -278,9 +268,6 @@ class ExpertsMethod(FusedMoEMethodBase):
         **extra: Any,
     ) -> None:
         """No parameters; only checks."""
-        _check_engine(self.path)
-        if self.moe.moe_parallel_config.tp_size > 1 or self.moe.moe_parallel_config.dp_size > 1:
-            raise ModelError(f"{self.path} cannot be cut for several ranks; use one")
         self.dtype = params_dtype
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
@@ -316,7 +303,6 @@ class KeyValueMethod(BaseKVCacheMethod):
 
     def create_weights(self, layer: Attention) -> None:
         super().create_weights(layer)
-        _check_engine(layer.layer_name)
         layer.register_forward_pre_hook(_before_attention)
 
     def process_weights_after_loading(self, layer: Attention) -> None:
@@ -348,7 +334,10 @@ class _Basis(nn.Module):
             self.kv.key(_heads(k, layer.num_kv_heads), at),
             self.kv.value(_heads(v, layer.num_kv_heads)),
         )
-        q, k, v = (torch.empty_like(old, memory_format=torch.contiguous_format).copy_(_joined(x, old)) for x, old in zip(new, (q, k, v)))
+        q, k, v = (
+            torch.empty_like(old, memory_format=torch.contiguous_format).copy_(_joined(x, old))
+            for x, old in zip(new, (q, k, v), strict=True)
+        )
         return q, k, v
 
 

@@ -6,10 +6,11 @@ What was given up: folders on a hub. vLLM would download tensors before anyone c
 from __future__ import annotations
 
 import importlib.util
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from flatquant.engines.parts import Parts
+from flatquant.engines.parts import Parts, check_ranks
 from flatquant.errors import ModelError
 from flatquant.runtime.folder import Folder
 
@@ -37,6 +38,8 @@ FAMILIES: dict[str, dict[str, str]] = {
 # What a config has to say for that; vLLM's model of the family would compute something else.
 _WHEN = {"stablelm": {"use_parallel_residual": False, "qk_layernorm": False}}
 
+_CUT_BY_COLUMNS = ("attn_out", "mlp_mid")  # sites of which every rank has a part
+
 
 def check_version(found: str | None) -> None:
     """Raise ModelError unless this release of vLLM was tested.
@@ -50,6 +53,13 @@ def check_version(found: str | None) -> None:
         raise ModelError(f"vLLM {found} is installed, {TESTED} was tested: {INSTALL}")
 
 
+def check_plugins() -> None:
+    """Raise ModelError if the environment keeps vLLM from calling our entry point."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "flatquant" not in allowed.split(","):
+        raise ModelError(f"VLLM_PLUGINS={allowed} leaves our plugin out; add flatquant to it, or unset it")
+
+
 def installed() -> str | None:
     """The version of vLLM, without importing it; None if it is not installed."""
     if importlib.util.find_spec("vllm") is None:
@@ -60,6 +70,17 @@ def installed() -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def check_cut(folder: Folder, ranks: int) -> None:
+    """Raise ModelError unless a folder can be served by this many ranks of tensor parallelism."""
+    heads = folder.config.get("num_attention_heads", 1)
+    shared = folder.config.get("num_key_value_heads") or heads
+    if ranks > 1 and (heads % ranks or (shared % ranks and ranks % shared)):
+        raise ModelError(f"{folder.path} has {heads} heads of queries and {shared} of keys: not for {ranks} ranks")
+    for block in folder.plan.blocks if ranks > 1 else ():
+        for name, site in block.sites.items():
+            check_ranks(f"{folder.path}: {name}", site, ranks, columns=name in _CUT_BY_COLUMNS)
 
 
 def open_folder(path: str | Path) -> Folder:
