@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flatquant.ops.int_linear import int_linear, reference
 
@@ -39,3 +40,17 @@ def test_threads_do_not_share_memory() -> None:
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda job: int_linear(*job), jobs))
     assert all(torch.equal(y, reference.int_linear(*job)) for y, job in zip(got, jobs, strict=True))
+
+
+def test_memory_of_inference_mode_serves_outside_of_it() -> None:
+    """What a thread computes first may be in inference mode, and the next not."""
+    x, w = torch.ones(2, 3, dtype=torch.int8), torch.ones(4, 3, dtype=torch.int8)
+    arguments = (x, torch.ones(2, 1), None, w, torch.ones(4, 1), None, None, torch.float32)
+
+    def work() -> list[Tensor]:
+        with torch.inference_mode():
+            first = int_linear(*arguments)
+        return [first, int_linear(*arguments)]
+
+    with ThreadPoolExecutor(1) as pool:  # a thread that has no memory yet
+        assert all(bool((y == 3).all()) for y in pool.submit(work).result())

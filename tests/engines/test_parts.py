@@ -1,0 +1,193 @@
+"""Parts of a folder are what `load` puts into a model, and a linear cut for several ranks is still that linear."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flatquant import recipes
+from flatquant.api import quantize
+from flatquant.engines.parts import Joined, Parts, check_ranks, columns_of, rows_of, share, site_of
+from flatquant.errors import ModelError
+from flatquant.runtime.artifact import load
+from flatquant.runtime.experts import Experts
+from flatquant.runtime.folder import Folder
+from flatquant.runtime.linear import FrozenSite, PackedLinear
+from flatquant.seams import attached
+from flatquant.spec import DataSpec, QuantSpec, Recipe, SitePlan
+from tests.tiny_models import tiny_family
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(0, 120, (4, 16), generator=torch.Generator().manual_seed(0))
+RECIPES = {
+    "flatquant": lambda: recipes.flatquant("w4a4kv4", preset="quick"),
+    "groups": lambda: recipes.flatquant("w4g4a8kv4,attn_in=w16a16", preset="quick"),
+    "quarot": lambda: recipes.quarot("w4a4kv4"),
+    "branch": lambda: recipes.svdquant("w4a4", rank=2),
+    "levels": lambda: recipes.direct("w3a4"),
+    "nvfp4": lambda: recipes.rtn("nvfp4"),
+    "codebook": lambda: recipes.vptq("w3a16"),
+}
+
+
+def quantised(recipe: Recipe, output: Path, family: str = "llama") -> Path:
+    model = tiny_family(family, hidden_size=32, head_dim=8, intermediate_size=48)
+    fit = None if recipe.fit is None else dataclasses.replace(recipe.fit, epochs=min(recipe.fit.epochs, 1))
+    recipe = dataclasses.replace(recipe, data=DataSpec(samples=4, seqlen=16), fit=fit)
+    quantize(model, recipe, TOKENS, output=output, verdict=False)
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantised(RECIPES["flatquant"](), tmp_path_factory.mktemp("parts") / "out")
+
+
+def linears(plan) -> list[str]:
+    blocks = enumerate(plan.blocks)
+    return [f"{plan.blocks_path}.{i}.{r}" for i, b in blocks for site in b.sites.values() for r in site.readers]
+
+
+# --------------------------------------------------------------------------------------------- the same modules
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "levels" else name for name in RECIPES]
+)
+def test_linears_compute_what_a_loaded_model_computes(name: str, tmp_path: Path) -> None:
+    path = quantised(RECIPES[name](), tmp_path / "out")
+    parts, model = Parts(Folder.open(path)), load(path)
+    for linear in linears(parts.plan):
+        theirs = model.get_submodule(linear)
+        x = torch.randn(5, theirs.plain().shape[1])
+        assert torch.equal(parts.linear(linear, CPU, torch.float32)(x), theirs(x)), linear
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "glm4", "cohere"])
+def test_keys_and_queries_are_those_of_a_loaded_model(family: str, tmp_path: Path) -> None:
+    """With the offset of keys, whose angles are those that transformers gives the block."""
+    path = quantised(recipes.flatquant("kv4", preset="quick"), tmp_path / "out", family)
+    parts, model = Parts(Folder.open(path)), load(path)
+    seen = {}
+
+    def keep(index: int) -> Callable:
+        return lambda module, args, kwargs: seen.__setitem__(index, kwargs["position_embeddings"])
+
+    for index, block in enumerate(model.model.layers):
+        block.self_attn.register_forward_pre_hook(keep(index), with_kwargs=True)
+    model(TOKENS[:1])
+    for index in range(2):
+        kv, theirs = parts.key_value(index, CPU), attached(model.model.layers[index].self_attn)
+        angles = parts.angles(index, CPU)(torch.arange(16), torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(angles, seen[index], strict=True))
+        q, k, v = torch.randn(1, 4, 16, 8), torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8)
+        assert kv.key_offset is not None
+        assert torch.equal(kv.query(q), theirs.query(q))
+        assert torch.equal(kv.key(k, angles), theirs.key(k, angles))
+        assert torch.equal(kv.value(v), theirs.value(v))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_compute_what_a_loaded_model_computes(family: str, tmp_path: Path) -> None:
+    path = quantised(RECIPES["flatquant"](), tmp_path / "out", family)
+    experts = Parts(Folder.open(path)).experts("model.layers.0.mlp.experts", CPU, torch.float32)
+    theirs = load(path).get_submodule("model.layers.0.mlp.experts")
+    assert isinstance(experts, Experts)
+    x, index = torch.randn(9, 32), torch.stack([torch.randperm(5)[:2] for _ in range(9)])
+    weights = torch.rand(9, 2)
+    assert torch.equal(experts(x, index, weights), theirs(x, index, weights))
+
+
+def test_joined_linears_are_those_linears_and_transform_once(folder: Path) -> None:
+    parts = Parts(Folder.open(folder))
+    found = [parts.linear(f"model.layers.1.self_attn.{n}_proj", CPU, torch.float32) for n in "qkv"]
+    x = torch.randn(3, 32)
+    apart = torch.cat([linear(x) for linear in found], dim=-1)
+    calls = []
+    compute = found[0].site._compute
+    found[0].site._compute = lambda x: calls.append(1) or compute(x)
+    assert torch.equal(Joined(found)(x), apart)
+    assert len(calls) == 1
+
+
+def test_a_dense_weight_has_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    path = quantised(recipes.rtn("w4a4,mlp_mid=w16a16"), tmp_path / "out")
+    linear = Parts(Folder.open(path)).linear("model.layers.0.mlp.down_proj", CPU, torch.bfloat16)
+    assert linear.plain().dtype == torch.float32
+    assert linear.weight.dtype == torch.bfloat16
+
+
+def test_what_is_not_quantised_has_no_site(folder: Path) -> None:
+    plan = Folder.open(folder).plan
+    for path in ("lm_head", "model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.7.mlp.up_proj"):
+        assert site_of(plan, path) is None
+    found = site_of(plan, "model.layers.1.mlp.up_proj")
+    assert found is not None
+    assert found[0] == "model.layers.1.flatquant.mlp_in"
+
+
+# --------------------------------------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize("name", ["flatquant", "groups", "quarot"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_together_are_the_whole(name: str, ranks: int, tmp_path: Path) -> None:
+    path = quantised(RECIPES[name](), tmp_path / "out")
+    parts = Parts(Folder.open(path))
+    for linear in linears(parts.plan):
+        whole = parts.linear(linear, CPU, torch.float32)
+        x = torch.randn(5, whole.plain().shape[1])
+        want = whole(x)
+        own = want.shape[1] // ranks
+        rows = torch.cat([rows_of(whole, own, rank, ranks)(x) for rank in range(ranks)], dim=-1)
+        torch.testing.assert_close(rows, want, rtol=1e-6, atol=1e-6)
+        pieces = x.chunk(ranks, dim=-1)
+
+        def gather(piece: Tensor, x: Tensor = x) -> Tensor:
+            return x
+
+        columns = [columns_of(whole, gather, rank, ranks)(pieces[rank]) for rank in range(ranks)]
+        torch.testing.assert_close(torch.stack(columns).sum(0), want, rtol=1e-5, atol=1e-5)
+
+
+def test_integers_are_cut_and_not_rounded_again(folder: Path) -> None:
+    whole = Parts(Folder.open(folder)).linear("model.layers.0.mlp.down_proj", CPU, torch.float32)
+    assert isinstance(whole, PackedLinear)
+    cut = columns_of(whole, lambda x: x, 1, 2)
+    assert torch.equal(cut.qweight().values, whole.qweight().values[:, 24:])
+    assert torch.equal(cut.scale, whole.scale)
+    assert cut.bias is None
+
+
+def test_heads_that_ranks_share() -> None:
+    assert [share(8, 4, rank, 2) for rank in range(2)] == [slice(0, 4), slice(4, 8)]
+    assert [share(2, 1, rank, 4) for rank in range(4)] == [slice(0, 1), slice(0, 1), slice(1, 2), slice(1, 2)]
+
+
+@pytest.mark.parametrize(
+    "site, ranks, columns, said",
+    [
+        ({"readers": ("mlp.down_proj",), "shape": (5, 9)}, 2, True, "45 columns"),
+        ({"readers": ("mlp.down_proj",), "shape": (4, 4), "weights": "w4g4"}, 8, True, "16 columns in groups of 4"),
+        ({"readers": ("mlp.gate_up_proj",), "shape": (4, 4)}, 2, False, "one matrix for several outputs"),
+        ({"readers": ("mlp.experts.0.up_proj", "mlp.experts.1.up_proj"), "shape": (4, 4)}, 2, False, "a mixture"),
+        ({"readers": ("mlp.up_proj",), "shape": (4, 4), "weights": "w4", "rank": 2}, 2, False, "weights in a codebook"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(site: dict, ranks: int, columns: bool, said: str) -> None:
+    if "weights" in site:
+        group = 4 if site["weights"] == "w4g4" else None
+        site = {**site, "weights": QuantSpec(bits=4, group_size=group)}
+    with pytest.raises(ModelError, match=f"mlp cannot be cut for {ranks} ranks: it has {said}"):
+        check_ranks("mlp", SitePlan(**site), ranks, columns=columns)
+
+
+def test_a_site_is_filled_once(folder: Path) -> None:
+    parts = Parts(Folder.open(folder))
+    first = parts.linear("model.layers.0.mlp.up_proj", CPU, torch.float32).site
+    left = first.left
+    assert isinstance(first, FrozenSite)
+    assert parts.linear("model.layers.0.mlp.gate_proj", CPU, torch.float32).site.left is left
