@@ -1,0 +1,153 @@
+"""Folders served by a real vLLM on a CPU compute what `flatquant.load` computes."""
+
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from vllm.model_executor.layers.quantization import get_quantization_config
+
+import flatquant
+from flatquant import recipes
+from flatquant.engines.vllm import register
+from flatquant.errors import ModelError
+from flatquant.runtime.artifact import load
+from tests.engines.vllm.conftest import answers, largest_difference, served
+
+pytestmark = pytest.mark.vllm
+
+# In float32: measured are 5e-6 and less. A key or value that is rounded to the neighbouring integer changes far more,
+# but these models have few enough of them that none is.
+BOUND = 1e-4
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},  # shorter than a prompt
+    "qwen2": {},
+    "qwen3": {},
+    "granite": {},
+    "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 16},
+    "phi3": {},
+    "glm4": {},
+    "stablelm": {"qk_layernorm": False},
+    "cohere": {},
+    "mixtral": {},
+    "qwen3_moe": {},
+}
+
+
+def test_the_plugin_is_found_and_may_be_registered_again() -> None:
+    (point,) = entry_points(group="vllm.general_plugins", name="flatquant")
+    for _ in range(2):
+        point.load()()
+        register()
+    assert get_quantization_config("flatquant").__module__ == "flatquant.engines.vllm.plugin"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(quantised, family: str) -> None:
+    """Weights in 4 bits, a transform online, keys less an offset and values in 4 bits; activations in 16."""
+    folder = quantised(family, **FAMILIES[family])
+    with served(folder) as llm:
+        assert largest_difference(llm, load(folder)) < BOUND
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        recipes.flatquant("w4a16"),
+        recipes.flatquant("w3g32a16k4v2"),
+        recipes.flatquant("w4a16kv4,mlp_mid=w8a16,1.attn_in=w16a16"),
+        recipes.svdquant("w4a16", rank=4),
+        recipes.rtn("wnvfp4a16"),
+        recipes.rtn("wmxfp4a16"),
+        recipes.vptq("w4a16"),
+    ],
+    ids=lambda recipe: f"{recipe.name}-{recipe.scheme}",
+)
+def test_schemes(quantised, recipe) -> None:
+    folder = quantised("qwen2", recipe, tie_word_embeddings=False)
+    with served(folder) as llm:
+        assert largest_difference(llm, load(folder)) < BOUND
+
+
+@pytest.mark.parametrize("recipe", [recipes.flatquant("w4a4kv4"), recipes.quarot("w4a8kv4"), recipes.rtn("nvfp4kv4")])
+def test_rounded_activations_layer_by_layer(quantised, recipe) -> None:
+    """Of the very tensors that vLLM's layers are given. From end to end, one integer that differs changes all after."""
+    folder = quantised("qwen2", recipe)
+    model = load(folder)
+    seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    bases: list = []
+
+    def watch(vllm_model: torch.nn.Module) -> None:
+        for name, module in vllm_model.named_modules():
+            if name.endswith(("qkv_proj", "o_proj", "gate_up_proj", "down_proj")):
+                module.register_forward_hook(lambda _, x, y, name=name: seen.append((name, x[0].clone(), y[0].clone())))
+            if name.endswith("self_attn.attn.flatquant"):
+                module.register_forward_hook(lambda m, x, y: bases.append((m, x, y)))
+
+    with served(folder) as llm:
+        llm.apply_model(watch)
+        answers(llm)
+    joined = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    assert len({name for name, _, _ in seen}) == 8
+    for name, x, y in seen:
+        parent, _, leaf = name.rpartition(".")
+        parts = [model.get_submodule(f"{parent}.{part}")(x) for part in joined.get(leaf, (leaf,))]
+        assert torch.equal(torch.cat(parts, dim=-1), y), name
+    assert len({id(module) for module, _, _ in bases}) == 2
+
+
+def test_prefix_caching_and_chunked_prefill(quantised) -> None:
+    folder = quantised("qwen2")
+    model = load(folder)
+    with served(folder, enable_prefix_caching=True, max_num_batched_tokens=16, enable_chunked_prefill=True) as llm:
+        first, again = answers(llm), answers(llm)
+        assert largest_difference(llm, model) < BOUND
+    for (tokens, one), (others, two) in zip(first, again, strict=True):
+        assert tokens == others
+        assert one == pytest.approx(two, abs=BOUND)
+
+
+def test_speculation_by_ngrams(quantised) -> None:
+    folder = quantised("llama")
+    with served(folder) as llm:
+        plain = [tokens for tokens, _ in answers(llm)]
+    ngrams = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with served(folder, speculative_config=ngrams) as llm:
+        assert [tokens for tokens, _ in answers(llm)] == plain
+
+
+def test_bfloat16(quantised) -> None:
+    """The dtype of most models: distributions are near those of float32."""
+    folder = quantised("qwen2")
+    with served(folder, dtype="bfloat16") as llm:
+        assert largest_difference(llm, flatquant.load(folder)) < 0.25
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"kv_cache_dtype": "fp8"}, "is not served with a cache of fp8"),
+        ({"enable_lora": True}, "is not served with LoRA adapters"),
+    ],
+)
+def test_what_was_not_tried_is_refused(quantised, options: dict, said: str) -> None:
+    with pytest.raises(ModelError, match=said), served(quantised("llama"), **options):
+        pass
+
+
+def test_a_damaged_folder_is_refused(quantised, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in quantised("llama").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    data = bytearray((folder / "flatquant.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "flatquant.safetensors").write_bytes(data)
+    with pytest.raises(Exception, match=r"flatquant.safetensors is damaged: its sha256"), served(folder):
+        pass
