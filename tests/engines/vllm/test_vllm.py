@@ -7,12 +7,11 @@ import pytest
 import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
 
-import flatquant
 from flatquant import recipes
 from flatquant.engines.vllm import register
 from flatquant.errors import ModelError
 from flatquant.runtime.artifact import load
-from tests.engines.vllm.conftest import answers, largest_difference, served
+from tests.engines.vllm.conftest import answers, expected, largest_difference, served
 
 pytestmark = pytest.mark.vllm
 
@@ -56,13 +55,11 @@ def test_families(quantised, family: str) -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        recipes.flatquant("w4a16"),
         recipes.flatquant("w3g32a16k4v2"),
         recipes.flatquant("w4a16kv4,mlp_mid=w8a16,1.attn_in=w16a16"),
         recipes.svdquant("w4a16", rank=4),
         recipes.rtn("wnvfp4a16"),
-        recipes.rtn("wmxfp4a16"),
-        recipes.vptq("w4a16"),
+        pytest.param(recipes.vptq("w4a16"), marks=pytest.mark.slow),
     ],
     ids=lambda recipe: f"{recipe.name}-{recipe.scheme}",
 )
@@ -110,20 +107,16 @@ def test_prefix_caching_and_chunked_prefill(quantised) -> None:
         assert one == pytest.approx(two, abs=BOUND)
 
 
-def test_speculation_by_ngrams(quantised) -> None:
-    folder = quantised("llama")
-    with served(folder) as llm:
-        plain = [tokens for tokens, _ in answers(llm)]
-    ngrams = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with served(folder, speculative_config=ngrams) as llm:
-        assert [tokens for tokens, _ in answers(llm)] == plain
-
-
 def test_bfloat16(quantised) -> None:
-    """The dtype of most models: distributions are near those of float32."""
-    folder = quantised("qwen2")
+    """vLLM in bfloat16 is as near to float32 as `load` in bfloat16 is."""
+    folder = quantised("qwen2", recipes.flatquant("w4a16"))
+    exact, ours = load(folder), load(folder, dtype=torch.bfloat16)
     with served(folder, dtype="bfloat16") as llm:
-        assert largest_difference(llm, flatquant.load(folder)) < 0.25
+        found = answers(llm)
+    want = torch.tensor([x for tokens, _ in found for x in expected(exact, tokens)])
+    mine = torch.tensor([x for tokens, _ in found for x in expected(ours, tokens)])
+    theirs = torch.tensor([x for _, logprobs in found for x in logprobs])
+    assert 0 < (theirs - want).square().mean() < 2 * (mine - want).square().mean()
 
 
 # --------------------------------------------------------------------------------------------- refusals
@@ -151,3 +144,16 @@ def test_a_damaged_folder_is_refused(quantised, tmp_path: Path) -> None:
     (folder / "flatquant.safetensors").write_bytes(data)
     with pytest.raises(Exception, match=r"flatquant.safetensors is damaged: its sha256"), served(folder):
         pass
+
+
+# --------------------------------------------------------------------------------------------- last
+
+
+def test_speculation_by_ngrams(quantised) -> None:
+    """The last test of this process: it makes vLLM load numba, and vLLM 0.32 starts no other engine beside that."""
+    folder = quantised("llama")
+    with served(folder) as llm:
+        plain = [tokens for tokens, _ in answers(llm)]
+    ngrams = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with served(folder, speculative_config=ngrams) as llm:
+        assert [tokens for tokens, _ in answers(llm)] == plain
