@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,10 +155,9 @@ class FlatQuantConfig(QuantizationConfig):
             path = path[: path.index(".experts") + len(".experts")]
             if site_of(plan, f"{path}.0.gate_proj") is None:
                 return None
-            self.taken |= {
-                f"{path}.{index}.{name}" for index in range(int(layer.global_num_experts)) for name in _EXPERT
-            }
-            return ExpertsMethod(layer.moe_config, self, path)
+            moe = cast(Any, layer.moe_config)
+            self.taken |= {f"{path}.{index}.{name}" for index in range(moe.num_experts) for name in _EXPERT}
+            return ExpertsMethod(moe, self, path)
         if not isinstance(layer, LinearBase):
             return None
         path = self._path(prefix)
