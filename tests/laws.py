@@ -113,6 +113,18 @@ BASES: dict[str, dict[str, Transforms]] = {
 }
 
 
+def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """A model's blocks, wherever its family has them."""
+    blocks = submodule(model, arch_of(model.config).blocks)
+    assert isinstance(blocks, torch.nn.ModuleList)
+    return blocks
+
+
+def final_norm(model: PreTrainedModel) -> torch.nn.Module:
+    """The norm behind the last block."""
+    return submodule(model, arch_of(model.config).final_norm)
+
+
 def bare(transforms: dict[str, Transforms], scheme: Scheme | None = None) -> Recipe:
     """Changes of basis and nothing else."""
     return Recipe(name="law", scheme=scheme or Scheme(), transforms=transforms)
@@ -144,10 +156,11 @@ def wrap_all(
     model: PreTrainedModel, recipe: Recipe, *, noise: float = 0.1, force: bool = False, seed: int = 0
 ) -> tuple[Plan, list[FitBlock], Factor | None]:
     """`wrap`, with the rotation of the residual stream, which the model's ends then have taken too."""
-    seams.use_attention(model)
-    arch, blocks = arch_of(model.config), model.model.layers
+    arch, blocks = arch_of(model.config), blocks_of(model)
     open_experts(blocks)
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=force)
+    if plan.attention:
+        seams.use_attention(model)
     generator = torch.Generator().manual_seed(seed)
     residual = residual_factor(model, recipe, plan, generator, force=force)
     statistics = observed(model, plan) if recipe.needs_data else [{}] * len(blocks)
@@ -165,8 +178,8 @@ def wrap_all(
 @torch.no_grad()
 def observed(model: PreTrainedModel, plan: Plan | None = None) -> list[dict[str, InputStatistics]]:
     """Every block's input statistics on random text."""
-    offsets = [None] * len(model.model.layers) if plan is None else [block.key_offset for block in plan.blocks]
-    pairs = zip(model.model.layers, offsets, strict=True)
+    offsets = [None] * len(blocks_of(model)) if plan is None else [block.key_offset for block in plan.blocks]
+    pairs = zip(blocks_of(model), offsets, strict=True)
     observers = [Observer(block, arch_of(model.config), offset) for block, offset in pairs]
     model(tokens_for(model, 4, 12, seed=1), use_cache=False)
     return [observer.close() for observer in observers]
@@ -175,8 +188,9 @@ def observed(model: PreTrainedModel, plan: Plan | None = None) -> list[dict[str,
 def reinstalled(original: PreTrainedModel, plan: Plan, quantised: PreTrainedModel) -> PreTrainedModel:
     """A copy of `original` with empty serving blocks that are then given the tensors of `quantised`."""
     model = copy.deepcopy(original)
-    seams.use_attention(model)
-    for block, block_plan, source in zip(model.model.layers, plan.blocks, quantised.model.layers, strict=True):
+    if plan.attention:
+        seams.use_attention(model)
+    for block, block_plan, source in zip(blocks_of(model), plan.blocks, blocks_of(quantised), strict=True):
         install(block, plan.attention, block_plan, packed=False)
         block.load_state_dict(copy.deepcopy(source.state_dict()), assign=True)
     return model
@@ -194,9 +208,9 @@ def inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+def hidden(model: PreTrainedModel, tokens: Tensor, norm: torch.nn.Module | None = None) -> Tensor:
     """The hidden states before the final norm (which computes in float32, whatever the model).  # (B, T, h)"""
-    with inputs_of(model.model.norm) as seen:
+    with inputs_of(norm or final_norm(model)) as seen:
         model(tokens, use_cache=False)
     return seen[0]
 
@@ -206,7 +220,7 @@ def decoded(model: PreTrainedModel, tokens: Tensor, steps: int = 3) -> Tensor:
     """The same hidden states by cached decoding: a prefill, then one token at a time.  # (B, T, h)"""
     cache = DynamicCache(config=model.config)
     start = tokens.shape[1] - steps
-    with inputs_of(model.model.norm) as seen:
+    with inputs_of(final_norm(model)) as seen:
         for piece in (tokens[:, :start], *tokens[:, start:].split(1, dim=1)):
             model(piece, **{CACHE: cache}, use_cache=True)
     return torch.cat(seen, dim=1)
@@ -275,7 +289,7 @@ def in_pairs(
     a: PreTrainedModel, b: PreTrainedModel, paths: Sequence[str]
 ) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
     """The same modules of every block of two models."""
-    for ours, theirs in zip(a.model.layers, b.model.layers, strict=True):
+    for ours, theirs in zip(blocks_of(a), blocks_of(b), strict=True):
         for path in paths:
             yield submodule(ours, path), submodule(theirs, path)
 

@@ -18,7 +18,8 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError, ModelError
 from flatquant.models import load_model, open_model
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, SolverSpec
-from tests.laws import CPU, quick, tokens_for
+from flatquant.wiring.archs import arch_of
+from tests.laws import CPU, blocks_of, quick, tokens_for
 from tests.tiny_models import FAMILIES, tiny_family, tiny_llama, tiny_tokenizer
 
 SMALL = dataclasses.replace(
@@ -78,10 +79,10 @@ def test_every_family_is_read_as_transformers_reads_it(name: str, tied: bool, tm
     model, _, checkpoint = open_model(folder)
     assert all(p.is_meta for p in model.parameters())
     streamed, _, _ = api._streamed(folder)
-    blocks = whole.model.layers
-    assert all(p.is_meta for p in streamed.model.layers.parameters())
-    for i in range(len(blocks)):
-        checkpoint.fill(streamed.model.layers[i], f"model.layers.{i}.")
+    blocks = blocks_of(streamed)
+    assert all(p.is_meta for p in blocks.parameters())
+    for i, block in enumerate(blocks):
+        checkpoint.fill(block, f"{arch_of(whole.config).blocks}.{i}.")
     want, got = whole.state_dict(), streamed.state_dict()
     assert want.keys() == got.keys()
     assert all(want[k].dtype == got[k].dtype and torch.equal(want[k], got[k]) for k in want)

@@ -4,6 +4,7 @@ The models have what makes real ones hard to quantise: norm weights that are not
 times larger than the rest.
 """
 
+import re
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,8 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,11 +24,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.cohere.modeling_cohere import CohereLayerNorm
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 VOCAB = 128
 
@@ -81,6 +78,15 @@ def tiny_llama(
 
 PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.7}
 
+# Queries of later positions are larger.
+STRETCHED = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 4,
+    "llama_4_scaling_beta": 0.1,
+}
+
 # Every family, and the variants that are wired differently; what a config has beyond `tiny_family`'s fields.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -118,6 +124,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm parallel": {"use_qkv_bias": True, "use_parallel_residual": True, "rope_parameters": PARTIAL},
     "cohere": {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3},
     "glm4": {"attention_bias": True, "rope_parameters": PARTIAL},
+    "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "ministral3": {"rope_parameters": STRETCHED},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    "hunyuan_v1_dense": {"attention_bias": True},
+    "ernie4_5": {"use_bias": True},
+    "helium": {"attention_bias": True},
+    "gemma": {"attention_bias": True},
+    "arcee": {"attention_bias": True, "mlp_bias": True},
+    "apertus": {"attention_bias": True},
+    "olmo3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "exaone4": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.3},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "num_experts": 5,
@@ -129,55 +147,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-class _ExactGemma2Norm(Gemma2RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._norm(x) * (1 + self.weight)
+# What computes in float32 whatever the model's dtype is.
+_NARROW = re.compile(
+    r"Norm|Router|Gate$|DeltaNet|Mamba|Lightning|Llama4TextAttention|Rotary|BloomAttention|Ernie4_5Attention|HeliumAttention"
+)
 
 
-class _ExactGemma3Norm(Gemma3RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._norm(x) * (1 + self.weight)
+class _Wide(TorchFunctionMode):
+    """float64 wherever float32 is asked for."""
 
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
 
-class _ExactCohereNorm(CohereLayerNorm):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states - hidden_states.mean(-1, keepdim=True)
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-
-class _ExactMixtralRouter(MixtralTopKRouter):
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scores = nn.functional.linear(hidden_states, self.weight)
-        top, index = scores.softmax(-1).topk(self.top_k, dim=-1)
-        return scores, top / top.sum(-1, keepdim=True), index
-
-
-class _ExactQwen3MoeRouter(Qwen3MoeTopKRouter):
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scores = nn.functional.linear(hidden_states, self.weight)
-        top, index = scores.softmax(-1).topk(self.top_k, dim=-1)
-        return scores, top / top.sum(-1, keepdim=True) if self.norm_topk_prob else top, index
-
-
-_EXACT = {
-    Gemma2RMSNorm: _ExactGemma2Norm,
-    Gemma3RMSNorm: _ExactGemma3Norm,
-    CohereLayerNorm: _ExactCohereNorm,
-    MixtralTopKRouter: _ExactMixtralRouter,
-    Qwen3MoeTopKRouter: _ExactQwen3MoeRouter,
-}
+        if func is Tensor.float:
+            func = Tensor.double
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
 
 
 @cache
 def exact(kind: type) -> type:
-    """A norm's class with arithmetic in the input's own precision; any other class as it is."""
-    if kind.__name__.endswith("RMSNorm") and kind not in _EXACT:
-        return type(kind.__name__, (kind,), {"forward": _rms_norm})
-    return _EXACT.get(kind, kind)
+    """A class of modules with arithmetic in float64, if it is one that computes in float32; any other as it is."""
+    if not _NARROW.search(kind.__name__) or kind.__module__.startswith("torch."):
+        return kind
 
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _Wide():
+            return kind.forward(self, *args, **kwargs)
 
-def _rms_norm(self: Any, x: Tensor) -> Tensor:
-    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def randomised(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:

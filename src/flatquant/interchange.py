@@ -82,7 +82,8 @@ def import_matrices(model: PreTrainedModel, path: Path, scheme: str = "w4a4kv4")
         raise ArtifactError(f"{path} has matrices for {len(matrices)} blocks, the model has {len(blocks)}")
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
     dtype, widest = next(model.parameters()).dtype, 0.0
-    seams.use_attention(model)
+    if plan.attention:
+        seams.use_attention(model)
     for index, (block, block_plan) in enumerate(zip(blocks, plan.blocks, strict=True)):
         reader = _Reader(matrices[index], f"{path}, block {index}")
         fit = wrap_block(block.float(), arch, block_plan, recipe, {}, torch.Generator())
@@ -270,9 +271,10 @@ def import_compressed(path: Path) -> tuple[PreTrainedModel, Plan, Recipe, dict[s
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
-    seams.use_attention(model)
+    if plan.attention:
+        seams.use_attention(model)
     for index, (block, block_plan) in enumerate(zip(blocks, plan.blocks, strict=True)):
-        install(block, arch.attention, block_plan, packed=True)
+        install(block, plan.attention, block_plan, packed=True)
         for name, site in block_plan.sites.items():
             root = f"{arch.blocks}.{index}."
             statics = [state.pop(f"{root}{reader}.input_global_scale", None) for reader in site.readers]
@@ -352,7 +354,7 @@ def _empty_model(path: Path, config: dict[str, Any]) -> PreTrainedModel:
         raise ArtifactError(f"{path}: the installed transformers does not know the model type {one_line(kind)}")
     with torch.device("meta"):
         made = CONFIG_MAPPING[kind].from_dict(data)
-        return AutoModelForCausalLM.from_config(made, attn_implementation=seams.ATTENTION, dtype=made.dtype)
+        return AutoModelForCausalLM.from_config(made, dtype=made.dtype)
 
 
 _NAMES = {"weight_packed": "packed", "weight_scale": SCALE, "weight_global_scale": WHOLE}  # theirs: ours
@@ -421,7 +423,8 @@ def export_dense(
                 if linear.bias is not None:
                     state[f"{prefix}{path}.bias"] = linear.bias.to(model.dtype)
     wanted = plain.state_dict()
-    plain.load_state_dict({n: state[n] if n in state else stacked_again(state, n) for n in wanted})
+    owners = {n: submodule(plain, n.rpartition(".")[0]) for n in wanted}
+    plain.load_state_dict({n: state[n] if n in state else stacked_again(state, n, owners[n]) for n in wanted})
     plain.generation_config = copy.deepcopy(model.generation_config)
     with quiet():
         plain.save_pretrained(output)

@@ -1004,6 +1004,9 @@ class Recipe:
 # --------------------------------------------------------------------------------------------- a concrete model
 
 
+_EXPERT = re.compile(r"(.*\.\d+)\.")
+
+
 def by_expert(paths: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Paths of linears in a block, grouped by the rows they multiply: those of one expert together, all others too.
 
@@ -1011,9 +1014,14 @@ def by_expert(paths: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """
     groups: dict[str, list[str]] = {}
     for path in paths:
-        match = re.match(r"(.*\.\d+)\.", path)
+        match = _EXPERT.match(path)
         groups.setdefault(match[1] if match else "", []).append(path)
     return tuple(tuple(group) for group in groups.values())
+
+
+def is_experts(group: Sequence[str]) -> bool:
+    """Whether these paths, which multiply the same rows, are those of one expert of several."""
+    return _EXPERT.match(group[0]) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1050,6 +1058,11 @@ class SitePlan:
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """`readers`, by the rows of the tensor that they multiply."""
         return by_expert(self.readers)
+
+    @property
+    def experts(self) -> int:
+        """How many experts read the tensor, those aside that every token passes."""
+        return sum(is_experts(group) for group in self.groups)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,9 +92,9 @@ def test_opened_experts_are_the_stacked_ones(name: str, dtype: torch.dtype) -> N
     state = opened.state_dict()
     for key, tensor in model.state_dict().items():
         if key not in state:
-            assert torch.equal(stacked_again(state, key), tensor)
+            assert torch.equal(stacked_again(state, key, model.get_submodule(key.rpartition(".")[0])), tensor)
     with pytest.raises(KeyError):
-        stacked_again(state, "model.layers.0.mlp.nowhere.down_proj")
+        stacked_again(state, "model.layers.0.mlp.nowhere.down_proj", model)
 
 
 def test_what_is_not_stacked_is_left_alone() -> None:
@@ -104,8 +104,8 @@ def test_what_is_not_stacked_is_left_alone() -> None:
     assert [type(m) for m in model.modules()] == before
     other = nn.Module()
     other.act_fn = nn.SiLU()
-    other.gate_up_proj = nn.Parameter(torch.zeros(3, 4, 16))  # (E, h, 2 I): the other way round
-    other.down_proj = nn.Parameter(torch.zeros(3, 8, 4))
+    other.gate_up_proj = nn.Parameter(torch.zeros(3, 4, 16))
+    other.down_proj = nn.Parameter(torch.zeros(3, 5, 4))  # of other experts than those
     assert not is_stacked(other)
 
 

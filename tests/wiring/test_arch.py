@@ -28,7 +28,7 @@ def test_families_are_found_by_their_type() -> None:
 @pytest.mark.parametrize(
     "name, near",
     [
-        ("gemma3", "gemma2, gemma3_text"),
+        ("gemma3", "gemma, gemma2, gemma3_text"),
         ("qwen3_5", "qwen3, qwen3_moe, qwen2"),
         ("Llama", "llama"),
         ("mamba", None),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from flatquant import seams
 from flatquant.calibrate.activations import K, Kept, mapped
 from flatquant.rotary import Angles, turned_back
-from flatquant.spec import KeyOffset, Pairing, by_expert
+from flatquant.spec import KeyOffset, Pairing, by_expert, is_experts
 from flatquant.transforms import Factor
 from flatquant.wiring.apply import InputStatistics
 from flatquant.wiring.arch import Arch, submodule
@@ -180,13 +181,16 @@ class Observer:
 
     def __init__(self, block: nn.Module, arch: Arch, keys: KeyOffset | None = None) -> None:
         """With `keys`, also of keys before RoPE, under `qk`; nothing else may be attached to the attention module."""
+        arch = arch.of(block)
         self._moments = {edge.site: _Moments() for edge in arch.edges}
         self._attention = None
-        if keys is not None:
+        if keys is not None and arch.attention is not None:
             self._moments["qk"] = _Moments()
             self._attention = submodule(block, arch.attention)
             seams.attach(self._attention, _SeenKeys(self._moments["qk"], keys.pairing))
-        groups = {edge.site: by_expert(edge.readers) for edge in arch.of(block).edges}
+        groups = {edge.site: by_expert(edge.readers) for edge in arch.edges}
+        # Of a mixture, what all tokens pass is no expert.
+        self._counted = {site: [is_experts(g) or len(paths) == 1 for g in paths] for site, paths in groups.items()}
         self._tokens = {site: [0] * len(paths) for site, paths in groups.items()}
         self._handles = [
             submodule(block, path).register_forward_pre_hook(self._hook(site, index))
@@ -219,7 +223,7 @@ class Observer:
                 mean=m.total / m.tokens,
                 square=m.square / m.tokens,
                 rows=torch.cat(m.rows),
-                tokens=tuple(self._tokens.get(site, ())),
+                tokens=tuple(compress(self._tokens.get(site, ()), self._counted.get(site, ()))),
             )
         return out
 

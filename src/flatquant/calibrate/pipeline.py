@@ -248,7 +248,8 @@ class _Run:
                     resident_bytes(self.blocks, self.end_to_end, self.recipe.scheme.weights),
                     torch.cuda.mem_get_info(self.device)[0],
                 )
-        seams.use_attention(self.model)
+        if self.plan.attention:
+            seams.use_attention(self.model)
         together = 0 if self.tokens is None else self.batch * self.tokens.shape[1]
         for seen in (self.witness, self.held_out):
             if seen is not None:
@@ -596,7 +597,7 @@ class _Run:
         if solved:
             assert self.state is not None
             tensors, self.notes[index] = self.state.load(solved_name(index))
-            install(block, self.arch.attention, plan, packed=False)
+            install(block, self.plan.attention, plan, packed=False)
             block.load_state_dict(tensors, assign=True)
             block.to(self.device)
         else:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -84,8 +84,10 @@ def preflight(
     for index, block in enumerate(blocks):
         kinds.setdefault(_kind(block), index)
     found = []
-    with _attention(model, seams.ATTENTION):
-        seams.use_attention(model)
+    reached = any(kind.attention is not None for kind in arch.kinds)
+    with _attention(model, seams.ATTENTION) if reached else nullcontext():
+        if reached:
+            seams.use_attention(model)
         for index in kinds.values():
             try:
                 found += _Check(model, arch, blocks, index, device, checkpoint).law(transforms)
@@ -161,8 +163,8 @@ def _final_norm(model: PreTrainedModel, arch: Arch, rotation: TransformSpec) -> 
     want = norm(x)
     bound = max(_FLOOR, _MARGIN * _deviation(norm(_rounded(x)), want))
     r = make_factor(rotation, len(gain), _generator(1)).to(gain).matrix()
-    before = gain.clone()
-    gain.fill_(1)
+    before = gain + arch.norm_offset
+    gain.fill_(1 - arch.norm_offset)
     found = _Found(error=_deviation(norm(x @ r) @ r.mT * before, want), bound=bound, where="")
     if not found.holds:
         _raise(f"preflight: a rotation moves the final norm's output by {found.error:.2g}, not at most {bound:.1g}")
@@ -252,9 +254,9 @@ class _Check:
             basis.to(self.device, torch.float64)
         at = plan.blocks[self.index]
         fit = wrap_block(block, self.arch, at, law, {}, generator, residual=basis, force=True)
-        if _SEAM in transforms:
+        if _SEAM in transforms and fit.arch.attention is not None:
             fit.key_value = FitKeyValue(make_factor(transforms[_SEAM][0], at.head_dim, generator), None, None)
-            seams.attach(submodule(block, self.arch.attention), fit.key_value.to(self.device))
+            seams.attach(submodule(block, fit.arch.attention), fit.key_value.to(self.device))
         for root in (block, *fit.roots()):
             root.double()
         _move(fit, generator)

@@ -158,7 +158,7 @@ class Witness:
             return torch.cat([self._sample(index, block, dict.fromkeys(without)) for without in others])
         windows = 1 + len(parts)
         grids = {
-            part: _OneWindow(grid_at(block, self._arch.attention, part), window, windows)
+            part: _OneWindow(grid_at(block, self._arch.attention or "", part), window, windows)
             for window, part in enumerate(parts, 1)
         }
         return self._sample(index, block, grids, windows)
@@ -166,7 +166,7 @@ class Witness:
     def _sample(self, index: int, block: nn.Module, grids: Mapping[Part, nn.Module | None], windows: int = 1) -> Tensor:
         """What a block with other grids makes of the original's inputs, given so many times.  # (windows, tokens, h)"""
         inputs = self._samples[index].expand(windows, -1, -1)
-        with put(block, self._arch.attention, grids):
+        with put(block, self._arch.attention or "", grids):
             return through(block, self._sample_calls[index], inputs, together=windows)
 
     @staticmethod

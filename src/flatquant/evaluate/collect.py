@@ -105,7 +105,7 @@ def collect(
         "kl": _kl(want, got),
         "flatness": flatness,
         "surface": surface,
-        "alone": _alone(original, ours, theirs, windows, want, step) if comparable else [],
+        "alone": _alone(original, ours, theirs, bool(plan.attention), windows, want, step) if comparable else [],
         "transforms": [t for i, block in enumerate(plan.blocks) for t in _transforms(i, block, ours[i], plan)],
         "clips": [c for i, block in enumerate(plan.blocks) for c in _clips(i, block, ours[i], plan)],
     }
@@ -213,13 +213,20 @@ def _kl(want: Tensor, got: Tensor) -> float:
 
 
 def _alone(
-    original: PreTrainedModel, ours: nn.ModuleList, theirs: nn.ModuleList, windows: Tensor, want: Tensor, step: Any
+    original: PreTrainedModel,
+    ours: nn.ModuleList,
+    theirs: nn.ModuleList,
+    attended: bool,
+    windows: Tensor,
+    want: Tensor,
+    step: Any,
 ) -> list[float]:
     """The divergence that each block causes when all others stay as they were."""
     attention = original.config._attn_implementation
     out = []
     try:
-        seams.use_attention(original)  # a quantised block calls it; the others see plain attention in it
+        if attended:
+            seams.use_attention(original)  # a quantised block calls it; the others see plain attention in it
         for index in range(len(theirs)):
             kept, theirs[index] = theirs[index], ours[index]
             try:
@@ -240,7 +247,7 @@ def _transforms(index: int, plan: BlockPlan, block: nn.Module, model: Plan) -> I
         for side in ("left", "right"):
             if (factor := getattr(frozen, side)) is not None:
                 yield {"block": index, "where": f"{site} {side}", "condition": _condition(factor)}
-    kv = seams.attached(block.get_submodule(model.attention))
+    kv = seams.attached(block.get_submodule(model.attention)) if plan.attended else None
     if isinstance(kv, FrozenKeyValue) and kv.key_matrix is not None:
         yield {"block": index, "where": "keys", "condition": _condition(kv.key_matrix)}
 
@@ -257,7 +264,7 @@ def _clips(index: int, plan: BlockPlan, block: nn.Module, model: Plan) -> Iterat
         frozen = block.get_submodule(f"flatquant.{site}")
         assert isinstance(frozen, FrozenSite)
         grids[site] = frozen.activations
-    kv = seams.attached(block.get_submodule(model.attention))
+    kv = seams.attached(block.get_submodule(model.attention)) if plan.attended else None
     if isinstance(kv, FrozenKeyValue):
         grids |= {"keys": kv.keys, "values": kv.values}
     for where, grid in grids.items():

@@ -437,7 +437,8 @@ def load(
             model.generation_config = GenerationConfig.from_dict(read_json(folder.path / GENERATION_FILE))
         except (ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{folder.path / GENERATION_FILE} is damaged ({one_line(error)})") from error
-    seams.use_attention(model)
+    if folder.plan.attention:
+        seams.use_attention(model)
     adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
     fused.attach(model)
     return model.eval().requires_grad_(False)
@@ -466,7 +467,7 @@ def skeleton(folder: Folder, stored: Mapping[str, StoredTensor]) -> PreTrainedMo
             config = CONFIG_MAPPING[kind].from_dict(data)
             if config.num_hidden_layers != len(blocks):
                 raise ArtifactError(f"{where} is damaged: {len(blocks)} blocks planned of {config.num_hidden_layers}")
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=seams.ATTENTION)
+            model = AutoModelForCausalLM.from_config(config)
             furnish(folder, model, _tied(model), stored)
     except ArtifactError:
         raise
@@ -546,7 +547,7 @@ def _castable(model: nn.Module) -> Iterator[str]:
 def rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Fill the buffers that are not stored but computed from the config: rotary embeddings, scales of embeddings."""
     for path, module in list(model.named_modules()):
-        if not any(t.is_meta for t in module.buffers(recurse=False)):
+        if not _uncomputed(module):
             continue
         try:
             fresh = type(module)(config=model.config)  # type: ignore[call-arg]
@@ -557,9 +558,15 @@ def rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
             setattr(model.get_submodule(parent), leaf, nn.Module.to(fresh, device))
 
 
+def _uncomputed(module: nn.Module) -> set[str]:
+    """A module's buffers that no file stores, and that are on the meta device."""
+    stored = module.state_dict(keep_vars=True)
+    return {name for name, t in module.named_buffers(recurse=False) if t.is_meta and name not in stored}
+
+
 def _initialise_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
     """As `from_pretrained` does it: by the model's own rule, which leaves alone what is marked as loaded."""
-    empty = {name for name, t in module.named_buffers(recurse=False) if t.is_meta}
+    empty = _uncomputed(module)
     for name in empty:
         setattr(module, name, torch.full_like(getattr(module, name), torch.nan, device=device))
     loaded = [*module.parameters(recurse=False), *(t for n, t in module.named_buffers(recurse=False) if n not in empty)]

@@ -39,7 +39,7 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
     Raises:
         ArtifactError: the plan names modules that the block lacks.
     """
-    _check_experts(block, max((len(site.groups) for site in plan.sites.values()), default=0))
+    _check_experts(block, max((site.experts for site in plan.sites.values()), default=0))
     open_experts(block)
     sites = nn.ModuleDict()
     for name, site_plan in plan.sites.items():

@@ -171,10 +171,11 @@ class FlatQuantizer(HfQuantizer):
                 "a quantised model cannot be offloaded: some of it would lie on the cpu or the disk; give device_map "
                 "the memory that it needs, or load it on the cpu"
             )
-        seams.use_attention(model)
         model.requires_grad_(False)
         del model.config.transformers_weights  # pyright: ignore[reportAttributeAccessIssue] - set by `_prepare`
         folder = self.folder
+        if folder.plan.attention:
+            seams.use_attention(model)
         adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
         fused.attach(model)
 

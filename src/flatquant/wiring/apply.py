@@ -31,7 +31,7 @@ from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.codes import FrozenCodes
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenSite
-from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec
+from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec, by_expert
 from flatquant.transforms import (
     Compose,
     Diagonal,
@@ -189,23 +189,22 @@ def wrap_block(
         linears = [linear_at(block, path) for path in edge.readers]
         if parts and parts[0].kind == "shift":
             shifts[edge.site] = _shift(parts[0], linears, statistics.get(edge.site))
-        heads, first, n, writers = 1, 0, linears[0].in_features, ()
+        heads, place, n, writers = 1, (1, 0, 0), linears[0].in_features, ()
         if edge.writer is not None:
             writers = expanded(block, (edge.writes.path,))
-            rows = linear_at(block, writers[0]).out_features
-            first = edge.writes.first(rows, n)
+            place = edge.writes.place(linear_at(block, writers[0]).out_features, n, plan.head_dim)
             if edge.passes == "per_head":
-                heads = (rows - first) // plan.head_dim
+                heads = place[0] * place[2] // plan.head_dim
         made = _transforms(edge, parts, plan.sites[edge.site], linears, statistics.get(edge.site), generator, heads)
         if _minds_scales(plan, writers) and edge.site not in shifts:
             made = [Written(part) if isinstance(part, Diagonal) else part for part in made]
         for part in made:
             if isinstance(part, Written):
-                output = _written_output(part.inner, first, n)
+                output = _written_output(part.inner, place, n)
                 for path in writers:
                     outputs[path].append(output)
         if residual is not None and edge.norm is not None:
-            made = [MovedGain(_gain(block, edge.norm)), Written(Matrix(residual)), *made]
+            made = [MovedGain(_gain(block, edge.norm) + arch.norm_offset), Written(Matrix(residual)), *made]
         transforms[edge.site] = _joined(made)
     if residual is not None:
         assert arch.residual is not None
@@ -217,7 +216,7 @@ def wrap_block(
                 parametrize.register_parametrization(submodule(block, path), "weight", follow)
         with torch.no_grad():
             for norm in {edge.norm for edge in arch.edges if edge.norm is not None}:
-                _gain(block, norm).fill_(1)
+                _gain(block, norm).fill_(1 - arch.norm_offset)
     key_scale = None
     if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and (plan.keys or force):
         key_scale = _scale_scores(block, arch, plan.head_dim, outputs)
@@ -232,6 +231,7 @@ def wrap_block(
             [linear_at(block, path) for path in edge.readers],
             [outputs[path] for path in edge.readers],
             shifts.get(edge.site),
+            alone=len(by_expert(edge.readers)) > 1,
         ).to(device)
         if site_plan.weights is not None and site_plan.weights.is_fitted:
             with torch.no_grad():
@@ -252,7 +252,7 @@ def wrap_block(
 def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None, force: bool) -> Transforms:
     """The transforms a site gets: none where nothing is quantised that they could help."""
     helps = plan.weights or plan.activations or force or (edge.passes == "per_head" and values)
-    return edge.bearable(recipe.transforms.get(edge.site, ())) if helps else ()
+    return edge.bearable(recipe.transforms.get(edge.role, ())) if helps else ()
 
 
 def _shift(spec: TransformSpec, linears: list[nn.Linear], statistics: InputStatistics | None) -> Shift:
@@ -302,8 +302,13 @@ def _minds_scales(plan: BlockPlan, writers: Sequence[str]) -> bool:
     return any(spec is not None and spec.format is not None for spec in specs)
 
 
-def _written_output(inner: Transform, first: int, n: int) -> nn.Module:
-    """What a writer absorbs of a transform that its readers undo, on the n rows from `first` on."""
+def _written_output(inner: Transform, place: tuple[int, int, int], n: int) -> nn.Module:
+    """What a writer absorbs of a transform that its readers undo, on the rows that `Rows.place` names.
+
+    Args:
+        n: channels that the readers see.
+    """
+    groups, first, _ = place
     if isinstance(inner, Diagonal):
         return RowScale(inner, first, n)
     if isinstance(inner, HeadDiagonal | HeadMatrices):
@@ -312,7 +317,7 @@ def _written_output(inner: Transform, first: int, n: int) -> nn.Module:
         assert isinstance(inner, Kronecker)
         assert inner.right is not None
         output = HeadOutput(inner.right)
-    return LastRows(output, first) if first else output
+    return LastRows(output, groups, first) if first else output
 
 
 def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str, list[nn.Module]]) -> HeadDiagonal:
@@ -423,6 +428,7 @@ def _attach_key_value(
         plan.key_offset.pairing if plan.key_offset else "none",
         scale if offset is not None else None,
     ).to(device)
+    assert arch.attention is not None
     seams.attach(submodule(block, arch.attention), key_value)
     return key_value
 
@@ -486,6 +492,7 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
             replace_submodule(block, path, DenseLinear(frozen_site, weight.to(target), bias))
     setattr(block, SITES_SLOT, frozen)
     if fit.key_value is not None:
+        assert arch.attention is not None
         seams.attach(submodule(block, arch.attention), _freeze_key_value(fit.key_value, dtype))
 
 
@@ -551,7 +558,8 @@ def _absorb(
     for path in expanded(block, (edge.writes.path,)):
         weight, bias = folded[path]
         scale = torch.ones_like(weight[:, 0])
-        scale[edge.writes.first(len(scale), len(diagonal)) :][: len(diagonal)] = diagonal
+        _, first, _ = edge.writes.place(len(scale), len(diagonal), 1)
+        scale[first : first + len(diagonal)] = diagonal
         folded[path] = (weight * scale[:, None], None if bias is None else bias * scale)
 
 

@@ -20,24 +20,52 @@ from flatquant.spec import Pairing, Transforms
 
 
 @dataclass(frozen=True)
-class Writes:
-    """The rows of a linear that write one tensor: all, or a part of a fused one."""
+class Rows:
+    """Rows of a linear: all, or those of one part of a fused one.
+
+    A fused q, k and v has them in this order, `path[v]`, or so for every head of keys, `path[*.v]`: its queries, its
+    key, its value. A fused gate and up has gate first, `path[up]`.
+    """
 
     path: str
     part: str | None
 
-    def first(self, rows: int, n: int) -> int:
-        """Where the rows begin that write a tensor, of which readers see n channels.
+    @classmethod
+    def parse(cls, text: str) -> Rows:
+        """Read a path, with its part in brackets.
 
-        A fused q, k and v has as many rows for k as for v, and n for q; a fused gate and up has n for each.
+        Raises:
+            ModelError: something else.
         """
+        match = re.fullmatch(r"([\w.*]+)(?:\[(v|up|k|\*\.v|\*\.k)\])?", text)
+        if match is None:
+            raise ModelError(f"{text!r} is no path of a linear; of a part of a fused one, write path[v] or path[up]")
+        return cls(match[1], match[2])
+
+    def place(self, rows: int, n: int, head_dim: int) -> tuple[int, int, int]:
+        """Where they are: `size` rows from `first` on, in each of as many `groups` of rows.
+
+        Args:
+            rows: of the linear.
+            n: channels that its heads write after attention, or that up writes.
+
+        Returns:
+            groups, first, size.
+        """
+        both = (rows - n) // 2  # of keys, or of values
         match self.part:
             case "v":
-                return (rows + n) // 2
+                return 1, rows - both, both
+            case "k":
+                return 1, n, both
+            case "*.v":
+                return both // head_dim, rows * head_dim // both - head_dim, head_dim
+            case "*.k":
+                return both // head_dim, rows * head_dim // both - 2 * head_dim, head_dim
             case "up":
-                return rows - n
+                return 1, rows - n, n
             case _:
-                return 0
+                return 1, 0, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +73,15 @@ class Edge:
     """One tensor that linears read.
 
     Attributes:
-        site: its name, one of `spec.SITES`.
+        site: its name.
+        like: the one of `spec.SITES` that schemes and recipes take it for, if its name is none of these: a block may
+            have several tensors of a kind.
         readers: the linears that read it. They share one online transform and one activation grid.
         norm: the norm that writes it, whose gain (and shift) absorbs a diagonal.
         writer: the linear whose output rows absorb part of the transform; of a fused one, the part:
-            `self_attn.qkv_proj[v]`, `mlp.gate_up_proj[up]`.
+            `self_attn.qkv_proj[v]`, `mlp.gate_up_proj[up]`; see `Rows`.
         routers: modules whose one weight multiplies it too, in 16 bit and in the basis that it is written in: of a
-            mixture of experts, what chooses them.
+            mixture of experts, what chooses them; gates of a few channels.
         passes: what survives between the writer and the readers: a per-channel scale (`diagonal`: an elementwise
             product), or one matrix per head shared by all heads (`per_head`: softmax attention).
     """
@@ -62,23 +92,28 @@ class Edge:
     writer: str | None = None
     routers: tuple[str, ...] = ()
     passes: Literal["nothing", "diagonal", "per_head"] = "nothing"
+    like: str | None = None
 
     @property
-    def writes(self) -> Writes:
+    def role(self) -> str:
+        """The one of `spec.SITES` that this site is, or is like."""
+        return self.like or self.site
+
+    @property
+    def writes(self) -> Rows:
         """`writer`, taken apart."""
-        match = re.fullmatch(r"([\w.*]+)(?:\[(v|up)\])?", self.writer or "")
-        if match is None:
-            raise ModelError(f"{self.site}: {self.writer!r} is no writer's path; of a fused one, path[v] or path[up]")
-        return Writes(match[1], match[2])
+        return Rows.parse(self.writer or "")
 
     def bearable(self, parts: Transforms) -> Transforms:
-        """A recipe's transforms less the diagonal, if nothing wrote this tensor that could absorb one.
+        """A recipe's transforms less those that only a norm or a writer could absorb, where there is none.
 
-        Blocks without a norm in front (olmo2) read the residual stream itself.
+        Blocks without a norm in front (olmo2) read the residual stream itself; a gate behind attention (qwen3_next)
+        lets no matrix of a head pass.
         """
-        if self.norm is None and self.writer is None:
-            return tuple(part for part in parts if part.kind != "diagonal")
-        return parts
+        lost = {"diagonal"} if self.norm is None and self.writer is None else set()
+        if self.writer is None:
+            lost |= {"head", "heads"}
+        return tuple(part for part in parts if part.kind not in lost)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +147,16 @@ class Arch:
     Attributes:
         residual: None where something else than a norm reads the stream, or a norm stands between a writer and it.
         scores: None where RoPE pairs other channels, or queries and keys pass a norm.
-        keys: the linear that writes keys; of a fused one, between queries and values.
-        rotary: how channels of keys are turned, where a block turns them at all.
-        dense: how blocks without experts are wired, in a family that has both kinds.
+        keys: the linear that writes keys; see `Rows`.
+        rotary: how channels of keys are turned, where a block turns them at all; None if in another way than those
+            that `Pairing` has.
+        unturned: attributes of an attention module that turns nothing; a type stands for all its values.
+        others: how blocks of other kinds are wired. A block is of the first kind whose modules it has.
+        kept: linears that stay in 16 bit, and read none of these tensors.
         when: config fields that choose between descriptions of one model type.
         norm_offset: a norm multiplies by this plus its weight (Gemma: 1).
+        attention: the module that calls transformers' attention function; None if there is none, as in a block of
+            linear attention. Its keys and values stay as they are.
     """
 
     model_types: tuple[str, ...]
@@ -124,26 +164,44 @@ class Arch:
     residual: Residual | None = None
     scores: Scores | None = None
     keys: str = "self_attn.k_proj"
-    rotary: Pairing = "halves"
-    dense: Arch | None = None
+    rotary: Pairing | None = "halves"
+    unturned: Mapping[str, Any] = field(default_factory=lambda: {"use_rope": 0})
+    others: tuple[Arch, ...] = ()
+    kept: tuple[str, ...] = ()
     when: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
     blocks: str = "model.layers"
-    attention: str = "self_attn"
+    attention: str | None = "self_attn"
     final_norm: str = "model.norm"
+
+    @property
+    def kinds(self) -> tuple[Arch, ...]:
+        """The descriptions of all kinds of block."""
+        return (self, *self.others)
 
     def of(self, block: nn.Module) -> Arch:
         """The description of one block, with all that reads or adds to the residual stream named one by one.
 
         Raises:
-            ModelError: there are no experts where the description has some.
+            ModelError: the block is of no kind that is described.
         """
-        roots = {path.partition(".*")[0] for edge in self.edges for path in edge.readers if "*" in path}
-        if self.dense is not None and any(find(block, root) is None for root in roots):
-            return self.dense.of(block)
-        edges = tuple(replace(edge, readers=expanded(block, edge.readers)) for edge in self.edges)
-        residual = self.residual and replace(self.residual, writers=expanded(block, self.residual.writers))
-        return replace(self, edges=edges, residual=residual, dense=None)
+        kind = next((kind for kind in self.kinds if kind._fits(block)), self)
+        edges = tuple(replace(edge, readers=expanded(block, edge.readers)) for edge in kind.edges)
+        residual = kind.residual and replace(kind.residual, writers=expanded(block, kind.residual.writers))
+        return replace(kind, edges=edges, residual=residual, others=())
+
+    def _fits(self, block: nn.Module) -> bool:
+        paths = {path.partition(".*")[0] for edge in self.edges for path in (*edge.readers, edge.norm) if path}
+        return all(find(block, path) is not None for path in paths)
+
+    def turns(self, attention: nn.Module) -> bool:
+        """Whether a block's attention module turns its keys."""
+
+        def says(name: str, value: Any) -> bool:
+            found = getattr(attention, name, attention)
+            return isinstance(found, value) if isinstance(value, type) else found == value
+
+        return not self.unturned or not all(says(name, value) for name, value in self.unturned.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +225,23 @@ class Geometry:
             experts=getattr(config, "num_experts_per_tok", None) or 1,
         )
 
+    def at(self, block: nn.Module, arch: Arch) -> Geometry:
+        """Those of one block, whose attention may have heads of its own."""
+        size = getattr(find(block, arch.attention or ""), "head_dim", self.head_dim)
+        if size == self.head_dim:
+            return self
+        keys = linear_at(block, Rows.parse(arch.keys).path)
+        return replace(self, head_dim=size, kv_heads=keys.out_features // size)
+
 
 def key_bias(block: nn.Module, arch: Arch, heads: int, head_dim: int) -> Tensor | None:
     """The bias of a block's keys, if they have one.  # (heads, head_dim)"""
-    bias, size = linear_at(block, arch.keys).bias, heads * head_dim
+    keys = Rows.parse(arch.keys)
+    bias = linear_at(block, keys.path).bias
     if bias is None:
         return None
-    first = 0 if len(bias) == size else len(bias) - 2 * size  # of a fused one, behind the queries and before the values
-    return bias[first : first + size].unflatten(0, (heads, head_dim))
+    groups, first, size = keys.place(len(bias), len(bias) - 2 * heads * head_dim, head_dim)
+    return bias.unflatten(0, (groups, -1))[:, first : first + size].reshape(heads, head_dim)
 
 
 def logits(config, products: Tensor) -> Tensor:

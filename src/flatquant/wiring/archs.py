@@ -17,43 +17,54 @@ from flatquant.wiring.arch import Arch, Edge, Residual, Scores, find
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
+ATTN_IN = Edge(site="attn_in", readers=_QKV, norm="input_layernorm")
 ATTN_OUT = Edge(site="attn_out", readers=("self_attn.o_proj",), writer="self_attn.v_proj", passes="per_head")
+MLP_IN = Edge(site="mlp_in", readers=_GATE_UP, norm="post_attention_layernorm")
 MLP_MID = Edge(site="mlp_mid", readers=("mlp.down_proj",), writer="mlp.up_proj", passes="diagonal")
+MLP_UP = replace(MLP_IN, readers=("mlp.up_proj",))  # without a gate, no scale passes the activation function
+MLP_DOWN = Edge(site="mlp_mid", readers=("mlp.down_proj",))
 
 LLAMA = Arch(
-    model_types=("llama", "mistral", "qwen2", "granite", "smollm3"),
-    edges=(
-        Edge(site="attn_in", readers=_QKV, norm="input_layernorm"),
-        ATTN_OUT,
-        Edge(site="mlp_in", readers=_GATE_UP, norm="post_attention_layernorm"),
-        MLP_MID,
-    ),
+    model_types=("llama", "mistral", "ministral", "ministral3", "qwen2", "granite", "smollm3", "seed_oss"),
+    edges=(ATTN_IN, ATTN_OUT, MLP_IN, MLP_MID),
     residual=Residual(writers=("self_attn.o_proj", "mlp.down_proj")),
     scores=Scores(queries="self_attn.q_proj", keys="self_attn.k_proj"),
 )
 
 QWEN3 = replace(LLAMA, model_types=("qwen3",), scores=None)  # norms of q and k
 
+HUNYUAN = replace(QWEN3, model_types=("hunyuan_v1_dense",), rotary=None)  # behind the rotary embedding
+
+ERNIE = replace(LLAMA, model_types=("ernie4_5", "helium"), scores=None, rotary="neighbours")
+
+GEMMA1 = replace(LLAMA, model_types=("gemma",), norm_offset=1.0)
+
+UNGATED = replace(LLAMA, model_types=("arcee",), edges=(*LLAMA.edges[:2], MLP_UP, MLP_DOWN))
+
+APERTUS = replace(  # norms of q and k
+    UNGATED,
+    model_types=("apertus",),
+    edges=(
+        replace(ATTN_IN, norm="attention_layernorm"),
+        ATTN_OUT,
+        replace(MLP_UP, norm="feedforward_layernorm"),
+        MLP_DOWN,
+    ),
+    scores=None,
+)
+
 GEMMA = Arch(  # norms on both sides of attention and MLP; those in front multiply by 1 + weight
     model_types=("gemma2", "gemma3_text"),
-    edges=(
-        Edge(site="attn_in", readers=_QKV, norm="input_layernorm"),
-        ATTN_OUT,
-        Edge(site="mlp_in", readers=_GATE_UP, norm="pre_feedforward_layernorm"),
-        MLP_MID,
-    ),
+    edges=(ATTN_IN, ATTN_OUT, replace(MLP_IN, norm="pre_feedforward_layernorm"), MLP_MID),
     norm_offset=1.0,
 )
 
 OLMO2 = Arch(  # norms behind attention and MLP only: nothing in front absorbs a diagonal
-    model_types=("olmo2",),
-    edges=(
-        Edge(site="attn_in", readers=_QKV),
-        ATTN_OUT,
-        Edge(site="mlp_in", readers=_GATE_UP),
-        MLP_MID,
-    ),
+    model_types=("olmo2", "olmo3"),
+    edges=(replace(ATTN_IN, norm=None), ATTN_OUT, replace(MLP_IN, norm=None), MLP_MID),
 )
+
+EXAONE4 = replace(OLMO2, model_types=("exaone4",), unturned={"is_sliding": False, "sliding_window": int})
 
 PHI3 = Arch(  # fused projections; glm4 has its gate and up fused only
     model_types=("phi3",),
@@ -64,7 +75,7 @@ PHI3 = Arch(  # fused projections; glm4 has its gate and up fused only
         replace(MLP_MID, writer="mlp.gate_up_proj[up]"),
     ),
     residual=LLAMA.residual,
-    keys="self_attn.qkv_proj",
+    keys="self_attn.qkv_proj[k]",
 )
 
 GLM4 = replace(  # norms behind attention and MLP too
@@ -86,6 +97,8 @@ PARALLEL = Arch(  # attention and MLP side by side on one norm: one tensor, one 
     rotary="interleaved",
 )
 
+COHERE2 = replace(PARALLEL, model_types=("cohere2",), unturned={"sliding_window": None})
+
 STABLELM_PARALLEL = replace(PARALLEL, model_types=("stablelm",), when={"use_parallel_residual": True}, rotary="halves")
 
 MIXTRAL = Arch(  # a mixture of experts: all of them read what the router reads
@@ -104,9 +117,9 @@ MIXTRAL = Arch(  # a mixture of experts: all of them read what the router reads
     scores=LLAMA.scores,
 )
 
-QWEN3_MOE = replace(MIXTRAL, model_types=("qwen3_moe",), scores=None, dense=QWEN3)  # some blocks have no experts
+QWEN3_MOE = replace(MIXTRAL, model_types=("qwen3_moe",), scores=None, others=(QWEN3,))  # some blocks have no experts
 
-ARCHS = (LLAMA, QWEN3, GEMMA, OLMO2, PHI3, GLM4, STABLELM, PARALLEL, STABLELM_PARALLEL, MIXTRAL, QWEN3_MOE)
+ARCHS = tuple(value for value in list(globals().values()) if isinstance(value, Arch))
 
 
 def arch_of(config, model: nn.Module | None = None) -> Arch:

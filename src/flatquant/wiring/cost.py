@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flatquant.runtime.branch import BranchedLinear
-from flatquant.spec import Plan
+from flatquant.spec import Plan, is_experts
 from flatquant.wiring.arch import Geometry, linear_at, submodule
 
 
@@ -23,11 +23,12 @@ def online_flops(plan: Plan, geometry: Geometry, blocks: nn.ModuleList) -> int:
         for name, site in block.sites.items():
             n1, n2 = site.shape
             # A token's row is one for all experts on their way in, and one for each that it passes inside.
-            chosen = min(geometry.experts, len(site.groups))
-            rows = chosen if name == "mlp_mid" else 1
+            chosen = min(geometry.experts, site.experts)
+            rows = chosen if chosen and name == "mlp_mid" else 1
             total += rows * 2 * n1 * n2 * (n1 * site.left + n2 * site.right)
             if site.rank:
-                outputs = sum(_outputs(module, path) for path in site.readers) * chosen // len(site.groups)
+                sizes = [(sum(_outputs(module, path) for path in group), is_experts(group)) for group in site.groups]
+                outputs = sum(o * chosen // site.experts if one_of_several else o for o, one_of_several in sizes)
                 total += 2 * site.rank * (rows * n1 * n2 + outputs)
         if block.qk:
             total += 2 * block.head_dim**2 * (geometry.heads + geometry.kv_heads)

@@ -51,16 +51,18 @@ class HeadOutput(nn.Module):
 
 
 class LastRows(nn.Module):
-    """What a fused writer absorbs on its last rows: those before `first` belong to others (q and k before v)."""
+    """What a fused writer absorbs on the last rows of each group: those before `first` are of q and k, say."""
 
-    def __init__(self, output: nn.Module, first: int) -> None:
+    def __init__(self, output: nn.Module, groups: int, first: int) -> None:
         super().__init__()
         self.output = output
-        self.first = first
+        self.groups, self.first = groups, first
 
     def forward(self, y: Tensor) -> Tensor:
-        """Outputs (or a bias), the last of them mapped.  # (.., rows)"""
-        return torch.cat([y[..., : self.first], self.output(y[..., self.first :])], dim=-1)
+        """Outputs (or a bias), the last of every group mapped.  # (.., rows)"""
+        y = y.unflatten(-1, (self.groups, -1))
+        others, own = y[..., : self.first], y[..., self.first :]
+        return torch.cat([others, self.output(own.flatten(-2)).view_as(own)], dim=-1).flatten(-2)
 
 
 class HeadsOutput(nn.Module):
@@ -137,9 +139,15 @@ class FitSite(Site):
         linears: Sequence[nn.Linear],
         outputs: Sequence[Sequence[nn.Module]],
         shift: Shift | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
-        """`outputs` has, for every linear, the maps its output rows absorb, in order; `shift` precedes `transform`."""
+        """`outputs` has, for every linear, the maps its output rows absorb, in order; `shift` precedes `transform`.
+
+        With `alone`, each reader is multiplied when it is called: not all of them read every token.
+        """
         super().__init__()
+        self.alone = alone
         self.shift = shift
         self.transform = transform
         self.activations = activations
@@ -247,10 +255,11 @@ class FitSite(Site):
     def output(self, x: Tensor, index: int) -> Tensor:
         """The output of one reader: alone for some rows, which are its own, else with all others.  # (.., o)"""
         seen = self._seen("rows", x)
-        if seen is None:
+        if seen is None and not self.alone:
             return self(x)[index]
-        y, operands = seen.result
-        return F.linear(y, *operands[index])
+        found: tuple[Tensor, list[_Operand]]
+        found = self._once("operands", x, lambda: self._operands(x)) if seen is None else seen.result
+        return F.linear(found[0], *found[1][index])
 
 
 class FitLinear(nn.Module):

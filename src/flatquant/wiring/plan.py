@@ -24,7 +24,8 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
         FamilyError: a transform that this family has no place for.
         ModelError: an edge that names a module the model lacks, or a linear that no edge names: it would stay as it is.
     """
-    known = [edge.site for edge in arch.edges]
+    known = [edge.role for kind in arch.kinds for edge in kind.edges]
+    reached = [kind.attention for kind in arch.kinds if kind.attention is not None]
     for key in recipe.scheme.overrides:
         block, _, site = key.rpartition(".")
         if site not in known:
@@ -36,17 +37,21 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
             raise SpecError(f"override '{block}.{bits}': the model has blocks 0 to {len(blocks) - 1}")
     plan = Plan(
         blocks_path=arch.blocks,
-        attention=arch.attention,
+        attention=reached[0] if reached else "",
         blocks=tuple(_block(i, block, recipe, arch.of(block), geometry, force) for i, block in enumerate(blocks)),
     )
+    name = ", ".join(arch.model_types)
+    caches = [recipe.scheme.cache_at(index) for index in range(len(blocks))]
+    if not reached and any(grid is not None for cache in caches for grid in cache):
+        raise FamilyError(f"{name}: its attention gives no access to keys and values; use a scheme without kv bits")
     keyed, wanted = force or any(block.keys is not None for block in plan.blocks), recipe.scheme.key_offset
     if wanted in ("bias", "mean") and not keyed:
         raise SpecError(f"key offset {wanted}: keys are not quantised; leave it out, or name their bits, as in w4a4kv4")
     if arch.residual is None and rotates_residual(recipe, plan, force):
-        raise FamilyError(f"{', '.join(arch.model_types)}: no rotation can pass through its residual stream")
+        raise FamilyError(f"{name}: no rotation can pass through its residual stream")
     scaled = any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ()))
     if arch.scores is None and scaled and keyed:
-        raise FamilyError(f"{', '.join(arch.model_types)}: no scale passes from its keys to its queries")
+        raise FamilyError(f"{name}: no scale passes from its keys to its queries")
     return plan
 
 
@@ -58,15 +63,17 @@ def rotates_residual(recipe: Recipe, plan: Plan, force: bool = False) -> bool:
 
 
 def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, force: bool) -> BlockPlan:
-    keys, values = recipe.scheme.cache_at(index)
+    keys, values = recipe.scheme.cache_at(index) if arch.attention is not None else (None, None)
+    geometry = geometry.at(block, arch)
     for spec in (keys, values):
         if spec is not None and spec.format is not None and geometry.head_dim % spec.format.block:
             raise SpecError(f"{spec.kind}: blocks of {spec.format.block} do not divide heads of {geometry.head_dim}")
     sites = {e.site: _site(e, index, block, recipe, geometry, force) for e in arch.edges}
     _check_all_read(index, block, arch)
     online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
-    qk = online and (keys is not None or force)
-    offset = _key_offset(block, recipe, arch, geometry, keys) if keys is not None or force else None
+    keyed = arch.attention is not None and (keys is not None or force)
+    qk = online and keyed
+    offset = _key_offset(block, recipe, arch, geometry, keys) if keyed else None
     return BlockPlan(sites=sites, head_dim=geometry.head_dim, qk=qk, keys=keys, values=values, key_offset=offset)
 
 
@@ -84,24 +91,30 @@ def _key_offset(
     block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, keys: QuantSpec | None
 ) -> KeyOffset | None:
     """Whether keys are cached less a constant, and how that turns."""
+    assert arch.attention is not None
     attention = submodule(block, arch.attention)
-    normed = any(name.startswith("k_") and "norm" in name for name, _ in attention.named_children())
+    normed = any(name.startswith("k") and "norm" in name for name, _ in attention.named_children())
     biased = key_bias(block, arch, geometry.kv_heads, geometry.head_dim) is not None
+    if arch.rotary is None and recipe.scheme.key_offset in ("bias", "mean"):
+        raise SpecError(f"key offset {recipe.scheme.key_offset}: it cannot follow how this family turns keys; use none")
     match recipe.scheme.key_offset:
         case "none":
+            return None
+        case "auto" if arch.rotary is None:
             return None
         case "auto" if not takes_mean(recipe, keys) and (normed or not biased):
             return None
         case "bias" if not biased or normed:
             where = "keys pass a norm after their bias" if biased else "keys have no bias"
             raise SpecError(f"key offset bias: {where}; use the mean of calibration text")
-    pairing = arch.rotary if getattr(attention, "use_rope", True) else "none"  # smollm3 has blocks without
+    assert arch.rotary is not None
+    pairing = arch.rotary if arch.turns(attention) else "none"
     return KeyOffset(heads=geometry.kv_heads, pairing=pairing)
 
 
 def _check_all_read(index: int, block: nn.Module, arch: Arch) -> None:
     """Raise ModelError for a linear that no edge names."""
-    read = {path for edge in arch.edges for path in edge.readers}
+    read = {path for edge in arch.edges for path in (*edge.readers, *edge.routers)} | set(arch.kept)
     for path, module in block.named_modules():
         if isinstance(module, nn.Linear) and path not in read:
             raise ModelError(
@@ -118,8 +131,8 @@ def _site(
     geometry: Geometry,
     force: bool,
 ) -> SitePlan:
-    weights, activations = recipe.scheme.at(index, edge.site)
-    parts = edge.bearable(recipe.transforms.get(edge.site, ()))
+    weights, activations = recipe.scheme.at(index, edge.role)
+    parts = edge.bearable(recipe.transforms.get(edge.role, ()))
     n = _input_size(block, edge)
     if weights and weights.group_size and n % weights.group_size:
         raise SpecError(f"group size {weights.group_size} does not divide the {n} inputs of {edge.readers[0]}")

@@ -41,10 +41,10 @@ def rotate_ends(model: PreTrainedModel, arch: Arch, residual: Factor) -> None:
     assert isinstance(gain, Tensor)
     wide: Factor = copy.deepcopy(residual).to(embedding.weight.device, torch.float64)
     r = wide.matrix()  # (h, h)
-    written, read = _times(embedding.weight, r), _times(head.weight, gain.to(r)[:, None] * r)
+    written, read = _times(embedding.weight, r), _times(head.weight, (gain.to(r) + arch.norm_offset)[:, None] * r)
     embedding.weight = nn.Parameter(written, requires_grad=False)
     head.weight = nn.Parameter(read, requires_grad=False)
-    gain.fill_(1)
+    gain.fill_(1 - arch.norm_offset)
     model.config.tie_word_embeddings = False
 
 
