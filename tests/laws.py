@@ -26,7 +26,7 @@ from flatquant.transforms import Factor
 from flatquant.transforms.factor import cayley
 from flatquant.wiring.apply import FitBlock, InputStatistics, wrap_block
 from flatquant.wiring.arch import Geometry, submodule
-from flatquant.wiring.archs import arch_of
+from flatquant.wiring.archs import ARCHS, arch_of
 from flatquant.wiring.plan import make_plan
 from flatquant.wiring.residual import residual_factor, rotate_ends
 from tests.tiny_models import tiny_llama
@@ -118,6 +118,12 @@ def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
     blocks = submodule(model, arch_of(model.config).blocks)
     assert isinstance(blocks, torch.nn.ModuleList)
     return blocks
+
+
+def everything(name: str) -> str:
+    """The scheme that rounds all that a family has to round."""
+    kinds = [arch for arch in ARCHS if name.split()[0] in arch.model_types]
+    return "w4a4kv4" if any(kind.attention for arch in kinds for kind in arch.kinds) else "w4a4"
 
 
 def final_norm(model: PreTrainedModel) -> torch.nn.Module:

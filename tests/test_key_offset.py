@@ -106,7 +106,7 @@ def constant_keys(model: PreTrainedModel) -> None:
         arch = arch_of(model.config).of(block)
         if arch.attention is None:
             continue
-        keys, geometry = Rows.parse(arch.keys), Geometry.of(model.config)
+        keys, geometry = Rows.parse(arch.keys), Geometry.of(model.config).at(block, arch)
         old = submodule(block, keys.path)
         new = nn.Linear(old.in_features, old.out_features, dtype=old.weight.dtype).requires_grad_(False)
         new.weight.copy_(old.weight)
@@ -118,7 +118,7 @@ def constant_keys(model: PreTrainedModel) -> None:
         replace_submodule(block, keys.path, new)
 
 
-@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("name", [name for name in TURNED if name != "opt"])  # where nothing tells keys apart then
 @torch.no_grad()
 def test_constant_keys_lose_nothing_at_two_bits(name: str) -> None:
     """Their mean over text is the constant, whatever norm and rotary embedding come behind it."""

@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
@@ -136,6 +137,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "exaone4": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "cohere2": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.3},
+    "phi": {"qk_layernorm": True, "rope_parameters": PARTIAL},
+    "starcoder2": {"sliding_window": 5, "use_bias": True},
+    "nemotron": {"attention_bias": True, "mlp_bias": True, "rope_parameters": PARTIAL},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24},
+    "gpt_neox": {"use_parallel_residual": True, "rope_parameters": PARTIAL},
+    "gpt_neox sequential": {"use_parallel_residual": False, "rope_parameters": PARTIAL},
+    "falcon": {"multi_query": True, "parallel_attn": True},  # 7B
+    "falcon groups": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},  # 40B, 180B
+    "falcon alibi": {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},  # RW
+    "bloom": {},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "num_experts": 5,
@@ -187,7 +198,7 @@ def randomised(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         for key, weight in model.named_parameters():
             if key.endswith("bias"):
                 weight.copy_(0.1 * torch.randn(weight.shape))
-            elif "norm" in key:
+            elif "norm" in key or ".ln_" in key:
                 weight.add_(0.2 * torch.randn(weight.shape))
                 if weight.ndim == 1 and len(weight) == n:
                     weight[torch.randperm(n)[:2]] *= 4
@@ -224,7 +235,9 @@ def tiny_family(
         "eos_token_id": VOCAB - 1,
         "pad_token_id": VOCAB - 1,
     }
-    config = AutoConfig.for_model(name.split()[0], **{**fields, **FAMILIES[name], **sizes})
+    kind, wanted = name.split()[0], {**fields, **FAMILIES[name], **sizes}
+    computed = {key for key in wanted if isinstance(getattr(CONFIG_MAPPING[kind], key, None), property)}
+    config = AutoConfig.for_model(kind, **{key: value for key, value in wanted.items() if key not in computed})
     model = randomised(config, seed)
     if dtype == torch.float64:
         model.config._experts_implementation = "eager"  # the grouped product has no float64

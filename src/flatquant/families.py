@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from flatquant.errors import FamilyError, SpecError
+from flatquant.models import quiet
 from flatquant.recipes import RECIPES
 from flatquant.runtime.experts import open_experts
 from flatquant.spec import Plan, Recipe
@@ -27,7 +28,7 @@ SCHEMES = ("w4a4kv4", "w4a16")
 _SMALL = {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 4,  # of every kind one
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -86,7 +87,9 @@ def _schemes(kind: str, arch: Arch) -> dict[str, tuple[str, ...]]:
 
 def _small(kind: str, fields: Mapping[str, Any]) -> nn.Module:
     """A model of a family, on the meta device."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_SMALL, **fields))
+    computed = {name for name in _SMALL if isinstance(getattr(CONFIG_MAPPING[kind], name, None), property)}
+    sizes = {name: size for name, size in _SMALL.items() if name not in computed}
+    with torch.device("meta"), quiet():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **fields))
     open_experts(model)
     return model

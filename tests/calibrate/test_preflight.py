@@ -23,7 +23,7 @@ from flatquant.spec import Recipe
 from flatquant.transforms import HeadDiagonal
 from flatquant.wiring.arch import Arch
 from flatquant.wiring.linear import FitSite, HeadOutput
-from tests.laws import CPU, blocks_of, quick, same_bytes, tokens_for
+from tests.laws import CPU, blocks_of, everything, quick, same_bytes, tokens_for
 from tests.tiny_models import FAMILIES, tiny_family, tiny_llama, tiny_tokenizer
 
 FLATQUANT = RECIPES["flatquant"]("w4a4kv4")
@@ -62,7 +62,7 @@ def test_every_family_passes_far_below_a_tight_bound(name: str) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model = tiny_family(name, dtype=dtype)
         before = copy.deepcopy(model.state_dict()), torch.get_rng_state(), model.config._attn_implementation
-        result = checked(model)
+        result = checked(model, RECIPES["flatquant"](everything(name)))
         assert 0 < result.seconds < 10
         assert 10 * result.error < result.bound < 2e-4
         assert result.kinds == (2 if name in MIXED else 1)

@@ -11,7 +11,7 @@ import flatquant
 from flatquant import recipes
 from flatquant.calibrate.witness import Part, Witness, put, relative, rounded_parts, through
 from flatquant.spec import BlockPlan, Recipe
-from tests.laws import quick, tokens_for
+from tests.laws import everything, quick, tokens_for
 from tests.tiny_models import FAMILIES, tiny_family, tiny_llama
 
 
@@ -45,7 +45,7 @@ def seen(model: PreTrainedModel, recipe: Recipe, patch: pytest.MonkeyPatch) -> t
 @pytest.mark.filterwarnings("ignore::flatquant.errors.QualityWarning")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parts_measured_together_are_those_measured_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, expected = seen(tiny_family(name), recipes.rtn("w4a4kv4"), monkeypatch)
+    found, expected = seen(tiny_family(name), recipes.rtn(everything(name)), monkeypatch)
     assert len(found) == len(expected) > 0
     for got, want in zip(found, expected, strict=True):
         weights = got.pop("weights")

@@ -28,6 +28,7 @@ _ROWS, _ROWS_A_CALL = 128, 32  # tokens of a site's input that are kept
 class BlockCall:
     """How the model calls one block, besides the hidden states; the same for windows of one length.
 
+    `repeated` arguments are noted for one window, and have rows for each.
     `basis` is that of a block's residual stream once it is wrapped. Hidden states between blocks stay in the original
     basis, so that both models' can be compared; a rotated block is entered and left through the basis.
     """
@@ -35,12 +36,14 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     basis: Factor | None = None
+    repeated: tuple[str, ...] = ()
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run a block.  # (B, T, h) -> (B, T, h)"""
         if self.basis is not None:
             hidden = hidden @ self.basis.matrix().to(hidden.dtype)
-        out = block(hidden, *self.args, **self.kwargs)
+        rows = {name: self.kwargs[name].repeat(len(hidden), 1, 1) for name in self.repeated}
+        out = block(hidden, *self.args, **(self.kwargs | rows))
         out = out if isinstance(out, Tensor) else out[0]
         return out if self.basis is None else out @ self.basis.inverse_t().mT.to(out.dtype)
 
@@ -116,12 +119,16 @@ def capture(
                 hidden = (
                     torch.empty(shape, dtype=first.dtype, device=device) if room is None else room(shape, first.dtype)
                 )
-                calls = [BlockCall(args=args, kwargs=_without_cache(kwargs)) for _, args, kwargs in recorded]
+                calls = [_call_of(arch, args, kwargs) for _, args, kwargs in recorded]
             hidden[i : i + 1] = first
             if progress is not None:
                 progress(i + 1, len(tokens))
     assert hidden is not None
     return hidden, calls
+
+
+def _call_of(arch: Arch, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
+    return BlockCall(args=args, kwargs=_without_cache(kwargs), repeated=arch.repeated)
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,7 @@ class Arch:
         unturned: attributes of an attention module that turns nothing; a type stands for all its values.
         others: how blocks of other kinds are wired. A block is of the first kind whose modules it has.
         kept: linears that stay in 16 bit, and read none of these tensors.
+        repeated: keyword arguments of a block that have rows for every window of a batch.
         when: config fields that choose between descriptions of one model type.
         norm_offset: a norm multiplies by this plus its weight (Gemma: 1).
         attention: the module that calls transformers' attention function; None if there is none, as in a block of
@@ -168,6 +169,7 @@ class Arch:
     unturned: Mapping[str, Any] = field(default_factory=lambda: {"use_rope": 0})
     others: tuple[Arch, ...] = ()
     kept: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
     when: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
     blocks: str = "model.layers"
@@ -227,11 +229,12 @@ class Geometry:
 
     def at(self, block: nn.Module, arch: Arch) -> Geometry:
         """Those of one block, whose attention may have heads of its own."""
-        size = getattr(find(block, arch.attention or ""), "head_dim", self.head_dim)
-        if size == self.head_dim:
+        if arch.attention is None:
             return self
-        keys = linear_at(block, Rows.parse(arch.keys).path)
-        return replace(self, head_dim=size, kv_heads=keys.out_features // size)
+        size, keys = getattr(submodule(block, arch.attention), "head_dim", self.head_dim), Rows.parse(arch.keys)
+        rows = linear_at(block, keys.path).out_features
+        rows = rows if keys.part is None else (rows - self.heads * size) // 2
+        return replace(self, head_dim=size, kv_heads=rows // size)
 
 
 def key_bias(block: nn.Module, arch: Arch, heads: int, head_dim: int) -> Tensor | None:

@@ -101,6 +101,99 @@ COHERE2 = replace(PARALLEL, model_types=("cohere2",), unturned={"sliding_window"
 
 STABLELM_PARALLEL = replace(PARALLEL, model_types=("stablelm",), when={"use_parallel_residual": True}, rotary="halves")
 
+PHI = Arch(
+    model_types=("phi",),
+    edges=(
+        replace(ATTN_IN, readers=(*_QKV, "mlp.fc1")),
+        replace(ATTN_OUT, readers=("self_attn.dense",)),
+        Edge(site="mlp_mid", readers=("mlp.fc2",)),
+    ),
+    final_norm="model.final_layernorm",
+)
+
+STARCODER2 = replace(  # layer norms
+    LLAMA,
+    model_types=("starcoder2",),
+    edges=(
+        ATTN_IN,
+        ATTN_OUT,
+        replace(MLP_IN, readers=("mlp.c_fc",)),
+        Edge(site="mlp_mid", readers=("mlp.c_proj",)),
+    ),
+    residual=None,
+)
+
+NEMOTRON = replace(UNGATED, model_types=("nemotron",), residual=None, scores=None, norm_offset=1.0)  # layer norms
+
+OPT = Arch(
+    model_types=("opt",),
+    edges=(
+        replace(ATTN_IN, norm="self_attn_layer_norm"),
+        replace(ATTN_OUT, readers=("self_attn.out_proj",)),
+        Edge(site="mlp_in", readers=("fc1",), norm="final_layer_norm"),
+        Edge(site="mlp_mid", readers=("fc2",)),
+    ),
+    when={"do_layer_norm_before": True},  # OPT-350m has its norms elsewhere, and none at the end
+    rotary="none",
+    blocks="model.decoder.layers",
+    final_norm="model.decoder.final_layer_norm",
+)
+
+GPT_NEOX = Arch(  # queries, keys and values of a head side by side
+    model_types=("gpt_neox",),
+    edges=(
+        replace(ATTN_IN, readers=("attention.query_key_value",)),
+        replace(ATTN_OUT, readers=("attention.dense",), writer="attention.query_key_value[*.v]"),
+        replace(MLP_IN, readers=("mlp.dense_h_to_4h",)),
+        Edge(site="mlp_mid", readers=("mlp.dense_4h_to_h",)),
+    ),
+    keys="attention.query_key_value[*.k]",
+    blocks="gpt_neox.layers",
+    attention="attention",
+    final_norm="gpt_neox.final_layer_norm",
+)
+
+BLOOM = replace(  # ALiBi, in an attention of its own
+    GPT_NEOX,
+    model_types=("bloom",),
+    edges=(
+        replace(ATTN_IN, readers=("self_attention.query_key_value",)),
+        replace(ATTN_OUT, readers=("self_attention.dense",), writer="self_attention.query_key_value[*.v]"),
+        *GPT_NEOX.edges[2:],
+    ),
+    when={"apply_residual_connection_post_layernorm": False},
+    repeated=("alibi",),
+    blocks="transformer.h",
+    attention=None,
+    final_norm="transformer.ln_f",
+)
+
+FALCON = replace(  # one after the other, or both on one norm, or on a norm each
+    BLOOM,
+    model_types=("falcon",),
+    when={},
+    repeated=(),
+    others=(
+        replace(
+            BLOOM,
+            edges=(
+                replace(BLOOM.edges[0], norm="ln_attn"),
+                BLOOM.edges[1],
+                replace(BLOOM.edges[2], norm="ln_mlp"),
+                BLOOM.edges[3],
+            ),
+        ),
+        replace(
+            BLOOM,
+            edges=(
+                replace(BLOOM.edges[0], readers=BLOOM.edges[0].readers + BLOOM.edges[2].readers),
+                BLOOM.edges[1],
+                BLOOM.edges[3],
+            ),
+        ),
+    ),
+)
+
 MIXTRAL = Arch(  # a mixture of experts: all of them read what the router reads
     model_types=("mixtral",),
     edges=(

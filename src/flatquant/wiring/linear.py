@@ -237,7 +237,8 @@ class FitSite(Site):
         return self._once("outputs", x, lambda: self._outputs(x))  # readers call one after another with the same tensor
 
     def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(self._quantised(x), self._quantised_weight(), self.transformed_bias()).split(self.sizes, -1)
+        y = F.linear(self._quantised(x), self._quantised_weight(), self.transformed_bias())
+        return y.split(self.sizes, -1) if len(self.sizes) > 1 else (y,)  # one of several views bears no change in place
 
     def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
         part = x[index]
