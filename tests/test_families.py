@@ -21,9 +21,10 @@ from flatquant.runtime.experts import open_experts
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, Recipe, Scheme, TransformSpec
+from flatquant.wiring import archs
 from flatquant.wiring.apply import fold_block, wrap_block
 from flatquant.wiring.arch import Arch, Edge, Geometry, logits, submodule
-from flatquant.wiring.archs import ARCHS, arch_of
+from flatquant.wiring.archs import ARCHS, LLAMA, arch_of
 from flatquant.wiring.plan import make_plan
 from tests.laws import (
     BASES,
@@ -86,6 +87,12 @@ def test_without_grids_the_function_is_unchanged(name: str, kv_heads: int, trans
     assert relative(decoded(loaded, tokens), want) < PRESERVED
 
 
+def test_queries_that_are_scaled_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 counts padding as positions, and scales the queries of whole thousands of them."""
+    monkeypatch.setitem(FAMILIES, "llama4_text", {**FAMILIES["llama4_text"], "floor_scale": 4})
+    test_without_grids_the_function_is_unchanged("llama4_text", 2, "inverse orthogonal")
+
+
 BIASED_NORMS = {"stablelm", "phi", "starcoder2", "nemotron", "opt", "gpt_neox", "falcon", "bloom"}
 
 
@@ -123,17 +130,12 @@ def test_a_shift_leaves_the_function_in_the_norm_or_online(name: str) -> None:
 # What other methods ask for beyond edges: a residual stream that can be rotated, keys and queries that can be scaled.
 SCALED_SCORES = {
     "llama", "mistral", "ministral", "ministral3", "qwen2", "granite", "smollm3", "seed_oss", "gemma", "arcee",
-    "mixtral", "starcoder2",
+    "mixtral", "starcoder2", "qwen2_moe", "granitemoe",
 }  # fmt: skip
 ROTATION = (SCALED_SCORES - {"starcoder2"}) | {
-    "qwen3",
-    "qwen3_moe",
-    "phi3",
-    "hunyuan_v1_dense",
-    "ernie4_5",
-    "helium",
-    "apertus",
-}
+    "qwen3", "qwen3_moe", "phi3", "hunyuan_v1_dense", "ernie4_5", "helium", "apertus", "olmoe", "minimax_m2",
+    "glm4_moe", "dots1", "hunyuan_v1_moe", "ernie4_5_moe", "llama4_text", "gpt_oss",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -191,7 +193,11 @@ def test_every_linear_of_a_block_has_one_reader(name: str) -> None:
     arch = arch_of(model.config)
     for block in submodule(model, arch.blocks):
         linears = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-        assert sorted(linears) == sorted(path for edge in arch.of(block).edges for path in edge.readers)
+        kind = arch.of(block)
+        rounded = [path for edge in kind.edges for path in edge.readers]
+        kept = {path for edge in kind.edges for path in edge.routers} | set(kind.kept)
+        assert sorted(set(linears) - kept) == sorted(rounded)
+        assert not kept & set(rounded)
 
 
 def test_sixteen_bits_change_nothing_where_scores_are_capped() -> None:
@@ -216,9 +222,10 @@ def test_an_override_for_a_site_that_a_family_lacks() -> None:
         make_plan(recipe, arch_of(model.config), Geometry.of(model.config), blocks_of(model))
 
 
-def test_an_unknown_family_comes_with_a_draft() -> None:
+def test_an_unknown_family_comes_with_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+    monkeypatch.setattr(archs, "ARCHS", (LLAMA,))
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(hidden_size=24, num_attention_heads=4, intermediate_size=40, num_hidden_layers=2, vocab_size=128)
     )
@@ -270,10 +277,11 @@ def test_a_wrapper_s_text_part_is_taken_out_as_the_note_says(tmp_path: Path) -> 
         torch.testing.assert_close(part.eval()(tokens).logits, whole.eval()(tokens).logits)
 
 
-def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers() -> None:
+def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     """OLMoE, which has stacked experts and a router: the draft as it stands, with its two gaps filled in, holds."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
+    monkeypatch.setattr(archs, "ARCHS", (LLAMA,))
     model = OlmoeForCausalLM(
         OlmoeConfig(
             hidden_size=24, num_attention_heads=4, num_key_value_heads=4, intermediate_size=40, num_hidden_layers=2,
@@ -318,6 +326,8 @@ def test_nothing_of_a_scheme_stays_in_sixteen_bit(name: str) -> None:
         assert (planned.keys is not None) == (planned.values is not None) == reached
         assert all(site.weights and site.activations for site in planned.sites.values())
         linears = {n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        kind = arch_of(model.config).of(block)
+        linears -= {path for edge in kind.edges for path in edge.routers} | set(kind.kept)
         assert linears == {path for site in planned.sites.values() for path in site.readers}
     blocks_of(model)[1].extra_proj = nn.Linear(24, 24)
     with pytest.raises(ModelError, match=r"extra_proj of block 1 .* would stay in 16 bit"):

@@ -88,6 +88,8 @@ STRETCHED = {
     "llama_4_scaling_beta": 0.1,
 }
 
+SPARSE = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
+
 # Every family, and the variants that are wired differently; what a config has beyond `tiny_family`'s fields.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -155,12 +157,55 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "mlp_only_layers": [1],  # a block without experts
     },
+    "olmoe": {**SPARSE, "attention_bias": True},
+    "minimax_m2": {**SPARSE, "use_qk_norm": True, "rope_parameters": PARTIAL},
+    "qwen2_moe": {**SPARSE, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]},
+    "glm4_moe": {
+        **SPARSE,
+        "num_experts": 6,
+        "num_local_experts": 6,
+        "n_shared_experts": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.7,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "rope_parameters": PARTIAL,
+    },
+    "dots1": {
+        **SPARSE,
+        "num_experts": 6,
+        "num_local_experts": 6,
+        "n_shared_experts": 2,
+        "n_group": 2,
+        "first_k_dense_replace": 1,
+        "topk_group": 1,
+    },
+    "hunyuan_v1_moe": {**SPARSE, "moe_topk": 2},
+    "ernie4_5_moe": {
+        **SPARSE,
+        "moe_num_experts": 5,
+        "moe_k": 2,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+    },
+    "granitemoe": {**SPARSE, "attention_multiplier": 0.3, "residual_multiplier": 0.6, "logits_scaling": 3.0},
+    "llama4_text": {
+        **SPARSE,
+        "intermediate_size_mlp": 32,
+        "moe_layers": [0],
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 4,
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
+    "gpt_oss": {**SPARSE, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
 
 # What computes in float32 whatever the model's dtype is.
 _NARROW = re.compile(
-    r"Norm|Router|Gate$|DeltaNet|Mamba|Lightning|Llama4TextAttention|Rotary|BloomAttention|Ernie4_5Attention|HeliumAttention"
+    "Norm|Router|Gate$|Rotary|DeltaNet|Mamba|Lightning|(Bloom|Ernie4_5|Ernie4_5_Moe|Helium|Llama4Text)Attention"
 )
 
 

@@ -28,7 +28,7 @@ SCHEMES = ("w4a4kv4", "w4a16")
 _SMALL = {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 4,  # of every kind one
+    "num_hidden_layers": 4,  # among which is one of every kind
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -36,6 +36,7 @@ _SMALL = {
     "num_local_experts": 2,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
 }
 
 
@@ -80,8 +81,8 @@ def _cell(found: tuple[str, ...], own: tuple[str, ...]) -> str:
 def _schemes(kind: str, arch: Arch) -> dict[str, tuple[str, ...]]:
     """By method, the schemes that it takes on a small model of a family."""
     model = _small(kind, arch.when)
-    blocks, geometry = submodule(model, arch.blocks), Geometry.of(model.config)
-    assert isinstance(blocks, nn.ModuleList)
+    kinds = {repr(arch.of(block)): block for block in submodule(model, arch.blocks).children()}
+    blocks, geometry = nn.ModuleList(kinds.values()), Geometry.of(model.config)
     return {m: tuple(s for s in SCHEMES if _goes(m, s, arch, geometry, blocks)) for m in RECIPES}
 
 

@@ -267,8 +267,9 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
         if call is None:
             raise broken(f"the forward hooks of {_name(module)} were passed by")
         query, key, value = call.enter(query, key, value)
-    if kwargs.get("softcap") is not None:
-        return _capped(query, key, value, attention_mask, kwargs["scaling"], kwargs["softcap"]), None
+    cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if cap is not None or sinks is not None:
+        return _by_hand(query, key, value, attention_mask, kwargs["scaling"], cap, sinks), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
@@ -278,16 +279,23 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, cap: float) -> Tensor:
-    """Attention with scores c tanh(s / c) (Gemma 2); the fused kernel has no such thing.  # (B, T, heads, head_dim)"""
+def _by_hand(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, cap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """What the fused kernel does not have: scores c tanh(s / c) (Gemma 2), and one score a head that no key has, a sink
+    (GPT-OSS).  # (B, T, heads, head_dim)
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = cap * torch.tanh(q @ k.mT * (scaling / cap))  # (B, heads, T, S)
+    scores = q @ k.mT * scaling if cap is None else cap * torch.tanh(q @ k.mT * (scaling / cap))  # (B, heads, T, S)
     if mask is None:  # transformers leaves out a mask that is merely causal
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[-2] - q.shape[-2])
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     work = torch.promote_types(scores.dtype, torch.float32)
-    return (scores.softmax(-1, dtype=work).to(q.dtype) @ v).transpose(1, 2).contiguous()
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    shares = scores.softmax(-1, dtype=work).to(q.dtype)[..., : k.shape[-2]]
+    return (shares @ v).transpose(1, 2).contiguous()
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)

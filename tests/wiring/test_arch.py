@@ -48,11 +48,14 @@ def test_an_unknown_family_is_a_short_line_that_names_what_is_near(name: str, ne
     assert not hasattr(caught.value, "__notes__")
 
 
-@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: a.model_types[0])
+@pytest.mark.parametrize("arch", [kind for arch in ARCHS for kind in arch.kinds], ids=lambda a: a.model_types[0])
 def test_descriptions_are_complete_and_consistent(arch: Arch) -> None:
     sites = tuple(edge.site for edge in arch.edges)
-    assert sites == tuple(s for s in SITES if s in sites)  # in the order data meets them
-    assert {"attn_in", "attn_out", "mlp_mid"} <= set(sites)
+    assert len(sites) == len(set(sites))
+    own = tuple(site for site in sites if site in SITES)
+    assert own == tuple(s for s in SITES if s in own)  # in the order data meets them
+    assert {edge.role for edge in arch.edges} <= set(SITES)
+    assert {"attn_in", "attn_out", "mlp_mid"} <= set(own)
     readers = [path for edge in arch.edges for path in edge.readers]
     assert len(readers) == len(set(readers))
     for edge in arch.edges:
