@@ -90,6 +90,27 @@ STRETCHED = {
 
 SPARSE = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
 
+MAMBA = {
+    "layer_types": ["mamba", "attention"],
+    "mamba_n_heads": 4,
+    "mamba_d_head": 12,
+    "mamba_expand": 2,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "shared_intermediate_size": 20,
+    "position_embedding_type": "rope",
+    "residual_multiplier": 0.6,
+}
+
+DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": PARTIAL,
+}
+
 # Every family, and the variants that are wired differently; what a config has beyond `tiny_family`'s fields.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -199,6 +220,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 4,
         "layer_types": ["chunked_attention", "full_attention"],
     },
+    "qwen3_5_text": {**DELTA, "attention_bias": True},
+    "qwen3_5_moe_text": {**SPARSE, **DELTA, "shared_expert_intermediate_size": 24},
+    "qwen3_next": {**SPARSE, **DELTA, "shared_expert_intermediate_size": 20},
+    "lfm2": {
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention"],
+    },
+    "nemotron_h": {
+        **SPARSE,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 6,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "moe_shared_expert_intermediate_size": 20,
+        "routed_scaling_factor": 1.7,
+        "mlp_bias": True,
+    },
+    "granitemoehybrid": {**SPARSE, **MAMBA},
+    "granitemoehybrid dense": {**MAMBA, "num_local_experts": 0},
     "gpt_oss": {**SPARSE, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
 }
 

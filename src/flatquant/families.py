@@ -80,7 +80,7 @@ def _cell(found: tuple[str, ...], own: tuple[str, ...]) -> str:
 
 def _schemes(kind: str, arch: Arch) -> dict[str, tuple[str, ...]]:
     """By method, the schemes that it takes on a small model of a family."""
-    model = _small(kind, arch.when)
+    model = _small(kind, {**arch.when, **arch.example})
     kinds = {repr(arch.of(block)): block for block in submodule(model, arch.blocks).children()}
     blocks, geometry = nn.ModuleList(kinds.values()), Geometry.of(model.config)
     return {m: tuple(s for s in SCHEMES if _goes(m, s, arch, geometry, blocks)) for m in RECIPES}

@@ -13,7 +13,7 @@ from flatquant.calibrate.capture import BlockCall
 from flatquant.qtensor import QTensor
 from flatquant.runtime.linear import DenseLinear
 from flatquant.solvers import OutputAdaptive, blended
-from flatquant.spec import BlockPlan
+from flatquant.spec import BlockPlan, is_experts
 from flatquant.wiring.arch import submodule
 
 
@@ -69,8 +69,8 @@ def output_hessians(
             handle.remove()
     hessians = {path: h.hessian() for path, h in found.items()}
     for site in plan.sites.values():
-        if site.weights and len(site.groups) > 1:
-            for alike in zip(*site.groups, strict=True):  # the same layer of every expert
+        if site.weights and site.experts:
+            for alike in zip(*filter(is_experts, site.groups), strict=True):  # the same layer of every expert
                 total = max(sum(found[path].tokens for path in alike), 1)
                 mean = torch.zeros_like(found[alike[0]].sum)
                 for path in alike:

@@ -27,6 +27,7 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from flatquant import seams, versions
 from flatquant.calibrate.capture import BlockCall
@@ -333,7 +334,7 @@ def _aside(blocks: nn.Module, index: int, called: Callable[..., Tensor], shape: 
     def passing(layer: int) -> Callable[..., Tensor]:
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             for value in (*args, *kwargs.values()):
-                if seams.is_cache(value):
+                if seams.is_cache(value) and isinstance(value.layers[layer], DynamicLayer):
                     empty = hidden.new_zeros(shape[0], 1, shape[1], 1)
                     value.update(empty, empty, layer)
             return hidden

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from flatquant.errors import ModelError
 from flatquant.formats import kinds
@@ -214,8 +214,11 @@ class QuantizedCache(Cache, IntegerStore):
         if not any(m.keys is not None or m.values is not None for m in attached):
             raise ModelError("this model's keys and values are not quantised; use a DynamicCache")
         turns: list[_Turns] = []
-        self._integers = [IntegerLayer(turns) for _ in range(model.config.num_hidden_layers)]
-        super().__init__(layers=list(self._integers))
+        layers: list[Any] = list(DynamicCache(config=model.config).layers)
+        # Layers of linear attention keep their states, and those without attention nothing.
+        keyed = [isinstance(layer, DynamicLayer) for layer in layers]
+        self._integers = {i: IntegerLayer(turns) for i, has_keys in enumerate(keyed) if has_keys}
+        super().__init__(layers=[self._integers[i] if keyed[i] else layer for i, layer in enumerate(layers)])
 
     def append(
         self,
@@ -229,4 +232,4 @@ class QuantizedCache(Cache, IntegerStore):
 
     def nbytes(self) -> int:
         """Bytes of all tensors kept."""
-        return sum(layer.nbytes for layer in self._integers)
+        return sum(layer.nbytes for layer in self._integers.values())

@@ -153,6 +153,7 @@ class Arch:
         unturned: attributes of an attention module that turns nothing; a type stands for all its values.
         others: how blocks of other kinds are wired. A block is of the first kind whose modules it has.
         kept: linears that stay in 16 bit, and read none of these tensors.
+        example: config fields of a small model that has all kinds of block, where the defaults leave out some.
         repeated: keyword arguments of a block that have rows for every window of a batch.
         when: config fields that choose between descriptions of one model type.
         norm_offset: a norm multiplies by this plus its weight (Gemma: 1).
@@ -169,6 +170,7 @@ class Arch:
     unturned: Mapping[str, Any] = field(default_factory=lambda: {"use_rope": 0})
     others: tuple[Arch, ...] = ()
     kept: tuple[str, ...] = ()
+    example: Mapping[str, Any] = field(default_factory=dict)
     repeated: tuple[str, ...] = ()
     when: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
