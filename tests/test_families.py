@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from flatquant import families, seams, spec
 from flatquant.errors import FamilyError, ModelError, SpecError
@@ -257,25 +257,30 @@ def test_there_is_no_draft_where_none_can_work(name: str, why: str) -> None:
     assert "Arch(" not in note
 
 
-def test_a_wrapper_s_text_part_is_taken_out_as_the_note_says(tmp_path: Path) -> None:
-    text = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+@pytest.mark.parametrize("kind, part", [("gemma3", "gemma3_text"), ("mistral3", "ministral3"), ("llava", "qwen3")])
+def test_a_wrapper_s_text_part_is_taken_out_as_the_note_says(kind: str, part: str, tmp_path: Path) -> None:
+    text = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "model_type": part}
     text |= {"intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 128, "pad_token_id": 0}
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    whole = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
-    )
-    with pytest.raises(ModelError, match=r"'gemma3' is not supported; near it: .*gemma3_text") as caught:
+    vision |= {
+        "image_size": 28,
+        "patch_size": 14,
+        "model_type": "siglip_vision_model" if kind == "gemma3" else "pixtral",
+    }
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision)
+    whole = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(ModelError, match=f"{kind!r} is not supported") as caught:
         arch_of(whole.config, whole)
     (note,) = caught.value.__notes__
-    assert "a gemma3_text, which is supported" in note
+    assert f"a {part}, which is supported" in note
     whole.save_pretrained(tmp_path / "whole")
     code = "\n".join(line.strip() for line in note.splitlines()[2:])
     exec(code.replace("MODEL", repr(str(tmp_path / "whole"))).replace("FOLDER", repr(str(tmp_path / "text"))), {})
-    part = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
-    assert arch_of(part.config, part).model_types == ("gemma2", "gemma3_text")
-    tokens = tokens_for(part, 2, 9)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert part in arch_of(alone.config, alone).model_types
+    tokens = tokens_for(alone, 2, 9)
     with torch.no_grad():
-        torch.testing.assert_close(part.eval()(tokens).logits, whole.eval()(tokens).logits)
+        torch.testing.assert_close(alone.eval()(tokens).logits, whole.eval()(tokens).logits)
 
 
 def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers(monkeypatch: pytest.MonkeyPatch) -> None:

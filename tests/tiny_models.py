@@ -128,6 +128,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "global_head_dim": 10,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "attention_bias": True,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    },
     "phi3": {"rope_parameters": PARTIAL},
     "olmo2": {"attention_bias": True},
     "granite": {

@@ -419,7 +419,9 @@ def _check_config(config: Any, name: object) -> None:
         architectures and known.isdisjoint(architectures)
     ):
         what = one_line(architectures[0] if architectures else config.model_type)
-        raise ModelError(f"{name} is {what}, not a causal language model; give a decoder-only one")
+        text = getattr(getattr(config, "text_config", None), "model_type", None)
+        part = f", such as its text part, a {one_line(text)} (docs/families.md)" if text else ""
+        raise ModelError(f"{name} is {what}, not a causal language model; give a decoder-only one{part}")
 
 
 def _check_size(folder: Path, config: Any) -> None:

@@ -303,8 +303,10 @@ def writing_bytes(model: PreTrainedModel, device: torch.device, samples: int, se
 def _cache_row(model: PreTrainedModel, length: int) -> int:
     """Numbers in the KV cache of a row."""
     config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = getattr(config, "per_layer_config", None)  # where they differ, the first's
+    first = layers[0] if layers else config
+    heads = getattr(first, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim * length
 
 

@@ -53,8 +53,8 @@ def described(monkeypatch: pytest.MonkeyPatch, change: Callable[[Arch], Arch]) -
 
 # Of these, the two blocks differ.
 MIXED = {
-    "gemma2", "gemma3_text", "smollm3", "qwen3_moe", "ministral", "olmo3", "exaone4", "cohere2", "qwen2_moe",
-    "glm4_moe", "dots1", "ernie4_5_moe", "llama4_text", "gpt_oss", "qwen3_5_text", "qwen3_5_moe_text",
+    "gemma2", "gemma3_text", "gemma4_text", "smollm3", "qwen3_moe", "ministral", "olmo3", "exaone4", "cohere2",
+    "qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe", "llama4_text", "gpt_oss", "qwen3_5_text", "qwen3_5_moe_text",
     "qwen3_next", "lfm2", "granitemoehybrid", "granitemoehybrid dense",
 }  # fmt: skip
 

@@ -686,7 +686,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _kv_bytes(folder: Folder) -> tuple[int, int]:
-    heads = folder.config.get("num_key_value_heads") or folder.config.get("num_attention_heads")
+    names = ("num_key_value_heads", "num_attention_heads", "n_head")
+    heads = next((found for name in names if (found := folder.config.get(name))), None)
     if type(heads) is not int or heads < 1:
         raise ArtifactError(f"{folder.path / CONFIG_FILE} is damaged: no number of attention heads")
     blocks = folder.plan.blocks

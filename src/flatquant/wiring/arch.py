@@ -219,12 +219,13 @@ class Geometry:
 
     @classmethod
     def of(cls, config) -> Geometry:
-        """Read a transformers config; `head_dim` is its own field where it exists."""
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        """Read a transformers config; `head_dim` is its own field where it exists. Where layers differ, the first's."""
+        heads, layers = config.num_attention_heads, getattr(config, "per_layer_config", None)
+        first = layers[0] if layers else config
+        head_dim = getattr(first, "head_dim", None) or config.hidden_size // heads
         return cls(
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=getattr(first, "num_key_value_heads", None) or heads,
             head_dim=head_dim,
             experts=getattr(config, "num_experts_per_tok", None) or 1,
         )

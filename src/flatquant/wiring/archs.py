@@ -66,6 +66,25 @@ OLMO2 = Arch(  # norms behind attention and MLP only: nothing in front absorbs a
 
 EXAONE4 = replace(OLMO2, model_types=("exaone4",), unturned={"is_sliding": False, "sliding_window": int})
 
+# Values pass a norm, and are the keys before their norm in some blocks. With embeddings for every layer, or keys and
+# values of other layers, what a block is given depends on the text and on other blocks.
+_GEMMA4_OUT = replace(ATTN_OUT, writer=None, passes="nothing")
+
+GEMMA4 = replace(
+    GEMMA,
+    model_types=("gemma4_text",),
+    edges=(ATTN_IN, _GEMMA4_OUT, *GEMMA.edges[2:]),
+    when={"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "enable_moe_block": False},
+    norm_offset=0.0,
+    others=(
+        replace(
+            GEMMA,
+            edges=(replace(ATTN_IN, readers=_QKV[:2]), _GEMMA4_OUT, *GEMMA.edges[2:]),
+            norm_offset=0.0,
+        ),
+    ),
+)
+
 PHI3 = Arch(  # fused projections; glm4 has its gate and up fused only
     model_types=("phi3",),
     edges=(
@@ -437,7 +456,7 @@ GRANITE_HYBRID = replace(
 )
 
 ARCHS = (
-    LLAMA, QWEN3, HUNYUAN, ERNIE, GEMMA1, GEMMA, UNGATED, APERTUS, OLMO2, EXAONE4, PHI3, GLM4, STABLELM,
+    LLAMA, QWEN3, HUNYUAN, ERNIE, GEMMA1, GEMMA, UNGATED, APERTUS, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, STABLELM,
     STABLELM_PARALLEL, PARALLEL, COHERE2, PHI, STARCODER2, NEMOTRON, OPT, GPT_NEOX, BLOOM, FALCON, MIXTRAL, QWEN2_MOE,
     QWEN3_MOE, GLM4_MOE, HUNYUAN_MOE, ERNIE_MOE, GRANITE_MOE, LLAMA4, GPT_OSS, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, LFM2,
     NEMOTRON_H, GRANITE_HYBRID,
@@ -482,9 +501,10 @@ def known_types() -> list[str]:
 _TEXT_PART = """\
 Its text part is a {kind}, which is supported as a model of its own:
 
-    from transformers import AutoModelForCausalLM
-    whole = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    whole = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="auto")
     text = AutoModelForCausalLM.from_config(whole.config.text_config, dtype=whole.dtype)
+    text.config.tie_word_embeddings = whole.config.tie_word_embeddings
     text.model, text.lm_head = whole.model.language_model, whole.lm_head
     text.save_pretrained(FOLDER)  # and the tokenizer"""
 
