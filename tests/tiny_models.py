@@ -133,7 +133,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 5,
-        "global_head_dim": 10,
+        "global_head_dim": 12,
         "num_global_key_value_heads": 1,
         "attention_k_eq_v": True,
         "attention_bias": True,
