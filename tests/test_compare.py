@@ -102,8 +102,11 @@ def test_methods_on_the_command_line() -> None:
 def test_families_on_the_command_line() -> None:
     done = run("methods", "--families")
     assert done.exit_code == 0, done.output
-    for text in ("qwen3_moe", "quarot", "w4a16", "with every family: autoround, direct, flatquant"):
-        assert text in done.stdout
+    lines = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("│")}
+    assert lines["llama"].split("│")[2].strip() == "all"
+    assert "w4a16 alone: affinequant, omniquant" in lines["qwen3_moe"]
+    assert "w4a16 alone: affinequant" in lines["olmo2"]
+    assert "not: quarot" in done.stdout
     rows = json.loads(run("methods", "--families", "--json").stdout)
     assert all(set(row) == {"family", *RECIPES} for row in rows)
 

@@ -713,14 +713,18 @@ def methods(
 
 
 def _families_table(rows: list[dict[str, str]]) -> None:
-    """Methods down, families side by side would not fit: what all take is said once."""
-    names = [name for name in rows[0] if name != "family"]
-    limited = [name for name in names if any(row[name] != "yes" for row in rows)]
-    shown = Table("family", *limited, title="methods by family", title_justify="left")
+    """A line for each family: all methods, or what does not go."""
+    shown = Table(title="methods by family", title_justify="left")
+    shown.add_column("family", overflow="fold", max_width=34)
+    shown.add_column("methods", overflow="fold")
     for row in rows:
-        shown.add_row(row["family"], *(row[name] for name in limited))
+        limited: dict[str, list[str]] = {}
+        for method, cell in row.items():
+            if method != "family" and cell != "yes":
+                limited.setdefault("not" if cell == "-" else f"{cell} alone", []).append(method)
+        shown.add_row(row["family"], "; ".join(f"{how}: {', '.join(found)}" for how, found in limited.items()) or "all")
     Console(highlight=False).print(shown)
-    _print(f"with every family: {', '.join(name for name in names if name not in limited)}")
+    _print("all methods go but those that are named; --json has every pair")
 
 
 def _methods_table(rows: list[dict[str, Any]]) -> None:

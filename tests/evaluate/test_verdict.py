@@ -183,7 +183,7 @@ def test_a_text_gives_windows_that_are_kept_back(tmp_path: Path) -> None:
 def test_bad_held_out_tokens_are_refused() -> None:
     with pytest.raises(DataError, match="a window of one token predicts nothing"):
         flatquant.quantize(tiny_llama(), recipes.rtn("w4"), device=CPU, held_out=tokens(3, 1))
-    with pytest.raises(DataError, match="held-out tokens have ids outside the model's 128"):
+    with pytest.raises(DataError, match="held-out windows with token ids outside the model's 128"):
         flatquant.quantize(tiny_llama(), recipes.rtn("w4"), device=CPU, held_out=tokens() + 100)
 
 

@@ -18,7 +18,7 @@ from flatquant.spec import DataSpec, FitSpec, Scheme, SolverSpec, TransformSpec
 from flatquant.transforms import OrthogonalFactor
 from flatquant.transforms.start import random_orthogonal
 from flatquant.wiring.apply import fold_block, unrounded_weights
-from tests.laws import SHAPES, calibrated, family, relative, same_bytes, tokens_for, wrap_all
+from tests.laws import SHAPES, calibrated, family, relative, same_bytes, tokens_for, varied, wrap_all
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -116,24 +116,30 @@ def test_what_is_trained_is_one_matrix_for_the_model_and_one_per_block() -> None
 
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
 def test_training_lowers_the_cross_entropy_and_beats_its_start(solver: str) -> None:
-    original = family("llama", dtype=torch.float32, **SHAPES["biased"])
-    with torch.no_grad():  # text that the model finds likely, or there is nothing to learn
-        tokens = original.generate(tokens_for(original, 16, 1), max_new_tokens=23, do_sample=False)
+    """On average over models, at a rate for their size."""
     recipe = small(solver=solver, steps=40, samples=16, seqlen=24)
-    errors = []
-    for steps in (40, 0):
-        assert recipe.end_to_end is not None
-        used = dataclasses.replace(recipe, end_to_end=dataclasses.replace(recipe.end_to_end, steps=steps))
-        model = copy.deepcopy(original)
-        _, report = calibrate(model, used, tokens, device=torch.device("cpu"), dtype=torch.float32)
-        if steps:
-            losses = report.end_to_end.losses
-            assert len(losses) == 40
-            assert sum(losses[-8:]) < sum(losses[:8])
-        with torch.no_grad():
-            want, got = original(tokens).logits, model(tokens).logits
-        errors.append(float((got - want).square().mean() / want.square().mean()))
-    assert solver == "gptq" or errors[0] < errors[1]
+    first = least = 0.0
+    errors = {40: 0.0, 0: 0.0}
+    for seed in range(5):
+        original = varied(family("llama", dtype=torch.float32, **SHAPES["biased"]), seed)
+        with torch.no_grad():  # text that the model finds likely, or there is nothing to learn
+            tokens = original.generate(tokens_for(original, 16, 1), max_new_tokens=23, do_sample=False)
+        for steps in errors:
+            assert recipe.end_to_end is not None
+            fit = dataclasses.replace(recipe.end_to_end, steps=steps, rotation_lr=0.1)
+            model = copy.deepcopy(original)
+            used = dataclasses.replace(recipe, end_to_end=fit)
+            _, report = calibrate(model, used, tokens, device=torch.device("cpu"), dtype=torch.float32)
+            if steps:
+                losses = report.end_to_end.losses
+                assert len(losses) == 40
+                passes = [sum(losses[i : i + 8]) for i in range(0, 40, 8)]
+                first, least = first + passes[0], least + min(passes[1:])
+            with torch.no_grad():
+                want, got = original(tokens).logits, model(tokens).logits
+            errors[steps] += float((got - want).square().mean() / want.square().mean())
+    assert least < first
+    assert solver == "gptq" or errors[40] < errors[0]
 
 
 def test_the_learned_model_has_the_function_of_its_training_graph() -> None:

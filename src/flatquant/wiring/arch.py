@@ -110,9 +110,7 @@ class Edge:
         Blocks without a norm in front (olmo2) read the residual stream itself; a gate behind attention (qwen3_next)
         lets no matrix of a head pass.
         """
-        lost = {"diagonal"} if self.norm is None and self.writer is None else set()
-        if self.writer is None:
-            lost |= {"head", "heads"}
+        lost = {"diagonal", "head", "heads"} if self.norm is None and self.writer is None else set()
         return tuple(part for part in parts if part.kind not in lost)
 
 
