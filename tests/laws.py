@@ -165,8 +165,7 @@ def wrap_all(
     arch, blocks = arch_of(model.config), blocks_of(model)
     open_experts(blocks)
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=force)
-    if plan.attention:
-        seams.use_attention(model)
+    seams.use_attention(model, plan.attention)
     generator = torch.Generator().manual_seed(seed)
     residual = residual_factor(model, recipe, plan, generator, force=force)
     statistics = observed(model, plan) if recipe.needs_data else [{}] * len(blocks)
@@ -194,8 +193,7 @@ def observed(model: PreTrainedModel, plan: Plan | None = None) -> list[dict[str,
 def reinstalled(original: PreTrainedModel, plan: Plan, quantised: PreTrainedModel) -> PreTrainedModel:
     """A copy of `original` with empty serving blocks that are then given the tensors of `quantised`."""
     model = copy.deepcopy(original)
-    if plan.attention:
-        seams.use_attention(model)
+    seams.use_attention(model, plan.attention)
     for block, block_plan, source in zip(blocks_of(model), plan.blocks, blocks_of(quantised), strict=True):
         install(block, plan.attention, block_plan, packed=False)
         block.load_state_dict(copy.deepcopy(source.state_dict()), assign=True)

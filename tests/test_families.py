@@ -56,7 +56,7 @@ def test_without_grids_the_function_is_unchanged(name: str, kv_heads: int, trans
     model = tiny_family(name, kv_heads=kv_heads, dtype=torch.float64)
     tokens = tokens_for(model, 2, 9)
     if name == "gemma2":
-        seams.use_attention(model)  # its own sums in float32; that the two agree is tested below
+        seams.use_attention(model, "self_attn")  # its own sums in float32; that the two agree is tested below
     want = hidden(model, tokens)
     assert want.std() > 0.1
 
@@ -101,7 +101,7 @@ def test_a_shift_leaves_the_function_in_the_norm_or_online(name: str) -> None:
     """Before a scale and a Kronecker product, at all sites whose readers can add it to their bias."""
     model = tiny_family(name, dtype=torch.float64)
     if name == "gemma2":
-        seams.use_attention(model)
+        seams.use_attention(model, "self_attn")
     tokens = tokens_for(model, 2, 9)
     want = hidden(model, tokens)
     changed = {
@@ -144,7 +144,7 @@ ROTATION = (SCALED_SCORES - {"starcoder2"}) | {
 def test_other_methods_leave_the_function_or_say_that_they_cannot(name: str, method: str) -> None:
     model = tiny_family(name, dtype=torch.float64)
     if name == "gemma2":
-        seams.use_attention(model)
+        seams.use_attention(model, "self_attn")
     recipe = dataclasses.replace(
         RECIPES[method](everything(name)), scheme=Scheme(), data=DataSpec(samples=4, seqlen=12)
     )
@@ -310,7 +310,7 @@ def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers(monkeyp
     blocks = model.model.layers
     tokens = tokens_for(model, 2, 9)
     want = hidden(model, tokens, model.model.norm)
-    seams.use_attention(model)
+    seams.use_attention(model, "self_attn")
     open_experts(blocks)
     recipe = bare(BASES["inverse orthogonal"])
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks, force=True)

@@ -68,7 +68,7 @@ def offset_of(block: nn.Module) -> torch.Tensor:
 def test_without_grids_the_function_is_unchanged(name: str) -> None:
     """Wrapped, folded, reinstalled, with padding, with caches of both kinds."""
     model = tiny_family(name, dtype=torch.float64)
-    seams.use_attention(model)  # gemma2's own sums in float32
+    seams.use_attention(model, "self_attn")  # gemma2's own sums in float32
     tokens = tokens_for(model, 2, 9)
     padding = torch.ones_like(tokens)
     padding[0, :4] = 0

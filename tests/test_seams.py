@@ -56,7 +56,7 @@ def model() -> PreTrainedModel:
     made = tiny_llama(hidden=24, heads=4, kv_heads=2, head_dim=6, intermediate=40).requires_grad_(False)
     for block in made.model.layers:
         seams.attach(block.self_attn, Turned())
-    seams.use_attention(made)
+    seams.use_attention(made, "self_attn")
     return made
 
 
@@ -199,7 +199,7 @@ def test_another_implementation_is_an_error(model: PreTrainedModel) -> None:
 def test_a_table_without_us_is_an_error(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, table: Any) -> None:
     monkeypatch.delitem(table._global_mapping, seams.ATTENTION)
     with fails("is not registered"):
-        seams.use_attention(model)
+        seams.use_attention(model, "self_attn")
 
 
 def test_a_mask_that_is_not_ours_is_an_error(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_a_mask_that_is_not_ours_is_an_error(model: PreTrainedModel, monkeypatch
 def test_a_model_without_our_attention_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     want = logits(model)
-    seams.use_attention(model)
+    seams.use_attention(model, "self_attn")
     assert torch.equal(logits(model), want)
     monkeypatch.delitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, seams.ATTENTION)
     model.config._attn_implementation = "sdpa"

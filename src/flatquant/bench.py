@@ -346,8 +346,8 @@ def packed_model(
     with torch.device("meta"):
         own = copy.deepcopy(config)  # which names the attention
         model: Any = LlamaForCausalLM(own).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
-    seams.use_attention(model)
     arch = arch_of(config)
+    seams.use_attention(model, arch.reached)
     scheme = replace(Scheme.parse("w4a4kv4"), key_offset="mean" if key_offset else "none")
     plan = make_plan(flatquant(scheme), arch, Geometry.of(config), model.model.layers)
     for block, block_plan in zip(model.model.layers, plan.blocks, strict=True):

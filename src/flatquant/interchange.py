@@ -82,8 +82,7 @@ def import_matrices(model: PreTrainedModel, path: Path, scheme: str = "w4a4kv4")
         raise ArtifactError(f"{path} has matrices for {len(matrices)} blocks, the model has {len(blocks)}")
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
     dtype, widest = next(model.parameters()).dtype, 0.0
-    if plan.attention:
-        seams.use_attention(model)
+    seams.use_attention(model, plan.attention)
     for index, (block, block_plan) in enumerate(zip(blocks, plan.blocks, strict=True)):
         reader = _Reader(matrices[index], f"{path}, block {index}")
         fit = wrap_block(block.float(), arch, block_plan, recipe, {}, torch.Generator())
@@ -271,8 +270,7 @@ def import_compressed(path: Path) -> tuple[PreTrainedModel, Plan, Recipe, dict[s
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
-    if plan.attention:
-        seams.use_attention(model)
+    seams.use_attention(model, plan.attention)
     for index, (block, block_plan) in enumerate(zip(blocks, plan.blocks, strict=True)):
         install(block, plan.attention, block_plan, packed=True)
         for name, site in block_plan.sites.items():

@@ -214,14 +214,20 @@ def attached(attention: nn.Module) -> KeyValue | None:
     return getattr(attention, _SLOT, None)
 
 
-def use_attention(model: PreTrainedModel) -> None:
+def use_attention(model: PreTrainedModel, attention: str) -> None:
     """Make the model call our attention and mask functions; unattached modules keep plain attention.
 
     From now on a forward pass of the model that does not take its mask from ours raises a ModelError.
 
+    Args:
+        attention: the path in a block of the module that calls transformers' attention function; empty where none does
+            (`spec.Plan.attention`), and then nothing changes.
+
     Raises:
         ModelError: transformers no longer has our functions in its tables.
     """
+    if not attention:
+        return
     if ALL_ATTENTION_FUNCTIONS.get(ATTENTION) is not _attention:
         raise broken(f"the attention function {ATTENTION!r} is not registered")
     if ALL_MASK_ATTENTION_FUNCTIONS.get(ATTENTION) is not _mask:

@@ -14,7 +14,7 @@ from tests.laws import DIAGONAL, bare, family, inputs_of, tokens_for, wrap
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 def test_blocks_run_on_their_own_reproduce_the_model(kind: str) -> None:
     model = family(kind, dtype=torch.float64, layers=3)  # in float32, sums differ between batch sizes
-    seams.use_attention(model)
+    seams.use_attention(model, "self_attn")
     tokens = tokens_for(model, 5, 11)
     hidden, calls = capture(model, LLAMA, tokens)
     assert len(calls) == 3
@@ -51,7 +51,7 @@ def test_blocks_are_restored_after_an_error() -> None:
 
 def test_sliding_windows_are_part_of_the_call() -> None:
     model = family("mistral", dtype=torch.float32)
-    seams.use_attention(model)
+    seams.use_attention(model, "self_attn")
     hidden, (call, _) = capture(model, LLAMA, tokens_for(model, 1, 11))
     block = model.model.layers[0]
     far = hidden.clone()
@@ -64,7 +64,7 @@ def test_sliding_windows_are_part_of_the_call() -> None:
 
 def test_statistics_are_those_of_what_the_readers_see() -> None:
     model = family("llama", dtype=torch.float32)
-    seams.use_attention(model)
+    seams.use_attention(model, "self_attn")
     hidden, calls = capture(model, LLAMA, tokens_for(model, 4, 6))
     block = model.model.layers[0]
     observer = Observer(block, LLAMA)

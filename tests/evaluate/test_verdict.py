@@ -116,7 +116,7 @@ def test_a_model_in_half_precision_is_measured_in_float32_on_a_cpu(name: str) ->
     """Scaled and capped logits, norms and routers that take no inputs of another dtype; and it stays in half."""
     model, held_out = tiny_family(name, dtype=torch.bfloat16), tokens(16, 24)
     original = copy.deepcopy(model).float()
-    seams.use_attention(original)  # transformers 5.17's default for Gemma 2 leaves out the cap of scores
+    seams.use_attention(original, "self_attn")  # transformers 5.17's default for Gemma 2 leaves out the cap of scores
     result = flatquant.quantize(model, recipes.rtn("w4a8kv4"), device=CPU, held_out=held_out)
     assert result.verdict is not None
     assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}

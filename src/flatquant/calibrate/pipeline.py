@@ -248,8 +248,7 @@ class _Run:
                     resident_bytes(self.blocks, self.end_to_end, self.recipe.scheme.weights),
                     torch.cuda.mem_get_info(self.device)[0],
                 )
-        if self.plan.attention:
-            seams.use_attention(self.model)
+        seams.use_attention(self.model, self.plan.attention)
         together = 0 if self.tokens is None else self.batch * self.tokens.shape[1]
         for seen in (self.witness, self.held_out):
             if seen is not None:

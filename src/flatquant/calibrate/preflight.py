@@ -85,10 +85,8 @@ def preflight(
     for index, block in enumerate(blocks):
         kinds.setdefault(_kind(block), index)
     found = []
-    reached = any(kind.attention is not None for kind in arch.kinds)
-    with _attention(model, seams.ATTENTION) if reached else nullcontext():
-        if reached:
-            seams.use_attention(model)
+    with _attention(model, seams.ATTENTION) if arch.reached else nullcontext():
+        seams.use_attention(model, arch.reached)
         for index in kinds.values():
             try:
                 found += _Check(model, arch, blocks, index, device, checkpoint).law(transforms)

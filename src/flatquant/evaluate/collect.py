@@ -105,7 +105,7 @@ def collect(
         "kl": _kl(want, got),
         "flatness": flatness,
         "surface": surface,
-        "alone": _alone(original, ours, theirs, bool(plan.attention), windows, want, step) if comparable else [],
+        "alone": _alone(original, ours, theirs, plan.attention, windows, want, step) if comparable else [],
         "transforms": [t for i, block in enumerate(plan.blocks) for t in _transforms(i, block, ours[i], plan)],
         "clips": [c for i, block in enumerate(plan.blocks) for c in _clips(i, block, ours[i], plan)],
     }
@@ -216,7 +216,7 @@ def _alone(
     original: PreTrainedModel,
     ours: nn.ModuleList,
     theirs: nn.ModuleList,
-    attended: bool,
+    path: str,
     windows: Tensor,
     want: Tensor,
     step: Any,
@@ -225,8 +225,8 @@ def _alone(
     attention = original.config._attn_implementation
     out = []
     try:
-        if attended:
-            seams.use_attention(original)  # a quantised block calls it; the others see plain attention in it
+        # A quantised block calls it; the others see plain attention in it.
+        seams.use_attention(original, path)
         for index in range(len(theirs)):
             kept, theirs[index] = theirs[index], ours[index]
             try:

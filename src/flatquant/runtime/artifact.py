@@ -437,8 +437,7 @@ def load(
             model.generation_config = GenerationConfig.from_dict(read_json(folder.path / GENERATION_FILE))
         except (ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{folder.path / GENERATION_FILE} is damaged ({one_line(error)})") from error
-    if folder.plan.attention:
-        seams.use_attention(model)
+    seams.use_attention(model, folder.plan.attention)
     adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
     fused.attach(model)
     return model.eval().requires_grad_(False)

@@ -174,8 +174,7 @@ class FlatQuantizer(HfQuantizer):
         model.requires_grad_(False)
         del model.config.transformers_weights  # pyright: ignore[reportAttributeAccessIssue] - set by `_prepare`
         folder = self.folder
-        if folder.plan.attention:
-            seams.use_attention(model)
+        seams.use_attention(model, folder.plan.attention)
         adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
         fused.attach(model)
 

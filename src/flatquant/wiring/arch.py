@@ -181,6 +181,11 @@ class Arch:
         """The descriptions of all kinds of block."""
         return (self, *self.others)
 
+    @property
+    def reached(self) -> str:
+        """The attention module of the first kind of block that has one; empty if none has."""
+        return next((kind.attention for kind in self.kinds if kind.attention is not None), "")
+
     def of(self, block: nn.Module) -> Arch:
         """The description of one block, with all that reads or adds to the residual stream named one by one.
 

@@ -25,7 +25,6 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
         ModelError: an edge that names a module the model lacks, or a linear that no edge names: it would stay as it is.
     """
     known = [edge.role for kind in arch.kinds for edge in kind.edges]
-    reached = [kind.attention for kind in arch.kinds if kind.attention is not None]
     for key in recipe.scheme.overrides:
         block, _, site = key.rpartition(".")
         if site not in known:
@@ -37,12 +36,12 @@ def make_plan(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleL
             raise SpecError(f"override '{block}.{bits}': the model has blocks 0 to {len(blocks) - 1}")
     plan = Plan(
         blocks_path=arch.blocks,
-        attention=reached[0] if reached else "",
+        attention=arch.reached,
         blocks=tuple(_block(i, block, recipe, arch.of(block), geometry, force) for i, block in enumerate(blocks)),
     )
     name = ", ".join(arch.model_types)
     caches = [recipe.scheme.cache_at(index) for index in range(len(blocks))]
-    if not reached and any(grid is not None for cache in caches for grid in cache):
+    if not arch.reached and any(grid is not None for cache in caches for grid in cache):
         raise FamilyError(f"{name}: its attention gives no access to keys and values; use a scheme without kv bits")
     keyed, wanted = force or any(block.keys is not None for block in plan.blocks), recipe.scheme.key_offset
     if wanted in ("bias", "mean") and not keyed:
