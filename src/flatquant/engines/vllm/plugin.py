@@ -44,7 +44,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from flatquant.engines.parts import Joined, Parts, columns_of, rows_of, share, site_of
 from flatquant.engines.vllm import support
@@ -379,4 +378,6 @@ def _key_value_fake(q: Tensor, k: Tensor, v: Tensor, name: str) -> tuple[Tensor,
 
 _library = torch.library.Library("flatquant", "FRAGMENT")
 for _name, _op, _fake in (("linear", _linear, _linear_fake), ("key_value", _key_value, _key_value_fake)):
-    direct_register_custom_op(_name, _op, fake_impl=_fake, target_lib=_library)
+    _library.define(_name + torch.library.infer_schema(_op, mutates_args=()))
+    _library.impl(_name, _op, dispatch_key=current_platform.dispatch_key)
+    _library._register_fake(_name, _fake)
