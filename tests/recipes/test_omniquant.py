@@ -99,22 +99,23 @@ def test_weight_only_models_learn_clips_alone() -> None:
 # ------------------------------------------------------------------------------------------------- the fit
 
 
-@pytest.mark.parametrize("scheme", ["w3a16", "w4a4kv4"])
-def test_the_loss_falls_and_the_result_beats_rounding(scheme: str) -> None:
-    """On average over models. Random weights have no outliers to clip: of weights alone, only the loss says much."""
-    first = least = fitted_error = rounded_error = 0.0
-    for seed in range(4):
-        original = varied(family("llama", dtype=torch.float32, **SHAPES["gqa"]), seed)
+@pytest.mark.parametrize(("scheme", "models"), [("w3a16", 1), ("w4a4kv4", 8)])
+def test_the_loss_falls_and_the_result_beats_rounding(scheme: str, models: int) -> None:
+    """At 4 bits everywhere, on average over models."""
+    first = last = fitted_error = rounded_error = 0.0
+    for seed in range(models):
+        original = family("llama", dtype=torch.float32, **SHAPES["gqa"])
+        original = original if models == 1 else varied(original, seed)
         fitted, _, report = calibrated(original, small(scheme))
         rounded, _, _ = calibrated(original, rtn(scheme))
         losses = report.blocks[0]["losses"]
-        first, least = first + losses[0], least + min(losses[1:])
+        first, last = first + losses[0], last + losses[-1]
         unseen = tokens_for(original, 4, 16, seed=9)
         want = hidden(original, unseen)
         fitted_error += relative(hidden(fitted, unseen), want)
         rounded_error += relative(hidden(rounded, unseen), want)
-    assert least < first
-    assert scheme == "w3a16" or fitted_error < rounded_error
+    assert last < first
+    assert fitted_error < rounded_error
 
 
 def test_blocks_are_fitted_on_what_quantised_blocks_give(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,31 +114,32 @@ def test_what_is_trained_is_one_matrix_for_the_model_and_one_per_block() -> None
             assert p.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("solver", ["rtn", "gptq"])
-def test_training_lowers_the_cross_entropy_and_beats_its_start(solver: str) -> None:
-    """On average over models, at a rate for their size."""
+@pytest.mark.parametrize(("solver", "models"), [("rtn", 12), ("gptq", 1)])
+def test_training_lowers_the_cross_entropy_and_beats_its_start(solver: str, models: int) -> None:
+    """Rounded to nearest, on average over models, at a rate for their size, and in one of the passes over the text."""
     recipe = small(solver=solver, steps=40, samples=16, seqlen=24)
-    first = least = 0.0
+    assert recipe.end_to_end is not None
+    fit = recipe.end_to_end if models == 1 else dataclasses.replace(recipe.end_to_end, rotation_lr=0.1)
+    first = end = 0.0
     errors = {40: 0.0, 0: 0.0}
-    for seed in range(5):
-        original = varied(family("llama", dtype=torch.float32, **SHAPES["biased"]), seed)
+    for seed in range(models):
+        original = family("llama", dtype=torch.float32, **SHAPES["biased"])
+        original = original if models == 1 else varied(original, seed)
         with torch.no_grad():  # text that the model finds likely, or there is nothing to learn
             tokens = original.generate(tokens_for(original, 16, 1), max_new_tokens=23, do_sample=False)
         for steps in errors:
-            assert recipe.end_to_end is not None
-            fit = dataclasses.replace(recipe.end_to_end, steps=steps, rotation_lr=0.1)
             model = copy.deepcopy(original)
-            used = dataclasses.replace(recipe, end_to_end=fit)
+            used = dataclasses.replace(recipe, end_to_end=dataclasses.replace(fit, steps=steps))
             _, report = calibrate(model, used, tokens, device=torch.device("cpu"), dtype=torch.float32)
             if steps:
                 losses = report.end_to_end.losses
                 assert len(losses) == 40
                 passes = [sum(losses[i : i + 8]) for i in range(0, 40, 8)]
-                first, least = first + passes[0], least + min(passes[1:])
+                first, end = first + passes[0], end + (passes[-1] if models == 1 else min(passes[1:]))
             with torch.no_grad():
                 want, got = original(tokens).logits, model(tokens).logits
             errors[steps] += float((got - want).square().mean() / want.square().mean())
-    assert least < first
+    assert end < first
     assert solver == "gptq" or errors[40] < errors[0]
 
 
