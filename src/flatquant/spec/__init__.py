@@ -1,0 +1,58 @@
+"""What to quantise and how, as plain data.
+
+Every object here is a frozen, keyword-only dataclass that validates itself once and converts to and from JSON-ready
+dictionaries (`to_dict`, `from_dict`). Nothing here imports torch: a recipe can be written, read and compared on a
+machine that has none. Three layers:
+
+- `grids`: *what one grid looks like*, `QuantSpec`; *which grids a model gets*, `Scheme`;
+- `parts`: *what a method is made of*, `TransformSpec`, `FitSpec`, `EndToEndSpec`, `SolverSpec`, `DataSpec`; `recipe`
+  joins them in `Recipe`;
+- `plans`: *what sits where in one concrete model*, `SitePlan`, `BlockPlan`, `Plan` - all that serving needs besides
+  tensors.
+"""
+
+from flatquant.spec.convert import from_dict, to_dict
+from flatquant.spec.grids import CLIP_STARTS, SITES, CacheBits, Clip, QuantSpec, Scheme, SiteBits
+from flatquant.spec.parts import (
+    BranchSpec,
+    CodebookSpec,
+    DataSpec,
+    EndToEndSpec,
+    FitSpec,
+    RoundingSpec,
+    SolverSpec,
+    Transforms,
+    TransformSpec,
+)
+from flatquant.spec.plans import BlockPlan, KeyOffset, Pairing, Plan, SitePlan, by_expert, is_experts
+from flatquant.spec.recipe import DATA_STARTS, Recipe
+
+__all__ = [
+    "CLIP_STARTS",
+    "DATA_STARTS",
+    "SITES",
+    "BlockPlan",
+    "BranchSpec",
+    "CacheBits",
+    "Clip",
+    "CodebookSpec",
+    "DataSpec",
+    "EndToEndSpec",
+    "FitSpec",
+    "KeyOffset",
+    "Pairing",
+    "Plan",
+    "QuantSpec",
+    "Recipe",
+    "RoundingSpec",
+    "Scheme",
+    "SiteBits",
+    "SitePlan",
+    "SolverSpec",
+    "TransformSpec",
+    "Transforms",
+    "by_expert",
+    "from_dict",
+    "is_experts",
+    "to_dict",
+]

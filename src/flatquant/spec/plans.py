@@ -1,0 +1,115 @@
+"""What sits where in one concrete model: all that serving needs besides tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from flatquant.spec.convert import check
+from flatquant.spec.grids import QuantSpec
+from flatquant.spec.parts import CodebookSpec
+
+# Which channels rotary embedding turns together, and the order of an attention module's cosines and sines.
+# `halves`: channels i and i + r / 2; angles i and i + r / 2 are alike. `neighbours`: channels 2 i and 2 i + 1; angles
+# as before. `interleaved`: channels 2 i and 2 i + 1; angles 2 i and 2 i + 1 are alike. `none`: nothing is turned.
+Pairing = Literal["halves", "neighbours", "interleaved", "none"]
+
+
+_EXPERT = re.compile(r"(.*\.\d+)\.")
+
+
+def by_expert(paths: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Paths of linears in a block, grouped by the rows they multiply: those of one expert together, all others too.
+
+    In a block, a module with a number for its name is one expert of several.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        match = _EXPERT.match(path)
+        groups.setdefault(match[1] if match else "", []).append(path)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def is_experts(group: Sequence[str]) -> bool:
+    """Whether these paths, which multiply the same rows, are those of one expert of several."""
+    return _EXPERT.match(group[0]) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePlan:
+    """One edge of one block: who reads it, on which grids, and which factors run online.
+
+    The online transform maps x, reshaped to [.., left, right] sizes `shape`, to P1^T X P2; `left` and `right` say
+    whether P1 and P2 exist online (a factor that a writer absorbed, or that was never there, does not).
+    Weights are integers on a grid, or `weights.bits` bits each in codebooks; with a `rank`, beside a branch in 16 bit.
+    A `shift` is subtracted before, online or by the norm; then every reader has a bias.
+    Module paths are relative to the block.
+    """
+
+    readers: tuple[str, ...]
+    shape: tuple[int, int]
+    left: bool = False
+    right: bool = False
+    weights: QuantSpec | None = None
+    activations: QuantSpec | None = None
+    codebook: CodebookSpec | None = None
+    rank: int = 0
+    shift: Literal["none", "norm", "online"] = "none"
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 0 and (not self.rank or self.weights is not None), "a branch is beside rounded weights")
+        check(bool(self.readers), "a site needs at least one reader")
+        check(min(self.shape) >= 1, f"site shape {self.shape}: sizes must be positive")
+        if self.codebook is not None:
+            check(self.weights is not None, "a codebook needs the bits of its weights")
+            assert self.weights is not None
+            self.codebook.index_bits(self.weights.bits)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """`readers`, by the rows of the tensor that they multiply."""
+        return by_expert(self.readers)
+
+    @property
+    def experts(self) -> int:
+        """How many experts read the tensor, those aside that every token passes."""
+        return sum(is_experts(group) for group in self.groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyOffset:
+    """That keys are cached less a constant per channel, (heads, head_dim), which RoPE turns as `pairing` says."""
+
+    heads: int
+    pairing: Pairing = "halves"
+
+    def __post_init__(self) -> None:
+        check(self.heads >= 1, f"a key offset of {self.heads} heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """The sites of one block, and the grids of its keys (after RoPE, times P_h if `qk`) and values."""
+
+    sites: Mapping[str, SitePlan]
+    head_dim: int
+    qk: bool = False
+    keys: QuantSpec | None = None
+    values: QuantSpec | None = None
+    key_offset: KeyOffset | None = None
+
+    @property
+    def attended(self) -> bool:
+        """Whether anything happens to queries, keys or values."""
+        return self.qk or any(part is not None for part in (self.keys, self.values, self.key_offset))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What serving needs to know besides tensors. `blocks_path` names the module list, e.g. `model.layers`."""
+
+    blocks_path: str
+    attention: str
+    blocks: tuple[BlockPlan, ...]
