@@ -36,7 +36,7 @@ OVERHEAD = ("verdict", "texts", "blame", "held out")  # stages that only prove a
 
 def run(model: str, options: list[str], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One call of the command line, and what it left."""
-    command = [sys.executable, "-m", "flatquant.cli", "quantize", model, "--output", str(folder), *options]
+    command = [sys.executable, "-m", "flatquant", "quantize", model, "--output", str(folder), *options]
     start = time.perf_counter()
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "FLATQUANT_DATA": args.data}, check=False

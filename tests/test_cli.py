@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from flatquant import quantize
 from flatquant.calibrate.memory import Estimate
-from flatquant.cli import Display, _recipe, app
+from flatquant.cli import app
+from flatquant.cli.display import Display
+from flatquant.cli.options import recipe_of
 from flatquant.recipes import recipe
 from flatquant.spec import QuantSpec, Recipe, RoundingSpec, Scheme, SolverSpec
 from tests.tiny_models import tiny_llama, tiny_tokenizer
@@ -189,7 +191,7 @@ def test_options_reach_the_recipe(place: Path, tmp_path: Path) -> None:
 def test_options_reach_the_solver() -> None:
     def made(method: str = "gptq", scheme: str = "w4g16a16", **options: object) -> Recipe:
         own = dict.fromkeys(("calibration", "samples", "seqlen", "epochs", "batch_size", "lr", "solver"))
-        return _recipe(method, scheme, "reference", **(own | options))  # type: ignore[arg-type]
+        return recipe_of(method, scheme, "reference", **(own | options))  # type: ignore[arg-type]
 
     assert made("gptq", "wnvfp4", update_scales=True).solver.updates_scales
     assert not made("gptq", "wnvfp4", update_scales=True).solver.act_order
@@ -209,9 +211,9 @@ def test_options_reach_the_solver() -> None:
 
 
 def test_options_reach_the_end_to_end_fit() -> None:
-    recipe = _recipe("flatquant", "w4a4kv4", "quick", None, 4, 32, None, 1, 1e-3, "gptq")
+    recipe = recipe_of("flatquant", "w4a4kv4", "quick", None, 4, 32, None, 1, 1e-3, "gptq")
     assert recipe.scheme.key_offset == "auto"
-    assert _recipe("rtn", "kv4", "quick", *[None] * 8, "mean").scheme.key_offset == "mean"
+    assert recipe_of("rtn", "kv4", "quick", *[None] * 8, "mean").scheme.key_offset == "mean"
     assert recipe.end_to_end is not None
     assert recipe.end_to_end.batch_size == 1
     assert (recipe.end_to_end.lr, recipe.end_to_end.clip_lr) == pytest.approx((1e-3, 1e-2))
@@ -220,7 +222,7 @@ def test_options_reach_the_end_to_end_fit() -> None:
 
 def test_one_rate_scales_all_of_both_fits() -> None:
     base, recipe = (
-        _recipe("flatquant", "w4a4kv4", "best", None, None, None, epochs, None, lr, None)
+        recipe_of("flatquant", "w4a4kv4", "best", None, None, None, epochs, None, lr, None)
         for epochs, lr in ((None, None), (2, 1e-2))
     )
     assert base.fit is not None

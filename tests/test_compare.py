@@ -10,7 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from flatquant import api, compare, methods
-from flatquant.cli import _listed_schemes, app
+from flatquant.cli import app
+from flatquant.cli.compare import _listed_schemes
 from flatquant.errors import DataError, FlatQuantError, SpecError
 from flatquant.models import load_model
 from flatquant.recipes import RECIPES, recipe

@@ -112,9 +112,9 @@ def test_codebooks_combine_with_fixed_changes_of_basis(basis: str, scheme: str) 
 
 def test_codebooks_in_a_rotated_model(tmp_path: Path) -> None:
     """The residual stream rotated, weights in codebooks, activations and cache on grids, as the command line asks."""
-    from flatquant.cli import _recipe
+    from flatquant.cli.options import recipe_of
 
-    chosen = _recipe("quarot", "w2a4kv4", "reference", None, 8, 16, None, None, None, "codebook")
+    chosen = recipe_of("quarot", "w2a4kv4", "reference", None, 8, 16, None, None, None, "codebook")
     original = family("llama", dtype=torch.float32, **SHAPES["biased"])
     model, plan, _ = calibrated(original, chosen)
     linear = submodule(model.model.layers[0], "mlp.up_proj")
