@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int8, Shaped, UInt8
 from torch import Tensor
 
 from flatquant.ops.pack.reference import pack_bits, unpack_bits
@@ -25,9 +26,9 @@ __all__ = ["QTensor", "as_qtensor", "pack_bits", "unpack_bits"]
 class QTensor:
     """A quantised matrix (or stack of them); see the module docstring for the invariants."""
 
-    values: Tensor  # int8 | uint8, (.., n)
-    scale: Tensor  # float32, (.., g)
-    zero: Tensor | None  # float32 holding integers, (.., g)
+    values: Int8[Tensor, "*rows n"] | UInt8[Tensor, "*rows n"]
+    scale: Float[Tensor, "*rows g"]  # float32
+    zero: Float[Tensor, "*rows g"] | None  # float32 holding integers
     spec: QuantSpec
 
     def __post_init__(self) -> None:
@@ -95,7 +96,9 @@ class QTensor:
         return cls(values=values, scale=scale, zero=zero, spec=spec)
 
 
-def as_qtensor(values: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> QTensor:
+def as_qtensor(
+    values: Shaped[Tensor, "o n"], scale: Float[Tensor, "o g"], zero: Float[Tensor, "o g"] | None, spec: QuantSpec
+) -> QTensor:
     """Integers held in floats, (o, n), with (o, g) scales, as a QTensor."""
     dtype = torch.int8 if spec.symmetric else torch.uint8
     return QTensor(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flatquant.spec import Pairing
@@ -39,7 +40,9 @@ class Angles(NamedTuple):
         return out
 
 
-def turned(x: Tensor, angles: Tensor, pairing: Pairing) -> Tensor:
+def turned(
+    x: Float[Tensor, "#b heads #t d"], angles: Float[Tensor, "#b #t r"], pairing: Pairing
+) -> Float[Tensor, "_ heads _ d"]:
     """R_j x.
 
     Args:
@@ -53,13 +56,17 @@ def turned(x: Tensor, angles: Tensor, pairing: Pairing) -> Tensor:
     return _turned(x, cos, sin, pairing)
 
 
-def constant_at(m: Tensor, angles: Tensor | None, pairing: Pairing) -> Tensor:
+def constant_at(
+    m: Float[Tensor, "heads d"], angles: Float[Tensor, "b t r"] | None, pairing: Pairing
+) -> Float[Tensor, "_ heads _ d"]:
     """R_j m of a constant m, (heads, head_dim), or m where nothing turns it.  # (B or 1, heads, T or 1, head_dim)"""
     x = m[None, :, None]
     return x if angles is None else turned(x, angles, pairing)
 
 
-def turned_back(x: Tensor, angles: Tensor, pairing: Pairing) -> Tensor:
+def turned_back(
+    x: Float[Tensor, "#b heads #t d"], angles: Float[Tensor, "#b #t r"], pairing: Pairing
+) -> Float[Tensor, "_ heads _ d"]:
     """R_j^-1 x; see `turned`."""
     cos, sin = angles[:, None].chunk(2, dim=-1)
     square = cos.square() + sin.square()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flatquant.quantizers.blocks import FrozenBlocks, LiveBlocks
@@ -13,7 +14,7 @@ from flatquant.quantizers.uniform import Dynamic
 from flatquant.spec import QuantSpec
 
 
-def live(spec: QuantSpec, rows: Tensor | None = None) -> Dynamic | ActivationLevels | LiveBlocks:
+def live(spec: QuantSpec, rows: Float[Tensor, "rows n"] | None = None) -> Dynamic | ActivationLevels | LiveBlocks:
     """The grid while a fit changes what it rounds.
 
     Args:

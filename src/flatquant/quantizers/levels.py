@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flatquant.formats.base import Codes
@@ -161,7 +162,7 @@ def _position(w: Tensor, values: Tensor) -> Tensor:
     return (below + share).clamp(0, values.shape[1] - 1).to(w.dtype)
 
 
-def least_squares_levels(w: Tensor, bits: int) -> Tensor:
+def least_squares_levels(w: Float[Tensor, "rows n"], bits: int) -> Float[Tensor, "rows {bits}"]:
     """K numbers for every row of w, (rows, n), whose sums with signs lie near the row's weights.  # (rows, K)
 
     Alternating least squares (LQ-Nets, arXiv 1807.10029) from two starts: greedy residual binarisation, and numbers

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from flatquant.modules import ExactBuffers
@@ -62,7 +63,7 @@ class SplitGrid(ExactBuffers):
         return QTensor(values=q.to(torch.int8), scale=scale, zero=None, spec=dataclasses.replace(self.spec, bits=8))
 
 
-def thresholds(absmax: Tensor, width: float, most: int) -> tuple[float, Tensor]:
+def thresholds(absmax: Float[Tensor, " n"], width: float, most: int) -> tuple[float, Int64[Tensor, " n"]]:
     """The least T whose copies fit into `width` times the channels, and those copies.
 
     Args:

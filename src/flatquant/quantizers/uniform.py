@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flatquant.ops.gptq import round_columns
@@ -178,7 +179,13 @@ class _Columns:
 
 
 @torch.no_grad()
-def searched_ratio(x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+def searched_ratio(
+    x: Float[Tensor, "*rows n"],
+    scale: Float[Tensor, "*rows 1"],
+    zero: Float[Tensor, "*rows 1"] | None,
+    low: int,
+    high: int,
+) -> Float[Tensor, "*rows 1"]:
     """How far to shrink every grid: of 1, 0.99 .. 0.21, the share with the least sum of |x - Q(x)|^2.4.
 
     The search of GPTQ's code, which QuaRot and SpinQuant use for weights.

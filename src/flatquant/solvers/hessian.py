@@ -7,6 +7,7 @@ tr(dW H dW^T) whatever H came from.
 from typing import Literal
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 
@@ -64,7 +65,7 @@ class OutputAdaptive:
         return (h + h.mT) / 2
 
 
-def blended(own: InputGram | OutputAdaptive, mean: Tensor) -> Tensor:
+def blended(own: InputGram | OutputAdaptive, mean: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
     """The Hessian of one expert of a mixture: as if it had seen n more tokens, of the kind that all experts see.
 
     H = (S + n M) / (T + n), with S the expert's sum over T tokens and M the mean over those of all experts. Fewer

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 _EXACT = 1024  # up to this smaller side the decomposition is the full one
@@ -29,7 +30,7 @@ class Branch:
         return (self.up.double() @ self.down.double()).to(like.dtype)
 
 
-def low_rank(w: Tensor, rank: int) -> Branch:
+def low_rank(w: Float[Tensor, "o n"], rank: int) -> Branch:
     """The best approximation of w, (o, n), of this rank, rounded to float16; singular values shared evenly."""
     u, s, vt = _decomposed(w.double(), rank)
     root = s[:rank].sqrt()
@@ -37,12 +38,12 @@ def low_rank(w: Tensor, rank: int) -> Branch:
 
 
 def split(
-    w: Tensor,
+    w: Float[Tensor, "o n"],
     rank: int,
     *,
     rounds: int = 1,
     rounded: Callable[[Tensor], Tensor] | None = None,
-    hessian: Tensor | None = None,
+    hessian: Float[Tensor, "n n"] | None = None,
 ) -> Branch:
     """The branch of a weight: of w itself, or, in further rounds, of what rounding leaves of it.
 

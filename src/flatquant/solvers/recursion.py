@@ -9,12 +9,15 @@ e^2 is exactly tr(dW H dW^T) of the damped H: tests hold the code to that.
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from flatquant.errors import CalibrationError
 
 
-def revived(w: Tensor, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
+def revived(
+    w: Float[Tensor, "o n"], hessian: Float[Tensor, "n n"] | None
+) -> tuple[Float[Tensor, "o n"], Float[Tensor, "n n"]]:
     """Copies of (w, H) in w's dtype, where channels that are never used have weight 0 and curvature 1.
 
     Raises:
@@ -30,9 +33,9 @@ def revived(w: Tensor, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def compensate(
-    w: Tensor,
-    h: Tensor,
-    order: Tensor,
+    w: Float[Tensor, "o n"],
+    h: Float[Tensor, "n n"],
+    order: Int64[Tensor, " n"],
     fix: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
     damping: float,
@@ -61,7 +64,9 @@ def compensate(
         w[:, rest] -= errors @ upper[here, rest]
 
 
-def one_by_one(w: Tensor, u: Tensor, fix: Callable[[int, Tensor], Tensor]) -> Tensor:
+def one_by_one(
+    w: Float[Tensor, "o b"], u: Float[Tensor, "b b"], fix: Callable[[int, Tensor], Tensor]
+) -> Float[Tensor, "o b"]:
     """The errors of a block whose columns are fixed by a function, from left to right.
 
     Args:
@@ -78,7 +83,7 @@ def one_by_one(w: Tensor, u: Tensor, fix: Callable[[int, Tensor], Tensor]) -> Te
     return errors
 
 
-def inverse_factor(h: Tensor, damping: float) -> Tensor:
+def inverse_factor(h: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
     """Upper Cholesky factor of (h + damping)^-1.  # (n, n)"""
     added = damping * h.diagonal().mean()
     for _ in range(4):

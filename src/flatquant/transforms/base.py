@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -15,19 +16,19 @@ class Transform(nn.Module, ABC):
     """An invertible linear map on rows of length n."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """x P.  # (.., n)"""
 
     @abstractmethod
-    def inverse_t(self, w: Tensor) -> Tensor:
+    def inverse_t(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """w P^-T.  # (.., n)"""
 
 
 class Identity(Transform):
     """P = I."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return x
 
-    def inverse_t(self, w: Tensor) -> Tensor:
+    def inverse_t(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return w

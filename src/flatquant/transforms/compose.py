@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flatquant.transforms.base import Transform
@@ -14,12 +15,12 @@ class Compose(Transform):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         for part in self.parts:
             x = part(x)
         return x
 
-    def inverse_t(self, w: Tensor) -> Tensor:
+    def inverse_t(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         # (P_1 P_2)^-T = P_1^-T P_2^-T: the same order
         for part in self.parts:
             assert isinstance(part, Transform)

@@ -5,6 +5,7 @@ rate then acts on relative changes. It costs nothing at inference: a norm's gain
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flatquant.modules import Neutral, Trainable
@@ -29,14 +30,14 @@ class Diagonal(Transform, Trainable, Neutral):
         """c.  # (n,)"""
         return self.log_scale.exp()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return (x * self.scale).to(x.dtype)
 
     @torch.no_grad()
     def neutralise(self) -> None:
         self.log_scale.zero_()
 
-    def inverse_t(self, w: Tensor) -> Tensor:
+    def inverse_t(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return w / self.scale
 
 
@@ -72,22 +73,22 @@ class HeadDiagonal(Transform, Trainable, Neutral):
         heads = self.scale.unflatten(0, (len(self.log_scale), -1))
         return heads.repeat_interleave(self.readers, 0).flatten()
 
-    def write(self, y: Tensor) -> Tensor:
+    def write(self, y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """What the heads' writer gives, times c.  # (.., kv_heads * head_dim)"""
         return y * self.scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return (x * self.spread).to(x.dtype)
 
     @torch.no_grad()
     def neutralise(self) -> None:
         self.log_scale.zero_()
 
-    def inverse_t(self, w: Tensor) -> Tensor:
+    def inverse_t(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return w / self.spread
 
 
-def absmax_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
+def absmax_scale(x_absmax: Float[Tensor, " n"], w_absmax: Float[Tensor, " n"], alpha: float) -> Float[Tensor, " n"]:
     """The paper's start, wmax^(1-alpha) / xmax^alpha (SmoothQuant, eq. 4, inverted; FlatQuant's code).
 
     Args:
@@ -98,7 +99,7 @@ def absmax_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
     return c.clamp(min=1e-5)
 
 
-def second_moment_scale(x_square: Tensor, w_square: Tensor) -> Tensor:
+def second_moment_scale(x_square: Float[Tensor, " n"], w_square: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """(E w_j^2 / E x_j^2)^(1/4): minimises ||x P||^2 ||W P^-T||^2, the product both 4-bit errors grow with.
 
     Args:

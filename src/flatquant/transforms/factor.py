@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flatquant.modules import Neutral, Trainable
@@ -32,11 +33,11 @@ class Factor(nn.Module, ABC):
         """n."""
 
     @abstractmethod
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "*batch n n"]:
         """P.  # (n, n)"""
 
     @abstractmethod
-    def inverse_t(self) -> Tensor:
+    def inverse_t(self) -> Float[Tensor, "*batch n n"]:
         """P^-T.  # (n, n)"""
 
 
@@ -55,14 +56,14 @@ class DirectFactor(Factor, Trainable, Neutral):
     def size(self) -> int:
         return self.p.shape[0]
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "*batch n n"]:
         return self.p
 
     @torch.no_grad()
     def neutralise(self) -> None:
         self.p.copy_(torch.eye(self.size))
 
-    def inverse_t(self) -> Tensor:
+    def inverse_t(self) -> Float[Tensor, "*batch n n"]:
         if self.shared is not None:
             return self.shared
         return torch.linalg.inv_ex(self.p.mT).inverse  # inv_ex: no host sync, so a CUDA graph can hold it
@@ -120,10 +121,10 @@ class ProductFactor(Factor, Neutral):
     def size(self) -> int:
         return self.left.size * self.right.size
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "*batch n n"]:
         return torch.kron(self.left.matrix(), self.right.matrix())
 
-    def inverse_t(self) -> Tensor:
+    def inverse_t(self) -> Float[Tensor, "*batch n n"]:
         return torch.kron(self.left.inverse_t(), self.right.inverse_t())
 
     def neutralise(self) -> None:
@@ -156,11 +157,11 @@ class SVDFactor(Factor, Trainable):
     def _orthogonal(self) -> tuple[Tensor, Tensor]:
         return polish(self.u0) @ cayley(self.skew_u), polish(self.v0) @ cayley(self.skew_v)
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "*batch n n"]:
         u, v = self._orthogonal()
         return (u * self.log_d.exp()) @ v.mT
 
-    def inverse_t(self) -> Tensor:
+    def inverse_t(self) -> Float[Tensor, "*batch n n"]:
         u, v = self._orthogonal()
         return (u * (-self.log_d).exp()) @ v.mT
 
@@ -178,10 +179,10 @@ class Orthogonal(Factor, ABC):
     def size(self) -> int:
         return self.q.shape[0]
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "*batch n n"]:
         return polish(self.q) if self.shared is None else self.shared
 
-    def inverse_t(self) -> Tensor:
+    def inverse_t(self) -> Float[Tensor, "*batch n n"]:
         return self.matrix()
 
 
@@ -212,7 +213,7 @@ class OrthogonalFactor(Orthogonal, Trainable, Neutral):
         self.q.copy_(torch.eye(self.size))
 
 
-def polish(u: Tensor) -> Tensor:
+def polish(u: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """One Newton-Schulz step to the nearest orthogonal matrix: an error e in u^T u - I becomes e^2.
 
     A start that was rounded to float32 is orthogonal to 1e-7 only; folding in float64 needs better. In its own
@@ -223,7 +224,7 @@ def polish(u: Tensor) -> Tensor:
         return 1.5 * u - 0.5 * u @ (u.mT @ u)
 
 
-def cayley(raw: Tensor) -> Tensor:
+def cayley(raw: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """(I - A/2)^-1 (I + A/2) for the skew part A = tril(raw) - tril(raw)^T: orthogonal, I at raw = 0.  # (n, n)"""
     lower = raw.tril(-1)
     half = (lower - lower.mT) / 2

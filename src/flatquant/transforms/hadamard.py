@@ -22,6 +22,7 @@ from itertools import product
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 SYLVESTER = np.array([[1, 1], [1, -1]], dtype=np.int8)
@@ -30,7 +31,7 @@ SYLVESTER = np.array([[1, 1], [1, -1]], dtype=np.int8)
 _MAX_ORBITS = 11
 
 
-def hadamard(n: int) -> Tensor:
+def hadamard(n: int) -> Float[Tensor, "{n} {n}"]:
     """A Hadamard matrix of order n.  # float32 of +-1, (n, n)
 
     Raises:

@@ -2,6 +2,7 @@
 
 import math
 
+from jaxtyping import Float
 from torch import Tensor
 
 from flatquant.ops.kron.reference import kron_matmul
@@ -17,14 +18,14 @@ class Kronecker(Transform):
         self.left = left
         self.right = right
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return kron_matmul(
             x,
             self.left.matrix().to(x.dtype) if self.left is not None else None,
             self.right.matrix().to(x.dtype) if self.right is not None else None,
         )
 
-    def inverse_t(self, w: Tensor) -> Tensor:
+    def inverse_t(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return kron_matmul(
             w,
             self.left.inverse_t().to(w.dtype) if self.left is not None else None,

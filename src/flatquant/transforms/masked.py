@@ -9,6 +9,7 @@ entries that are still 0.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flatquant.modules import Scheduled, Trainable
@@ -44,10 +45,10 @@ class MaskedFactor(Factor, Trainable, Scheduled):
         distance = (index[:, None] - index).abs()
         self.mask.copy_(self.stability * ((distance > 0) & (distance < band(self.size, epoch, epochs))))
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "*batch n n"]:
         return torch.linalg.inv_ex(self.inverse_t().mT).inverse  # inv_ex: no host sync
 
-    def inverse_t(self) -> Tensor:
+    def inverse_t(self) -> Float[Tensor, "*batch n n"]:
         return torch.diag_embed(self.log_d.exp()) + self.mask * self.off
 
     @torch.no_grad()
@@ -72,12 +73,12 @@ class HeadMatrices(Transform):
         grouped = x.unflatten(-1, (heads, readers, n))  # (.., kv_heads, readers, head_dim)
         return (grouped @ matrices.to(x.dtype)).flatten(-3)
 
-    def write(self, y: Tensor) -> Tensor:
+    def write(self, y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """What the heads' writer gives, times its own head's P.  # (.., kv_heads * head_dim)"""
         return self._times(y, self.factor.matrix(), 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return self._times(x, self.factor.matrix(), self.readers)
 
-    def inverse_t(self, w: Tensor) -> Tensor:
+    def inverse_t(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return self._times(w, self.factor.inverse_t(), self.readers)

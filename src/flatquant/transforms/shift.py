@@ -5,6 +5,7 @@ site's transform, before it. A norm with a bias absorbs it; elsewhere it is one 
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flatquant.modules import Neutral, Trainable
@@ -20,7 +21,7 @@ class Shift(Trainable, Neutral):
         super().__init__()
         self.d = nn.Parameter(start.clone())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """(.., n)"""
         return (x - self.d).to(x.dtype)
 
@@ -28,6 +29,6 @@ class Shift(Trainable, Neutral):
     def neutralise(self) -> None:
         self.d.zero_()
 
-    def product(self, w: Tensor) -> Tensor:
+    def product(self, w: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
         """What readers add to their bias, W d.  # (o, n) -> (o,)"""
         return w @ self.d.to(torch.promote_types(w.dtype, self.d.dtype))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from flatquant.spec import TransformSpec
@@ -13,13 +14,13 @@ from flatquant.transforms.kronecker import kronecker_split
 from flatquant.transforms.masked import MaskedFactor
 
 
-def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
+def random_orthogonal(n: int, generator: torch.Generator) -> Float32[Tensor, "{n} {n}"]:
     """A Haar-distributed orthogonal matrix: QR of a Gaussian, signs fixed by R's diagonal.  # float32, (n, n)"""
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
     return (q * r.diagonal().sign()).float()
 
 
-def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
+def random_hadamard(n: int, generator: torch.Generator) -> Float32[Tensor, "{n} {n}"]:
     """diag(+-1) H / sqrt(d), d the largest divisor of n with a Hadamard matrix, times a Haar factor for the rest.
 
     576 is all Hadamard, 9 is all Haar, 90 is 45 (Haar) x 2.  # float32, (n, n)

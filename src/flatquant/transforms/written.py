@@ -1,6 +1,7 @@
 """Transforms that the writer of a tensor has already applied: its readers' weights undo them, nothing runs online."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flatquant.transforms.base import Transform
@@ -13,10 +14,10 @@ class Written(Transform):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return x
 
-    def inverse_t(self, w: Tensor) -> Tensor:
+    def inverse_t(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return self.inner.inverse_t(w)
 
 
@@ -33,8 +34,8 @@ class MovedGain(Transform):
         super().__init__()
         self.register_buffer("gain", gain.detach().to(torch.promote_types(gain.dtype, torch.float32), copy=True))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return x
 
-    def inverse_t(self, w: Tensor) -> Tensor:
+    def inverse_t(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return w * self.gain
