@@ -112,8 +112,8 @@ def constant_keys(model: PreTrainedModel) -> None:
         new = nn.Linear(old.in_features, old.out_features, dtype=old.weight.dtype).requires_grad_(False)
         new.weight.copy_(old.weight)
         new.bias.zero_()
-        size = geometry.kv_heads * geometry.head_dim
-        groups, first, size = keys.place(old.out_features, old.out_features - 2 * size, geometry.head_dim)
+        n = geometry.latent or old.out_features - 2 * geometry.kv_heads * geometry.head_dim
+        groups, first, size = keys.place(old.out_features, n, geometry.head_dim)
         new.weight.unflatten(0, (groups, -1))[:, first : first + size] = 0
         new.bias.view(groups, -1)[:, first : first + size] = torch.randn(groups, size, dtype=new.bias.dtype)
         replace_submodule(block, keys.path, new)
@@ -214,6 +214,8 @@ def test_a_learned_scale_of_keys_is_the_offset_s_too() -> None:
         ("glm4", "bias", False, KeyOffset(heads=2, pairing="neighbours")),
         ("cohere", "auto", False, None),  # its keys pass a norm after their bias
         ("cohere", "auto", True, KeyOffset(heads=2, pairing="interleaved")),
+        ("deepseek_v3", "auto", True, KeyOffset(heads=1)),
+        ("deepseek_v2", "auto", True, None),
     ],
 )
 def test_who_gets_one(name: str, choice, reads_text: bool, want: KeyOffset | None) -> None:
@@ -258,6 +260,8 @@ def test_blocks_without_rotary_embedding_do_not_turn_it(name: str) -> None:
     [
         ("mistral", "kv4", "bias", "keys have no bias"),
         ("cohere", "kv4", "bias", "keys pass a norm after their bias"),
+        ("deepseek_v3", "kv4", "bias", "keys have no bias of their own"),
+        ("deepseek_v2", "kv4", "mean", "cannot follow how this family turns keys"),
         ("qwen2", "w4", "mean", "keys are not quantised"),
         ("hunyuan_v1_dense", "kv4", "mean", "cannot follow how this family turns keys"),
     ],
@@ -272,7 +276,7 @@ def test_an_offset_that_cannot_be(name: str, scheme: str, choice, message: str) 
 # ------------------------------------------------------------------------------- kept
 
 
-@pytest.mark.parametrize("name", ["qwen2", "glm4", "smollm3", "cohere"])
+@pytest.mark.parametrize("name", ["qwen2", "glm4", "smollm3", "cohere", "deepseek_v3"])
 @torch.no_grad()
 def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     recipe = quick("kv4")

@@ -64,7 +64,7 @@ def both(folder: Path, recipe: Recipe, work: Path) -> list[dict[str, bytes]]:
 CONVERTED = {
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "ernie4_5_moe",
     "granitemoe", "gpt_oss", "gpt_neox", "gpt_neox sequential", "qwen3_5_moe_text", "qwen3_next", "nemotron_h",
-    "granitemoehybrid",
+    "granitemoehybrid", "deepseek_v2", "deepseek_v2 lite", "deepseek_v3", "deepseek_v3 lite",
 }  # fmt: skip
 
 

@@ -90,6 +90,24 @@ STRETCHED = {
 
 SPARSE = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
 
+LATENT = {  # three sizes of heads: keys without and with rotary embedding, and values
+    **SPARSE,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,  # of the rotary embedding
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "n_shared_experts": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+
 MAMBA = {
     "layer_types": ["mamba", "attention"],
     "mamba_n_heads": 4,
@@ -100,6 +118,15 @@ MAMBA = {
     "shared_intermediate_size": 20,
     "position_embedding_type": "rope",
     "residual_multiplier": 0.6,
+}
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
 }
 
 DELTA = {
@@ -208,6 +235,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "rope_parameters": PARTIAL,
     },
+    "deepseek_v3": {**LATENT, "attention_bias": True, "rope_parameters": YARN},
+    "deepseek_v3 lite": {**LATENT, "q_lora_rank": None, "rope_interleave": False},
+    "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy"},
+    "deepseek_v2 lite": {**LATENT, "q_lora_rank": None, "topk_method": "greedy", "mlp_bias": True},
     "dots1": {
         **SPARSE,
         "num_experts": 6,

@@ -414,7 +414,10 @@ def export_dense(
                 linear = submodule(block, path)
                 assert isinstance(linear, SiteLinear | BranchedLinear)
                 weight = linear.plain()
-                left, right = (None if f is None else f.mT for f in (frozen.left, frozen.right))
+                runs: Any = frozen
+                if block_plan.latent is not None and block_plan.attended and block_plan.latent.site == name:
+                    runs = seams.attached(submodule(block, plan.attention))  # its factors run before the cache
+                left, right = (None if f is None else f.mT for f in (runs.left, runs.right))
                 if left is not None or right is not None:
                     weight = kron_matmul(weight, left, right)  # W P^T, with (P1 (x) P2)^T = P1^T (x) P2^T
                 state[f"{prefix}{path}.weight"] = weight.to(model.dtype)

@@ -7,7 +7,9 @@ Keys, values and queries are reached after RoPE without copying any modeling fil
 - an attention module that is given a cache hands its keys and values to `cache.update(...)` first. A forward pre-hook
   puts `_CacheSeam` around every cache among the module's arguments, whatever the argument is called. The seam
   transforms and quantises keys and values, so that a cache only ever holds quantised ones. Without a cache, the
-  attention function does it.
+  attention function does it;
+- latent attention caches latent vectors and the rotary part of keys, and makes keys and values of what the cache gives
+  back. Without a cache it is given one that holds nothing.
 
 Nothing here relies on transformers calling back: forward hooks check that queries, keys and values of one forward
 pass all went through the seam, and that the model took its mask from ours, and raise a ModelError otherwise. Numbers in
@@ -77,7 +79,14 @@ class KeyValue(nn.Module, ABC):
     """What happens to queries, keys and values of one attention module, after RoPE.  # all (B, heads, T, head_dim)
 
     `angles` are those of the keys' positions, if the attention module was given any.
+
+    Attributes:
+        rotary: None where a cache holds keys and values. With latent attention, the channels of the rotary part: then
+            keys and queries are the last so many channels of theirs, one head of keys for all, and values are latent
+            vectors, (B, 1, T, n).
     """
+
+    rotary: int | None = None
 
     @abstractmethod
     def query(self, q: Tensor) -> Tensor:
@@ -106,11 +115,22 @@ class _CacheSeam:
         self._cache = cache
 
     def update(self, k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        kv, angles = self._call.kv, self._call.angles
         self._call.stored = True
-        return self._call.kv.store(self._cache, k, v, self._call.angles, layer, *args, **kwargs)
+        if kv.rotary is None:
+            return kv.store(self._cache, k, v, angles, layer, *args, **kwargs)
+        rotary, latent = kv.store(self._cache, v, k, angles, layer, *args, **kwargs)
+        return latent, rotary
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
+
+
+class _Nothing:
+    """A cache that holds nothing: what comes in goes out."""
+
+    def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return k, v
 
 
 class _Call:
@@ -134,6 +154,9 @@ class _Call:
         if self.cached:
             if not self.stored:
                 raise broken(f"{_name(self.module)} did not hand its keys and values to the cache's update()")
+            if self.kv.rotary is not None:
+                plain, last = q.split([q.shape[-1] - self.kv.rotary, self.kv.rotary], dim=-1)
+                return torch.cat([plain, self.kv.query(last)], dim=-1), k, v
             return self.kv.query(q), k, v
         return self.kv.query(q), self.kv.key(k, self.angles), self.kv.value(v)
 
@@ -175,6 +198,8 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     call = _Call(module, getattr(module, _SLOT), (*args, *kwargs.values()))
     args = tuple(map(call.wrapped, args))
     kwargs = {name: call.wrapped(value) for name, value in kwargs.items()}
+    if call.kv.rotary is not None and not call.cached:
+        call.cached, kwargs[CACHE] = True, _CacheSeam(call, _Nothing())
     _open.begin(call)
     return args, kwargs
 

@@ -55,7 +55,8 @@ def described(monkeypatch: pytest.MonkeyPatch, change: Callable[[Arch], Arch]) -
 MIXED = {
     "gemma2", "gemma3_text", "gemma4_text", "smollm3", "qwen3_moe", "ministral", "olmo3", "exaone4", "cohere2",
     "qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe", "llama4_text", "gpt_oss", "qwen3_5_text", "qwen3_5_moe_text",
-    "qwen3_next", "lfm2", "granitemoehybrid", "granitemoehybrid dense",
+    "qwen3_next", "lfm2", "granitemoehybrid", "granitemoehybrid dense", "deepseek_v2", "deepseek_v2 lite",
+    "deepseek_v3", "deepseek_v3 lite",
 }  # fmt: skip
 
 

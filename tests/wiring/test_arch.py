@@ -66,7 +66,7 @@ def test_descriptions_are_complete_and_consistent(arch: Arch) -> None:
         # A writer is itself a reader of an earlier site.
         assert edge.writer is None or edge.writes.path in readers
         assert (edge.writer is None) == (edge.passes == "nothing")
-        assert edge.norm is None or edge.writer is None
+        assert (edge.norm is not None and edge.writer is not None) == (edge.passes == "rotation")
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])

@@ -19,7 +19,7 @@ from flatquant.rotary import Angles, turned_back
 from flatquant.spec import KeyOffset, Pairing, by_expert, is_experts
 from flatquant.transforms import Factor
 from flatquant.wiring.apply import InputStatistics
-from flatquant.wiring.arch import Arch, submodule
+from flatquant.wiring.arch import Arch, rotary_channels, submodule
 
 _ROWS, _ROWS_A_CALL = 128, 32  # tokens of a site's input that are kept
 
@@ -161,8 +161,9 @@ class _Moments:
 class _SeenKeys(seams.KeyValue):
     """Leaves queries, keys and values alone, and notes keys as they were before RoPE."""
 
-    def __init__(self, moments: _Moments, pairing: Pairing) -> None:
+    def __init__(self, moments: _Moments, pairing: Pairing, rotary: int | None) -> None:
         super().__init__()
+        self.rotary = rotary
         self._moments = moments
         self._pairing: Pairing = pairing
 
@@ -194,7 +195,8 @@ class Observer:
         if keys is not None and arch.attention is not None:
             self._moments["qk"] = _Moments()
             self._attention = submodule(block, arch.attention)
-            seams.attach(self._attention, _SeenKeys(self._moments["qk"], keys.pairing))
+            rotary = rotary_channels(block, arch)
+            seams.attach(self._attention, _SeenKeys(self._moments["qk"], keys.pairing, rotary))
         groups = {edge.site: by_expert(edge.readers) for edge in arch.edges}
         # Of a mixture, what all tokens pass is no expert.
         self._counted = {site: [is_experts(g) or len(paths) == 1 for g in paths] for site, paths in groups.items()}

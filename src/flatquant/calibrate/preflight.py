@@ -255,7 +255,12 @@ class _Check:
         at = plan.blocks[self.index]
         fit = wrap_block(block, self.arch, at, law, {}, generator, residual=basis, force=True)
         if _SEAM in transforms and fit.arch.attention is not None:
-            fit.key_value = FitKeyValue(make_factor(transforms[_SEAM][0], at.head_dim, generator), None, None)
+            factor, latent = (
+                make_factor(transforms[_SEAM][0], at.key_dim, generator),
+                fit.key_value and fit.key_value.latent,
+            )
+            rotary = at.latent.rotary if at.latent else None
+            fit.key_value = FitKeyValue(factor, None, None, latent=latent, rotary=rotary)
             seams.attach(submodule(block, fit.arch.attention), fit.key_value.to(self.device))
         for root in (block, *fit.roots()):
             root.double()

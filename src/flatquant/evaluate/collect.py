@@ -248,8 +248,10 @@ def _transforms(index: int, plan: BlockPlan, block: nn.Module, model: Plan) -> I
             if (factor := getattr(frozen, side)) is not None:
                 yield {"block": index, "where": f"{site} {side}", "condition": _condition(factor)}
     kv = seams.attached(block.get_submodule(model.attention)) if plan.attended else None
-    if isinstance(kv, FrozenKeyValue) and kv.key_matrix is not None:
-        yield {"block": index, "where": "keys", "condition": _condition(kv.key_matrix)}
+    if isinstance(kv, FrozenKeyValue):
+        for where, factor in (("keys", kv.key_matrix), ("latent left", kv.left), ("latent right", kv.right)):
+            if factor is not None:
+                yield {"block": index, "where": where, "condition": _condition(factor)}
 
 
 def _condition(factor: Tensor) -> float:

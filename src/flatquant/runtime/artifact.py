@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -690,10 +691,12 @@ def _kv_bytes(folder: Folder) -> tuple[int, int]:
     if type(heads) is not int or heads < 1:
         raise ArtifactError(f"{folder.path / CONFIG_FILE} is damaged: no number of attention heads")
     blocks = folder.plan.blocks
-    kv = sum(token_bytes(b.head_dim, b.keys) + token_bytes(b.head_dim, b.values) for b in blocks)
-    turned = [b.head_dim for b in blocks if b.key_offset is not None and b.key_offset.pairing != "none"]
+    copies = [1 if b.latent else heads for b in blocks]
+    kv = [token_bytes(b.key_dim, b.keys) + token_bytes(b.value_dim, b.values) for b in blocks]
+    plain = [2 * (b.key_dim + b.value_dim) for b in blocks]
+    turned = [b.key_dim for b in blocks if b.key_offset is not None and b.key_offset.pairing != "none"]
     angles = max(turned, default=0) * (4 if folder.config.get("dtype") == "float32" else 2)
-    return heads * kv + angles, heads * sum(4 * b.head_dim for b in blocks)
+    return sum(map(mul, copies, kv)) + angles, sum(map(mul, copies, plain))
 
 
 def _summary(data: Mapping[str, Any]) -> dict[str, Any]:

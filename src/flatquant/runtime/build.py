@@ -59,15 +59,19 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
     setattr(block, SITES_SLOT, sites)
     share_inputs(block)
     if plan.attended:
-        key, query = (_empty(plan.head_dim, plan.head_dim) if plan.qk else None for _ in range(2))
-        offset = plan.key_offset
+        key, query = (_empty(plan.key_dim, plan.key_dim) if plan.qk else None for _ in range(2))
+        offset, latent = plan.key_offset, plan.latent
+        n1, n2 = plan.sites[latent.site].shape if latent else (0, 0)
         key_value = FrozenKeyValue(
             key,
             query,
-            _cache_grid(plan.keys, plan.head_dim),
-            _cache_grid(plan.values, plan.head_dim),
-            _empty(offset.heads, plan.head_dim) if offset else None,
+            _cache_grid(plan.keys, plan.key_dim),
+            _cache_grid(plan.values, plan.value_dim),
+            _empty(offset.heads, plan.key_dim) if offset else None,
             offset.pairing if offset else "none",
+            _empty(n1, n1) if latent and latent.left else None,
+            _empty(n2, n2) if latent and latent.right else None,
+            latent.rotary if latent else None,
         )
         seams.attach(_get(block, attention), key_value)
 
@@ -102,8 +106,8 @@ def _grid(spec: QuantSpec | None, n: int) -> Dynamic | SplitGrid | ActivationLev
     return None if spec is None else empty(spec, n)
 
 
-def _cache_grid(spec: QuantSpec | None, head_dim: int) -> Dynamic | FrozenBlocks | None:
-    grid = _grid(spec, head_dim)
+def _cache_grid(spec: QuantSpec | None, n: int) -> Dynamic | FrozenBlocks | None:
+    grid = _grid(spec, n)
     assert not isinstance(grid, SplitGrid | ActivationLevels)
     return grid
 

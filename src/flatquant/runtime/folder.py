@@ -326,6 +326,9 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
             kinds |= {attention + "key_matrix": "transforms", attention + "query_matrix": "transforms"}
         if block.key_offset:
             kinds[attention + "key_offset"] = "transforms"
+        for side in ("left", "right"):
+            if block.latent and getattr(block.latent, side):
+                kinds[attention + side] = "transforms"
         for name, spec in (("keys", block.keys), ("values", block.values)):
             kinds |= {f"{attention}{name}.{n}": "transforms" for n in _grid_tensors(spec)}
     return kinds

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flatquant.modules import ExactBuffers
+from flatquant.ops.kron.reference import kron_matmul
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import BlockRows, Dynamic, FrozenBlocks
 from flatquant.rotary import Angles, constant_at
@@ -50,12 +51,15 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
     A cache of integers holds Q((k - o) P_h), and is given what it takes to add o P_h.
 
     Buffers: `key_matrix` P_h and `query_matrix` P_h^-T, float32, (head_dim, head_dim), both or neither; `key_offset` m,
-    float32, (heads, head_dim), or none.
+    float32, (heads, head_dim), or none. With latent attention, `left` P1 (n1, n1) and `right` P2 (n2, n2), float32, of
+    v -> Q(v (P1 (x) P2)), each or none.
     """
 
     key_matrix: Tensor | None
     query_matrix: Tensor | None
     key_offset: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
 
     def __init__(
         self,
@@ -65,11 +69,17 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
         values: Dynamic | FrozenBlocks | None,
         key_offset: Tensor | None = None,
         pairing: Pairing = "halves",
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        rotary: int | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("key_matrix", key_matrix)
         self.register_buffer("query_matrix", query_matrix)
         self.register_buffer("key_offset", key_offset)
+        self.register_buffer("left", left)
+        self.register_buffer("right", right)
+        self.rotary = rotary
         self.pairing: Pairing = pairing
         self.keys = keys
         self.values = values
@@ -110,14 +120,20 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
         return dtype if self.key_offset is None else torch.promote_types(dtype, torch.float32)
 
     def value(self, v: Tensor) -> Tensor:
-        return v if self.values is None else self.values.rounded(v, v.dtype)
+        x = self._before_cache(v)
+        return x.to(v.dtype) if self.values is None else self.values.rounded(x, v.dtype)
+
+    def _before_cache(self, v: Tensor) -> Tensor:
+        """v (P1 (x) P2), not yet on its grid, in the factors' dtype.  # (B, heads, T, n)"""
+        factor = self.left if self.left is not None else self.right
+        return v if factor is None else kron_matmul(v.to(factor.dtype), self.left, self.right)
 
     def store(
         self, cache: Any, k: Tensor, v: Tensor, angles: Angles | None, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if not isinstance(cache, IntegerStore):
             return super().store(cache, k, v, angles, layer, *args, **kwargs)
-        values = v if self.values is None else self.values.quantize(v)
+        values = self.value(v) if self.values is None else self.values.quantize(self._before_cache(v))
         if self.keys is None:
             return cache.append(self.key(k, angles), values, layer, k.dtype)
         pairs = self._pairs(angles)

@@ -24,7 +24,7 @@ from flatquant.spec.parts import (
     Transforms,
     TransformSpec,
 )
-from flatquant.spec.plans import BlockPlan, KeyOffset, Pairing, Plan, SitePlan, by_expert, is_experts
+from flatquant.spec.plans import BlockPlan, KeyOffset, LatentPlan, Pairing, Plan, SitePlan, by_expert, is_experts
 from flatquant.spec.recipe import DATA_STARTS, Recipe
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "EndToEndSpec",
     "FitSpec",
     "KeyOffset",
+    "LatentPlan",
     "Pairing",
     "Plan",
     "QuantSpec",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from flatquant.spec.convert import check
@@ -90,8 +91,35 @@ class KeyOffset:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentPlan:
+    """That a cache holds latent vectors, which keys and values are made of, and the rotary part of keys beside them.
+
+    Latent vectors are on the grid of values, in the basis that their readers multiply: where anything happens to what
+    is cached, the factors of their site run before the cache, once for a token. The rotary part is one for all heads,
+    on the grid of keys.
+
+    Attributes:
+        site: whose input the latent vectors are.
+        rotary: channels of the rotary part.
+        left, right: whether the site's P1 and P2 run before the cache.
+    """
+
+    site: str
+    rotary: int
+    left: bool = False
+    right: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.rotary >= 1, f"a rotary part of {self.rotary} channels")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockPlan:
-    """The sites of one block, and the grids of its keys (after RoPE, times P_h if `qk`) and values."""
+    """The sites of one block, and the grids of its keys (after RoPE, times P_h if `qk`) and values.
+
+    `head_dim` is that of values; of a block with a `latent`, keys and values are its two parts wherever a cache is
+    spoken of.
+    """
 
     sites: Mapping[str, SitePlan]
     head_dim: int
@@ -99,11 +127,25 @@ class BlockPlan:
     keys: QuantSpec | None = None
     values: QuantSpec | None = None
     key_offset: KeyOffset | None = None
+    latent: LatentPlan | None = field(default=None, metadata={"later": True})
+
+    def __post_init__(self) -> None:
+        check(self.latent is None or self.latent.site in self.sites, "latent vectors are the input of no site")
 
     @property
     def attended(self) -> bool:
         """Whether anything happens to queries, keys or values."""
         return self.qk or any(part is not None for part in (self.keys, self.values, self.key_offset))
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of a key in a cache."""
+        return self.head_dim if self.latent is None else self.latent.rotary
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value in a cache."""
+        return self.head_dim if self.latent is None else math.prod(self.sites[self.latent.site].shape)
 
 
 @dataclass(frozen=True, kw_only=True)

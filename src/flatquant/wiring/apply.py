@@ -31,7 +31,7 @@ from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.codes import FrozenCodes
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenSite
-from flatquant.spec import BlockPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec, by_expert
+from flatquant.spec import BlockPlan, LatentPlan, QuantSpec, Recipe, SitePlan, Transforms, TransformSpec, by_expert
 from flatquant.transforms import (
     Compose,
     Diagonal,
@@ -58,7 +58,7 @@ from flatquant.wiring.linear import (
     HeadOutput,
     HeadsOutput,
     JoinedWeight,
-    LastRows,
+    PartRows,
     ReaderScale,
     RowScale,
 )
@@ -180,12 +180,14 @@ def wrap_block(
         force: build transforms even where nothing is quantised (the laws do).
     """
     arch = arch.of(block)
+    latent, ahead = None, plan.latent.site if plan.latent and plan.attended else None
     device = next(block.parameters()).device
     transforms: dict[str, Transform] = {}
     shifts: dict[str, Shift] = {}
     outputs: dict[str, list[nn.Module]] = {path: [] for edge in arch.edges for path in edge.readers}
     for edge in arch.edges:
-        parts = _parts(edge, recipe, plan.sites[edge.site], plan.values, force)
+        holds = edge.passes == "per_head" or edge.site == ahead  # values, or what they are made of
+        parts = _parts(edge, recipe, plan.sites[edge.site], plan.values if holds else None, force)
         linears = [linear_at(block, path) for path in edge.readers]
         if parts and parts[0].kind == "shift":
             shifts[edge.site] = _shift(parts[0], linears, statistics.get(edge.site))
@@ -196,15 +198,22 @@ def wrap_block(
             if edge.passes == "per_head":
                 heads = place[0] * place[2] // plan.head_dim
         made = _transforms(edge, parts, plan.sites[edge.site], linears, statistics.get(edge.site), generator, heads)
-        if _minds_scales(plan, writers) and edge.site not in shifts:
+        if edge.norm is None and _minds_scales(plan, writers) and edge.site not in shifts:
             made = [Written(part) if isinstance(part, Diagonal) else part for part in made]
         for part in made:
             if isinstance(part, Written):
                 output = _written_output(part.inner, place, n)
                 for path in writers:
                     outputs[path].append(output)
+        if edge.site == ahead:
+            latent, made = _joined(made), [Written(part) for part in made]
         if residual is not None and edge.norm is not None:
-            made = [MovedGain(_gain(block, edge.norm) + arch.norm_offset), Written(Matrix(residual)), *made]
+            rotation = residual
+            if not edge.streams:  # a rotation of its own passes its norm
+                rotation = make_factor(recipe.transforms["residual"][0], n, generator)
+                for path in writers:
+                    outputs[path].append(_on_rows(HeadOutput(rotation), place))
+            made = [MovedGain(_gain(block, edge.norm) + arch.norm_offset), Written(Matrix(rotation)), *made]
         transforms[edge.site] = _joined(made)
     if residual is not None:
         assert arch.residual is not None
@@ -219,7 +228,7 @@ def wrap_block(
                 _gain(block, norm).fill_(1 - arch.norm_offset)
     key_scale = None
     if any(t.kind == "diagonal" for t in recipe.transforms.get("qk", ())) and (plan.keys or force):
-        key_scale = _scale_scores(block, arch, plan.head_dim, outputs)
+        key_scale = _scale_scores(block, arch, plan.key_dim, outputs)
     offset = _key_constant(block, arch, plan, statistics.get("qk"))
     sites: dict[str, FitSite] = {}
     for edge in arch.edges:
@@ -245,13 +254,13 @@ def wrap_block(
         arch=arch,
         plan=plan,
         sites=sites,
-        key_value=_attach_key_value(block, arch, plan, recipe, generator, device, offset, key_scale),
+        key_value=_attach_key_value(block, arch, plan, recipe, generator, device, offset, key_scale, latent),
     )
 
 
 def _parts(edge: Edge, recipe: Recipe, plan: SitePlan, values: QuantSpec | None, force: bool) -> Transforms:
     """The transforms a site gets: none where nothing is quantised that they could help."""
-    helps = plan.weights or plan.activations or force or (edge.passes == "per_head" and values)
+    helps = plan.weights or plan.activations or force or values
     return edge.bearable(recipe.transforms.get(edge.role, ())) if helps else ()
 
 
@@ -274,6 +283,8 @@ def _activations(
     for part in _parts_of(transform):
         match part:
             case Diagonal() as diagonal:
+                absmax = absmax * diagonal.scale.detach().to(absmax)
+            case Written(inner=Diagonal() as diagonal):
                 absmax = absmax * diagonal.scale.detach().to(absmax)
             case Written(inner=HeadDiagonal() as heads):  # its writer has applied it
                 absmax = absmax * heads.spread.detach().to(absmax)
@@ -308,16 +319,18 @@ def _written_output(inner: Transform, place: tuple[int, int, int], n: int) -> nn
     Args:
         n: channels that the readers see.
     """
-    groups, first, _ = place
     if isinstance(inner, Diagonal):
-        return RowScale(inner, first, n)
+        return RowScale(inner, place[1], n)
     if isinstance(inner, HeadDiagonal | HeadMatrices):
-        output: nn.Module = HeadsOutput(inner)
-    else:
-        assert isinstance(inner, Kronecker)
-        assert inner.right is not None
-        output = HeadOutput(inner.right)
-    return LastRows(output, groups, first) if first else output
+        return _on_rows(HeadsOutput(inner), place)
+    assert isinstance(inner, Kronecker)
+    assert inner.right is not None
+    return _on_rows(HeadOutput(inner.right), place)
+
+
+def _on_rows(output: nn.Module, place: tuple[int, int, int]) -> nn.Module:
+    """A map of outputs, on the rows that `Rows.place` names."""
+    return PartRows(output, *place)
 
 
 def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str, list[nn.Module]]) -> HeadDiagonal:
@@ -337,8 +350,8 @@ def _key_constant(block: nn.Module, arch: Arch, plan: BlockPlan, keys: InputStat
         return None
     if keys is not None:
         assert keys.mean is not None
-        return keys.mean.float().unflatten(0, (plan.key_offset.heads, plan.head_dim))
-    bias = key_bias(block, arch, plan.key_offset.heads, plan.head_dim)
+        return keys.mean.float().unflatten(0, (plan.key_offset.heads, plan.key_dim))
+    bias = key_bias(block, arch, plan.key_offset.heads, plan.key_dim)
     assert bias is not None, "an offset needs a bias, or statistics of keys"
     return bias.detach().float().clone()
 
@@ -416,10 +429,11 @@ def _attach_key_value(
     device: torch.device,
     offset: Tensor | None,
     scale: HeadDiagonal | None,
+    latent: Transform | None,
 ) -> FitKeyValue | None:
     if not plan.attended:
         return None
-    factor = make_factor(recipe.transforms["qk"][0], plan.head_dim, generator) if plan.qk else None
+    factor = make_factor(recipe.transforms["qk"][0], plan.key_dim, generator) if plan.qk else None
     key_value = FitKeyValue(
         factor,
         _cache_grid(plan.keys),
@@ -427,6 +441,8 @@ def _attach_key_value(
         offset,
         plan.key_offset.pairing if plan.key_offset else "none",
         scale if offset is not None else None,
+        latent,
+        plan.latent.rotary if plan.latent else None,
     ).to(device)
     assert arch.attention is not None
     seams.attach(submodule(block, arch.attention), key_value)
@@ -464,8 +480,11 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
         if isinstance(site.grid, WeightLevels):
             levels |= zip(edge.readers, site.grid.frozen().split(site.sizes), strict=True)
     frozen = nn.ModuleDict()
+    cached: tuple[Tensor | None, Tensor | None] = None, None
     for edge in arch.edges:
         diagonal, left, right = _online_parts(transforms[edge.site], plan.sites[edge.site])
+        if fit.key_value is not None and fit.key_value.latent is not None and plan.latent.site == edge.site:
+            diagonal, *cached = _online_parts(copy.deepcopy(fit.key_value.latent).double(), plan.latent)
         shift = _remaining_shift(edge, block, shifts[edge.site], plan.sites[edge.site])
         if diagonal is not None:
             _absorb(edge, arch, block, diagonal, folded)
@@ -493,11 +512,13 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     setattr(block, SITES_SLOT, frozen)
     if fit.key_value is not None:
         assert arch.attention is not None
-        seams.attach(submodule(block, arch.attention), _freeze_key_value(fit.key_value, dtype))
+        seams.attach(submodule(block, arch.attention), _freeze_key_value(fit.key_value, *cached, dtype))
 
 
-def _online_parts(transform: Transform, plan: SitePlan) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(diagonal, P1, P2) of a folded site; factors only if they run online."""
+def _online_parts(
+    transform: Transform, plan: SitePlan | LatentPlan
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(diagonal, P1, P2) of a folded site, or of what runs before a cache; factors only if they run there."""
     diagonal = left = right = None
     for part in _parts_of(transform):
         match part:
@@ -583,7 +604,9 @@ def freeze_grid(
     return Dynamic(grid.spec, NoClip() if ratios is None else FixedClip(torch.stack([r.reshape(()) for r in ratios])))
 
 
-def _freeze_key_value(fit: FitKeyValue, dtype: torch.dtype) -> FrozenKeyValue:
+def _freeze_key_value(
+    fit: FitKeyValue, left: Tensor | None, right: Tensor | None, dtype: torch.dtype
+) -> FrozenKeyValue:
     key_matrix = query_matrix = None
     if fit.factor is not None:
         wide: Factor = copy.deepcopy(fit.factor).double()
@@ -596,4 +619,7 @@ def _freeze_key_value(fit: FitKeyValue, dtype: torch.dtype) -> FrozenKeyValue:
         None if fit.values is None else freeze_grid(fit.values),
         None if constant is None else constant.to(dtype),
         fit.pairing,
+        None if left is None else left.to(dtype),
+        None if right is None else right.to(dtype),
+        fit.rotary,
     )

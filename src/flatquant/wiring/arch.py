@@ -24,7 +24,9 @@ class Rows:
     """Rows of a linear: all, or those of one part of a fused one.
 
     A fused q, k and v has them in this order, `path[v]`, or so for every head of keys, `path[*.v]`: its queries, its
-    key, its value. A fused gate and up has gate first, `path[up]`.
+    key, its value. A fused gate and up has gate first, `path[up]`. What writes latent vectors has them first,
+    `path[latent]`, before the rotary part of keys, `path[rotary]`; what reads them has the value last in every head,
+    `path[*.last]`.
     """
 
     path: str
@@ -37,7 +39,7 @@ class Rows:
         Raises:
             ModelError: something else.
         """
-        match = re.fullmatch(r"([\w.*]+)(?:\[(v|up|k|\*\.v|\*\.k)\])?", text)
+        match = re.fullmatch(r"([\w.*]+)(?:\[(v|up|k|latent|rotary|\*\.v|\*\.k|\*\.last)\])?", text)
         if match is None:
             raise ModelError(f"{text!r} is no path of a linear; of a part of a fused one, write path[v] or path[up]")
         return cls(match[1], match[2])
@@ -47,7 +49,7 @@ class Rows:
 
         Args:
             rows: of the linear.
-            n: channels that its heads write after attention, or that up writes.
+            n: channels that its heads write after attention, or that up or the latent part has.
 
         Returns:
             groups, first, size.
@@ -62,8 +64,14 @@ class Rows:
                 return both // head_dim, rows * head_dim // both - head_dim, head_dim
             case "*.k":
                 return both // head_dim, rows * head_dim // both - 2 * head_dim, head_dim
+            case "*.last":
+                return n // head_dim, rows * head_dim // n - head_dim, head_dim
             case "up":
                 return 1, rows - n, n
+            case "latent":
+                return 1, 0, n
+            case "rotary":
+                return 1, n, rows - n
             case _:
                 return 1, 0, rows
 
@@ -83,7 +91,8 @@ class Edge:
         routers: modules whose one weight multiplies it too, in 16 bit and in the basis that it is written in: of a
             mixture of experts, what chooses them; gates of a few channels.
         passes: what survives between the writer and the readers: a per-channel scale (`diagonal`: an elementwise
-            product), or one matrix per head shared by all heads (`per_head`: softmax attention).
+            product), one matrix per head shared by all heads (`per_head`: softmax attention), or a rotation
+            (`rotation`: an RMSNorm, which is then `norm`, and whose gain goes to the readers).
     """
 
     site: str
@@ -91,13 +100,18 @@ class Edge:
     norm: str | None = None
     writer: str | None = None
     routers: tuple[str, ...] = ()
-    passes: Literal["nothing", "diagonal", "per_head"] = "nothing"
+    passes: Literal["nothing", "diagonal", "per_head", "rotation"] = "nothing"
     like: str | None = None
 
     @property
     def role(self) -> str:
         """The one of `spec.SITES` that this site is, or is like."""
         return self.like or self.site
+
+    @property
+    def streams(self) -> bool:
+        """Whether its norm reads the residual stream, not what another linear of the block wrote."""
+        return self.norm is not None and self.writer is None
 
     @property
     def writes(self) -> Rows:
@@ -108,9 +122,11 @@ class Edge:
         """A recipe's transforms less those that only a norm or a writer could absorb, where there is none.
 
         Blocks without a norm in front (olmo2) read the residual stream itself; a gate behind attention (qwen3_next)
-        lets no matrix of a head pass.
+        lets no matrix of a head pass. Latent vectors are not shifted: a cache holds them.
         """
         lost = {"diagonal", "head", "heads"} if self.norm is None and self.writer is None else set()
+        if self.passes == "rotation":
+            lost.add("shift")
         return tuple(part for part in parts if part.kind not in lost)
 
 
@@ -120,7 +136,8 @@ class Residual:
     the head reads it through the final norm. A rotation passes: an RMSNorm without its gain commutes with it.
 
     Attributes:
-        writers: the linears of a block whose outputs are added to it. Its readers are those of the edges with a norm.
+        writers: the linears of a block whose outputs are added to it. Its readers are those of the edges whose norm
+            reads the stream.
     """
 
     writers: tuple[str, ...]
@@ -146,6 +163,8 @@ class Arch:
         residual: None where something else than a norm reads the stream, or a norm stands between a writer and it.
         scores: None where RoPE pairs other channels, or queries and keys pass a norm.
         keys: the linear that writes keys; see `Rows`.
+        latent: the site whose input a cache holds in the place of keys and values (latent attention); beside it, as
+            one head for all, the part of keys that the rotary embedding turns.
         rotary: how channels of keys are turned, where a block turns them at all; None if in another way than those
             that `Pairing` has.
         unturned: attributes of an attention module that turns nothing; a type stands for all its values.
@@ -164,6 +183,7 @@ class Arch:
     residual: Residual | None = None
     scores: Scores | None = None
     keys: str = "self_attn.k_proj"
+    latent: str | None = None
     rotary: Pairing | None = "halves"
     unturned: Mapping[str, Any] = field(default_factory=lambda: {"use_rope": 0})
     others: tuple[Arch, ...] = ()
@@ -213,11 +233,20 @@ class Arch:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Head counts and sizes of a model."""
+    """Head counts and sizes of a model.
+
+    Attributes:
+        kv_heads: of keys and values, or of what a cache holds in their place.
+        head_dim: of values, and of keys in a cache but for latent attention.
+        rotary: with latent attention, the channels of keys that the rotary embedding turns, which a cache holds.
+        latent: with latent attention, the channels of a latent vector.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
+    rotary: int = 0
+    latent: int = 0
     experts: int = 1  # that a token passes through, where there are several
 
     @classmethod
@@ -237,10 +266,35 @@ class Geometry:
         """Those of one block, whose attention may have heads of its own."""
         if arch.attention is None:
             return self
+        if arch.latent is not None:
+            (out,) = (linear_at(block, edge.readers[0]) for edge in arch.edges if edge.passes == "per_head")
+            rotary = rotary_channels(block, arch)
+            assert rotary is not None
+            latent = linear_at(block, Rows.parse(arch.keys).path).out_features - rotary
+            size = out.in_features // self.heads
+            return replace(self, kv_heads=1, head_dim=size, rotary=rotary, latent=latent)
         size, keys = getattr(submodule(block, arch.attention), "head_dim", self.head_dim), Rows.parse(arch.keys)
         rows = linear_at(block, keys.path).out_features
         rows = rows if keys.part is None else (rows - self.heads * size) // 2
         return replace(self, head_dim=size, kv_heads=rows // size)
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of a key in a cache."""
+        return self.rotary or self.head_dim
+
+    @property
+    def cached(self) -> int:
+        """Numbers that a cache holds of one token and block."""
+        return self.kv_heads * (self.key_dim + (self.latent or self.head_dim))
+
+
+def rotary_channels(block: nn.Module, arch: Arch) -> int | None:
+    """Of latent attention, the channels of keys that the rotary embedding turns."""
+    if arch.latent is None:
+        return None
+    (up,) = (linear_at(block, edge.readers[0]) for edge in arch.edges if edge.site == arch.latent)
+    return linear_at(block, Rows.parse(arch.keys).path).out_features - up.in_features
 
 
 def key_bias(block: nn.Module, arch: Arch, heads: int, head_dim: int) -> Tensor | None:

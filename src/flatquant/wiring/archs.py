@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flatquant.errors import ModelError
 from flatquant.runtime.experts import is_stacked
+from flatquant.spec import Pairing
 from flatquant.wiring.arch import Arch, Edge, Residual, Scores, find
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -251,6 +252,59 @@ GLM4_MOE = replace(
     _mixture(QWEN3, "mlp", "gate", shared="shared_experts"), model_types=("glm4_moe", "dots1"), others=(QWEN3,)
 )
 
+
+def _latent(arch: Arch, queries: bool) -> Arch:
+    """A description with latent attention in the place of its own.
+
+    Args:
+        queries: are made of latent vectors too.
+    """
+    kv = Edge(
+        site="kv_latent",
+        like="attn_in",
+        readers=("self_attn.kv_b_proj",),
+        norm="self_attn.kv_a_layernorm",
+        writer="self_attn.kv_a_proj_with_mqa[latent]",
+        passes="rotation",
+    )
+    q = replace(
+        kv,
+        site="q_latent",
+        readers=("self_attn.q_b_proj",),
+        norm="self_attn.q_a_layernorm",
+        writer="self_attn.q_a_proj",
+    )
+    down = "self_attn.q_a_proj" if queries else "self_attn.q_proj"
+    return replace(
+        arch,
+        edges=(
+            replace(ATTN_IN, readers=(down, "self_attn.kv_a_proj_with_mqa")),
+            *([q] if queries else []),
+            kv,
+            replace(ATTN_OUT, writer="self_attn.kv_b_proj[*.last]"),
+            *arch.edges[2:],
+        ),
+        scores=None,
+        keys="self_attn.kv_a_proj_with_mqa[rotary]",
+        latent=kv.site,
+    )
+
+
+def _deepseek(kind: str, rotary: Pairing | None) -> Arch:
+    """Latent attention, with queries of latent vectors or without, and experts or none."""
+    mixture = _mixture(LLAMA, "mlp", "gate", shared="shared_experts")
+    own, *others = (
+        replace(_latent(arch, queries), model_types=(kind,), rotary=rotary)
+        for arch in (mixture, LLAMA)
+        for queries in (True, False)
+    )
+    return replace(own, others=tuple(others))
+
+
+DEEPSEEK_V3 = _deepseek("deepseek_v3", "halves")  # once its pairs of neighbours are sorted
+
+DEEPSEEK_V2 = _deepseek("deepseek_v2", None)  # complex numbers
+
 HUNYUAN_MOE = replace(_mixture(HUNYUAN, "mlp", "gate.wg", shared="shared_mlp"), model_types=("hunyuan_v1_moe",))
 
 ERNIE_MOE = replace(
@@ -458,7 +512,8 @@ GRANITE_HYBRID = replace(
 ARCHS = (
     LLAMA, QWEN3, HUNYUAN, ERNIE, GEMMA1, GEMMA, UNGATED, APERTUS, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, STABLELM,
     STABLELM_PARALLEL, PARALLEL, COHERE2, PHI, STARCODER2, NEMOTRON, OPT, GPT_NEOX, BLOOM, FALCON, MIXTRAL, QWEN2_MOE,
-    QWEN3_MOE, GLM4_MOE, HUNYUAN_MOE, ERNIE_MOE, GRANITE_MOE, LLAMA4, GPT_OSS, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, LFM2,
+    QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, DEEPSEEK_V2, HUNYUAN_MOE, ERNIE_MOE, GRANITE_MOE, LLAMA4, GPT_OSS, QWEN3_5,
+    QWEN3_5_MOE, QWEN3_NEXT, LFM2,
     NEMOTRON_H, GRANITE_HYBRID,
 )  # fmt: skip
 

@@ -31,7 +31,10 @@ def online_flops(plan: Plan, geometry: Geometry, blocks: nn.ModuleList) -> int:
                 outputs = sum(o * chosen // site.experts if one_of_several else o for o, one_of_several in sizes)
                 total += 2 * site.rank * (rows * n1 * n2 + outputs)
         if block.qk:
-            total += 2 * block.head_dim**2 * (geometry.heads + geometry.kv_heads)
+            total += 2 * block.key_dim**2 * (geometry.heads + (1 if block.latent else geometry.kv_heads))
+        if block.latent is not None:
+            n1, n2 = block.sites[block.latent.site].shape
+            total += 2 * n1 * n2 * (n1 * block.latent.left + n2 * block.latent.right)
     return total
 
 

@@ -8,7 +8,7 @@ from flatquant.quantizers import Dynamic, LiveBlocks
 from flatquant.rotary import Angles, constant_at
 from flatquant.seams import KeyValue, position_angles
 from flatquant.spec import Pairing
-from flatquant.transforms import Factor, HeadDiagonal
+from flatquant.transforms import Factor, HeadDiagonal, Transform
 
 
 class FitKeyValue(KeyValue):
@@ -19,6 +19,7 @@ class FitKeyValue(KeyValue):
     Attributes:
         offset: m of the original keys, (heads, head_dim).
         scale: a learned scale of keys before RoPE, which m then has too.
+        latent: of latent attention, the transform T of the site that reads latent vectors: v -> Q(v T).
     """
 
     offset: Tensor | None
@@ -31,6 +32,8 @@ class FitKeyValue(KeyValue):
         offset: Tensor | None = None,
         pairing: Pairing = "halves",
         scale: HeadDiagonal | None = None,
+        latent: Transform | None = None,
+        rotary: int | None = None,
     ) -> None:
         super().__init__()
         self.factor = factor
@@ -39,6 +42,8 @@ class FitKeyValue(KeyValue):
         self.register_buffer("offset", offset)
         self.pairing: Pairing = pairing
         self.scale = scale
+        self.latent = latent
+        self.rotary = rotary
 
     def constant(self) -> Tensor | None:
         """m as keys are written now.  # (heads, head_dim)"""
@@ -63,4 +68,5 @@ class FitKeyValue(KeyValue):
         return k if self.keys is None else self.keys(k)
 
     def value(self, v: Tensor) -> Tensor:
-        return v if self.values is None else self.values(v)
+        x = v if self.latent is None else self.latent(v)
+        return (x if self.values is None else self.values(x)).to(v.dtype)

@@ -50,19 +50,19 @@ class HeadOutput(nn.Module):
         return kron_matmul(y, None, self.factor.matrix().to(y.dtype))
 
 
-class LastRows(nn.Module):
-    """What a fused writer absorbs on the last rows of each group: those before `first` are of q and k, say."""
+class PartRows(nn.Module):
+    """What a fused writer absorbs on `size` rows of each group, from `first` on: others are of q and k, say."""
 
-    def __init__(self, output: nn.Module, groups: int, first: int) -> None:
+    def __init__(self, output: nn.Module, groups: int, first: int, size: int) -> None:
         super().__init__()
         self.output = output
-        self.groups, self.first = groups, first
+        self.groups, self.first, self.size = groups, first, size
 
     def forward(self, y: Tensor) -> Tensor:
-        """Outputs (or a bias), the last of every group mapped.  # (.., rows)"""
+        """Outputs (or a bias), those of every group mapped.  # (.., rows)"""
         y = y.unflatten(-1, (self.groups, -1))
-        others, own = y[..., : self.first], y[..., self.first :]
-        return torch.cat([others, self.output(own.flatten(-2)).view_as(own)], dim=-1).flatten(-2)
+        before, own, after = y.tensor_split([self.first, self.first + self.size], dim=-1)
+        return torch.cat([before, self.output(own.flatten(-2)).view_as(own), after], dim=-1).flatten(-2)
 
 
 class HeadsOutput(nn.Module):

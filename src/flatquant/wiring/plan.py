@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
 
 from flatquant.errors import FamilyError, ModelError, SpecError
-from flatquant.spec import BlockPlan, CodebookSpec, KeyOffset, Plan, QuantSpec, Recipe, SitePlan, Transforms
+from flatquant.spec import BlockPlan, CodebookSpec, KeyOffset, LatentPlan, Plan, QuantSpec, Recipe, SitePlan, Transforms
 from flatquant.transforms import hadamard_split, kronecker_split
 from flatquant.wiring.arch import Arch, Edge, Geometry, key_bias, linear_at, submodule
 
@@ -64,16 +65,32 @@ def rotates_residual(recipe: Recipe, plan: Plan, force: bool = False) -> bool:
 def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: Geometry, force: bool) -> BlockPlan:
     keys, values = recipe.scheme.cache_at(index) if arch.attention is not None else (None, None)
     geometry = geometry.at(block, arch)
-    for spec in (keys, values):
-        if spec is not None and spec.format is not None and geometry.head_dim % spec.format.block:
-            raise SpecError(f"{spec.kind}: blocks of {spec.format.block} do not divide heads of {geometry.head_dim}")
-    sites = {e.site: _site(e, index, block, recipe, geometry, force) for e in arch.edges}
+    for spec, size in ((keys, geometry.key_dim), (values, geometry.latent or geometry.head_dim)):
+        if spec is not None and spec.format is not None and size % spec.format.block:
+            raise SpecError(f"{spec.kind}: blocks of {spec.format.block} do not divide heads of {size}")
+    cached = {arch.latent} if values else set()
+    sites = {e.site: _site(e, index, block, recipe, geometry, force or e.site in cached) for e in arch.edges}
     _check_all_read(index, block, arch)
     online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
     keyed = arch.attention is not None and (keys is not None or force)
     qk = online and keyed
     offset = _key_offset(block, recipe, arch, geometry, keys) if keyed else None
-    return BlockPlan(sites=sites, head_dim=geometry.head_dim, qk=qk, keys=keys, values=values, key_offset=offset)
+    latent = None
+    if arch.latent is not None:
+        latent = LatentPlan(site=arch.latent, rotary=geometry.key_dim)
+        if qk or keys or values or offset:  # what is cached is attended to: the site's factors run before the cache
+            own = sites[arch.latent]
+            latent = replace(latent, left=own.left, right=own.right)
+            sites[arch.latent] = replace(own, left=False, right=False)
+    return BlockPlan(
+        sites=sites,
+        head_dim=geometry.head_dim,
+        qk=qk,
+        keys=keys,
+        values=values,
+        key_offset=offset,
+        latent=latent,
+    )
 
 
 def takes_mean(recipe: Recipe, keys: QuantSpec | None) -> bool:
@@ -93,7 +110,7 @@ def _key_offset(
     assert arch.attention is not None
     attention = submodule(block, arch.attention)
     normed = any(name.startswith("k") and "norm" in name for name, _ in attention.named_children())
-    biased = key_bias(block, arch, geometry.kv_heads, geometry.head_dim) is not None
+    biased = arch.latent is None and key_bias(block, arch, geometry.kv_heads, geometry.head_dim) is not None
     if arch.rotary is None and recipe.scheme.key_offset in ("bias", "mean"):
         raise SpecError(f"key offset {recipe.scheme.key_offset}: it cannot follow how this family turns keys; use none")
     match recipe.scheme.key_offset:
@@ -104,7 +121,7 @@ def _key_offset(
         case "auto" if not takes_mean(recipe, keys) and (normed or not biased):
             return None
         case "bias" if not biased or normed:
-            where = "keys pass a norm after their bias" if biased else "keys have no bias"
+            where = "keys pass a norm after their bias" if biased else "keys have no bias of their own"
             raise SpecError(f"key offset bias: {where}; use the mean of calibration text")
     assert arch.rotary is not None
     pairing = arch.rotary if arch.turns(attention) else "none"
