@@ -220,6 +220,7 @@ def test_a_learned_scale_of_keys_is_the_offset_s_too() -> None:
 )
 def test_who_gets_one(name: str, choice, reads_text: bool, want: KeyOffset | None) -> None:
     model = tiny_family(name)
+    open_experts(model)
     recipe = with_offset(quick("kv4") if reads_text else rtn("kv4"), choice)
     plan = make_plan(recipe, arch_of(model.config), Geometry.of(model.config), model.model.layers)
     assert [block.key_offset for block in plan.blocks] == [want, want]

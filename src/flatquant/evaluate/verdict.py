@@ -139,6 +139,7 @@ def blame(
     """
     walks = _Walks(witness, model, plan, bring, progress)
     parts = _parts(plan)
+    roles = {edge.site: edge.role for kind in arch_of(model.config, model).kinds for edge in kind.edges}
     kinds = [kind for kind in KINDS if parts[kind]]
     everything: Setting = {part: None for kind in kinds for part in parts[kind]}
     base, weights_alone, *without = walks.kls([{}, everything, *(dict.fromkeys(parts[k]) for k in kinds)])
@@ -170,10 +171,10 @@ def blame(
     if hidden:  # what their fits have made of all else, weights too, is not known without a fit
         least = min(_error(witness, part) for part in hidden)
         chosen = scheme if wider is None or _median_of_weights(witness) < least else wider
-        return entries, _proposal(chosen, plan, setting | dict.fromkeys(hidden, 8), base, None)
+        return entries, _proposal(chosen, plan, roles, setting | dict.fromkeys(hidden, 8), base, None)
     if wider is not None:
-        return entries, _proposal(wider, plan, setting, base, None)
-    return entries, _proposal(scheme, plan, setting, base, now) if setting else None
+        return entries, _proposal(wider, plan, roles, setting, base, None)
+    return entries, _proposal(scheme, plan, roles, setting, base, now) if setting else None
 
 
 def _entry(kind: str, part: Part | None = None, **found: float | None) -> dict[str, Any]:
@@ -304,17 +305,23 @@ def _wider_weights(scheme: Scheme) -> Scheme | None:
     return replace(scheme, weights=weights.with_bits(4 if weights.bits < 4 else 8))
 
 
-def _proposal(scheme: Scheme, plan: Plan, setting: Setting, before: float, now: float | None) -> dict[str, Any]:
+def _proposal(
+    scheme: Scheme, plan: Plan, roles: Mapping[str, str], setting: Setting, before: float, now: float | None
+) -> dict[str, Any]:
     """A scheme with these parts at 8 bits."""
     return {
-        "scheme": str(_with_parts(scheme, plan, setting)),
+        "scheme": str(_with_parts(scheme, plan, roles, setting)),
         "kl": None if now is None else _finite(now),
         "before": _finite(before),
     }
 
 
-def _with_parts(scheme: Scheme, plan: Plan, setting: Setting) -> Scheme:
-    """A scheme with parts at 8 bits: as its own bits where they are all of a kind, else as overrides."""
+def _with_parts(scheme: Scheme, plan: Plan, roles: Mapping[str, str], setting: Setting) -> Scheme:
+    """A scheme with parts at 8 bits: as its own bits where they are all of a kind, else as overrides.
+
+    Args:
+        roles: the name that schemes have for a site. All sites of a block with one name share an override.
+    """
     sites, caches = dict(scheme.overrides), dict(scheme.cache_overrides)
     for kind, members in _parts(plan).items():
         chosen = [part for part in members if part in setting]
@@ -328,7 +335,8 @@ def _with_parts(scheme: Scheme, plan: Plan, setting: Setting) -> Scheme:
             if part.site is None:
                 caches[key] = replace(caches[key], **{kind: 8}) if key in caches else CacheBits(**{kind: 8})
                 continue
-            key = part.site if _whole(part.site, chosen, members) else f"{key}.{part.site}"
+            role = roles[part.site]
+            key = role if _whole(part.site, chosen, members) else f"{key}.{role}"
             sites[key] = replace(sites[key], **{kind: 8}) if key in sites else SiteBits(**{kind: 8})
     return replace(scheme, overrides=sites, cache_overrides=caches)
 
