@@ -136,7 +136,7 @@ ROTATION = (SCALED_SCORES - {"starcoder2"}) | {
     "qwen3", "qwen3_moe", "phi3", "hunyuan_v1_dense", "ernie4_5", "helium", "apertus", "olmoe", "minimax_m2",
     "glm4_moe", "dots1", "hunyuan_v1_moe", "ernie4_5_moe", "llama4_text", "gpt_oss", "qwen3_5_text",
     "qwen3_5_moe_text", "qwen3_next", "lfm2", "nemotron_h", "granitemoehybrid", "granitemoehybrid dense",
-    "deepseek_v2", "deepseek_v2 lite", "deepseek_v3", "deepseek_v3 lite",
+    "deepseek_v2", "deepseek_v2 lite", "deepseek_v3", "deepseek_v3 lite", "glm4_moe_lite", "minicpm3", "youtu",
 }  # fmt: skip
 
 

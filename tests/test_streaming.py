@@ -65,6 +65,7 @@ CONVERTED = {
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "ernie4_5_moe",
     "granitemoe", "gpt_oss", "gpt_neox", "gpt_neox sequential", "qwen3_5_moe_text", "qwen3_next", "nemotron_h",
     "granitemoehybrid", "deepseek_v2", "deepseek_v2 lite", "deepseek_v3", "deepseek_v3 lite",
+    "glm4_moe_lite", "axk1",
 }  # fmt: skip
 
 

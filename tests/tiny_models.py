@@ -239,6 +239,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3 lite": {**LATENT, "q_lora_rank": None, "rope_interleave": False},
     "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy"},
     "deepseek_v2 lite": {**LATENT, "q_lora_rank": None, "topk_method": "greedy", "mlp_bias": True},
+    "glm4_moe_lite": {**LATENT, "mlp_layer_types": ["dense", "sparse"]},
+    "minicpm3": {**LATENT, "scale_emb": 2.0, "scale_depth": 0.9, "dim_model_base": 8},
+    # transformers zeroes the embedding of padding whenever it loads one.
+    "youtu": {**LATENT, "attention_bias": True, "pad_token_id": None},
+    "axk1": {**LATENT, "mlp_layer_types": ["dense", "sparse"]},
     "dots1": {
         **SPARSE,
         "num_experts": 6,

@@ -56,7 +56,7 @@ MIXED = {
     "gemma2", "gemma3_text", "gemma4_text", "smollm3", "qwen3_moe", "ministral", "olmo3", "exaone4", "cohere2",
     "qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe", "llama4_text", "gpt_oss", "qwen3_5_text", "qwen3_5_moe_text",
     "qwen3_next", "lfm2", "granitemoehybrid", "granitemoehybrid dense", "deepseek_v2", "deepseek_v2 lite",
-    "deepseek_v3", "deepseek_v3 lite",
+    "deepseek_v3", "deepseek_v3 lite", "glm4_moe_lite", "axk1",
 }  # fmt: skip
 
 

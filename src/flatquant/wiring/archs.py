@@ -290,20 +290,23 @@ def _latent(arch: Arch, queries: bool) -> Arch:
     )
 
 
-def _deepseek(kind: str, rotary: Pairing | None) -> Arch:
+def _deepseek(*kinds: str, rotary: Pairing | None = "halves", base: Arch = LLAMA) -> Arch:
     """Latent attention, with queries of latent vectors or without, and experts or none."""
-    mixture = _mixture(LLAMA, "mlp", "gate", shared="shared_experts")
+    mixture = _mixture(base, "mlp", "gate", shared="shared_experts")
     own, *others = (
-        replace(_latent(arch, queries), model_types=(kind,), rotary=rotary)
-        for arch in (mixture, LLAMA)
+        replace(_latent(arch, queries), model_types=kinds, rotary=rotary)
+        for arch in (mixture, base)
         for queries in (True, False)
     )
     return replace(own, others=tuple(others))
 
 
-DEEPSEEK_V3 = _deepseek("deepseek_v3", "halves")  # once its pairs of neighbours are sorted
+# Most sort pairs of neighbours into halves before they turn them.
+DEEPSEEK_V3 = _deepseek("deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
 
-DEEPSEEK_V2 = _deepseek("deepseek_v2", None)  # complex numbers
+DEEPSEEK_V2 = _deepseek("deepseek_v2", rotary=None)  # complex numbers
+
+AXK1 = _deepseek("axk1", base=replace(LLAMA, residual=None))  # a norm behind experts
 
 HUNYUAN_MOE = replace(_mixture(HUNYUAN, "mlp", "gate.wg", shared="shared_mlp"), model_types=("hunyuan_v1_moe",))
 
@@ -512,7 +515,7 @@ GRANITE_HYBRID = replace(
 ARCHS = (
     LLAMA, QWEN3, HUNYUAN, ERNIE, GEMMA1, GEMMA, UNGATED, APERTUS, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, STABLELM,
     STABLELM_PARALLEL, PARALLEL, COHERE2, PHI, STARCODER2, NEMOTRON, OPT, GPT_NEOX, BLOOM, FALCON, MIXTRAL, QWEN2_MOE,
-    QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, DEEPSEEK_V2, HUNYUAN_MOE, ERNIE_MOE, GRANITE_MOE, LLAMA4, GPT_OSS, QWEN3_5,
+    QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, DEEPSEEK_V2, AXK1, HUNYUAN_MOE, ERNIE_MOE, GRANITE_MOE, LLAMA4, GPT_OSS, QWEN3_5,
     QWEN3_5_MOE, QWEN3_NEXT, LFM2,
     NEMOTRON_H, GRANITE_HYBRID,
 )  # fmt: skip
