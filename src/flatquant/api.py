@@ -277,7 +277,7 @@ def _open(
 @torch.no_grad()
 def _streamed(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Checkpoint]:
     return_freed_memory()
-    model, tokenizer, checkpoint = open_model(name)
+    model, tokenizer, checkpoint = open_model(name, lay_out=open_experts)
     checkpoint.fill(model, "", besides=arch_of(model.config, model).blocks + ".")
     model.tie_weights()
     artifact.rebuild_buffers(model, torch.device("cpu"))

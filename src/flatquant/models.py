@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
@@ -75,7 +75,15 @@ def load_model(
         _check_config(config, name)
         if isinstance(folder, Path):
             _check_size(folder, config)
-        model, report = _load_weights(folder, name, config, dtype, trust_remote_code)
+        block = _float8_block(config, name)
+        if block is None:
+            if isinstance(folder, Path):
+                _refuse_float8(folder, name)
+            model, report = _load_weights(folder, name, config, dtype, trust_remote_code)
+        elif isinstance(folder, Path):
+            model, report = _load_float8(folder, name, config, dtype, block)
+        else:
+            raise ModelError(f"{name} is in float8, and is read from a local folder; fetch it, and give its folder")
         _check_report(report, name)
         tokenizer = _load_tokenizer(folder, name, trust_remote_code)
         try:
@@ -255,12 +263,22 @@ def identity(name: str | Path) -> str:
 class Checkpoint:
     """The safetensors of a folder, read tensor by tensor under the names of a model's tensors.
 
-    A tensor is read when it is asked for, into memory of its own, in the model's dtype; no file stays open.
+    A tensor is read when it is asked for, into memory of its own, in the model's dtype; no file stays open. Weights in
+    float8 are multiplied by the scales of their blocks.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> None:
-        """`files` says where a name's tensor is, `dtypes` as what it is read."""
-        self.folder, self._files, self._dtypes = folder, files, dtypes
+    def __init__(
+        self,
+        folder: Path,
+        files: Mapping[str, str],
+        dtypes: Mapping[str, torch.dtype],
+        block: tuple[int, int] | None = None,
+    ) -> None:
+        """`files` says where a name's tensor is, `dtypes` as what it is read, where that is not as stored.
+
+        `block` is what shares a scale of weights in float8, (rows, columns).
+        """
+        self.folder, self._files, self._dtypes, self._block = folder, files, dtypes, block
 
     def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         """One tensor.
@@ -268,11 +286,18 @@ class Checkpoint:
         Raises:
             ModelError: the file has gone, or is damaged.
         """
+        tensor = self._stored(name, device)
+        if tensor.dtype == torch.float8_e4m3fn:
+            assert self._block is not None
+            tensor = _dequantized(tensor, self._stored(name + _SCALE, device), self._block)
+        return tensor.to(self._dtypes.get(name, tensor.dtype))
+
+    def _stored(self, name: str, device: str | torch.device) -> Tensor:
         path = self.folder / self._files[name]
         try:
             with safe_open(path, "pt") as stored:
                 # A copy: what the file gives is a view of its pages.
-                return stored.get_tensor(name).to(device, self._dtypes[name], copy=True)
+                return stored.get_tensor(name).to(device, copy=True)
         except Exception as error:  # SafetensorError, for one, is no subclass of OSError
             raise ModelError(f"cannot read {name} from {path}: {_first_line(error)}; fetch the model again") from error
 
@@ -291,11 +316,15 @@ class Checkpoint:
 
 
 def open_model(
-    name: str | Path, *, dtype: torch.dtype | None = None
+    name: str | Path, *, dtype: torch.dtype | None = None, lay_out: Callable[[nn.Module], None] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Checkpoint]:
     """A folder's model as `load_model` gives it, but with all tensors on the meta device; its tokenizer; its tensors.
 
     Buffers that no file holds are on the meta device too.
+
+    Args:
+        dtype: of the weights; None for that of the config.
+        lay_out: changes the model, on the meta device, into one that has the folder's names: experts one by one.
 
     Raises:
         ModelError: as `load_model` does; or the folder can only be loaded whole, because transformers would rename,
@@ -308,13 +337,16 @@ def open_model(
     with quiet():
         config = _load_config(folder, name, False)
         _check_config(config, name)
+        block = _float8_block(config, name)
         dtype = dtype or getattr(config, "dtype", None)
         if dtype is None or getattr(config, "quantization_config", None) or getattr(config, "auto_map", None):
             raise _only_whole(name, "its config names no dtype, a quantisation, or code of its own")
         _check_size(folder, config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        checkpoint = _matched(folder, name, model)
+        if lay_out is not None:
+            lay_out(model)
+        checkpoint = _matched(folder, name, model, block)
         if model.can_generate():
             model.generation_config = _generation_config(folder)
         tokenizer = _load_tokenizer(folder, name, False)
@@ -325,33 +357,110 @@ def _only_whole(name: object, why: str) -> ModelError:
     return ModelError(f"{name} cannot be read tensor by tensor: {why}; load it whole (--no-stream)")
 
 
-def _matched(folder: Path, name: object, model: PreTrainedModel) -> Checkpoint:
-    """The folder's tensors, which are exactly those of the model."""
+def _matched(folder: Path, name: object, model: PreTrainedModel, block: tuple[int, int] | None) -> Checkpoint:
+    """The folder's tensors, which are exactly those of the model; what transformers ignores aside."""
+    files, shapes = _tensors_of(folder, name, block)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    needed = model.state_dict()
+    shapes = {
+        key: shape
+        for key, shape in shapes.items()
+        if key in needed or not any(pattern.search(key) for pattern in ignored)
+    }
+    first = {id(p): key for key, p in model.named_parameters()}
+    tied = {key for key, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != key}
+    if odd := sorted((needed.keys() - tied) ^ shapes.keys()):
+        raise _only_whole(name, f"{odd[0]} is not both in its files and in the model ({len(odd)} such)")
+    for key, shape in shapes.items():
+        if tuple(shape) != tuple(needed[key].shape):
+            raise _only_whole(name, f"{key} has another shape in its file")
+    return Checkpoint(folder, files, {key: _kept_dtype(model, key, t) for key, t in needed.items()}, block)
+
+
+def _kept_dtype(model: PreTrainedModel, key: str, tensor: Tensor) -> torch.dtype:
+    """As transformers loads a tensor: the model names some that stay in float32."""
     wide = {*(model._keep_in_fp32_modules_strict or ())}
     if model.dtype == torch.float16:
         wide |= {*(model._keep_in_fp32_modules or ())}
-    if wide and model.dtype != torch.float32:
-        raise _only_whole(name, f"its {min(wide)} stays in float32")
+    kept = any(re.search(pattern.replace("*", ".*"), key) for pattern in wide)
+    return torch.float32 if kept and tensor.is_floating_point() else tensor.dtype
+
+
+def _tensors_of(
+    folder: Path, name: object, block: tuple[int, int] | None
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The file of every tensor; the shapes, but for those of scales, which are checked."""
     files: dict[str, str] = {}
-    shapes: dict[str, list[int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    narrow: list[str] = []  # in float8
     try:
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as stored:
                 for key in stored.keys():  # noqa: SIM118 - not a dict
                     if key in files:
                         raise _only_whole(name, f"{key} is in two files")
-                    files[key], shapes[key] = file.name, stored.get_slice(key).get_shape()
+                    part = stored.get_slice(key)
+                    files[key], shapes[key] = file.name, tuple(part.get_shape())
+                    narrow += [key] if part.get_dtype().startswith(_NARROW) else []
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot load the weights of {name}: {_first_line(error)}; fetch the model again") from error
-    needed = model.state_dict()
-    first = {id(p): key for key, p in model.named_parameters()}
-    tied = {key for key, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != key}
-    if odd := sorted((needed.keys() - tied) ^ files.keys()):
-        raise _only_whole(name, f"{odd[0]} is not both in its files and in the model ({len(odd)} such)")
-    for key, shape in shapes.items():
-        if tuple(shape) != tuple(needed[key].shape):
-            raise _only_whole(name, f"{key} has another shape in its file")
-    return Checkpoint(folder, files, {key: t.dtype for key, t in needed.items()})
+    for key in narrow:
+        if block is None:
+            raise _unsaid(key, name)
+        scales = shapes.pop(key + _SCALE, None)
+        if scales is None:
+            raise ModelError(f"{key} of {name} is in float8 without its scales, {key}{_SCALE}; fetch the model again")
+        wanted = tuple(-(-size // b) for size, b in zip(shapes[key], block, strict=False))
+        if len(shapes[key]) != 2 or scales != wanted:
+            raise ModelError(
+                f"{key}{_SCALE} of {name} has shape {scales}: blocks of {block[0]} x {block[1]} of a weight of shape "
+                f"{shapes[key]} have {wanted}; fetch the model again"
+            )
+    return files, shapes
+
+
+def _refuse_float8(folder: Path, name: object) -> None:
+    """Raise a ModelError for weights in float8: transformers would take them without their scales."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as stored:
+                narrow = [k for k in stored.keys() if stored.get_slice(k).get_dtype().startswith(_NARROW)]  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return  # transformers has more to say of it
+        if narrow:
+            raise _unsaid(narrow[0], name)
+
+
+def _unsaid(key: str, name: object) -> ModelError:
+    return ModelError(f"{key} of {name} is in float8, and config.json does not say how; fetch the model again")
+
+
+_NARROW = "F8_E4M3"  # as safetensors calls float8_e4m3fn
+_SCALE = "_scale_inv"  # behind the name of a weight in float8
+
+
+def _float8_block(config: Any, name: object) -> tuple[int, int] | None:
+    """What of a weight in float8 shares a scale, (rows, columns), or None; the config no longer says it then.
+
+    Raises:
+        ModelError: weights in float8 whose scales are others.
+    """
+    said = getattr(config, "quantization_config", None)
+    if not isinstance(said, dict) or said.get("quant_method") != "fp8":
+        return None
+    block = said.get("weight_block_size")
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(b) is int and b > 0 for b in block):
+        raise ModelError(
+            f"{name} is in float8 without blocks of two dimensions (weight_block_size); give it in 16 bits"
+        )
+    del config.quantization_config
+    return block[0], block[1]
+
+
+def _dequantized(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """A weight times the scales of its blocks.  # float8_e4m3fn (o, n), (blocks of o, blocks of n) -> float32 (o, n)"""
+    rows, columns = (torch.arange(size, device=scale.device) // b for size, b in zip(weight.shape, block, strict=True))
+    return weight.float() * scale.float()[rows[:, None], columns]
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
@@ -463,6 +572,27 @@ def _load_weights(
     except Exception as error:  # as above; SafetensorError, for one, is no subclass of OSError
         raise ModelError(f"cannot load the weights of {name}: {_first_line(error)}; fetch the model again") from error
     return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+
+
+def _load_float8(
+    folder: Path, name: object, config: Any, dtype: torch.dtype | None, block: tuple[int, int]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`_load_weights` of a folder with weights in float8, which transformers multiplies as such on some GPUs."""
+    files, shapes = _tensors_of(folder, name, block)
+    dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
+    checkpoint = Checkpoint(folder, files, {key: dtype for key in shapes if key + _SCALE in files}, block)
+    state = {key: checkpoint.read(key) for key in shapes}
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    try:
+        model, report = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # as above
+        raise ModelError(f"cannot load the weights of {name}: {_first_line(error)}; fetch the model again") from error
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if model.can_generate():
+        model.generation_config = _generation_config(folder)
+    return model, report
 
 
 def _check_report(report: dict[str, Any], name: object) -> None:

@@ -161,6 +161,24 @@ class Site(nn.Module, ABC):
         return _pass.seen is not None
 
 
+def in_float32(module: nn.Module) -> set[str]:
+    """The names of a module's tensors in float32."""
+    return {name for name, t in _tensors(module).items() if t.dtype == torch.float32}
+
+
+def cast(module: nn.Module, dtype: torch.dtype, *, besides: set[str]) -> None:
+    """Put a module's tensors into a dtype, in place, but for those of some names: routers may be in float32."""
+    kept = {name: t.detach() for name, t in _tensors(module).items() if name in besides}
+    module.to(dtype)
+    for name, tensor in _tensors(module).items():
+        if name in kept:
+            tensor.data = kept[name]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
 class ExactBuffers(nn.Module):
     """Keeps its tensors' dtype when a model is cast: scales and factors in half precision would lose accuracy.
 

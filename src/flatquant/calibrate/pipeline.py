@@ -47,6 +47,7 @@ from flatquant.calibrate.state import RunState
 from flatquant.calibrate.witness import Witness
 from flatquant.errors import CalibrationError, FlatQuantError
 from flatquant.models import Checkpoint
+from flatquant.modules import cast, in_float32
 from flatquant.progress import Progress
 from flatquant.runtime.build import install
 from flatquant.runtime.experts import Experts, open_experts
@@ -220,6 +221,7 @@ class _Run:
         self.state, self.progress, self.graph = state, progress, graph
         self.home = next(model.parameters()).device
         self.model_dtype = next(model.parameters()).dtype
+        self.wide: dict[int, set[str]] = {}  # of each block on the device, what is in float32 for its own sake: routers
         generator = torch.Generator().manual_seed(seed * 1_000_003 + len(self.blocks))  # one that no block has
         self.residual = residual_factor(model, recipe, plan, generator)
         if self.residual is not None:
@@ -366,6 +368,7 @@ class _Run:
         if self.checkpoint is not None:
             self.checkpoint.fill(block, f"{self.arch.blocks}.{index}.", self.device)
         block.to(self.device)
+        self.wide[index] = in_float32(block)
         if self.model_dtype != self.dtype:
             block.float()
         return block
@@ -568,7 +571,7 @@ class _Run:
     def _fold(self, index: int, fit: FitBlock) -> None:
         with self._stage("fold", index):
             fold_block(fit, dense=self.model_dtype)
-            self.blocks[index].to(self.model_dtype)
+            cast(self.blocks[index], self.model_dtype, besides=self.wide.pop(index, set()))
             for name, parameter in self.blocks[index].named_parameters():
                 if not bool(torch.isfinite(parameter).all()):
                     raise CalibrationError(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from flatquant import seams
 from flatquant.calibrate.capture import BlockCall, capture
+from flatquant.modules import cast, in_float32
 from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -249,14 +250,14 @@ def through(block: nn.Module, call: BlockCall, hidden: Tensor, *, together: int 
     A norm, or an expert's router, takes no inputs of another dtype than its own. Grids and transforms keep theirs.
     """
     stored = next((p.dtype for p in block.parameters()), hidden.dtype)
-    work = torch.promote_types(stored, hidden.dtype)
+    work, wide = torch.promote_types(stored, hidden.dtype), in_float32(block)
     if stored != work:
         block.to(work)
     try:
         return torch.cat([call(block, windows.to(work)) for windows in hidden.split(together)]).to(hidden.dtype)
     finally:
         if stored != work:
-            block.to(stored)
+            cast(block, stored, besides=wide)
 
 
 class Ends:
