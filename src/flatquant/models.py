@@ -324,7 +324,7 @@ def open_model(
 
     Args:
         dtype: of the weights; None for that of the config.
-        lay_out: changes the model, on the meta device, into one that has the folder's names: experts one by one.
+        lay_out: changes the model, on the meta device, into the one that tensors are read into: experts one by one.
 
     Raises:
         ModelError: as `load_model` does; or the folder can only be loaded whole, because transformers would rename,
