@@ -4,6 +4,9 @@ A run with an output folder keeps its state in a sibling, `<output>.partial`: th
 it, and every finished block. The output folder appears by one rename at the very end, and the state goes after that,
 so that a run may be killed at any point and started again with `resume=True`: it ends with the same bytes, the entry
 `timing` of `flatquant_report.json` excepted, which tells of the last run only.
+
+Of several ranks (`flatquant.distributed`), each calls `quantize` with the same arguments. The first reads the text,
+keeps the state, measures the verdict and writes the folder; the others receive what calibrating their blocks needs.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flatquant import __version__, store
+from flatquant import __version__, distributed, store
 from flatquant.calibrate.blockwise import held_out_windows
 from flatquant.calibrate.end2end import FittedModel
 from flatquant.calibrate.memory import (
@@ -159,7 +162,7 @@ def quantize(
             besides the run's state, which `resume` goes on with.
     """
     place = None if output is None else _Place.of(Path(output))
-    if place is not None:
+    if place is not None and distributed.leads():
         place.check(resume)
     if not 0 <= seed < 2**32:
         raise SpecError(f"seed {seed}: give a whole number from 0 to {2**32 - 1}")
@@ -197,21 +200,24 @@ def quantize(
     written = 0 if mixture is None else mixture.written(recipe.data.samples)
     half = device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16)
     writes = verdict and tokenizer is not None and checkpoint is None  # as `_Run._writing` has it
-    layout = estimate(
-        model,
-        plan,
-        recipe,
-        shape=shape,
-        device=device,
-        dtype=dtype,
-        limits=limits,
-        streamed=checkpoint is not None,
-        windows=recorded(place.state).get("windows") if place is not None and resume else None,
-        written=written,
-        copied=writes and half and _room_for_copy(model, limits),
-    )
-    costs = work(model, plan, recipe, shape, written=written, saves=place is not None, recompute=layout.recompute)
-    layout = replace(layout, work=costs)
+    layout = None
+    if distributed.leads():
+        layout = estimate(
+            model,
+            plan,
+            recipe,
+            shape=shape,
+            device=device,
+            dtype=dtype,
+            limits=limits,
+            streamed=checkpoint is not None,
+            windows=recorded(place.state).get("windows") if place is not None and resume else None,
+            written=written,
+            copied=writes and half and _room_for_copy(model, limits),
+        )
+        costs = work(model, plan, recipe, shape, written=written, saves=place is not None, recompute=layout.recompute)
+        layout = replace(layout, work=costs)
+    layout = Estimate(**distributed.broadcast(None if layout is None else ({}, asdict(layout)))[1])
     run = _Run(
         model,
         name,
@@ -232,7 +238,7 @@ def quantize(
         verdict,
     )
     result = run()
-    if result.verdict is not None and is_bad(result.verdict["word"]):
+    if distributed.leads() and result.verdict is not None and is_bad(result.verdict["word"]):
         warnings.warn("; ".join(sentences(result.verdict)), QualityWarning, stacklevel=2)
     return result
 
@@ -320,8 +326,49 @@ class _Run:
         self.start = time.perf_counter()
 
     def __call__(self) -> Quantized:
+        if not distributed.leads():
+            return self._assisted()
         with nullcontext() if self.place is None else self.place.held():
             return self._quantized()
+
+    def _assisted(self) -> Quantized:
+        """What a rank other than the first does."""
+        tensors, report = distributed.broadcast(None)
+        if report is not None:  # an earlier run has saved all
+            assert self.place is not None
+            return Quantized(Folder.open(self.place.output).plan, report, partial(artifact.load, self.place.output))
+        windows = tensors.get("windows")
+        witness = None if windows is None else Witness(windows)
+        plan, _ = self._calibrated(tensors.get("tokens"), witness, tensors.get("held_out"), None)
+        report = distributed.broadcast(None)[1]
+        return self._result(plan, report)
+
+    def _calibrated(
+        self, tokens: Tensor | None, witness: Witness | None, held_out: Tensor | None, state: RunState | None
+    ) -> tuple[Plan, Report]:
+        return calibrate(
+            self.model,
+            self.recipe,
+            tokens,
+            device=self.device,
+            dtype=self.dtype,
+            seed=self.seed,
+            state=state,
+            progress=self.progress,
+            limits=self.limits,
+            layout=self.layout,
+            checkpoint=self.checkpoint,
+            witness=witness,
+            held_out=held_out,
+        )
+
+    def _result(self, plan: Plan, report: dict[str, Any]) -> Quantized:
+        """The model, where it is."""
+        if self.checkpoint is not None and self.place is not None:
+            return Quantized(plan, report, partial(artifact.load, self.place.output))
+        if not distributed.leads():
+            adopt(self.model, plan, str(self.recipe.scheme), to_dict(self.recipe), report, None)
+        return Quantized(plan, report, lambda: self.model)
 
     def _quantized(self) -> Quantized:
         if self.notice is not None:
@@ -341,6 +388,7 @@ class _Run:
         if self.place is not None:
             if (finished := self.place.finished(identity)) is not None:
                 self.place.tidy()
+                distributed.broadcast(({}, finished.report))
                 return finished
             artifact.check_output(self.place.output)
             state = RunState(self.place.state, identity, resume=self.resume)
@@ -352,21 +400,10 @@ class _Run:
         windows = self._judged_windows(tokens, data) if self.judged else None
         witness = None if windows is None else Witness(windows.tokens)
         before = self._continuations() if witness is not None else []
-        plan, calibration = calibrate(
-            self.model,
-            self.recipe,
-            tokens,
-            device=self.device,
-            dtype=self.dtype,
-            seed=self.seed,
-            state=state,
-            progress=self.progress,
-            limits=self.limits,
-            layout=self.layout,
-            checkpoint=self.checkpoint,
-            witness=witness,
-            held_out=self._held_out_of_fits(),
-        )
+        held_out = self._held_out_of_fits()
+        shared = {"tokens": tokens, "held_out": held_out, "windows": None if windows is None else windows.tokens}
+        distributed.broadcast(({name: t for name, t in shared.items() if t is not None}, None))
+        plan, calibration = self._calibrated(tokens, witness, held_out, state)
         bring = partial(self._brought, state)
         judged = None
         if witness is not None and windows is not None:
@@ -389,9 +426,8 @@ class _Run:
                 )
             _check_packed(report, self.place.output)
             self.place.tidy()
-        if self.checkpoint is not None and self.place is not None:
-            return Quantized(plan, report, partial(artifact.load, self.place.output))
-        return Quantized(plan, report, lambda: self.model)
+        distributed.broadcast(({}, report))
+        return self._result(plan, report)
 
     def _title(self) -> str:
         """What people call the model: its name, or that of its folder, or else its class."""

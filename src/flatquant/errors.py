@@ -30,6 +30,10 @@ class CalibrationError(FlatQuantError):
     """Calibration that went wrong: NaN in a block, a state that does not belong to this run."""
 
 
+class RankError(FlatQuantError):
+    """A rank of a run over several devices that has ended before its time."""
+
+
 class ArtifactError(FlatQuantError):
     """A quantised folder that is incomplete, damaged, of another format version, or in the way."""
 

@@ -39,6 +39,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from flatquant import distributed
 from flatquant.errors import DataError, ModelError, PositionsWarning, one_line
 
 ALIASES = ("smollm2-135m",)
@@ -220,7 +221,7 @@ def render_chat(
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of this name, by default a GPU if there is one.
+    """The device of this name, by default a GPU if there is one: of several ranks on a host, to each its own.
 
     Raises:
         ModelError: it is neither the CPU nor a CUDA device that is there.
@@ -233,6 +234,10 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
         raise ModelError(f"device {device} is neither the CPU nor a CUDA device; give cpu, cuda or cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("there is no CUDA device here, or torch was built without CUDA; choose device cpu")
+    if device.type == "cuda" and (own := distributed.local_rank()) is not None:
+        if device.index not in (None, own):
+            raise ModelError(f"device {device} is one, and there are several ranks; give cuda, or leave out the device")
+        device = torch.device("cuda", own)
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ModelError(f"there is no {device} here: the last one is cuda:{torch.cuda.device_count() - 1}")
     return device

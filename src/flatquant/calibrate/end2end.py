@@ -3,6 +3,9 @@
 Block-wise reconstruction weighs every direction of a block's output alike; the KL divergence weighs what the model
 says. Nothing is added that costs at inference. The original's side is its last hidden states, kept from the block-wise
 pass: its logits are one product away. The other objective, cross entropy with the text, needs no original (SpinQuant).
+
+Several ranks divide the windows of every step and add up their gradients (data parallelism by all-reduce: every rank
+has all parameters and moments, `fully_shard` is not used). Sums then have another order, and the last bits differ.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flatquant import distributed
 from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.blockwise import UNDONE, autocast, grown, named, safer, wide
 from flatquant.calibrate.capture import BlockCall
+from flatquant.calibrate.memory import splits
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError, FitWarning
 from flatquant.modules import Bounded, Group, trainable_parameters
@@ -72,7 +77,7 @@ def fit_end_to_end(
     *,
     dtype: torch.dtype,
     graph: bool = True,
-    splits: int = 1,
+    windows: int | None = None,
     recompute: bool = False,
     held_out: HeldOutModel | None = None,
     start: tuple[int, list[float], dict[str, Tensor], torch.dtype] | None = None,
@@ -95,7 +100,7 @@ def fit_end_to_end(
             diverges by less than `NOTHING_LOST` on them, nothing is fitted.
         start: (steps done, losses so far, state, dtype) to go on from, as `save` received them.
         graph: on CUDA, replay steps from a CUDA graph.
-        splits: parts that a batch is taken in, to need less memory; it divides the batch size.
+        windows: of a batch that are worked on at a time; by default all.
         recompute: each block in the backward pass, instead of keeping what it has computed in the forward pass.
         save: keeps the state at the end, and every `SAVE_EVERY` steps unless that would slow the fit by more than a
             twentieth.
@@ -142,6 +147,7 @@ def fit_end_to_end(
         loss = measure(calls, x, y).mean()
         return loss * (_SHARES[spec.objective] * x.shape[0] * x.shape[1]), loss
 
+    ours = _share(spec.batch_size)
     rates: dict[Group, float] = {
         "transform": spec.lr,
         "scale": spec.lr,
@@ -159,7 +165,8 @@ def fit_end_to_end(
         eps=spec.eps,
         loss_fn=loss_fn,
         graph=graph,
-        splits=splits,
+        splits=splits(len(ours), windows or len(ours)) if ours else 1,
+        share=len(ours) / spec.batch_size if distributed.size() > 1 else None,
         bounded=[m for root in roots for m in root.modules() if isinstance(m, Bounded)],
         around=lambda: shared_inverses(roots),
     )
@@ -199,7 +206,7 @@ def fit_end_to_end(
             _widen(fits)
 
     def stepped(step: int) -> float:
-        rows = (cyclic(kept, step * spec.batch_size, spec.batch_size) for kept in (inputs, targets))
+        rows = (cyclic(kept, step * spec.batch_size + ours.start, len(ours)) for kept in (inputs, targets))
         value = optimiser.step(*rows)
         optimiser.join()
         return float(value)
@@ -244,6 +251,12 @@ def fit_end_to_end(
         how = f"is not ahead of plain rounding, {plain:.3g} nats per token," if behind else "made the model worse"
         warnings.warn(f"the end-to-end fit ({before:.3g} -> {after:.3g}) {how} {UNDONE}", FitWarning, stacklevel=2)
     return FittedModel(losses=losses, held_out=(before, after), plain=plain, undone=worse or behind)
+
+
+def _share(batch: int) -> range:
+    """This rank's windows of a batch."""
+    rank, ranks = distributed.rank(), distributed.size()
+    return range(batch * rank // ranks, batch * (rank + 1) // ranks)
 
 
 def _surely_less(losses: Tensor, others: Tensor) -> bool:

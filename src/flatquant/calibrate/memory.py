@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from flatquant import distributed
 from flatquant.calibrate.activations import Place
 from flatquant.errors import CalibrationError, SpecError
 from flatquant.spec import BlockPlan, Plan, Recipe
@@ -477,7 +478,10 @@ def _status(key: str) -> int:
 
 
 def free_host_bytes() -> int | None:
-    """Host memory that can be had: the least of what the kernel and the process's control group say."""
+    """Host memory that can be had: the least of what the kernel and the process's control group say.
+
+    Ranks on one host have equal parts of it.
+    """
     found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -495,7 +499,7 @@ def free_host_bytes() -> int | None:
         pass
     if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(found, default=None)
+    return min(found) // distributed.local_size() if found else None
 
 
 def return_freed_memory() -> None:

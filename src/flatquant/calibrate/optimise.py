@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatquant import distributed
 from flatquant.calibrate.cayley import CayleySGD
 from flatquant.modules import Bounded, Group
 
@@ -130,6 +131,8 @@ class Optimiser:
         relative: an objective is its loss divided by the loss's own value, so that parts count as their losses do.
         bounded: settled after every step.
         around: gives a context that lasts through a part's forward and backward pass.
+        share: that this rank's batches are of the whole batch, where ranks divide it. Objectives are then sums: their
+            gradients are added up over ranks, and losses averaged. Where other ranks have all of it, batches are empty.
     """
 
     def __init__(
@@ -149,8 +152,9 @@ class Optimiser:
         relative: bool = False,
         bounded: Sequence[Bounded] = (),
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        share: float | None = None,
     ) -> None:
-        self.bounded, self.around = bounded, around
+        self.bounded, self.around, self.share = bounded, around, share
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"
@@ -191,6 +195,8 @@ class Optimiser:
 
     def _gradients(self, *batch: Tensor) -> Tensor:
         """Of a batch, left with the parameters; its loss, the mean over its parts."""
+        if not len(batch[0]):
+            return torch.zeros_like(self.static_loss)
         total = last = None
         for part in zip(*(b.chunk(self.splits) for b in batch), strict=True):
             with self.around():
@@ -232,6 +238,10 @@ class Optimiser:
                 self._forget_gradients()
         return self._gradients(*batch)
 
+    def _added_up(self, loss: Tensor) -> Tensor:
+        """The loss of the whole batch; gradients of all ranks are left with the parameters."""
+        return loss if self.share is None else distributed.sum_gradients(self.parameters, self.share * loss)
+
     def _norms(self) -> Tensor:
         """Of every gradient there is.  # float32, (gradients,)"""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -254,7 +264,7 @@ class Optimiser:
         return torch.where(finite, loss, torch.nan)
 
     def _body(self, *batch: Tensor) -> Tensor:
-        loss = self._update(self._backward(*batch))
+        loss = self._update(self._added_up(self._backward(*batch)))
         self._forget_gradients()
         return loss
 
@@ -296,6 +306,7 @@ class Optimiser:
             self.recorder = None
             return self._body(*self.static)
         self.recorded.gradients()
+        self.static_loss.copy_(self._added_up(self.static_loss))
         self.recorded.update()
         return self.static_loss.clone()
 

@@ -4,6 +4,11 @@ Two streams of hidden states run through the model: full precision (inputs and t
 rounding) and quantised (the inputs of solvers that use a Hessian, and of learned rounding). One block is on the device
 at a time unless an end-to-end fit or a Hessian of the model's loss needs them all. With a checkpoint, one block is in
 memory at all: its tensors are read when its turn comes, and forgotten when the state has it solved.
+
+Several ranks (`flatquant.distributed`) divide the blocks among them, a group of neighbours at a time. Every rank runs
+the original blocks itself; one of them fits and rounds a block, and the others receive it, as a resumed run receives
+blocks from its state. So a block has the same bits on any number of ranks. An end-to-end fit has all blocks on every
+rank, and a part of each step's windows.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flatquant import seams
+from flatquant import distributed, seams
 from flatquant.calibrate.activations import Kept, mapped, room
 from flatquant.calibrate.blockwise import (
     BlockFit,
@@ -45,7 +50,7 @@ from flatquant.calibrate.rounding import learn_rounding
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.calibrate.witness import Witness
-from flatquant.errors import CalibrationError, FlatQuantError
+from flatquant.errors import CalibrationError, FitWarning, FlatQuantError
 from flatquant.models import Checkpoint
 from flatquant.modules import cast, in_float32
 from flatquant.progress import Progress
@@ -120,7 +125,7 @@ def calibrate(
         tokens: calibration windows, int64, (N, T); None for recipes that need none.
         device: where blocks are fitted; the model returns to where it was.
         dtype: of matrix products during the fit (parameters are float32).
-        state: finished blocks are kept there and taken from there.
+        state: finished blocks are kept there and taken from there. Of several ranks, the first has one.
         progress: called with (stage, done, total): "capture" counts windows, "fit" epochs of all blocks, "end to end"
             steps, "full precision", "fold" and "solve" blocks.
         graph: on CUDA, replay steps from CUDA graphs.
@@ -146,7 +151,7 @@ def calibrate(
     if recipe.needs_data and tokens is None:
         raise CalibrationError(f"the recipe {recipe.name} needs calibration text")
     if checkpoint is not None:
-        assert state is not None, "a streamed run keeps its blocks in a state"
+        assert state is not None or not distributed.leads(), "a streamed run keeps its blocks in a state"
         check_streamable(recipe)
     limits = limits or Limits()
     if layout is None:
@@ -180,9 +185,13 @@ def _held_out(windows: Tensor, samples: int) -> Witness | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Wrapped:
-    """A block on its way: wrapped (None if an earlier run solved it), its full-precision inputs and outputs."""
+    """A block on its way: wrapped, its full-precision inputs and outputs.
+
+    `fit` is None if an earlier run solved the block, or another rank fits it, or once it is rounded.
+    """
 
     index: int
+    owner: int  # the rank that fits and rounds it
     call: BlockCall
     fit: FitBlock | None
     inputs: Kept | None  # (N, T, h), None if the recipe reads no text
@@ -232,6 +241,7 @@ class _Run:
         self.notes: dict[int, dict[str, Any]] = {}  # by block
         self.routed: dict[int, dict[str, Any]] = {}  # likewise, where there are experts
         self.clock = Clock(seconds=self.report.seconds, device=device)
+        self.kept = set(distributed.broadcast(({}, [] if state is None else state.names()))[1])  # by an earlier run
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
         self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
         solver, rounds = recipe.solver, recipe.scheme.weights is not None
@@ -262,8 +272,9 @@ class _Run:
         quantised = first if self.quantised_stream else None
         hidden = first
         fits: list[FitBlock | None] = []
-        for start in range(0, len(calls), self.side_by_side):
-            group = range(start, min(start + self.side_by_side, len(calls)))
+        together = self.side_by_side * (1 if self.feeds_fit else distributed.size())
+        for start in range(0, len(calls), together):
+            group = range(start, min(start + together, len(calls)))
             wrapped, hidden = self._wrap(group, calls, hidden, quantised)
             self._fit(wrapped, quantised if self.feeds_fit else None)
             if self.end_to_end is None:
@@ -275,8 +286,11 @@ class _Run:
                 fits += [w.fit for w in wrapped]
             else:
                 first = None
+                if not self.quantised_stream:  # no block waits for another: all ranks round theirs at a time
+                    wrapped = [self._rounded(wrapped.pop(0), calls, None) for _ in group]
                 while wrapped:
-                    quantised = self._finish(wrapped.pop(0), calls, quantised)
+                    w = self._rounded(wrapped.pop(0), calls, quantised)
+                    quantised = self._take(w.index, w.owner, calls, quantised)
         if self.end_to_end is not None:
             assert first is not None
             assert hidden is not None
@@ -297,7 +311,8 @@ class _Run:
                     targets = None
                     if inputs is not None:
                         targets = run_block(self.blocks[index], self._rotated(calls[index]), inputs, self.batch)
-                    quantised = self._solve(index, calls, quantised, inputs, targets, solved=False)
+                    self._round(index, calls, quantised, inputs, targets)
+                    quantised = self._take(index, distributed.rank(), calls, quantised)
                     inputs = targets
         self.report.blocks = [note for _, note in sorted(self.notes.items())]
         if self.residual is not None:
@@ -342,25 +357,42 @@ class _Run:
         self, group: range, calls: list[BlockCall], hidden: Kept | None, quantised: Kept | None
     ) -> tuple[list[_Wrapped], Kept | None]:
         """Wrap the blocks of a group that no earlier run has solved; and the full-precision outputs of its last one."""
-        wrapped = []
+        wrapped, owners = [], self._owners(group)
         for index in group:
+            ours = owners[index] == distributed.rank()
             with _named(index):
                 self._bring(index)
-                second = self._second(index, calls[index], quantised)
+                second = self._second(index, calls[index], quantised) if ours else None
                 held_out = self._hold_out(index)
-                inputs, (fit, hidden) = hidden, self._wrap_one(index, calls[index], hidden)
+                fits = (ours or self.end_to_end is not None) and solved_name(index) not in self.kept
+                inputs, (fit, hidden) = hidden, self._wrap_one(index, calls[index], hidden, fits)
+                if not (ours or self.end_to_end is not None or self.output_adaptive):
+                    self.blocks[index].to(self._home)
             wrapped.append(
                 _Wrapped(
                     index=index,
+                    owner=owners[index],
                     call=calls[index],
                     fit=fit,
-                    inputs=inputs,
-                    targets=hidden,
+                    inputs=inputs if ours else None,
+                    targets=hidden if ours else None,
                     second=second,
                     held_out=held_out,
                 )
             )
         return wrapped, hidden
+
+    def _owners(self, group: range) -> dict[int, int]:
+        """The rank of every block: neighbours together, and as many left to fit on one rank as on another."""
+        fitted = [i for i in group if fitted_name(i) in self.kept]
+        fresh = [i for i in group if fitted_name(i) not in self.kept]
+        ranks = distributed.size()
+        return {i: k * ranks // len(part) for part in (fresh, fitted) for k, i in enumerate(part)}
+
+    @property
+    def _home(self) -> torch.device | str:
+        """Where blocks lie while nothing is done to them."""
+        return self.home if self.checkpoint is None else "meta"
 
     def _bring(self, index: int) -> nn.Module:
         """A block onto the device, in a dtype that the fit's products take."""
@@ -373,7 +405,10 @@ class _Run:
             block.float()
         return block
 
-    def _wrap_one(self, index: int, call: BlockCall, hidden: Kept | None) -> tuple[FitBlock | None, Kept | None]:
+    def _wrap_one(
+        self, index: int, call: BlockCall, hidden: Kept | None, fits: bool
+    ) -> tuple[FitBlock | None, Kept | None]:
+        """A block wrapped, if this rank fits it, and its full-precision outputs."""
         block, plan = self.blocks[index], self.plan.blocks[index]
         targets, statistics = None, {}
         if self.witness is not None:
@@ -381,9 +416,9 @@ class _Run:
                 self.witness.see_original(index, block)
             self.witness.rotate(index, self.residual)
         if hidden is not None:
-            targets, statistics = self._full_precision(index, call, hidden)
+            targets, statistics = self._full_precision(index, call, hidden, observed=fits)
             self.routed[index] = _routed(statistics)
-        if self.state is not None and self.state.has(solved_name(index)):
+        if not fits:
             return None, targets
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         fit = wrap_block(block, self.arch, plan, self.recipe, statistics, generator, residual=self.residual)
@@ -405,24 +440,27 @@ class _Run:
 
     def _second(self, index: int, call: BlockCall, quantised: Kept | None) -> Kept | None:
         """The original block's outputs on the quantised stream, if the fit minds them and is still to come."""
-        done = self.state is not None and (self.state.has(fitted_name(index)) or self.state.has(solved_name(index)))
+        done = fitted_name(index) in self.kept or solved_name(index) in self.kept
         if quantised is None or self.recipe.fit is None or not self.recipe.fit.both_targets or done:
             return None
-        return self._full_precision(index, call, quantised)[0]
+        return self._full_precision(index, call, quantised, observed=False)[0]
 
-    def _full_precision(self, index: int, call: BlockCall, hidden: Kept) -> tuple[Kept, dict[str, InputStatistics]]:
-        """What an original block gives, and its input statistics; in a wider dtype if products overflow the fit's."""
+    def _full_precision(
+        self, index: int, call: BlockCall, hidden: Kept, *, observed: bool
+    ) -> tuple[Kept, dict[str, InputStatistics]]:
+        """What an original block gives, in a wider dtype if products overflow; its input statistics, if `observed`."""
         block, dtype = self.blocks[index], self.dtype
         plan = self.plan.blocks[index]
         offset = plan.key_offset if takes_mean(self.recipe, plan.keys) else None
         while True:
-            observer = Observer(block, self.arch, offset)
+            observer = Observer(block, self.arch, offset) if observed else None
             run = partial(_in_dtype, dtype, hidden.dtype, partial(call, block))
             try:
                 with self._stage("full precision", index), autocast(self.device, dtype):
-                    return mapped(hidden, self.batch, run), observer.close()
+                    return mapped(hidden, self.batch, run), {} if observer is None else observer.close()
             except CalibrationError:
-                observer.close()
+                if observer is not None:
+                    observer.close()
                 wider = safer(dtype, self.device)
                 if wider is None:
                     raise
@@ -446,32 +484,51 @@ class _Run:
         return replace(call, basis=self.residual)
 
     def _fit(self, wrapped: list[_Wrapped], quantised: Kept | None) -> None:
-        """Fit the blocks that no earlier run has fitted; on `quantised` inputs (then one block at a time) if given."""
+        """Fit the blocks that no earlier run has fitted, and tell all ranks what came of them.
+
+        Args:
+            quantised: inputs of the fit, then of one block at a time, if given.
+        """
         if quantised is not None:
             wrapped = [replace(w, inputs=quantised) for w in wrapped]
-        todo: list[_Wrapped] = []
-        for w in wrapped:
-            if w.fit is None:
-                continue
-            if self.state is not None and self.state.has(fitted_name(w.index)):
-                tensors, self.notes[w.index] = self.state.load(fitted_name(w.index))
-                w.fit.load_state(tensors)
-                continue
-            todo.append(w)
+        fresh = [w for w in wrapped if fitted_name(w.index) not in self.kept]
+        ours = [w for w in fresh if w.owner == distributed.rank()]
         start = time.perf_counter()
-        results = self._fit_blocks(todo)
-        seconds = round((time.perf_counter() - start) / max(len(todo), 1), 3)
-        for w, fitted in zip(todo, results, strict=True):
+        with _forwarded() as told:
+            results = self._fit_blocks(ours, len(fresh))
+        seconds = round((time.perf_counter() - start) / max(len(ours), 1), 3)
+        found: dict[int, distributed.Message] = {}
+        for w, fitted in zip(ours, results, strict=True):
+            assert w.fit is not None
             note = {"block": w.index, "losses": fitted.losses, "seconds": seconds, **self.routed.get(w.index, {})}
             if fitted.held_out is not None:
                 note |= measured(fitted)
             if fitted.dtype != self.dtype:
                 note["dtype"] = named(fitted.dtype)
-            self.notes[w.index] = note
-            if self.state is not None and w.fit is not None:
-                self.state.save(fitted_name(w.index), w.fit.state(), note)
+            found[w.index] = w.fit.state(), note
+        for w in wrapped:
+            if solved_name(w.index) not in self.kept:
+                self._share_fit(w, found.get(w.index))
+        for source in range(1, distributed.size()):
+            for category, text in distributed.broadcast(({}, told), source)[1]:
+                if distributed.leads():
+                    warnings.warn(text, FitWarning if category == FitWarning.__name__ else UserWarning, stacklevel=2)
 
-    def _fit_blocks(self, todo: list[_Wrapped]) -> list[Fitted]:
+    def _share_fit(self, w: _Wrapped, found: distributed.Message | None) -> None:
+        """Give all ranks what came of a block's fit: its owner found it, or an earlier run kept it."""
+        name = fitted_name(w.index)
+        kept = name in self.kept
+        if kept and self.state is not None:
+            found = self.state.load(name)
+        source = 0 if kept else w.owner
+        tensors, self.notes[w.index] = distributed.broadcast(found, source)
+        if w.fit is not None and (kept or source != distributed.rank()):
+            w.fit.load_state(tensors)
+        if not kept and self.state is not None:
+            self.state.save(name, tensors, self.notes[w.index])
+
+    def _fit_blocks(self, todo: list[_Wrapped], together: int) -> list[Fitted]:
+        """Fit this rank's blocks of so many that all ranks fit at a time."""
         spec = self.recipe.fit
         blocks = [
             BlockFit(
@@ -489,6 +546,7 @@ class _Run:
         if spec is None or not blocks:
             return [Fitted(dtype=self.dtype) for _ in todo]
         before, total = blocks[0].index * spec.epochs, spec.epochs * len(self.plan.blocks)
+        pace = together / len(blocks)  # the other ranks are about as far
         self.progress("fit", before, total)
         with self.clock("fit"):
             return fit_blocks(
@@ -497,15 +555,15 @@ class _Run:
                 dtype=self.dtype,
                 graph=self.graph,
                 splits=splits(spec.batch_size, self.layout.windows),
-                progress=lambda done, _: self.progress("fit", before + done, total),
+                progress=lambda done, _: self.progress("fit", before + pace * done, total),
             )
 
     def _fit_end_to_end(
         self, spec: EndToEndSpec, fits: list[FitBlock], calls: list[BlockCall], inputs: Kept, targets: Kept
     ) -> None:
         start = None
-        if self.state is not None and self.state.has(END_TO_END):
-            tensors, note = self.state.load(END_TO_END)
+        if END_TO_END in self.kept:
+            tensors, note = distributed.broadcast(None if self.state is None else self.state.load(END_TO_END))
             start = (note["step"], note["losses"], tensors, getattr(torch, note["dtype"]))
 
         def save(step: int, losses: list[float], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -531,7 +589,7 @@ class _Run:
                 spec,
                 dtype=self.dtype,
                 graph=self.graph,
-                splits=splits(spec.batch_size, self.layout.windows),
+                windows=self.layout.windows,
                 recompute=self.layout.recompute,
                 held_out=held_out,
                 start=start,
@@ -560,13 +618,16 @@ class _Run:
 
         return head
 
-    def _finish(self, w: _Wrapped, calls: list[BlockCall], quantised: Kept | None) -> Kept | None:
-        index, solved, inputs, targets = w.index, w.fit is None, w.inputs, w.targets
-        with _named(index):
-            if w.fit is not None:
-                self._fold(index, w.fit)
-            del w  # and what was fitted, with its float32 weights
-            return self._solve(index, calls, quantised, inputs, targets, solved=solved)
+    def _rounded(self, w: _Wrapped, calls: list[BlockCall], quantised: Kept | None) -> _Wrapped:
+        """Fold and round a block that this rank has fitted, if that is still to be done."""
+        index, fit, inputs, targets = w.index, w.fit, w.inputs, w.targets
+        w = replace(w, fit=None, inputs=None, targets=None)
+        if fit is not None:
+            with _named(index):
+                self._fold(index, fit)
+                del fit  # with its float32 weights
+                self._round(index, calls, quantised, inputs, targets)
+        return w
 
     def _fold(self, index: int, fit: FitBlock) -> None:
         with self._stage("fold", index):
@@ -579,56 +640,72 @@ class _Run:
                         "calibration text, or the model in bfloat16 or float32"
                     )
 
-    def _solve(
+    def _round(
         self,
         index: int,
         calls: list[BlockCall],
         quantised: Kept | None,
         inputs: Kept | None,
         targets: Kept | None,
-        *,
-        solved: bool,
-    ) -> Kept | None:
-        """Round a folded block, or take what an earlier run solved; its outputs on the quantised stream, if needed.
+    ) -> None:
+        """Round a folded block.
 
         Args:
             inputs, targets: what the original block sees and gives, where rounding needs it.
         """
         block, plan, call = self.blocks[index], self.plan.blocks[index], self._rotated(calls[index])
         self.progress("solve", index, len(self.plan.blocks))
-        if solved:
-            assert self.state is not None
-            tensors, self.notes[index] = self.state.load(solved_name(index))
-            install(block, self.plan.attention, plan, packed=False)
-            block.load_state_dict(tensors, assign=True)
-            block.to(self.device)
-        else:
-            hessians = None
-            if self.output_adaptive:
-                with self.clock("gradients"):
-                    hessians = self._output_hessians(index, calls, quantised)
-            if self.witness is not None:
-                with self.clock("verdict"), torch.no_grad():
-                    self.witness.see_unrounded(index, block, plan)
-            with self.clock("solve"):
-                rounds = self.recipe.branch.rounds if self.recipe.branch else 1
-                seen = inputs if self.sees_original else quantised
-                learns = self.learned is not None
-                solve_block(block, plan, self.solver, call, seen, self.batch, hessians, rounds, learns)
-            if self.learned is not None:
-                assert quantised is not None
-                assert targets is not None
-                self._learn_rounding(self.learned, index, call, quantised, targets)
+        hessians = None
+        if self.output_adaptive:
+            with self.clock("gradients"):
+                hessians = self._output_hessians(index, calls, quantised)
         if self.witness is not None:
             with self.clock("verdict"), torch.no_grad():
-                alone = self.witness.see_quantised(index, block, plan, self.notes[index].get("alone"))
+                self.witness.see_unrounded(index, block, plan)
+        with self.clock("solve"):
+            rounds = self.recipe.branch.rounds if self.recipe.branch else 1
+            seen = inputs if self.sees_original else quantised
+            learns = self.learned is not None
+            solve_block(block, plan, self.solver, call, seen, self.batch, hessians, rounds, learns)
+        if self.learned is not None:
+            assert quantised is not None
+            assert targets is not None
+            self._learn_rounding(self.learned, index, call, quantised, targets)
+        if self.witness is not None:
+            with self.clock("verdict"), torch.no_grad():
+                alone = self.witness.see_rounded(index, block, plan)
             self.notes[index] = {**self.notes[index], "alone": alone}
-        if self.state is not None and self.end_to_end is None and not solved:
-            self.state.save(solved_name(index), block.state_dict(), self.notes[index])
+
+    def _take(self, index: int, owner: int, calls: list[BlockCall], quantised: Kept | None) -> Kept | None:
+        """A rounded block, of whoever rounded it; its outputs on the quantised stream, if needed.
+
+        Args:
+            owner: the rank that has rounded it, unless an earlier run did.
+        """
+        block, plan, name = self.blocks[index], self.plan.blocks[index], solved_name(index)
+        self.progress("solve", index, len(self.plan.blocks))
+        solved = name in self.kept
+        source = 0 if solved else owner
+        found = None
+        if solved and self.state is not None:
+            found = self.state.load(name)
+        elif not solved and source == distributed.rank():
+            found = block.state_dict(), self.notes[index]
+        if self.end_to_end is None:  # after an end-to-end fit, every rank has rounded every block
+            tensors, self.notes[index] = distributed.broadcast(found, source)
+            if solved or source != distributed.rank():
+                install(block, self.plan.attention, plan, packed=False)
+                block.load_state_dict(tensors, assign=True)
+                block.to(self.device)
+            if not solved and self.state is not None:
+                self.state.save(name, tensors, self.notes[index])
+        if self.witness is not None:
+            with self.clock("verdict"), torch.no_grad():
+                self.witness.see_quantised(index, block, self.notes[index].get("alone"))
         if quantised is not None:
             with self.clock("quantised stream"):
-                quantised = run_block(block, call, quantised, self.batch)
-        block.to(self.home if self.checkpoint is None else "meta")
+                quantised = run_block(block, self._rotated(calls[index]), quantised, self.batch)
+        block.to(self._home)
         self.progress("solve", index + 1, len(self.plan.blocks))
         return quantised
 
@@ -734,6 +811,19 @@ def solved_name(index: int) -> str:
 def _in_dtype(dtype: torch.dtype, kept: torch.dtype, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Outputs as they are kept, of a block whose products are in `dtype`."""
     return run(wide(x, dtype)).to(kept)
+
+
+@contextmanager
+def _forwarded() -> Iterator[list[list[str]]]:
+    """On a rank that does not speak, collect warnings for the one that does: (category, text)."""
+    told: list[list[str]] = []
+    if distributed.leads():
+        yield told
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield told
+    told += [[w.category.__name__, str(w.message)] for w in caught]
 
 
 @contextmanager

@@ -107,6 +107,10 @@ class RunState:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
+    def names(self) -> list[str]:
+        """All finished pieces of work."""
+        return sorted(path.stem for path in self.folder.glob("*.safetensors"))
+
     def has(self, name: str) -> bool:
         """Whether a piece of work is finished."""
         return self._path(name).exists()

@@ -118,32 +118,25 @@ class Witness:
         self._exact, *alone = self._each_alone(index, block, plan).split(1)
         self._changes = relative(torch.cat(alone), self._exact) if alone else self._exact.new_empty(0)
 
-    def see_quantised(
-        self, index: int, block: nn.Module, plan: BlockPlan, alone: dict[str, float] | None = None
-    ) -> dict[str, float] | None:
+    def see_rounded(self, index: int, block: nn.Module, plan: BlockPlan) -> dict[str, float]:
+        """Look at the block of `see_unrounded` again once its weights are rounded; its entry in `alone`."""
+        assert self._exact is not None
+        parts, out = rounded_parts(plan, index), self._exact
+        if any(site.weights for site in plan.sites.values()):
+            out = self._sample(index, block, dict.fromkeys(parts))
+        changes = torch.cat([self._changes, relative(out, self._exact)]).tolist()
+        self._exact = None
+        return dict(zip([*(part.name for part in parts), "weights"], map(_or_infinite, changes), strict=True))
+
+    def see_quantised(self, index: int, block: nn.Module, alone: dict[str, float] | None) -> None:
         """Send the windows through a rounded block, and compare.
 
         Args:
-            alone: what this returned when an earlier run rounded the block.
-
-        Returns:
-            The block's entry in `alone`.
+            alone: what `see_rounded` returned where and when the block was rounded.
         """
         self.quantised = through(block, self.calls[index], self.quantised, together=self.together)
-        errors = [relative(self._sampled(self.quantised), self._samples[index + 1])]
-        parts = rounded_parts(plan, index)
-        if self._exact is not None:
-            out = self._exact
-            if any(site.weights for site in plan.sites.values()):
-                out = self._sample(index, block, dict.fromkeys(parts))
-            errors += [self._changes, relative(out, self._exact)]
-        total, *changes = (_or_infinite(error) for error in torch.cat(errors).tolist())  # waits for the device once
-        self.errors.append(total)
-        if self._exact is not None:
-            alone = dict(zip([*(part.name for part in parts), "weights"], changes, strict=True))
-            self._exact = None
+        self.errors.append(_or_infinite(float(relative(self._sampled(self.quantised), self._samples[index + 1]))))
         self.alone.append(alone)
-        return alone
 
     def _each_alone(self, index: int, block: nn.Module, plan: BlockPlan) -> Tensor:
         """What a block makes of the original's inputs without any grid, and with each of its grids alone.

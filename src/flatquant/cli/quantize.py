@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from flatquant.cli.display import Display
 from flatquant.cli.options import recipe_of
 from flatquant.cli.terminal import (
     Mistakes,
+    check_devices,
     device_of,
     dtype_of,
     errors,
@@ -89,6 +91,9 @@ def quantize(
         typer.Option(help="A constant that cached keys leave out: auto (mean; without text, bias), none, bias, mean."),
     ] = None,
     device: Device = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of this host to divide the run among, a process for each.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the calibration text and of random transforms.")] = 0,
     resume: Annotated[
@@ -117,7 +122,7 @@ def quantize(
     """Quantise a model, save it as a folder, and say how good it is."""
     hint = f"interrupted; go on by repeating the command with --resume (the state is in {output}.partial)"
     with errors(hint):
-        from flatquant import api, models, recipes
+        from flatquant import api, distributed, models, recipes
         from flatquant.calibrate.memory import parse_bytes
         from flatquant.data import check_source
         from flatquant.spec import Scheme
@@ -143,33 +148,43 @@ def quantize(
         mistakes(models.check, model)
         if recipe.needs_data if recipe else calibration and not named:
             mistakes(check_source, (calibration or recipe.data.text) if recipe else calibration)
-        mistakes(partial(api.check_output, resume=resume), output)
-        mistakes(device_of, device)
+        if not distributed.launched():  # there, the first rank does
+            mistakes(partial(api.check_output, resume=resume), output)
+        where = mistakes(device_of, device)
+        mistakes(check_devices, devices, where)
         mistakes(dtype_of, dtype)
         for memory in filter(None, (max_memory, max_host_memory)):
             mistakes(parse_bytes, memory)
         mistakes.tell()
         assert recipe is not None
 
-        display = Display(silent=quiet or as_json, epochs=recipe.fit.epochs if recipe.fit else 0)
-        with display, warnings.catch_warnings():
-            warnings.simplefilter("ignore", QualityWarning)  # told below
-            display("load", 0, 1)
-            result = api.quantize(
-                model,
-                recipe,
-                calibration if recipe.needs_data else None,
-                output=output,
-                device=device_of(device),
-                dtype=dtype_of(dtype),
-                seed=seed,
-                resume=resume,
-                progress=display,
-                stream=stream,
-                max_memory=max_memory,
-                max_host_memory=max_host_memory,
-                notice=display.expect,
-            )
+        if devices is not None and devices > 1 and not distributed.launched():
+            raise typer.Exit(distributed.launch(devices, "flatquant", sys.argv[1:]))
+        assert where is not None
+        with distributed.joined(where):
+            leads = distributed.leads()
+            display = Display(silent=quiet or as_json or not leads, epochs=recipe.fit.epochs if recipe.fit else 0)
+            with display, warnings.catch_warnings():
+                # Verdicts are told below, warnings of other ranks by the first.
+                warnings.simplefilter("ignore", QualityWarning if leads else Warning)
+                display("load", 0, 1)
+                result = api.quantize(
+                    model,
+                    recipe,
+                    calibration if recipe.needs_data else None,
+                    output=output,
+                    device=where,
+                    dtype=dtype_of(dtype),
+                    seed=seed,
+                    resume=resume,
+                    progress=display,
+                    stream=stream,
+                    max_memory=max_memory,
+                    max_host_memory=max_host_memory,
+                    notice=display.expect,
+                )
+    if not leads:
+        return
     found = result.verdict
     if as_json:
         sizes, timing = result.report["sizes"], result.report["timing"]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from flatquant.errors import FitWarning, FlatQuantError, PositionsWarning, SpecError
+from flatquant.errors import FitWarning, FlatQuantError, PositionsWarning, RankError, SpecError
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,8 @@ def errors(interrupted: str = "interrupted") -> Iterator[None]:
         with _warnings():
             yield
     except FlatQuantError as error:
+        if (ranks := _ranks()) is not None and isinstance(error, RankError):
+            ranks.await_end()
         raise failure(str(error), 1, getattr(error, "__notes__", ())) from error
     except ExceptionGroup as group:
         if group.split(FlatQuantError)[1] is not None:
@@ -43,7 +47,18 @@ def errors(interrupted: str = "interrupted") -> Iterator[None]:
                 "the device is out of memory; try --max-memory with less than it has, a smaller --seqlen, or another"
             )
             raise failure(message, 1) from error
+        if _ranks() is not None:
+            failure(f"{type(error).__name__}: {error}", 1)
         raise
+
+
+def _ranks() -> ModuleType | None:
+    """`flatquant.distributed` in a process that torchrun has started beside others."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    from flatquant import distributed
+
+    return distributed if distributed.launched() else None
 
 
 @contextmanager
@@ -89,7 +104,13 @@ class Mistakes:
 
 
 def failure(message: str, code: int, notes: Iterable[str] = ()) -> typer.Exit:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    """Say what went wrong: of several ranks, the first that asks says it, and its number."""
+    rank = ""
+    if (ranks := _ranks()) is not None:
+        if not ranks.speaks():
+            return typer.Exit(code)
+        rank = f"rank {ranks.rank()}: "
+    typer.echo(f"error: {rank}{' '.join(message.split())}", err=True)
     for note in notes:
         typer.echo(note, err=True)
     return typer.Exit(code)
@@ -145,3 +166,22 @@ def device_of(name: str | None) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # for whatever asks for the current device's stream, in other libraries too
     return device
+
+
+def check_devices(devices: int | None, device: torch.device | None) -> None:
+    """Whether there are so many ranks, or so many GPUs for them.
+
+    Raises:
+        SpecError: there are not.
+    """
+    import torch
+
+    from flatquant import distributed
+
+    if devices is None:
+        return
+    if distributed.launched():
+        if devices != distributed.local_size():
+            raise SpecError(f"--devices {devices}, and torchrun has started {distributed.local_size()} processes here")
+    elif device is not None and device.type == "cuda" and devices > torch.cuda.device_count():
+        raise SpecError(f"--devices {devices}: this host has {torch.cuda.device_count()} GPUs")

@@ -1,0 +1,280 @@
+"""Runs `quantize` on one, two and three ranks over gloo, kills ranks, resumes with other numbers of ranks, compares.
+
+    python tests/ranks.py MODEL_FOLDER TEXT WORK_FOLDER PART ..
+
+A program of its own: every rank is a fork of a process that has imported all and computed nothing, which costs a tenth
+of a start from nothing. It stands in for torchrun's agent, without ending ranks that others have left. Prints JSON.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatquant import api, cli, distributed, recipes, store
+from flatquant.calibrate import end2end, pipeline
+from flatquant.errors import CalibrationError, RankError
+from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, SolverSpec
+
+CPU = torch.device("cpu")
+DATA = DataSpec(samples=4, seqlen=16)
+FIT = dataclasses.replace(recipes.flatquant("w4a4kv4"), data=DATA, fit=FitSpec(epochs=2, batch_size=2))
+STEPS = EndToEndSpec(steps=6, batch_size=2, lr=1e-3, clip_lr=1e-2)
+
+
+def fed(recipe: Recipe) -> Recipe:
+    assert recipe.fit is not None
+    fit = dataclasses.replace(recipe.fit, epochs=2, batch_size=2)
+    return dataclasses.replace(recipe, data=DATA, fit=fit)
+
+
+def learned() -> Recipe:
+    recipe = recipes.recipe("autoround", "w3a16", "reference")
+    assert recipe.solver.learned is not None
+    steps = dataclasses.replace(recipe.solver.learned, steps=4, checks=2, batch_size=2)
+    return dataclasses.replace(recipe, data=DATA, solver=dataclasses.replace(recipe.solver, learned=steps))
+
+
+# What is promised the same bytes on any number of ranks.
+BLOCK_WISE = {
+    "rtn": recipes.rtn("w4a4kv4"),
+    "fit": FIT,
+    "gptq": dataclasses.replace(FIT, solver=SolverSpec(kind="gptq")),
+    "output adaptive": dataclasses.replace(FIT, solver=SolverSpec(kind="gptq", hessian="output_adaptive")),
+    "fed by quantised blocks": fed(recipes.recipe("omniquant", "w4a4", "reference")),
+    "learned rounding": learned(),
+}
+END_TO_END = {
+    "end to end": dataclasses.replace(FIT, end_to_end=STEPS),
+    "weights": dataclasses.replace(
+        FIT, end_to_end=dataclasses.replace(STEPS, weight_lr=1e-3, batch_size=4), solver=SolverSpec(kind="gptq")
+    ),
+}
+
+
+def start(ranks: int, body: Callable[[], None]) -> list[int]:
+    """Fork ranks; their processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        sys.stdout.flush()
+        if child := os.fork():
+            processes.append(child)
+            continue
+        code = 1
+        try:
+            if ranks > 1:
+                number, count = str(rank), str(ranks)
+                os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            body()
+            code = 0
+        except RankError:
+            code = 9
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return processes
+
+
+def codes(processes: list[int]) -> list[int]:
+    """How they end."""
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file; of the report all but `timing`."""
+    found = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    report = json.loads(found["flatquant_report.json"])
+    report.pop("timing")
+    return {**found, "flatquant_report.json": json.dumps(report, sort_keys=True).encode()}
+
+
+def differing(a: Path, b: Path) -> list[str]:
+    one, other = contents(a), contents(b)
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+class Trials:
+    def __init__(self, model: str, text: str, work: Path) -> None:
+        self.model, self.text, self.work = model, text, work
+
+    def quantise(self, recipe: Recipe, output: Path, **options: Any) -> Callable[[], None]:
+        def body() -> None:
+            text = self.text if recipe.needs_data else None
+            options.setdefault("verdict", False)
+            with distributed.joined(CPU):
+                result = api.quantize(self.model, recipe, text, output=output, device="cpu", **options)
+                assert result.report["run"]
+                assert result.model is not None
+
+        return body
+
+    def whole(self, name: str, recipe: Recipe, ranks: int, **options: Any) -> Path:
+        output = self.work / f"{name} on {ranks}"
+        if output.exists():
+            return output
+        found = codes(start(ranks, self.quantise(recipe, output, **options)))
+        assert found == [0] * ranks, (name, ranks, found)
+        return output
+
+    def same_bytes(self) -> dict[str, list[str]]:
+        """By mode, what differs from one rank's."""
+        different: dict[str, list[str]] = {}
+        modes: dict[str, tuple[Recipe, Mapping[str, Any]]] = {name: (r, {}) for name, r in BLOCK_WISE.items()}
+        modes |= {"streamed": (FIT, {"stream": True}), "verdict": (recipes.rtn("w4a4kv4"), {"verdict": True})}
+        for name, (recipe, options) in modes.items():
+            alone = self.whole(name, recipe, 1, **options)
+            for ranks in (2, 3):
+                different[f"{name}, {ranks}"] = differing(alone, self.whole(name, recipe, ranks, **options))
+        return different
+
+    def data_parallel(self) -> dict[str, list[float]]:
+        """By mode and ranks, how far the loss of every step is from one rank's, relatively."""
+        far: dict[str, list[float]] = {}
+        for name, recipe in END_TO_END.items():
+            alone = _fitted(self.whole(name, recipe, 1))
+            for ranks in (2, 3):
+                found = _fitted(self.whole(name, recipe, ranks))
+                pairs = zip(alone["losses"], found["losses"], strict=True)
+                far[f"{name}, {ranks}"] = [abs(b - a) / a for a, b in pairs]
+        return far
+
+    def killed(self) -> dict[str, Any]:
+        """Kill a rank at a random point, and resume with other numbers of ranks."""
+        rng = random.Random(0)
+        result: dict[str, Any] = {"hit": 0, "seconds": [], "left": [], "different": []}
+        for trial, (name, ranks, again) in enumerate(
+            [("fit", 2, 1), ("fit", 2, 3), ("fit", 3, 2), ("gptq", 2, 3), ("gptq", 3, 1), ("fit", 1, 2)]
+        ):
+            output, partial = self.work / f"trial {trial}", self.work / f"trial {trial}.partial"
+            processes = start(ranks, self.quantise(BLOCK_WISE[name], output))
+            victim, want = rng.randrange(ranks), rng.randint(2, 6)
+            deadline = time.monotonic() + 60
+            while len(_names(partial)) < want and not output.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            os.kill(processes[victim], signal.SIGKILL)
+            before = time.monotonic()
+            found = codes(processes)
+            result["seconds"].append(time.monotonic() - before)
+            result["hit"] += found[victim] == -signal.SIGKILL
+            if found[victim] == -signal.SIGKILL:  # those that had not yet ended have said that they lost it
+                result["left"] += [code for i, code in enumerate(found) if i != victim and code not in (0, 9)]
+            found = codes(start(again, self.quantise(BLOCK_WISE[name], output, resume=True)))
+            assert found == [0] * again, (trial, found)
+            result["different"] += differing(self.whole(name, BLOCK_WISE[name], 1), output)
+            result["left"] += [p.name for p in self.work.glob(f"{output.name}.*")]
+        return result
+
+    def end_to_end_resumed(self) -> list[str]:
+        """What differs of an end-to-end fit that was interrupted on two ranks and went on on two, from one that was not."""
+        output, recipe = self.work / "interrupted", END_TO_END["end to end"]
+
+        def body() -> None:
+            end2end.SAVE_EVERY = 2
+
+            def stop(stage: str, done: float, _: int) -> None:
+                if stage == "end to end" and done >= 4:
+                    os._exit(7)
+
+            self.quantise(recipe, output, progress=stop)()
+
+        found = codes(start(2, body))
+        assert 7 in found, found
+        assert (self.work / "interrupted.partial" / "end-to-end.safetensors").is_file()
+        found = codes(start(2, self.quantise(recipe, output, resume=True)))
+        assert found == [0, 0], found
+        return differing(self.whole("end to end", recipe, 2), output)
+
+    def command(self, ranks: int, *arguments: str, patch: Callable[[], None] = lambda: None) -> tuple[list[int], str]:
+        """The command line on so many ranks: exit codes, and what is written to stderr and stdout."""
+        log = self.work / "log"
+
+        def body() -> None:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            distributed._GRACE = 0.5
+            patch()
+            sys.argv = ["flatquant", *arguments]
+            cli.main()
+
+        log.write_text("")
+        return codes(start(ranks, body)), log.read_text()
+
+    def quantise_command(self, output: Path) -> list[str]:
+        options = ["--calibration", self.text, "--samples", "4", "--seqlen", "16", "--epochs", "1", "--quiet"]
+        return ["quantize", self.model, "--output", str(output), "--device", "cpu", "--accept", *options]
+
+    def failures(self) -> dict[str, tuple[list[int], str]]:
+        """What the command line says of what goes wrong."""
+        result: dict[str, tuple[list[int], str]] = {}
+
+        def raises(error: Exception) -> Callable[[], None]:
+            def patched(*_: Any, **__: Any) -> None:
+                if os.environ["RANK"] == "1":
+                    raise error
+                time.sleep(0.5)
+
+            def patch() -> None:
+                pipeline.fit_blocks = patched  # type: ignore[assignment]
+
+            return patch
+
+        ranks, output = 2, self.work / "failing"
+        arguments = self.quantise_command(output)
+        result["quiet"] = self.command(ranks, *self.quantise_command(self.work / "quiet"))
+        nan = raises(CalibrationError("block 1: the loss in float32 is not finite"))
+        result["nan"] = self.command(ranks, *arguments, patch=nan)
+        result["defect"] = self.command(ranks, *arguments, "--resume", patch=raises(ValueError("a defect")))
+        result["mistake"] = self.command(ranks, *arguments, "--scheme", "w99")
+        with store.held(self.work / "held.partial"):
+            result["held"] = self.command(ranks, *self.quantise_command(self.work / "held"))
+        return result
+
+
+def _fitted(output: Path) -> dict[str, Any]:
+    return json.loads((output / "flatquant_report.json").read_text())["end_to_end"]
+
+
+def _names(folder: Path) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return os.listdir(folder)
+    return []
+
+
+def main() -> None:
+    model, text, folder, *parts = sys.argv[1:]
+    trials = Trials(model, text, Path(folder))
+    seconds: dict[str, float] = {}
+    result: dict[str, Any] = {"seconds": seconds}
+    for name in parts:
+        before = time.monotonic()
+        result[name] = getattr(trials, name)()
+        seconds[name] = round(time.monotonic() - before, 1)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    assert isinstance(sys.stdout, io.TextIOBase)
+    main()
