@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -22,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 from flatquant import api, cli, distributed, recipes, store
 from flatquant.calibrate import end2end, pipeline
+from flatquant.calibrate.blockwise import Fitted
 from flatquant.errors import CalibrationError, RankError
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, SolverSpec
 
 CPU = torch.device("cpu")
+_STORES: list[TCPStore] = []
 DATA = DataSpec(samples=4, seqlen=16)
 FIT = dataclasses.replace(recipes.flatquant("w4a4kv4"), data=DATA, fit=FitSpec(epochs=2, batch_size=2))
 STEPS = EndToEndSpec(steps=6, batch_size=2, lr=1e-3, clip_lr=1e-2)
@@ -65,10 +67,9 @@ END_TO_END = {
 
 
 def start(ranks: int, body: Callable[[], None]) -> list[int]:
-    """Fork ranks; their processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    """Fork ranks; their processes. The store of what they say of themselves is this process's, as it is the agent's."""
+    agent = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     processes = []
     for rank in range(ranks):
         sys.stdout.flush()
@@ -80,7 +81,7 @@ def start(ranks: int, body: Callable[[], None]) -> list[int]:
             if ranks > 1:
                 number, count = str(rank), str(ranks)
                 os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(agent.port)}
             body()
             code = 0
         except RankError:
@@ -93,6 +94,7 @@ def start(ranks: int, body: Callable[[], None]) -> list[int]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    _STORES.append(agent)
     return processes
 
 
@@ -187,7 +189,7 @@ class Trials:
         return result
 
     def end_to_end_resumed(self) -> list[str]:
-        """What differs of an end-to-end fit that was interrupted on two ranks and went on on two, from one that was not."""
+        """What differs from an end-to-end fit on two ranks if it is interrupted and goes on."""
         output, recipe = self.work / "interrupted", END_TO_END["end to end"]
 
         def body() -> None:
@@ -231,10 +233,12 @@ class Trials:
         result: dict[str, tuple[list[int], str]] = {}
 
         def raises(error: Exception) -> Callable[[], None]:
-            def patched(*_: Any, **__: Any) -> None:
+            original = pipeline.fit_blocks
+
+            def patched(*blocks: Any, **options: Any) -> list[Fitted]:
                 if os.environ["RANK"] == "1":
                     raise error
-                time.sleep(0.5)
+                return original(*blocks, **options)
 
             def patch() -> None:
                 pipeline.fit_blocks = patched  # type: ignore[assignment]

@@ -1,0 +1,157 @@
+"""Several ranks: the same bytes where they are promised, near losses where not, and how a run that loses a rank ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flatquant import distributed
+from tests.tiny_models import tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+RANKS = Path(__file__).with_name("ranks.py")
+QUICK = ["--samples", "4", "--seqlen", "16", "--batch-size", "2", "--device", "cpu", "--accept", "--quiet"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc"),
+]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model whose blocks neither two nor three ranks divide evenly, and a text."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny_llama(layers=5).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog and runs away from it again " * 200)
+    (folder / "work").mkdir()
+    return folder
+
+
+def found(place: Path, part: str) -> Any:
+    """What a part of `ranks.py` found."""
+    arguments = [sys.executable, RANKS, place / "model", place / "text.txt", place / "work", part]
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)[part]
+
+
+def test_blocks_have_the_same_bytes_on_any_number_of_ranks(place: Path) -> None:
+    different = found(place, "same_bytes")
+    assert len(different) == 16
+    assert not any(different.values()), different
+
+
+def test_an_end_to_end_fit_is_that_of_one_rank_but_for_the_order_of_sums(place: Path) -> None:
+    far = found(place, "data_parallel")
+    assert len(far) == 4
+    for name, steps in far.items():
+        # The second loss has the first update in it. Later a weight may round the other way.
+        assert max(steps[:2]) < 1e-5, name
+        assert max(steps) < 0.2, name
+
+
+def test_a_run_that_lost_a_rank_goes_on_with_other_numbers_of_ranks(place: Path) -> None:
+    result = found(place, "killed")
+    assert result["hit"] >= 3
+    assert max(result["seconds"]) < 60
+    assert result["different"] == result["left"] == []
+
+
+def test_an_end_to_end_fit_goes_on_where_it_was(place: Path) -> None:
+    assert found(place, "end_to_end_resumed") == []
+
+
+def test_failures_are_one_line_that_names_the_rank(place: Path) -> None:
+    result = found(place, "failures")
+    assert result["quiet"] == [[0, 0], ""]
+    for name, line in (
+        ("nan", "error: rank 1: block 1: the loss in float32 is not finite"),
+        ("mistake", "error: rank 0: 99 bits: .*"),
+        ("held", r"error: rank 0: another run is writing .*held \(process \d+ holds it\); wait for it, .*"),
+    ):
+        codes, said = result[name]
+        assert 0 not in codes
+        assert re.fullmatch(line + r"\n", said), said
+    _, said = result["defect"]
+    assert said.startswith("error: rank 1: ValueError: a defect\nTraceback ")
+    assert said.count("Traceback") == 1
+
+
+# ------------------------------------------------------------------------------------------------- the launcher
+
+
+def launched(place: Path, output: Path, *arguments: object) -> list[str]:
+    text = place / "text.txt"
+    options = ["--output", output, "--calibration", text, "--devices", 2, *QUICK, *arguments]
+    return [sys.executable, "-m", "flatquant", "quantize", *map(str, [place / "model", *options])]
+
+
+def test_devices_starts_ranks(place: Path, tmp_path: Path) -> None:
+    command = launched(place, tmp_path / "out", "--epochs", 1)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_rank_ends_the_run_in_one_line(place: Path, tmp_path: Path) -> None:
+    command = launched(place, tmp_path / "out", "--epochs", 400)
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "out.partial" / "run.json").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+        before = time.monotonic()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - before < 60
+    assert process.returncode == 1
+    line = r"error: rank 1 was ended by SIGKILL \(out of memory\?\); what is done is kept, go on with --resume\n"
+    assert re.fullmatch(line, said), said
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """The process of a rank."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue
+        if int(parent) == launcher and f"RANK={rank}".encode() in variables:
+            return int(entry.name)
+    raise AssertionError("no such rank")
+
+
+# ------------------------------------------------------------------------------------------------- one rank
+
+
+def test_one_rank_communicates_with_nobody() -> None:
+    assert (distributed.rank(), distributed.size(), distributed.leads()) == (0, 1, True)
+    tensor, parameter = torch.ones(2), nn.Parameter(torch.ones(3))
+    tensors, note = distributed.broadcast(({"t": tensor}, [1]))
+    assert tensors["t"] is tensor
+    assert note == [1]
+    assert distributed.sum_gradients([parameter], torch.tensor(2.0)) == 2
+    assert parameter.grad is None
+    with distributed.joined(torch.device("cpu")):
+        assert distributed.size() == 1
