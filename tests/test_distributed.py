@@ -1,4 +1,4 @@
-"""Several ranks: the same bytes where they are promised, near losses where not, and how a run that loses a rank ends."""
+"""Several ranks: the same bytes where they are promised, near losses where not, and how a run ends without one."""
 
 import json
 import os
