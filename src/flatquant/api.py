@@ -215,7 +215,16 @@ def quantize(
             written=written,
             copied=writes and half and _room_for_copy(model, limits),
         )
-        costs = work(model, plan, recipe, shape, written=written, saves=place is not None, recompute=layout.recompute)
+        costs = work(
+            model,
+            plan,
+            recipe,
+            shape,
+            written=written,
+            saves=place is not None,
+            recompute=layout.recompute,
+            ranks=distributed.size(),
+        )
         layout = replace(layout, work=costs)
     layout = Estimate(**distributed.broadcast(None if layout is None else ({}, asdict(layout)))[1])
     run = _Run(

@@ -84,6 +84,7 @@ class Estimate:
         recompute: an end-to-end fit computes each block again in the backward pass, and keeps nothing but its input.
         streamed: whether one block's tensors are in memory at a time.
         shared: whether the device is the host.
+        ranks: processes that divide the run; the bytes on device and host are those of one.
         work: what each stage costs beside the others, in the unit of `calibrate.work`.
     """
 
@@ -96,6 +97,7 @@ class Estimate:
     streamed: bool
     shared: bool
     recompute: bool = False
+    ranks: int = 1
     work: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -106,8 +108,9 @@ class Estimate:
         memory = f"{_size(self.host)} in memory"
         if not self.shared:
             memory = f"{_size(self.device)} on the device, {_size(self.host)} in host memory"
+        each = f" of each of {self.ranks} ranks" if self.ranks > 1 else ""
         return (
-            f"estimate, counted from shapes: {memory}, {_size(self.disk)} on disk; {blocks}"
+            f"estimate{each}, counted from shapes: {memory}, {_size(self.disk)} on disk; {blocks}"
             f"{', streamed' if self.streamed else ''}, {batch}, activations {where}"
         )
 
@@ -370,6 +373,7 @@ class _Count:
             streamed=self.streamed,
             shared=not self.fused,
             recompute=recompute,
+            ranks=distributed.size(),
         )
 
     def with_text(self, layout: Estimate, written: int) -> Estimate:

@@ -32,6 +32,7 @@ def work(
     written: int = 0,
     saves: bool = True,
     recompute: bool = False,
+    ranks: int = 1,
 ) -> dict[str, float]:
     """The cost of every stage that the run will have, by its name in progress.
 
@@ -40,6 +41,7 @@ def work(
         written: how many of the windows the model writes.
         saves: to a folder.
         recompute: blocks in the backward pass of an end-to-end fit (`Estimate.recompute`).
+        ranks: that divide the run.
     """
     blocks = list(submodule(model, plan.blocks_path).children())
     weights = sum(sum(linear_weights(block, p)) for block, p in zip(blocks, plan.blocks, strict=True))
@@ -65,7 +67,16 @@ def work(
     found["solve"] += _learning(recipe, weights, shape)
     if saves:
         found["save"] = _A_WEIGHT_PACKED * weights
-    return found
+    return {stage: cost / (ranks if stage in _divided(recipe) else 1) for stage, cost in found.items()}
+
+
+def _divided(recipe: Recipe) -> set[str]:
+    """The stages that ranks divide (docs/scale.md)."""
+    waits = recipe.fit is not None and recipe.fit.inputs == "quantised"
+    follows = recipe.end_to_end is not None and recipe.end_to_end.steps > 0
+    stream = waits or recipe.solver.learns or recipe.solver.needs_hessian
+    found = {"end to end"} | (set() if waits else {"fit"})
+    return found if follows or stream else found | {"fold", "solve"}
 
 
 def _solving(model: PreTrainedModel, plan: Plan, recipe: Recipe, forward: float) -> float:
