@@ -161,12 +161,16 @@ class ProductCase(Case):
         ordered = bench.in_order(x, "planes").to(torch.float8_e4m3fn)
         s = torch.rand(self.tokens, 1, device=device) + 0.5
         y = torch.randn(self.tokens, self.n, device=device, dtype=_dtype(device))
+        scratch = torch.zeros(4 * int4_linear.scratch_bytes(self.o, self.n), dtype=torch.uint8, device=device)
+        counters, room = int4_linear.cut(scratch, self.tokens, self.n, self.o)
 
         def call(i: int, variant: Variant) -> Tensor:
+            given = (s, packed[i], scale, None, None)
             if "expanded" in variant:
-                return int4_linear.int4_linear(ordered, s, packed[i], scale, None, None, torch.bfloat16)
-            product = products.vector if self.tokens == 1 else products.few
-            return product(x, s, packed[i], scale, None, None, _dtype(device), **variant)
+                return int4_linear.int4_linear(ordered, *given, torch.bfloat16, scratch)
+            if self.tokens == 1:
+                return products.vector(x, *given, _dtype(device), **variant)
+            return products.few(x, *given, _dtype(device), (room.view(torch.int32), counters), **variant)
 
         def error(variant: Variant) -> float:
             want = product_reference.int4_linear(x, s, packed[0], scale, None, None, torch.float32)

@@ -51,7 +51,7 @@ def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return (255 - values if form == "packed" else values), scale
 
     monkeypatch.setattr(kron_quantize, "plain", wrong)
-    monkeypatch.setattr(int4_linear, "int4_linear", lambda *args: product(*args) * 1.1)
+    monkeypatch.setattr(int4_linear, "int4_linear", lambda *args, **kwargs: product(*args, **kwargs) * 1.1)
     rows, _ = bench.run(CPU, ("sites", "products"), ("tiny",), tiny=True)
     assert not any(row.correct for row in rows)
     assert all(row.ms is None and row.ratio is None for row in rows)

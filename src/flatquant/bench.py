@@ -268,6 +268,7 @@ def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Se
         count = copies(o * n // 2)
         packed = [torch.randint(0, 256, (o, n // 2), device=device, dtype=torch.uint8) for _ in range(count)]
         scale = torch.rand(o, device=device) * 0.01 + 0.01
+        scratch = int4_linear.scratch(int4_linear.scratch_bytes(o, n), device)
         dense = [torch.randn(o, n, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * o * n))]
         for t in tokens:
             x = torch.randint(-8, 8, (t, n), device=device, dtype=torch.int8)
@@ -275,10 +276,11 @@ def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Se
                 x = x.float().to(torch.float8_e4m3fn)
             s = torch.rand(t, 1, device=device) + 0.5
             want = product_reference.int4_linear(x, s, packed[0], scale, None, None, torch.float32)
-            error = relative_error(int4_linear.int4_linear(x, s, packed[0], scale, None, None, torch.bfloat16), want)
+            product = partial(int4_linear.int4_linear, dtype=torch.bfloat16, scratch=scratch)
+            error = relative_error(product(x, s, packed[0], scale, None, None), want)
             y = torch.randn(t, n, device=device, dtype=torch.bfloat16)
             base = measure([partial(F.linear, y, w) for w in dense], device)
-            calls = [partial(int4_linear.int4_linear, x, s, w, scale, None, None, torch.bfloat16) for w in packed]
+            calls = [partial(product, x, s, w, scale, None, None) for w in packed]
             rows.append(
                 _row(f"product {o} x {n}", t, error, error <= PRODUCT_ERROR, calls, device, "bfloat16", base.median)
             )
@@ -579,7 +581,8 @@ def kernels_error(runtime: fused.Fused) -> float:
             s = torch.rand(tokens, 1, device=device) + 0.5
             weights = (product.packed, product.scale, product.bias)
             exact = product_reference.int4_linear(x, s, *weights, None, torch.float32)
-            shares.append(relative_error(int4_linear.int4_linear(x, s, *weights, None, dtype), exact) / PRODUCT_ERROR)
+            got = int4_linear.int4_linear(x, s, *weights, None, dtype, runtime.scratch)
+            shares.append(relative_error(got, exact) / PRODUCT_ERROR)
     return max(shares)
 
 
@@ -630,7 +633,7 @@ def block_error(model: PreTrainedModel, runtime: fused.Fused) -> float:
         cos, sin = inner.rotary_emb(x, places)
         cache = runtime.new_cache(1, tokens)
         cache.room.turn(cos, sin, places)
-        got = runtime.blocks[0](x, cos, sin, runtime.first_angles, cache, cache.packed[0], {})
+        got = runtime.blocks[0](x, cos, sin, runtime.first_angles, cache, cache.packed[0], {}, runtime.scratch)
         given: dict[str, Any] = {"position_embeddings": (cos, sin), "attention_mask": None, "position_ids": places}
         truth = exact(x, **given)
         ratios.append(((got - truth).float().norm() / (inner.layers[0](x, **given) - truth).float().norm()).item())

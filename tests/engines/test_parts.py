@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from flatquant import recipes
 from flatquant.api import quantize
-from flatquant.engines.parts import Joined, Parts, check_ranks, columns_of, rows_of, share, site_of
+from flatquant.engines.parts import Joined, Linear, Parts, check_ranks, columns_of, rows_of, share, site_of
 from flatquant.errors import ModelError
 from flatquant.runtime.artifact import load
 from flatquant.runtime.experts import Experts
 from flatquant.runtime.folder import Folder
+from flatquant.runtime.kernels import Unsupported
 from flatquant.runtime.linear import FrozenSite, PackedLinear
 from flatquant.seams import attached
 from flatquant.spec import DataSpec, QuantSpec, Recipe, SitePlan
@@ -129,6 +132,77 @@ def test_what_is_not_quantised_has_no_site(folder: Path) -> None:
     assert found[0] == "model.layers.1.flatquant.mlp_in"
 
 
+# --------------------------------------------------------------------------------------------- operators
+
+
+def together(parts: Parts, index: int = 1) -> list[list[Linear]]:
+    """The linears of a block, by the site that they read."""
+    sites = parts.plan.blocks[index].sites.values()
+    root = f"{parts.plan.blocks_path}.{index}"
+    return [[parts.linear(f"{root}.{r}", CPU, torch.float32) for r in site.readers] for site in sites]
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantised(RECIPES["flatquant"](), tmp_path_factory.mktemp("parts") / "out", "qwen2")
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    rows=st.sampled_from([(1,), (7,), (2, 3), (70,), (0,)]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_operators_have_the_bits_of_the_modules(biased: Path, rows: tuple, dtype: torch.dtype, seed: int) -> None:
+    for linears in together(Parts(Folder.open(biased))):
+        x = torch.randn(*rows, linears[0].plain().shape[1], generator=torch.Generator().manual_seed(seed)).to(dtype)
+        want = Joined(linears)(x)
+        parts = Parts(Folder.open(biased))
+        got = parts.kernels(linears, "here")(x)
+        assert got.dtype == dtype
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["quarot", "rtn"])
+def test_operators_without_both_factors(name: str, tmp_path: Path) -> None:
+    path = quantised(recipes.quarot("w4a4") if name == "quarot" else recipes.rtn("w4a4"), tmp_path / "out")
+    parts = Parts(Folder.open(path))
+    for linears in together(parts):
+        x = torch.randn(5, linears[0].plain().shape[1]).bfloat16()
+        want = Joined(linears)(x)
+        assert torch.equal(parts.kernels(linears, "here")(x), want)
+
+
+def test_torch_compile_takes_the_operators_whole(folder: Path) -> None:
+    parts = Parts(Folder.open(folder))
+    for linears in together(parts):
+        kernels = parts.kernels(linears, "here")
+        x = torch.randn(2, 3, linears[0].plain().shape[1])
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(kernels, fullgraph=True, backend="aot_eager")(x), kernels(x))
+
+
+@pytest.mark.parametrize(
+    "recipe, said",
+    [
+        (recipes.rtn("w4a16"), "the activations of here are not on a symmetric grid a token"),
+        (recipes.rtn("w8a8"), "the weights of here are not symmetric 4-bit integers with one scale a row"),
+        (recipes.rtn("w4g4a4"), "the weights of here are not symmetric 4-bit integers with one scale a row"),
+        (recipes.svdquant("w4a4", rank=2), "here is a BranchedLinear, not packed integers"),
+    ],
+)
+def test_what_has_no_kernels_says_why(recipe: Recipe, said: str, tmp_path: Path) -> None:
+    parts = Parts(Folder.open(quantised(recipe, tmp_path / "out")))
+    with pytest.raises(Unsupported, match=said):
+        parts.kernels(together(parts)[0], "here")
+
+
+def test_scratch_is_as_large_as_the_largest_product_takes(folder: Path) -> None:
+    parts = Parts(Folder.open(folder))
+    products = [parts.kernels(linears, "here").product for linears in together(parts)]
+    assert parts._scratch_bytes == max(product.scratch_bytes for product in products)
+
+
 # --------------------------------------------------------------------------------------------- ranks
 
 
@@ -149,8 +223,12 @@ def test_ranks_together_are_the_whole(name: str, ranks: int, tmp_path: Path) -> 
         def gather(piece: Tensor, x: Tensor = x) -> Tensor:
             return x
 
-        columns = [columns_of(whole, gather, rank, ranks)(pieces[rank]) for rank in range(ranks)]
+        cut = [columns_of(whole, gather, rank, ranks) for rank in range(ranks)]
+        columns = [linear(piece) for linear, piece in zip(cut, pieces, strict=True)]
         torch.testing.assert_close(torch.stack(columns).sum(0), want, rtol=1e-5, atol=1e-5)
+        if name == "flatquant" and x.shape[1] % (2 * ranks) == 0:
+            for linear, piece, column in zip(cut, pieces, columns, strict=True):
+                assert torch.equal(parts.kernels([linear], "here")(piece), column)
 
 
 def test_integers_are_cut_and_not_rounded_again(folder: Path) -> None:

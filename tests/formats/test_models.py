@@ -22,6 +22,7 @@ from flatquant.runtime import fused
 from flatquant.runtime.artifact import inspect, load, save
 from flatquant.runtime.codes import FrozenCodes, PackedCodes
 from flatquant.runtime.folder import Folder
+from flatquant.runtime.kernels import Unsupported
 from flatquant.runtime.kvcache import QuantizedCache, token_bytes
 from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, SolverSpec, TransformSpec, to_dict
@@ -333,7 +334,7 @@ def test_a_static_scale_needs_text() -> None:
 
 def test_kernels_leave_formats_to_the_modules() -> None:
     quantised, _, _ = calibrated(tiny_llama(hidden=64, intermediate=96), short(rtn("nvfp4kv4")))
-    with pytest.raises(fused.Unsupported, match="not packed integers"):
+    with pytest.raises(Unsupported, match="not packed integers"):
         fused._block(quantised.model.layers[0], 0, quantised.config, torch.device("cpu"))
 
 

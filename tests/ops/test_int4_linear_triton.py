@@ -59,23 +59,32 @@ def test_products_are_exact(
 ) -> None:
     args = make(tokens, o, n, bias, residual, dtype, torch.Generator().manual_seed(seed))
     want = reference.int4_linear(*args, torch.float32)
-    few = partial(fused.few, bytes=32, parts=parts)
-    for kernel in [few] if tokens > 1 else [few, fused.few, fused.vector]:
+    counters, room = op.cut(torch.zeros(op.scratch_bytes(o, n), dtype=torch.uint8, device=DEVICE), tokens, n, o)
+    plain = partial(fused.few, scratch=(room.view(torch.int32), counters))
+    few = partial(plain, bytes=32, parts=parts)
+    for kernel in [few] if tokens > 1 else [few, plain, fused.vector]:
         y = kernel(*args, dtype)
         assert y.dtype == dtype
         # Sums are integers; what follows are three roundings of float32, and one of the result's type.
         least = 4 * torch.finfo(torch.float32).eps * want.abs().max().item()
         torch.testing.assert_close(y.float(), want, rtol=torch.finfo(dtype).eps, atol=least)
+    assert not counters.any()  # as the next product wants them
 
 
-def test_a_larger_buffer_leaves_the_smaller_one_to_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "_scratch", {})
-    small, large = (op._buffer(torch.zeros(rows, 8, dtype=torch.uint8), torch.int8) for rows in (4, 8))
-    held = [t.data_ptr() for buffers in op._scratch.values() for t in buffers]
-    assert held == [small.data_ptr(), large.data_ptr()]
-    last = op._buffer(torch.zeros(2, 8, dtype=torch.uint8), torch.float8_e4m3fn)
-    assert last.data_ptr() == large.data_ptr()
-    assert last.dtype == torch.float8_e4m3fn
+def test_scratch_holds_all_programs_that_share_rows() -> None:
+    assert fused._SLOTS * 64 * 4 * reference.FEW <= op._SUMS
+    assert fused._SLOTS // 2 * 4 <= op._COUNTERS
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_less_scratch_than_it_takes_is_an_error(size: int | None) -> None:
+    given = None if size is None else torch.zeros(size, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"a weight of 16 x 32 take {op.scratch_bytes(16, 32)} bytes of scratch"):
+        op.cut(given, 2, 32, 16)
+
+
+def test_a_cpu_takes_no_scratch() -> None:
+    assert op.scratch(100, torch.device("cpu")) is None
 
 
 def test_extreme_integers_do_not_overflow() -> None:
@@ -84,7 +93,8 @@ def test_extreme_integers_do_not_overflow() -> None:
         x = torch.full((1, n), value, dtype=torch.int8, device=DEVICE)
         packed = torch.zeros(16, n // 2, dtype=torch.uint8, device=DEVICE)  # all -8
         one = torch.ones(16, device=DEVICE)
-        for kernel in (fused.vector, fused.few):
+        scratch = tuple(torch.zeros(1 << 16, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        for kernel in (fused.vector, partial(fused.few, scratch=scratch)):
             y = kernel(x, one[:1, None], packed, one, None, None, torch.float32)
             assert (y == -8 * value * n).all()
 
@@ -118,7 +128,7 @@ def test_many_tokens_without_float8_units(
     if CUDA:
         monkeypatch.setattr(op, "_has_float8", lambda device: False)
         assert op.form(len(x), x.device, dtype) == "planes"
-        y = op.int4_linear(x, x_scale, packed, *rest, dtype)
+        y = op.int4_linear(x, x_scale, packed, *rest, dtype, op.scratch(op.scratch_bytes(48, 96), x.device))
     else:
         weight = fused.expand(packed, torch.zeros(48, 96, dtype=torch.int8))
         y = fused.scaled(torch._int_mm(x, weight.mT), x_scale, *rest, dtype)
@@ -141,7 +151,7 @@ def test_every_number_of_tokens_has_a_kernel(tokens: int) -> None:
     want = reference.int4_linear(x, *rest, torch.float32)
     if op.form(tokens, x.device, torch.bfloat16) == "float8":  # in order, where int8 has even channels first
         x = x.unflatten(-1, (2, -1)).mT.flatten(-2).float().to(torch.float8_e4m3fn)
-    y = op.int4_linear(x, *rest, torch.bfloat16)
+    y = op.int4_linear(x, *rest, torch.bfloat16, op.scratch(op.scratch_bytes(96, 1056), x.device))
     torch.testing.assert_close(y.float(), want, rtol=2**-7, atol=2**-7 * want.abs().mean().item())
 
 

@@ -21,7 +21,7 @@ from flatquant.calibrate.pipeline import calibrate
 from flatquant.errors import ModelError
 from flatquant.ops import int4_linear
 from flatquant.recipes import recipe
-from flatquant.runtime import fused
+from flatquant.runtime import fused, kernels
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
@@ -285,8 +285,13 @@ def test_kernels_serve_a_model(name: str, method: str, monkeypatch: pytest.Monke
         return caching.attend(*given, short, parts=2, least=16, block=16)
 
     def product(x: torch.Tensor, *args):
-        used.add("vector" if len(x) == 1 else "few")
-        return (products.vector if len(x) == 1 else products.few)(x, *args)
+        *given, scratch = args
+        assert scratch is None  # on a CPU
+        if len(x) == 1:
+            used.add("vector")
+            return products.vector(x, *given)
+        used.add("few")
+        return products.few(x, *given, (torch.zeros(1 << 20, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)))
 
     model = quantised(CONFIGS[name], method=method)
     ids = texts(1, 8)
@@ -311,7 +316,7 @@ def test_kernels_serve_a_model(name: str, method: str, monkeypatch: pytest.Monke
 @given(n=st.integers(1, 2048))
 def test_without_factors_rows_have_an_even_number_of_columns(n: int) -> None:
     channels = 32 * n
-    rows = fused._rows(channels)
+    rows = kernels.rows_of(channels)
     assert channels % (2 * rows) == 0
     assert rows <= channels // rows
 
@@ -662,7 +667,8 @@ def test_one_precision_on_both_sides_of_64_tokens(dtype: torch.dtype) -> None:
             rows = rows.to(torch.float8_e4m3fn)
         else:
             rows = torch.cat((rows[:, ::2], rows[:, 1::2]), -1).to(torch.int8)
-        return int4_linear.int4_linear(rows, x_scale[:tokens], packed, scale, None, None, dtype)
+        scratch = int4_linear.scratch(int4_linear.scratch_bytes(64, 96), x.device)
+        return int4_linear.int4_linear(rows, x_scale[:tokens], packed, scale, None, None, dtype, scratch)
 
     torch.testing.assert_close(product(64), product(65)[:64], rtol=torch.finfo(dtype).eps, atol=0)
 

@@ -7,12 +7,16 @@ So an engine computes what was calibrated, by the same arithmetic, and whatever 
 With tensor parallelism a rank holds some rows of a linear (all ranks read the same tensor, and each transforms it), or
 some columns of one that reads what the ranks hold parts of: those are gathered and transformed whole, and the rank
 goes on with its own columns of the result. Weights were rounded before, and are cut, never rounded again.
+
+`Parts.kernels` makes of linears that read one site the two operators that have kernels on CUDA; on a CPU these compute
+the same bits as the modules.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 from flatquant.errors import ModelError
 from flatquant.formats import kinds
 from flatquant.modules import Site, share_inputs
+from flatquant.ops import int4_linear, kron_quantize
 from flatquant.qtensor import QTensor
 from flatquant.rotary import Angles
 from flatquant.runtime import artifact
@@ -28,8 +33,9 @@ from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.experts import Experts
 from flatquant.runtime.folder import Folder
+from flatquant.runtime.kernels import KernelLinear, Product, kernel_site, packed_linear
 from flatquant.runtime.keyvalue import FrozenKeyValue
-from flatquant.runtime.linear import DenseLinear, FrozenLinear, PackedLinear, SiteLinear
+from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
 from flatquant.seams import attached
 from flatquant.spec import Plan, SitePlan
 
@@ -59,6 +65,7 @@ class Parts:
         self.folder, self.plan = folder, folder.plan
         self._stored = folder.tensors()
         self._model = artifact.skeleton(folder, self._stored)
+        self._held: Tensor | None = None
 
     def linear(self, path: str, device: torch.device, dtype: torch.dtype) -> Linear:
         """A linear by its path in the model, with its site.
@@ -72,6 +79,48 @@ class Parts:
         if isinstance(linear, DenseLinear):
             linear.weight = linear.weight.to(dtype)
         return linear
+
+    def kernels(self, linears: list[Linear], where: str) -> KernelLinear:
+        """Linears that read one site as operators; they may be a rank's part.
+
+        Raises:
+            Unsupported: there are none; ends with the reason.
+        """
+        packed = [packed_linear(linear, where) for linear in linears]
+        device = packed[0].packed.device
+        site, n = packed[0].site, packed[0].n
+        cut = site if isinstance(site, Gathered) else None
+        if cut is not None:
+            site, n = cut.site, n * cut.ranks
+        assert isinstance(site, FrozenSite)
+        made = kernel_site(site, n, None, where, device)
+
+        def quantize(x: Tensor, form: kron_quantize.Form) -> tuple[Tensor, Tensor]:
+            if cut is None:
+                return kron_quantize.plain(x, made, form)
+            values, scale = kron_quantize.plain(cut.gather(x), made, form)
+            return cut.own_integers(values, form), scale
+
+        return KernelLinear(quantize, Product.of(packed), self._scratch(device))
+
+    def _scratch(self, device: torch.device) -> Tensor | None:
+        """Of all products of this model, which an engine computes one after another."""
+        if self._held is None:
+            self._held = int4_linear.scratch(self._scratch_bytes, device)
+        return self._held
+
+    @cached_property
+    def _scratch_bytes(self) -> int:
+        largest = 0
+        for index, block in enumerate(self.plan.blocks):
+            for site in (site for site in block.sites.values() if len(site.groups) == 1):
+                paths = [f"{self.plan.blocks_path}.{index}.{reader}" for reader in site.readers]
+                linears = [
+                    linear for path in paths if isinstance(linear := self._model.get_submodule(path), PackedLinear)
+                ]
+                rows = sum(len(linear.packed) for linear in linears)
+                largest = max(largest, int4_linear.scratch_bytes(rows, site.shape[0] * site.shape[1]))
+        return largest
 
     def experts(self, path: str, device: torch.device, dtype: torch.dtype) -> Experts:
         """The experts of a block, with their sites."""
@@ -152,6 +201,10 @@ class Gathered(Site):
 
     def _own(self, y: Tensor) -> Tensor:
         return y.chunk(self.ranks, dim=-1)[self.rank]
+
+    def own_integers(self, values: Tensor, form: kron_quantize.Form) -> Tensor:
+        """This rank's columns of integers in a form, planes or one by one.  # (T, n) -> (T, n / ranks)"""
+        return self._own(values.unflatten(-1, (2 if form == "planes" else 1, -1))).flatten(-2).contiguous()
 
     def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
         return x[index]

@@ -6,8 +6,8 @@ else runs through the modules that transformers calls, one by one. Of a model wi
 A call steps aside (`_takes`) for forward hooks on submodules, hidden states, masks other than padding on the left, and
 gradients; its modules go on with the same `PackedCache`.
 
-Threads and streams: the buffers of `ops` are one a device, so one call at a time runs there (`_Turn`). A cache handed
-out by `cache_for` belongs to its caller; its room and graph serve again once the caller has dropped it.
+Threads and streams: all products of a model share scratch, so one call at a time runs on a device (`_Turn`). A cache
+handed out by `cache_for` belongs to its caller; its room and graph serve again once the caller has dropped it.
 
 A block, for one token:
 
@@ -48,11 +48,11 @@ from flatquant.ops.kron_quantize import Site
 from flatquant.quantizers import Dynamic
 from flatquant.rotary import Angles
 from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.kernels import Product, Unsupported, kernel_site, packed_linear, ratios_of
 from flatquant.runtime.keyvalue import FrozenKeyValue
-from flatquant.runtime.linear import FrozenSite, PackedLinear
+from flatquant.runtime.linear import PackedLinear
 from flatquant.runtime.packedcache import PackedCache, PackedLayer, Room, stream_of
 from flatquant.seams import CACHE, attached, generation_cache_hook
-from flatquant.transforms import kronecker_split
 
 # Families whose blocks are: x + attention(norm(x)), then x + down(silu(gate) up) of its norm; no other scale anywhere.
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -69,40 +69,6 @@ _PLACES = 128  # caches have a multiple of
 _PROGRAMS = 528  # that an H100 runs at once: four a multiprocessor
 _SPARE = 2  # rooms kept for later calls
 _GRAPHS = 16  # recorded steps kept: each holds the memory of a step
-
-
-class Unsupported(Exception):
-    """Why a model cannot be fused; ends as the text of a warning."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """The linears of one site as one matrix."""
-
-    packed: Tensor  # uint8, (o, n / 2)
-    scale: Tensor  # float32, (o,)
-    bias: Tensor | None  # float32, (o,)
-
-    def __call__(self, x: Tensor, x_scale: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """(T, n) -> (T, o)"""
-        return int4_linear.int4_linear(x, x_scale, self.packed, self.scale, self.bias, residual, dtype)
-
-    @classmethod
-    def of(cls, linears: list[PackedLinear]) -> Product:
-        """Join linears; their own tensors become parts of the joined ones, so that nothing is held twice."""
-        packed = torch.cat([m.packed for m in linears])
-        scale = torch.cat([m.scale[:, 0] for m in linears]).contiguous()
-        bias = None
-        if any(m.bias is not None for m in linears):
-            bias = torch.cat([scale.new_zeros(len(m.packed)) if m.bias is None else m.bias.float() for m in linears])
-        at = 0
-        for m in linears:
-            rows = slice(at, at + len(m.packed))
-            m.packed, m.scale = packed[rows], scale[rows, None]
-            if m.bias is not None and bias is not None and m.bias.dtype == bias.dtype:
-                m.bias = bias[rows]
-            at = rows.stop
-        return cls(packed, scale, bias)
 
 
 @dataclass(frozen=True)
@@ -125,7 +91,15 @@ class Block:
     window: int | None
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, steps: Tensor, cache: PackedCache, layer: PackedLayer, masks: Masks
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        steps: Tensor,
+        cache: PackedCache,
+        layer: PackedLayer,
+        masks: Masks,
+        scratch: Tensor | None,
     ) -> Tensor:
         """The block's output, with keys and values stored.
 
@@ -134,13 +108,14 @@ class Block:
             cos, sin: (B or 1, T, head_dim).
             steps: see `kv_cache.Shortage`.
             masks: see `Fused.masks`.
+            scratch: see `int4_linear.scratch`.
         """
         mask, room = masks.get(self.window), cache.room
         b, t, _ = x.shape
         form = int4_linear.form(b * t, x.device, x.dtype)
         rows = x.flatten(0, 1)
         y = kron_quantize.norm(rows, self.norms[0].gain, self.norms[0].eps, self.sites["attn_in"], form)
-        qkv = self.products["attn_in"](*y, None, x.dtype).view(b, t, -1)
+        qkv = self.products["attn_in"](*y, None, x.dtype, scratch).view(b, t, -1)
         keys, values = layer.stores
         q, k, v, amounts = kv_cache.append(qkv, cos, sin, self.heads, keys, values, room.used, dense=t > 1)
         site = self.sites["attn_out"]
@@ -167,15 +142,16 @@ class Block:
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
             y = kron_quantize.plain(z.transpose(1, 2).reshape(b * t, -1), site, form)
-        rows = self.products["attn_out"](*y, rows, x.dtype)
+        rows = self.products["attn_out"](*y, rows, x.dtype, scratch)
         y = kron_quantize.norm(rows, self.norms[1].gain, self.norms[1].eps, self.sites["mlp_in"], form)
-        gate, up = self.products["mlp_in"](*y, None, x.dtype).chunk(2, dim=-1)
+        gate, up = self.products["mlp_in"](*y, None, x.dtype, scratch).chunk(2, dim=-1)
         y = kron_quantize.gate(up, gate, self.sites["mlp_mid"], form)
-        return self.products["mlp_mid"](*y, rows, x.dtype).view_as(x)
+        return self.products["mlp_mid"](*y, rows, x.dtype, scratch).view_as(x)
 
 
 class Fused:
-    """A packed model as blocks of kernels. Holds no tensor that the model does not hold, but half-precision factors."""
+    """A packed model as blocks of kernels. Of tensors that the model does not hold it has half-precision factors, and
+    scratch of products."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take a packed model apart.
@@ -201,6 +177,8 @@ class Fused:
         head: Any = model.get_output_embeddings()
         self.head: nn.Linear = head
         self.blocks = [_block(layer, i, config, self.device) for i, layer in enumerate(base.layers)]
+        largest = max(product.scratch_bytes for block in self.blocks for product in block.products.values())
+        self.scratch = int4_linear.scratch(largest, self.device)
         self._offset = any(block.heads.offset is not None for block in self.blocks)
         self.first_angles = self._first_angles()
         self.modules = _Modules(model)  # last: products have become the linears' tensors
@@ -268,7 +246,7 @@ class Fused:
         cos, sin = self.angles(positions, torch.float32 if self._offset else x.dtype)
         cache.room.turn(cos, sin, positions)
         for block, layer in zip(self.blocks, cache.packed, strict=True):
-            x = block(x, cos, sin, self.first_angles, cache, layer, masks)
+            x = block(x, cos, sin, self.first_angles, cache, layer, masks, self.scratch)
         return F.rms_norm(x, (x.shape[-1],), self.norm.gain, self.norm.eps)
 
     def prefill(self, ids: Tensor, positions: Tensor, cache: PackedCache, keep: int) -> Tensor:
@@ -378,7 +356,7 @@ def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterat
 class _Turn:
     """One fused call at a time on a device, in the order of the device's streams, with the device as the current one.
 
-    Buffers of `ops` are one a device: two calls at once would write over each other's.
+    All calls of a model share its scratch: two at once would write over each other's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -484,14 +462,10 @@ def _block(layer: Any, index: int, config: Any, device: torch.device) -> Block:
     sites: dict[str, Site] = {}
     linears: dict[str, list[PackedLinear]] = {}
     for name, paths in _READERS.items():
-        linears[name] = [_linear(layer.get_submodule(path), f"{index}.{path}") for path in paths]
+        linears[name] = [packed_linear(layer.get_submodule(path), f"{index}.{path}") for path in paths]
         n = linears[name][0].n
         heads = n // layer.self_attn.head_dim if name == "attn_out" else None
-        sites[name] = _site(frozen[name], n, heads, f"{index}.{name}", device)
-        for linear in linears[name]:
-            reason = int4_linear.unsupported(len(linear.packed), n, device)
-            if reason is not None:
-                raise Unsupported(f"there is no kernel for {reason} in block {index}")
+        sites[name] = kernel_site(frozen[name], n, heads, f"{index}.{name}", device)
     if type(layer.mlp.act_fn) is not type(ACT2FN["silu"]):
         raise Unsupported(f"the MLP of block {index} has {type(layer.mlp.act_fn).__name__} where kernels have SiLU")
     attention = layer.self_attn
@@ -508,48 +482,6 @@ def _block(layer: Any, index: int, config: Any, device: torch.device) -> Block:
 
 def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
-
-
-def _linear(module: nn.Module, where: str) -> PackedLinear:
-    if not isinstance(module, PackedLinear):
-        raise Unsupported(f"{where} is a {type(module).__name__}, not packed integers")
-    if module.spec.bits != 4 or not module.spec.symmetric or module.scale.shape[1] != 1:
-        raise Unsupported(f"the weights of {where} are not symmetric 4-bit integers with one scale a row")
-    return module
-
-
-def _site(site: FrozenSite, n: int, heads: int | None, where: str, device: torch.device) -> Site:
-    """A site as kernels take it. Without factors any rows will do: heads, or as many as factors would have."""
-    grid = site.activations
-    if not isinstance(grid, Dynamic) or not grid.spec.symmetric:
-        raise Unsupported(f"the activations of {where} are not on a symmetric grid a token")
-    if site.down is not None:
-        raise Unsupported(f"{where} has a low-rank branch")
-    if site.shift is not None:
-        raise Unsupported(f"{where} is shifted")
-    if site.left is not None:
-        n1 = site.left.shape[0]
-    else:
-        n1 = 1 if site.right is not None else heads or _rows(n)
-    if site.right is not None and site.right.shape[0] * n1 != n:
-        raise Unsupported(f"{where}: factors of another size")
-    made = Site((n1, n // n1), site.left, site.right, _ratios(grid, device), grid.spec.bits)
-    reason = made.unsupported() if device.type == "cuda" else None
-    if reason is not None:
-        raise Unsupported(f"there is no kernel for {reason} ({where})")
-    return made
-
-
-def _rows(n: int) -> int:
-    """How many rows n channels make that have an even number of columns."""
-    n1, n2 = kronecker_split(n)
-    return n1 if n2 % 2 == 0 else kronecker_split(n // 2)[0]
-
-
-def _ratios(grid: Dynamic, device: torch.device) -> Tensor:
-    """Shares of a row's lower and upper end that the grid covers.  # float32, (2,)"""
-    ratios = grid.clip.ratios()
-    return torch.ones(2, device=device) if ratios is None else torch.stack(ratios).float().contiguous()
 
 
 def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device, dtype: torch.dtype) -> kv_cache.Heads:
@@ -574,7 +506,7 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
         config.num_key_value_heads,
         head_dim,
         matrices,
-        torch.stack([_ratios(grid, device) for grid in grids]),
+        torch.stack([ratios_of(grid, device) for grid in grids]),
         kv.key_offset,
         back,
     )

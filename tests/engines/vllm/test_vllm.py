@@ -8,9 +8,11 @@ import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from flatquant import recipes
-from flatquant.engines.vllm import register
+from flatquant.engines.parts import Joined
+from flatquant.engines.vllm import plugin, register
 from flatquant.errors import ModelError
 from flatquant.runtime.artifact import load
+from flatquant.runtime.kernels import KernelLinear
 from tests.engines.vllm.conftest import answers, expected, largest_difference, served
 
 pytestmark = pytest.mark.vllm
@@ -69,9 +71,23 @@ def test_schemes(quantised, recipe) -> None:
         assert largest_difference(llm, load(folder)) < BOUND
 
 
-@pytest.mark.parametrize("recipe", [recipes.flatquant("w4a4kv4"), recipes.quarot("w4a8kv4"), recipes.rtn("nvfp4kv4")])
-def test_rounded_activations_layer_by_layer(quantised, recipe) -> None:
-    """Of the very tensors that vLLM's layers are given. From end to end, one integer that differs changes all after."""
+@pytest.mark.parametrize(
+    "recipe, kernels",
+    [
+        (recipes.flatquant("w4a4kv4"), False),
+        (recipes.flatquant("w4a4kv4"), True),
+        (recipes.quarot("w4a8kv4"), False),
+        (recipes.rtn("nvfp4kv4"), False),
+    ],
+)
+def test_rounded_activations_layer_by_layer(quantised, recipe, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the very tensors that vLLM's layers are given. From end to end, one integer that differs changes all after.
+
+    Args:
+        kernels: linears are the operators that have kernels on CUDA, and here the same bits.
+    """
+    if kernels:
+        monkeypatch.setattr(plugin, "KERNELS", {"cpu"})
     folder = quantised("qwen2", recipe)
     model = load(folder)
     seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
@@ -79,6 +95,8 @@ def test_rounded_activations_layer_by_layer(quantised, recipe) -> None:
 
     def watch(vllm_model: torch.nn.Module) -> None:
         for name, module in vllm_model.named_modules():
+            if name.endswith("_proj"):
+                assert isinstance(module.flatquant, KernelLinear if kernels else Joined)
             if name.endswith(("qkv_proj", "o_proj", "gate_up_proj", "down_proj")):
                 module.register_forward_hook(lambda _, x, y, name=name: seen.append((name, x[0].clone(), y[0].clone())))
             if name.endswith("self_attn.attn.flatquant"):

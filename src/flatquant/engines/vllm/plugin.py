@@ -6,7 +6,8 @@ loaded it takes the serving modules from `Parts`, which reads them from the fold
 that belong to them are hidden from vLLM's loader.
 
 Linears and the change of basis before attention are one custom operator each, so that torch.compile sees an operator
-with a shape, and never our modules. The operators find their layer by name in the forward context, as vLLM's own do.
+with a shape, and never our modules. On CUDA a linear's operator calls `kron_quantize` and `int4_linear` where they have
+kernels. The operators find their layer by name in the forward context, as vLLM's own do.
 
 Keys and values: queries, keys and values are changed before they reach the attention backend, so that every backend,
 and its cache, holds exactly the numbers that were calibrated, in 16 bits. A key's offset depends on its position, which
@@ -31,6 +32,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.linear import (
@@ -45,15 +47,18 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.platforms import current_platform
 
-from flatquant.engines.parts import Joined, Parts, columns_of, rows_of, share, site_of
+from flatquant.engines.parts import Joined, Linear, Parts, columns_of, rows_of, share, site_of
 from flatquant.engines.vllm import support
 from flatquant.errors import ModelError
 from flatquant.rotary import Angles
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.folder import METHOD, Folder
+from flatquant.runtime.kernels import Unsupported
 from flatquant.runtime.keyvalue import FrozenKeyValue
 
+KERNELS = {"cuda"}  # types of devices where linears are the operators that have kernels, if there are any
 _SLOT = "flatquant"  # attribute of a vLLM layer that holds our module
+_log = init_logger(f"vllm.{__name__}")
 # What most of vLLM's models join; not all of them say so in time.
 _JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 _EXPERT = ("gate_proj", "up_proj", "down_proj")
@@ -231,7 +236,16 @@ class LinearMethod(LinearMethodBase):
         elif ranks > 1:
             pairs = zip(linears, self.rows, strict=True)
             linears = [rows_of(linear, rows, rank, ranks) for linear, rows in pairs]
-        setattr(layer, _SLOT, Joined(linears))
+        setattr(layer, _SLOT, self._computing(linears, device))
+
+    def _computing(self, linears: list[Linear], device: torch.device) -> nn.Module:
+        """Operators where the device has kernels of them, else the modules, after a warning for each reason."""
+        if device.type in KERNELS:
+            try:
+                return self.config.parts.kernels(linears, self.paths[0].split(".", 3)[-1])
+            except Unsupported as reason:
+                _log.warning_once("Some linears run as PyTorch operations, which unpack weights: %s", str(reason))
+        return Joined(linears)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(.., n) -> (.., o). The serving modules have the bias, in float32; vLLM's own is never filled."""

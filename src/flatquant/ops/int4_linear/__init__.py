@@ -1,16 +1,21 @@
-"""Products of 4-bit integers; on CUDA in kernels that read packed weights, or expand them for float8 or int8 units."""
+"""Products of 4-bit integers; on CUDA in kernels that read packed weights, or expand them for float8 or int8 units.
+
+`torch.ops.flatquant.int4_linear` is the operator. What kernels need besides, `scratch`, belongs to the caller. One
+piece serves all products of a stream, one after another; it is kept as long as a CUDA graph that was recorded with it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from flatquant.ops import HAS_TRITON
+from flatquant.ops import HAS_TRITON, operator
 from flatquant.ops.int4_linear import reference
 from flatquant.ops.kron_quantize.reference import Form
 
-# A buffer a device for the weights of whatever layer is running, the last of a list: graphs know those before it.
-_scratch: dict[torch.device, list[Tensor]] = {}
+# Scratch begins with counters of programs that share rows, which are 0 before and after every product. Behind them are
+# the sums of these programs, or a weight at a byte an element.
+_COUNTERS, _SUMS = 2048, 264 * 64 * 4 * reference.FEW  # bytes, of the programs that an H100 runs at once
 
 
 def form(tokens: int, device: torch.device, dtype: torch.dtype) -> Form:
@@ -39,6 +44,16 @@ def unsupported(o: int, n: int, device: torch.device) -> str | None:
     return triton.supports(o, n)
 
 
+def scratch_bytes(o: int, n: int) -> int:
+    """Bytes of scratch that products of a weight of (o, n) take on CUDA."""
+    return _COUNTERS + max(o * n, _SUMS)
+
+
+def scratch(size: int, device: torch.device) -> Tensor | None:
+    """Scratch of so many bytes; None on a CPU, which needs none.  # uint8"""
+    return torch.zeros(size, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+
+
 def int4_linear(
     x: Tensor,
     x_scale: Tensor,
@@ -47,16 +62,39 @@ def int4_linear(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    scratch: Tensor | None = None,
 ) -> Tensor:
-    """`reference.int4_linear`, or its kernels; x in the form that `form` names."""
+    """`reference.int4_linear`, or its kernels; x in the form that `form` names.
+
+    Args:
+        scratch: see `scratch`, of at least `scratch_bytes`; for one token, and on a CPU, None will do.
+
+    Raises:
+        ValueError: there is less scratch than this product takes.
+    """
+    return torch.ops.flatquant.int4_linear(x, x_scale, packed, scale, bias, residual, dtype, scratch)
+
+
+def _run(
+    x: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    scratch: Tensor | None,
+) -> Tensor:
     if not x.is_cuda:
         return reference.int4_linear(x, x_scale, packed, scale, bias, residual, dtype)
     from flatquant.ops.int4_linear import triton
 
+    if x.dtype == torch.int8 and x.shape[0] == 1:
+        return triton.vector(x, x_scale, packed, scale, bias, residual, dtype)
+    counters, room = cut(scratch, x.shape[0], x.shape[1], len(packed))
     if x.dtype == torch.int8 and x.shape[0] <= reference.FEW:
-        kernel = triton.vector if x.shape[0] == 1 else triton.few
-        return kernel(x, x_scale, packed, scale, bias, residual, dtype)
-    weight = triton.expand(packed, _buffer(packed, x.dtype))
+        return triton.few(x, x_scale, packed, scale, bias, residual, dtype, (room.view(torch.int32), counters))
+    weight = triton.expand(packed, room[: 2 * packed.numel()].view(x.dtype).view(len(packed), -1))
     if x.dtype == torch.int8:
         sums = torch._int_mm(x, weight.mT)  # pyright: ignore[reportPrivateImportUsage]
         return triton.scaled(sums, x_scale, scale, bias, residual, dtype)
@@ -73,10 +111,20 @@ def int4_linear(
     return (y if residual is None else y + residual).to(dtype)
 
 
-def _buffer(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a weight at a byte an element.  # (o, n)"""
-    size = 2 * packed.numel()
-    held = _scratch.setdefault(packed.device, [])
-    if not held or held[-1].numel() < size:
-        held.append(torch.empty(size, dtype=torch.uint8, device=packed.device))
-    return held[-1][:size].view(dtype).view(packed.shape[0], -1)
+def cut(scratch: Tensor | None, tokens: int, n: int, o: int) -> tuple[Tensor, Tensor]:
+    """Counters, int32, and the rest, bytes, of scratch.
+
+    Raises:
+        ValueError: there is less than products of a weight of (o, n) take.
+    """
+    size, least = 0 if scratch is None else scratch.numel(), scratch_bytes(o, n)
+    if scratch is None or size < least:
+        raise ValueError(f"{tokens} tokens and a weight of {o} x {n} take {least} bytes of scratch, {size} were given")
+    return scratch[:_COUNTERS].view(torch.int32), scratch[_COUNTERS:]
+
+
+def _fake(x: Tensor, x_scale, packed: Tensor, scale, bias, residual, dtype: torch.dtype, scratch) -> Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]), dtype=dtype)
+
+
+operator("int4_linear", _run, _fake, mutates=("scratch",))

@@ -27,7 +27,7 @@ from torch import Tensor
 from flatquant.ops.triton import early, on_device, wait
 
 _SLOTS = 264  # programs of `_few` that an H100 runs at once: two a multiprocessor
-_sums: dict[torch.device, tuple[Tensor, Tensor]] = {}  # see `_shared`
+Scratch = tuple[Tensor, Tensor]  # int32: sums of programs that share rows; how many are done, 0 before and after
 
 
 @triton.jit
@@ -202,12 +202,14 @@ def vector(
 @on_device
 def few(
     x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    dtype: torch.dtype, *, rows: int = 64, bytes: int | None = None, warps: int = 4, stages: int | None = None,
-    parts: int | None = None,
+    dtype: torch.dtype, scratch: Scratch, *, rows: int = 64, bytes: int | None = None, warps: int = 4,
+    stages: int | None = None, parts: int | None = None,
 ) -> Tensor:  # fmt: skip
     """`reference.int4_linear` of at most `FEW` tokens, `bytes` of a row at a time.  # x: int8, (T, n)
 
     Args:
+        scratch: sums, (blocks * parts * rows * T rounded up,), and counters, (blocks,), of blocks of `rows` rows; as
+            large as `int4_linear.scratch_bytes` says where nothing else is chosen.
         parts: programs that share the rows of one.
     """
     (o, half), tokens = packed.shape, x.shape[0]
@@ -215,22 +217,13 @@ def few(
     bytes = min(bytes or (256 if tokens <= 16 else 128), max(32, triton.next_power_of_2(half)))
     blocks, padded = triton.cdiv(o, rows), max(16, triton.next_power_of_2(tokens))
     parts = parts or max(1, min(_SLOTS // blocks, half // (4 * bytes)))  # each long enough to be worth its start
-    sums, done = _shared(x.device, blocks * parts * rows * padded, blocks) if parts > 1 else (None, None)
+    sums, done = scratch if parts > 1 else (None, None)
     _few[(blocks, parts)](
         x, x_scale, packed, scale, bias, residual, y, sums, done, tokens, o, 2 * half,
         BIAS=bias is not None, RESIDUAL=residual is not None, EMULATE=not x.is_cuda, R=rows, TP=padded, K=bytes,
         PARTS=parts, num_warps=warps, num_stages=stages or (4 if tokens > 16 and blocks * parts <= _SLOTS else 3),
     )  # fmt: skip
     return y
-
-
-def _shared(device: torch.device, sums: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """Room for sums of programs that share rows, and how many of them are done: 0, before and after.  # int32"""
-    held = _sums.get(device)
-    if held is None or held[0].numel() < sums or held[1].numel() < blocks:
-        sizes = max(sums, _SLOTS * 64 * 64), max(blocks, _SLOTS)
-        held = _sums[device] = tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes)
-    return held
 
 
 @on_device

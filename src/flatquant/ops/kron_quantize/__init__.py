@@ -1,16 +1,22 @@
-"""A site's input to integers in one kernel on CUDA: norm, gate or merge, Kronecker transform, clip, scale, rounding."""
+"""A site's input to integers in one operator: norm, gate or merge, Kronecker transform, clip, scale, rounding.
+
+`torch.ops.flatquant.kron_quantize` is the operator: on CUDA one kernel, where there is one for the shape; elsewhere the
+reference. It has no gradient.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from flatquant.ops import HAS_TRITON
+from flatquant.ops import HAS_TRITON, operator
 from flatquant.ops.kron_quantize import reference
 from flatquant.ops.kron_quantize.reference import Form
+from flatquant.ops.pack.reference import packed_width
 
 __all__ = ["Form", "Site", "gate", "merge", "norm", "plain"]
 
@@ -51,33 +57,87 @@ class Site:
     def _fused(self, x: Tensor) -> bool:
         return x.is_cuda and self.unsupported() is None
 
-    def _reference(self, x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-        return reference.kron_quantize(x, self.left, self.right, self.ratios, self.bits, form)
+    def __call__(
+        self, x: Tensor, other: Tensor | None, source: str, form: Form, eps: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """The operator; see the functions below."""
+        left, right = self.factors if self._fused(x) else (self.left, self.right)
+        return torch.ops.flatquant.kron_quantize(
+            x, other, left, right, self.ratios, *self.shape, self.bits, source, form, eps
+        )
 
-    def _launch(self, x: Tensor, other: Tensor | None, source: str, form: Form, eps: float = 0.0):
+
+def _run(
+    x: Tensor,
+    other: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    ratios: Tensor,
+    n1: int,
+    n2: int,
+    bits: int,
+    source: str,
+    form: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The operator.
+
+    Args:
+        x: (T, n1 n2) in 16 or 32 bits; of "merge", (T, heads, parts, head_dim).
+        other: a gain (n1 n2,) of "norm", a gate (T, n1 n2) of "gate", log-sum-exps (T, heads, parts) of "merge".
+        left, right: as `Site.factors` for a kernel, as `Site` for the reference.
+        source: "plain", "norm", "gate" or "merge".
+        form: see `reference.Form`.
+
+    Returns:
+        As `reference.kron_quantize`.
+    """
+    site, known = Site((n1, n2), left, right, ratios, bits), cast(Form, form)
+    if site._fused(x):
         from flatquant.ops.kron_quantize import triton
 
-        left, right = self.factors
-        return triton.launch(x, other, source, self.shape, left, right, self.ratios, self.bits, form, eps)
+        return triton.launch(x, other, source, site.shape, *site.factors, ratios, bits, known, eps)
+    match source, other:
+        case "plain", None:
+            y = x
+        case "norm", Tensor():
+            y = reference.rms_norm(x, other, eps)
+        case "gate", Tensor():
+            y = reference.gated(x, other)
+        case "merge", Tensor():
+            y = reference.merged(x, other)
+        case _:
+            raise ValueError(f"kron_quantize: {source!r} with{'out' if other is None else ''} a second tensor")
+    return reference.kron_quantize(y, left, right, ratios, bits, known)
+
+
+def _fake(x: Tensor, other, left, right, ratios, n1: int, n2: int, bits: int, source: str, form: str, eps: float):
+    n = n1 * n2
+    size, dtype = {
+        "planes": (n, torch.int8),
+        "float8": (n, torch.float8_e4m3fn),
+        "packed": (packed_width(n, bits), torch.uint8),
+    }[form]
+    scale = x.new_empty((x.shape[0], 1), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty((x.shape[0], size), dtype=dtype), scale
+
+
+operator("kron_quantize", _run, _fake)
 
 
 def plain(x: Tensor, site: Site, form: Form) -> tuple[Tensor, Tensor]:
     """Integers of x and their scales.  # (T, n) -> (T, n) in `form`, (T, 1)"""
-    return site._launch(x, None, "plain", form) if site._fused(x) else site._reference(x, form)
+    return site(x, None, "plain", form)
 
 
 def norm(x: Tensor, gain: Tensor, eps: float, site: Site, form: Form) -> tuple[Tensor, Tensor]:
     """Integers of the RMS norm of x, with gain (n,).  # (T, n) -> (T, n) in `form`, (T, 1)"""
-    if site._fused(x):
-        return site._launch(x, gain, "norm", form, eps)
-    return site._reference(reference.rms_norm(x, gain, eps), form)
+    return site(x, gain, "norm", form, eps)
 
 
 def gate(x: Tensor, g: Tensor, site: Site, form: Form) -> tuple[Tensor, Tensor]:
     """Integers of silu(g) x.  # (T, n), (T, n) -> (T, n) in `form`, (T, 1)"""
-    if site._fused(x):
-        return site._launch(x, g, "gate", form)
-    return site._reference(reference.gated(x, g), form)
+    return site(x, g, "gate", form)
 
 
 def merge(parts: Tensor, lse: Tensor, site: Site, form: Form) -> tuple[Tensor, Tensor]:
@@ -86,6 +146,4 @@ def merge(parts: Tensor, lse: Tensor, site: Site, form: Form) -> tuple[Tensor, T
     Args:
         parts, lse: see `reference.merged`, (T, heads, parts, head_dim) and (T, heads, parts), float32.
     """
-    if site._fused(parts):
-        return site._launch(parts, lse, "merge", form)
-    return site._reference(reference.merged(parts, lse), form)
+    return site(parts, lse, "merge", form)
