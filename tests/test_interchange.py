@@ -218,6 +218,7 @@ FITTED = dataclasses.replace(FITTED, end_to_end=dataclasses.replace(FITTED.end_t
         (rtn("w4a16"), True),
         (gptq("w4g8a16"), False),
         (rtn("w8a16"), True),
+        (rtn("w4g96a16"), True),
         (autoround("w4g8a16", "quick"), True),
         (FITTED, False),
     ],
@@ -226,6 +227,8 @@ FITTED = dataclasses.replace(FITTED, end_to_end=dataclasses.replace(FITTED.end_t
 def test_compressed_tensors_load_in_transformers(recipe: Recipe, tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     model = tiny_llama(tied=tied, intermediate=72)
+    if "g96" in str(recipe.scheme):
+        model = tiny_family("llama", hidden_size=96, head_dim=24, intermediate_size=192)
     tokens = tokens_for(model, 16, 16, seed=1)
     result = flatquant.quantize(model, recipe, tokens if recipe.needs_data else None, device="cpu")
     export_compressed(result.model, result.plan, tmp_path / "out", tokenizer=tiny_tokenizer())
@@ -233,6 +236,33 @@ def test_compressed_tensors_load_in_transformers(recipe: Recipe, tied: bool, tmp
     tokens = tokens_for(model, 2, 9)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, result.model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scheme, group, parts", [("w4a16", None, 1), ("w4g96a16", 32, 3), ("w4g64a16", 64, 1), ("w4g48a16", 48, 1)]
+)
+def test_groups_are_cut_into_those_that_vllm_takes(scheme: str, group: int | None, parts: int, tmp_path: Path) -> None:
+    model, plan, _ = calibrated(tiny_family("llama", hidden_size=192, head_dim=48, intermediate_size=192), rtn(scheme))
+    export_compressed(model, plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    assert group_of(config)["weights"]["group_size"] == group
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    scale = model.get_submodule("model.layers.0.mlp.up_proj").qweight().scale
+    assert torch.equal(state["model.layers.0.mlp.up_proj.weight_scale"], scale.repeat_interleave(parts, dim=-1))
+
+
+def test_what_vllm_does_not_serve_on_a_cpu_is_said(tmp_path: Path) -> None:
+    def notes(scheme: str, **sizes: int) -> list[str]:
+        model, plan, _ = calibrated(tiny_family("llama", head_dim=8, **sizes), rtn(scheme))
+        return export_compressed(model, plan, tmp_path / f"{scheme}{len(sizes)}")
+
+    assert notes("w4a16", hidden_size=32, intermediate_size=64) == []
+    assert notes("w8a16", hidden_size=32, intermediate_size=64) == ["vLLM has no kernel for weights of 8 bits on a CPU"]
+    said = "vLLM takes multiples of 32 x 32 weights on a CPU"
+    assert notes("w4a16", hidden_size=32, intermediate_size=72, num_hidden_layers=1) == [
+        f"{said}; mlp.gate_proj reads 32 channels",
+        f"{said}; mlp.down_proj reads 72 channels",
+    ]
 
 
 def test_what_compressed_tensors_has_no_place_for(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@
   (twice), and we once: the means of their logits are taken, and the largest difference is reported.
 - `export_compressed`: results without online transforms, as compressed-tensors, which vLLM and transformers load:
   integers without grids for activations as `pack-quantized`, FP4 with or without them as `nvfp4-pack-quantized` and
-  `mxfp4-pack-quantized`. (Results of RTN and GPTQ; FlatQuant's transforms have no place in that format.)
+  `mxfp4-pack-quantized`. (Results of RTN and GPTQ. Its `transform_config` has a place for
+  matrices, but transformers ignores it; models with FlatQuant's transforms are refused.)
 - `import_compressed`: FP4 models in these formats, with the same codes and scales.
 - `export_dense`: an ordinary checkpoint with the rounded weights as numbers, in the original basis: x P Q(W P^-T)^T =
   x (Q(W P^-T) P^T)^T. For any tool. It knows nothing of grids for activations, keys and values.
@@ -444,8 +445,13 @@ def _plain_config(model: PreTrainedModel) -> Any:
 @torch.no_grad()
 def export_compressed(
     model: PreTrainedModel, plan: Plan, output: Path, *, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
+) -> list[str]:
     """Write a model in compressed-tensors' `pack-quantized`, `nvfp4-pack-quantized` or `mxfp4-pack-quantized`.
+
+    Groups of integers are cut into those that vLLM's kernels take (`_their_group`); the parts have one scale.
+
+    Returns:
+        What of it vLLM does not serve on a CPU, one line each.
 
     Raises:
         ModelError: the model has online transforms, grids that differ, or experts; or grids for more than weights, but
@@ -460,7 +466,8 @@ def export_compressed(
         if isinstance(linear, IntegerLinear):
             weight = linear.qweight()
             state[f"{name}.weight_packed"] = _packed_words(weight.values, spec.bits)
-            state[f"{name}.weight_scale"] = weight.scale.to(model.dtype)
+            parts = 1 if spec.group_size is None else spec.group_size // _their_group(spec.group_size)
+            state[f"{name}.weight_scale"] = weight.scale.to(model.dtype).repeat_interleave(parts, dim=-1)
             state[f"{name}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
         elif isinstance(linear, CodeLinear):
             state |= {f"{name}.{leaf}": t for leaf, t in _their_tensors(spec, linear.qweight(), linear.site).items()}
@@ -495,13 +502,37 @@ def export_compressed(
             tokenizer.save_pretrained(output)
     except OSError as error:
         raise ArtifactError(f"cannot write {output}: {error.strerror or error}") from error
+    return [] if spec.kind in _FORMATS else _lacking(model, plan, spec)
+
+
+def _their_group(group: int) -> int:
+    """The largest group of 128, 64 and 32 columns that divides ours, or ours. vLLM's kernels for GPUs take no others,
+    and a group has to divide a rank's columns."""
+    return next((theirs for theirs in (128, 64, 32) if group % theirs == 0), group)
+
+
+def _lacking(model: PreTrainedModel, plan: Plan, spec: QuantSpec) -> list[str]:
+    """What vLLM's kernel for integers on a CPU (0.32, `CPUWNA16LinearKernel`) does not take, one line each."""
+    found = []
+    if spec.bits != 4:
+        found.append(f"vLLM has no kernel for weights of {spec.bits} bits on a CPU")
+    block = submodule(model, f"{plan.blocks_path}.0")
+    for site in plan.blocks[0].sites.values():
+        weights = [submodule(block, reader) for reader in site.readers]
+        rows = sum(linear.qweight().shape[0] for linear in weights if isinstance(linear, IntegerLinear))
+        columns = site.shape[0] * site.shape[1]
+        if rows % 32 or columns % 32:
+            found.append(
+                f"vLLM takes multiples of 32 x 32 weights on a CPU; {site.readers[0]} reads {columns} channels"
+            )
+    return found
 
 
 def _their_weights(spec: QuantSpec) -> dict[str, Any]:
     """What compressed-tensors is told of weights."""
     if spec.kind in _FORMATS:
         return {**_their_numbers(spec.kind), **_FORMATS[spec.kind].scales, "dynamic": False}
-    group = spec.group_size
+    group = None if spec.group_size is None else _their_group(spec.group_size)
     return {
         "num_bits": spec.bits,
         "type": "int",
@@ -555,8 +586,8 @@ def _one_weight_grid(plan: Plan) -> QuantSpec:
             )
         if any(site.left or site.right for site in block.sites.values()):
             raise ModelError(
-                "compressed-tensors has no place for online transforms; quantise with --method rtn or gptq, or export "
-                "the dense checkpoint"
+                "online transforms are not written to compressed-tensors: transformers would load such a folder as "
+                "another model; quantise with --method rtn or gptq, or export the dense checkpoint"
             )
         for s in block.sites.values():
             known = s.weights is None or s.weights.kind == "uniform" or s.weights.kind in _FORMATS

@@ -70,9 +70,12 @@ def export(
             raise SpecError("--weights-only is for --format dense")
         model, plan = artifact.load(folder), Folder.open(Path(folder)).plan
         tokenizer = load_tokenizer(Path(folder)) if (Path(folder) / "tokenizer_config.json").is_file() else None
+        notes: list[str] = []
         if form == "dense":
             interchange.export_dense(model, plan, output, tokenizer=tokenizer, weights_only=weights_only)
         else:
-            interchange.export_compressed(model, plan, output, tokenizer=tokenizer)
+            notes = interchange.export_compressed(model, plan, output, tokenizer=tokenizer)
     if not quiet:
         say(f"{output}: {form}")
+        for note in notes:
+            say(f"note: {note}; `flatquant serve {folder}` serves the folder itself")
