@@ -137,8 +137,9 @@ def bare(transforms: dict[str, Transforms], scheme: Scheme | None = None) -> Rec
 
 
 def tokens_for(model: PreTrainedModel, *shape: int, seed: int = 0) -> Tensor:
-    """Random token ids."""
-    return torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    """Random token ids, of words."""
+    words = getattr(model.config, "image_token_id", model.config.get_text_config().vocab_size)
+    return torch.randint(0, words, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -330,8 +331,9 @@ def randomised(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model whose every tensor matters, norms and biases too, with outlier channels, in eval mode."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-        n = config.hidden_size
+        wrapped = config.get_text_config() is not config
+        model = (AutoModelForImageTextToText if wrapped else AutoModelForCausalLM).from_config(config)
+        n = config.get_text_config().hidden_size
         for key, weight in model.named_parameters():
             if key.endswith("bias"):
                 weight.copy_(0.1 * torch.randn(weight.shape))
@@ -375,12 +377,124 @@ def tiny_family(
     kind, wanted = name.split()[0], {**fields, **FAMILIES[name], **sizes}
     computed = {key for key in wanted if isinstance(getattr(CONFIG_MAPPING[kind], key, None), property)}
     config = AutoConfig.for_model(kind, **{key: value for key, value in wanted.items() if key not in computed})
-    model = randomised(config, seed)
+    return widened(randomised(config, seed), dtype)
+
+
+def widened(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A model in a dtype; in float64 with what computes in float32 replaced."""
     if dtype == torch.float64:
         model.config._experts_implementation = "eager"  # the grouped product has no float64
         for module in model.modules():
             module.__class__ = exact(type(module))
     return model.to(dtype).eval()
+
+
+_IMAGE, _BEGIN, _END, _VIDEO = 100, 101, 102, 103  # tokens of wrappers
+
+_VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 56,
+    "patch_size": 14,
+}
+_QWEN_VISION = {"hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
+_QWEN_TOKENS = {
+    "image_token_id": _IMAGE,
+    "video_token_id": _VIDEO,
+    "vision_start_token_id": _BEGIN,
+    "vision_end_token_id": _END,
+}
+
+
+def _by_three(*sections: int) -> dict[str, Any]:
+    """A rotary embedding by time, height and width."""
+    return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections)}
+
+
+# Wrappers: fields of the text part, of the vision tower, of the whole.
+WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (  # heads wider than the hidden size has room for, and a vocabulary larger than the rest
+        {
+            "model_type": "gemma3_text",
+            "hidden_size": 20,
+            "head_dim": 8,
+            "num_key_value_heads": 1,
+            "vocab_size": 520,
+            "query_pre_attn_scalar": 6,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        {**_VISION, "model_type": "siglip_vision_model"},
+        {"mm_tokens_per_image": 4, "image_token_id": _IMAGE, "boi_token_id": _BEGIN, "eoi_token_id": _END},
+    ),
+    "mistral3": (
+        {"model_type": "mistral", "sliding_window": None},
+        {**_VISION, "model_type": "pixtral"},
+        {"image_token_id": _IMAGE, "tie_word_embeddings": False},
+    ),
+    "llava": (
+        {"model_type": "llama"},
+        {**_VISION, "model_type": "clip_vision_model"},
+        {"image_token_id": _IMAGE},
+    ),
+    "qwen2_5_vl": (
+        {"model_type": "qwen2_5_vl_text", "hidden_size": 32, "head_dim": 8, "rope_parameters": _by_three(1, 1, 2)},
+        {**_QWEN_VISION, "out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 16},
+        _QWEN_TOKENS,
+    ),
+    "qwen3_vl": (  # what the tower's blocks see is added behind blocks of the text part
+        {"model_type": "qwen3_vl_text", "head_dim": 8, "rope_parameters": _by_three(2, 1, 1)},
+        {**_QWEN_VISION, "out_hidden_size": 24, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+        _QWEN_TOKENS,
+    ),
+}
+
+
+def tiny_wrapper(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **text: Any) -> PreTrainedModel:
+    """A random model of one of `WRAPPERS`, in eval mode; `text` are fields of its text part."""
+    own, vision, whole = WRAPPERS[name]
+    ends = {"bos_token_id": VOCAB - 2, "eos_token_id": VOCAB - 1, "pad_token_id": VOCAB - 1}
+    sizes = {
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+    }
+    config = AutoConfig.for_model(name, text_config={**sizes, **ends, **own, **text}, vision_config=vision, **whole)
+    return widened(randomised(config, seed), dtype)
+
+
+def image_inputs(model: PreTrainedModel, seed: int = 0, *, length: int = 14, prompt: int = 3) -> dict[str, Tensor]:
+    """Inputs of a wrapper: `prompt` tokens, an image, text up to `length` tokens. The seed chooses its shape."""
+    g, kind = torch.Generator().manual_seed(seed), model.config.model_type
+    extra: dict[str, Tensor] = {}
+    if kind.startswith("qwen"):
+        grid = (1, 4, 4) if seed % 2 else (1, 4, 6)
+        patches, count = grid[1] * grid[2], grid[1] * grid[2] // 4
+        pixels, extra = torch.randn(patches, 3 * 2 * 4 * 4, generator=g), {"image_grid_thw": torch.tensor([grid])}
+    elif kind == "mistral3":
+        size = (56, 28) if seed % 2 else (56, 56)
+        count, extra = size[0] * size[1] // 28**2, {"image_sizes": torch.tensor([size])}
+        pixels = torch.randn(1, 3, *size, generator=g)
+    else:
+        count, pixels = 4 if kind == "gemma3" else 16, torch.randn(1, 3, 56, 56, generator=g)
+    length = max(length, prompt + count + 3)
+    ids = torch.randint(0, _IMAGE, (1, length), generator=g)
+    image = torch.zeros(1, length, dtype=torch.int64)
+    image[:, prompt : prompt + count] = 1
+    ids[image.bool()] = _IMAGE
+    if kind.startswith("qwen"):
+        ids[:, prompt - 1] = _BEGIN
+        extra["mm_token_type_ids"] = image
+    elif kind == "gemma3":
+        extra["token_type_ids"] = image
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype), **extra}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -64,6 +64,7 @@ from flatquant.models import (
     find_device,
     load_model,
     open_model,
+    processor_files,
     resolve,
     warn_of_positions,
 )
@@ -430,6 +431,7 @@ class _Run:
                     recipe=to_dict(self.recipe),
                     report=report,
                     tokenizer=self.tokenizer,
+                    beside=processor_files(self.model),
                     elsewhere=None if state is None else partial(_solved_tensor, state, plan),
                     completed=partial(self._completed, report, plan, witness, bring),
                 )

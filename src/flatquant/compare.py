@@ -259,7 +259,10 @@ class Bench:
             **self._tasks(model, tokenizer),
             "bits_per_weight": 16.0,
             "bytes_per_token": 2 * (sum(p.numel() for p in model.parameters()) - _looked_up(model).numel()),
-            "kv_bytes_per_token": 4 * model.config.num_hidden_layers * geometry.kv_heads * geometry.head_dim,
+            "kv_bytes_per_token": 4
+            * model.config.get_text_config().num_hidden_layers
+            * geometry.kv_heads
+            * geometry.head_dim,
         }
 
     def measure(self, parts: Recipe) -> dict[str, Any]:

@@ -29,14 +29,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import formats, seams
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.errors import ArtifactError, ModelError, one_line
 from flatquant.formats.base import SCALE, WHOLE, Codes
-from flatquant.models import quiet
+from flatquant.models import auto_class, quiet
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.quantizers import Dynamic, FrozenBlocks, WeightGrid
 from flatquant.quantizers.clip import LearnedClip
@@ -353,7 +353,7 @@ def _empty_model(path: Path, config: dict[str, Any]) -> PreTrainedModel:
         raise ArtifactError(f"{path}: the installed transformers does not know the model type {one_line(kind)}")
     with torch.device("meta"):
         made = CONFIG_MAPPING[kind].from_dict(data)
-        return AutoModelForCausalLM.from_config(made, dtype=made.dtype)
+        return auto_class(made).from_config(made, dtype=made.dtype)
 
 
 _NAMES = {"weight_packed": "packed", "weight_scale": SCALE, "weight_global_scale": WHOLE}  # theirs: ours
@@ -402,7 +402,7 @@ def export_dense(
     if any(site.shift != "none" for block in plan.blocks for site in block.sites.values()):
         raise ModelError("an ordinary checkpoint has no place for a shift of channels")
     config = _plain_config(model)
-    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain = auto_class(config).from_config(config, dtype=model.dtype)
     state = dict(model.state_dict())
     blocks = submodule(model, plan.blocks_path)
     for index, block_plan in enumerate(plan.blocks):

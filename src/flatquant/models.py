@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -38,11 +39,20 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from flatquant import distributed
 from flatquant.errors import DataError, ModelError, PositionsWarning, one_line
 
 ALIASES = ("smollm2-135m",)
+
+# Model types of several parts, whose text part (`text_config`, `model.language_model`) is quantised where it is.
+WRAPPERS = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")
+
+# What `AutoProcessor` reads beside a tokenizer's files.
+_PROCESSOR = (
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json",
+)  # fmt: skip
 
 _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -102,6 +112,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     with quiet():
         return _load_tokenizer(folder, folder, False)
+
+
+def processor_files(model: PreTrainedModel) -> list[Path]:
+    """The files of a wrapper's processor, where the model came from; none of other models."""
+    place = getattr(model.config, "_name_or_path", None)
+    if model.config.model_type not in WRAPPERS or not place:
+        return []
+    quietly = {
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return [Path(file) for name in _PROCESSOR if (file := cached_file(place, name, **quietly)) is not None]
 
 
 def resolve(name: str | Path) -> Path | str:
@@ -348,7 +371,7 @@ def open_model(
             raise _only_whole(name, "its config names no dtype, a quantisation, or code of its own")
         _check_size(folder, config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
         if lay_out is not None:
             lay_out(model)
         checkpoint = _matched(folder, name, model, block)
@@ -519,10 +542,15 @@ def _load_config(folder: Path | str, name: object, trust_remote_code: bool) -> A
         raise ModelError(f"cannot use {folder / 'config.json'}: {_first_line(error)}") from error
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' class that makes a config's model: a causal one, of a wrapper one that takes images too."""
+    return AutoModelForImageTextToText if config.model_type in WRAPPERS else AutoModelForCausalLM
+
+
 def _check_config(config: Any, name: object) -> None:
     _refuse_ours(getattr(config, "quantization_config", None), name)
-    if getattr(config, "auto_map", None):
-        return  # the model's own code decides
+    if getattr(config, "auto_map", None) or config.model_type in WRAPPERS:
+        return  # the model's own code decides, or its text part
     known: set[str] = set()
     for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         known.update((entry,) if isinstance(entry, str) else entry)
@@ -551,10 +579,10 @@ def _check_size(folder: Path, config: Any) -> None:
             with safe_open(file, "pt") as stored:
                 for key in stored.keys():  # noqa: SIM118 - not a dict
                     tensors, numbers = tensors + 1, numbers + math.prod(stored.get_slice(key).get_shape())
-        layers = getattr(config, "num_hidden_layers", None) or 0
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
         if layers <= tensors:  # the number of modules is bounded by the size of the files
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model = auto_class(config).from_config(config)
             if sum(p.numel() for p in model.parameters()) <= 4 * numbers + (1 << 24):
                 return
     except Exception as error:  # as above
@@ -566,7 +594,7 @@ def _load_weights(
     folder: Path | str, name: object, config: Any, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,

@@ -257,7 +257,7 @@ def use_attention(model: PreTrainedModel, attention: str) -> None:
         raise broken(f"the attention function {ATTENTION!r} is not registered")
     if ALL_MASK_ATTENTION_FUNCTIONS.get(ATTENTION) is not _mask:
         raise broken(f"the mask function {ATTENTION!r} is not registered")
-    model.config._attn_implementation = ATTENTION
+    model.config.get_text_config()._attn_implementation = ATTENTION  # of a wrapper, no other part's
     decoder = model.base_model
     if not hasattr(decoder, _WATCHED):
         decoder.register_forward_pre_hook(_begin_masks)
@@ -272,7 +272,8 @@ def _begin_masks(decoder: nn.Module, args: tuple) -> None:
 
 def _check_masks(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Forward hook of a decoder. Finished masks, four-dimensional or one a kind of layer, are taken as they are."""
-    if _open.masked or getattr(decoder.config, "_attn_implementation", None) != ATTENTION:
+    config: Any = decoder.config
+    if _open.masked or getattr(config.get_text_config(), "_attn_implementation", None) != ATTENTION:
         return
     if not any(isinstance(value, dict) or getattr(value, "ndim", 0) == 4 for value in (*args, *kwargs.values())):
         raise broken(f"{type(decoder).__name__} did not call the mask function {ATTENTION!r}")

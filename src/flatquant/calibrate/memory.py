@@ -315,7 +315,8 @@ class _Count:
         blocks = list(submodule(model, plan.blocks_path).children())
         self.model, self.recipe, self.shape, self.device, self.streamed = model, recipe, shape, device, streamed
         self.sizes = [_Sizes.of(block, p) for block, p in zip(blocks, plan.blocks, strict=True)]
-        self.hidden, self.vocab = model.config.hidden_size, model.config.vocab_size
+        config = model.config.get_text_config()
+        self.hidden, self.vocab = config.hidden_size, config.vocab_size
         self.item = dtype.itemsize
         parameters = list(model.parameters())
         whole = sum(p.nbytes for p in parameters)

@@ -761,7 +761,9 @@ class _Run:
         """Windows per forward pass outside the fit."""
         if self.device.type != "cuda" or self.tokens is None:
             return self.layout.windows
-        return max(full_step(self.tokens.shape[1], self.model.config.hidden_size), self.layout.windows)
+        return max(
+            full_step(self.tokens.shape[1], self.model.config.get_text_config().hidden_size), self.layout.windows
+        )
 
 
 def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec, grid: QuantSpec | None = None) -> int:

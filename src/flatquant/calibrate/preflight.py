@@ -128,12 +128,13 @@ def _kind(block: nn.Module) -> object:
 @contextmanager
 def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Have a model and the copies of its blocks call the attention function `name`."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = name
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +185,8 @@ class _Check:
     ) -> None:
         self.model, self.arch, self.blocks, self.index = model, arch, blocks, index
         self.device, self.checkpoint = device, checkpoint
-        x = torch.randn(2, _TOKENS, model.config.hidden_size, generator=_generator(0), dtype=torch.float64)
+        config = model.config.get_text_config()
+        x = torch.randn(2, _TOKENS, config.hidden_size, generator=_generator(0), dtype=torch.float64)
         self.hidden = x.to(device)  # (2, T, h)
 
     def law(self, transforms: dict[str, Transforms]) -> list[_Found]:
@@ -192,7 +194,7 @@ class _Check:
         block = self._copy()
         want = self._plain(block)
         bound = max(_FLOOR, _MARGIN * self._rounding(block, want))
-        if self.model.config._attn_implementation == seams.ATTENTION:
+        if self.model.config.get_text_config()._attn_implementation == seams.ATTENTION:
             with _attention(self.model, "eager"), _WideSoftmax():
                 own = _deviation(self._plain(block), want)
             if not own <= bound:
@@ -237,7 +239,7 @@ class _Check:
 
     def _copy(self) -> nn.Module:
         """The block in float64, on the device; it shares the model's config."""
-        config = self.model.config
+        config = self.model.config.get_text_config()
         block = copy.deepcopy(self.blocks[self.index], {id(config): config})
         if self.checkpoint is not None:
             self.checkpoint.fill(block, f"{self.arch.blocks}.{self.index}.", self.device)

@@ -46,8 +46,9 @@ def work(
     blocks = list(submodule(model, plan.blocks_path).children())
     weights = sum(sum(linear_weights(block, p)) for block, p in zip(blocks, plan.blocks, strict=True))
     stored = sum(p.nbytes for p in model.parameters())
-    hidden = model.config.hidden_size
-    head = model.config.vocab_size * hidden
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    head = config.vocab_size * hidden
     tokens = 0 if shape is None else shape[0] * shape[1]
     forward = weights * tokens
     found: dict[str, float] = {"hash": _A_BYTE_HASHED * stored, "fold": _A_WEIGHT_FOLDED * weights}

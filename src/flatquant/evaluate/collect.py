@@ -222,7 +222,8 @@ def _alone(
     step: Any,
 ) -> list[float]:
     """The divergence that each block causes when all others stay as they were."""
-    attention = original.config._attn_implementation
+    config = original.config.get_text_config()
+    attention = config._attn_implementation
     out = []
     try:
         # A quantised block calls it; the others see plain attention in it.
@@ -235,7 +236,7 @@ def _alone(
                 theirs[index] = kept
             step()
     finally:
-        original.config._attn_implementation = attention
+        config._attn_implementation = attention
     return out
 
 

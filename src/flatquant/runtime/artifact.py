@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import mul
@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
 from flatquant import seams, store
 from flatquant.errors import ArtifactError, one_line
+from flatquant.models import WRAPPERS, auto_class
 from flatquant.runtime import fused
 from flatquant.runtime.build import install
 from flatquant.runtime.card import model_card, updated
@@ -95,6 +96,7 @@ def save(
     scheme: str | None = None,
     tokenizer: Any = None,
     companions: Folder | None = None,
+    beside: Sequence[Path] = (),
     max_shard_bytes: int = 5_000_000_000,
     replace: bool = False,
     elsewhere: Callable[[str], Tensor] | None = None,
@@ -110,6 +112,7 @@ def save(
         scheme: for people; that of the recipe if None. (A loaded model's recipe may be one of a later version.)
         tokenizer: saved along if given.
         companions: a folder whose files beside the model (tokenizer, evaluation) are copied, those that are whole.
+        beside: further files that are copied: a processor's.
         max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
         replace: `output` may hold files; those of the same names, and older tensors of ours, are replaced. Of a card
             that is there, or that `companions` has, only our sections are.
@@ -137,6 +140,8 @@ def save(
                 (temporary / GENERATION_FILE).write_text(text, encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+            for file in beside:
+                shutil.copyfile(file, temporary / file.name)
             if companions is not None:
                 _copy_companions(companions, temporary)
             config = _config_to_json(model)
@@ -281,7 +286,8 @@ def _publish(temporary: Path, output: Path) -> None:
 def _config_to_json(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config.to_diff_dict()
     config = {k: v for k, v in config.items() if k.lstrip("_") not in _FOREIGN and k != "quantization_config"}
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)):
+        part["dtype"] = str(model.dtype).removeprefix("torch.")  # of a wrapper, its parts' too
     config["architectures"] = [type(model).__name__]
     config["tie_word_embeddings"] = is_tied(model)
     return config
@@ -460,14 +466,14 @@ def skeleton(folder: Folder, stored: Mapping[str, StoredTensor]) -> PreTrainedMo
         raise ArtifactError(f"{where}: the installed transformers does not know the model type {one_line(kind)}")
     blocks = folder.plan.blocks
     # Each block stores a tensor at least, so that the number of modules is bounded by the size of the files.
-    if data.get("num_hidden_layers", len(blocks)) != len(blocks) or len(blocks) > len(stored):
+    if _text_config(data).get("num_hidden_layers", len(blocks)) != len(blocks) or len(blocks) > len(stored):
         raise ArtifactError(f"{where} is damaged: the plan has {len(blocks)} blocks, the model another number")
     try:
         with torch.device("meta"):
             config = CONFIG_MAPPING[kind].from_dict(data)
-            if config.num_hidden_layers != len(blocks):
-                raise ArtifactError(f"{where} is damaged: {len(blocks)} blocks planned of {config.num_hidden_layers}")
-            model = AutoModelForCausalLM.from_config(config)
+            if (layers := config.get_text_config().num_hidden_layers) != len(blocks):
+                raise ArtifactError(f"{where} is damaged: {len(blocks)} blocks planned of {layers}")
+            model = auto_class(config).from_config(config)
             furnish(folder, model, _tied(model), stored)
     except ArtifactError:
         raise
@@ -475,6 +481,12 @@ def skeleton(folder: Folder, stored: Mapping[str, StoredTensor]) -> PreTrainedMo
         # A config is free-form data of another library: whatever it trips over, the folder is at fault.
         raise ArtifactError(f"{where} is damaged: no model can be built from it ({one_line(error)})") from error
     return model
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a `config.json` says of the model, of a wrapper's text part."""
+    part = config.get("text_config") if config.get("model_type") in (None, *WRAPPERS) else None
+    return part if isinstance(part, Mapping) else config
 
 
 def furnish(folder: Folder, model: PreTrainedModel, tied: set[str], stored: Mapping[str, StoredTensor]) -> None:
@@ -549,13 +561,25 @@ def rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
     for path, module in list(model.named_modules()):
         if not _uncomputed(module):
             continue
+        owner = _owner(model, path)
         try:
-            fresh = type(module)(config=model.config)  # type: ignore[call-arg]
+            fresh = type(module)(config=owner.config)  # type: ignore[call-arg]
         except TypeError:
-            _initialise_buffers(model, module, device)
-        else:
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Module.to(fresh, device))
+            _initialise_buffers(owner, module, device)
+            continue
+        if module.state_dict():  # it holds tensors of the model's as well
+            for name in _uncomputed(module):
+                setattr(module, name, getattr(fresh, name).to(device))
+            continue
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Module.to(fresh, device))
+
+
+def _owner(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """The innermost model around a module: each part of a wrapper has a config of its own."""
+    parts = path.split(".")[:-1]
+    around = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1)]
+    return next((module for module in around if isinstance(module, PreTrainedModel)), model)
 
 
 def _uncomputed(module: nn.Module) -> set[str]:
@@ -687,7 +711,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _kv_bytes(folder: Folder) -> tuple[int, int]:
     names = ("num_key_value_heads", "num_attention_heads", "n_head")
-    heads = next((found for name in names if (found := folder.config.get(name))), None)
+    config = _text_config(folder.config)
+    heads = next((found for name in names if (found := config.get(name))), None)
     if type(heads) is not int or heads < 1:
         raise ArtifactError(f"{folder.path / CONFIG_FILE} is damaged: no number of attention heads")
     blocks = folder.plan.blocks

@@ -12,6 +12,7 @@ from typing import Any
 
 from flatquant.grade import readable
 from flatquant.mixture import calibrated_on
+from flatquant.models import WRAPPERS
 
 _USE = """```python
 import flatquant  # registers the format; without it transformers refuses to load this model
@@ -20,6 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{place}")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```"""
+
+
+def _use(model_type: str, place: str) -> str:
+    """How to load a model; a wrapper takes images."""
+    use = _USE.format(place=place)
+    if model_type not in WRAPPERS:
+        return use
+    use = use.replace("AutoTokenizer", "AutoProcessor").replace("tokenizer =", "processor =")
+    return use.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
 
 
 _SECTIONS = ("model", "quality")
@@ -84,7 +94,7 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any], evaluation:
                 "",
                 "Quantised with flatquant. Load it with transformers:",
                 "",
-                _USE.format(place="this-repository-or-folder"),
+                _use(str(config.get("model_type")), "this-repository-or-folder"),
                 "",
                 *table,
                 "",

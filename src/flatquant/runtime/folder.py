@@ -338,7 +338,7 @@ def unquantised_bytes(sizes: Mapping[str, tuple[int, int]], plan: Plan) -> dict[
     """Bytes of what a plan leaves as it was, by what it is; the largest first.
 
     `embeddings`, `output layer` (where it has a matrix of its own), `norms`, `biases`, a site's name for weights that
-    the scheme leaves out, and `others` (routers).
+    the scheme leaves out, `others` (routers), and `other parts` of a wrapper (vision tower, projector).
 
     Args:
         sizes: (number of dimensions, bytes) of all stored tensors by name.
@@ -360,7 +360,9 @@ def unquantised_bytes(sizes: Mapping[str, tuple[int, int]], plan: Plan) -> dict[
 
 def _role(name: str, dimensions: int, blocks_path: str) -> str:
     """What a tensor is that no site holds."""
-    base = blocks_path.rpartition(".")[0] + "."
+    base, root = blocks_path.rpartition(".")[0] + ".", blocks_path.partition(".")[0] + "."
+    if name.startswith(root) and not name.startswith(base):
+        return "other parts"
     if name.endswith(".bias"):
         return "biases"
     if dimensions == 1:

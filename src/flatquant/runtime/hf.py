@@ -121,8 +121,9 @@ class FlatQuantizer(HfQuantizer):
         if not isinstance(files, Mapping) or not isinstance(plan, Mapping):
             raise ArtifactError("config.json is damaged: quantization_config lacks its plan or files")
         blocks = plan_from_json(plan).blocks
-        if config.num_hidden_layers != len(blocks):  # a number from a file: no model is built after it yet
-            raise ArtifactError(f"config.json is damaged: {len(blocks)} blocks planned of {config.num_hidden_layers}")
+        layers = config.get_text_config().num_hidden_layers  # a number from a file: no model is built after it yet
+        if layers != len(blocks):
+            raise ArtifactError(f"config.json is damaged: {len(blocks)} blocks planned of {layers}")
         asked = getattr(config, "_attn_implementation_internal", None)
         if asked not in (None, "sdpa", METHOD):
             raise ModelError(f"quantised models bring their own attention; leave out attn_implementation={asked!r}")

@@ -252,6 +252,7 @@ class Geometry:
     @classmethod
     def of(cls, config) -> Geometry:
         """Read a transformers config; `head_dim` is its own field where it exists. Where layers differ, the first's."""
+        config = config.get_text_config()
         heads, layers = config.num_attention_heads, getattr(config, "per_layer_config", None)
         first = layers[0] if layers else config
         head_dim = getattr(first, "head_dim", None) or config.hidden_size // heads

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from torch import Tensor, nn
 
 from flatquant.errors import ModelError
+from flatquant.models import WRAPPERS
 from flatquant.runtime.experts import is_stacked
 from flatquant.spec import Pairing
 from flatquant.wiring.arch import Arch, Edge, Residual, Scores, find
@@ -521,8 +522,17 @@ ARCHS = (
 )  # fmt: skip
 
 
+# Text parts that transformers has inside wrappers alone. Their rotary embedding turns by positions of three kinds.
+PARTS = (
+    replace(LLAMA, model_types=("qwen2_5_vl_text",)),
+    replace(QWEN3, model_types=("qwen3_vl_text",)),
+)
+
+_TEXT = "model.language_model"  # the text part of a wrapper
+
+
 def arch_of(config, model: nn.Module | None = None) -> Arch:
-    """The description for a transformers config.
+    """The description for a transformers config; of a wrapper's, that of its text part, where the wrapper has it.
 
     Args:
         model: of that config; a note of the error then says what it is made of.
@@ -530,10 +540,18 @@ def arch_of(config, model: nn.Module | None = None) -> Arch:
     Raises:
         ModelError: a family without a description; in a note, where one can be had, a draft of it.
     """
-    for arch in ARCHS:
-        if config.model_type in arch.model_types and all(getattr(config, k, v) == v for k, v in arch.when.items()):
-            return arch
+    wrapped = config.model_type in WRAPPERS
+    text = config.get_text_config() if wrapped else config
+    for arch in (*ARCHS, *PARTS) if wrapped else ARCHS:
+        if text.model_type in arch.model_types and all(getattr(text, k, v) == v for k, v in arch.when.items()):
+            return _inside(arch) if wrapped else arch
     raise _unknown(config, model)
+
+
+def _inside(arch: Arch) -> Arch:
+    """A description with the paths that its modules have inside a wrapper."""
+    blocks, norm = (f"{_TEXT}.{path.partition('.')[2]}" for path in (arch.blocks, arch.final_norm))
+    return replace(arch, blocks=blocks, final_norm=norm)
 
 
 def _unknown(config, model: nn.Module | None) -> ModelError:

@@ -27,7 +27,7 @@ def residual_factor(
     """The rotation that all blocks share, if the recipe has one that takes effect.  # (h, h)"""
     if not rotates_residual(recipe, plan, force):
         return None
-    return make_factor(recipe.transforms["residual"][0], model.config.hidden_size, generator)
+    return make_factor(recipe.transforms["residual"][0], model.config.get_text_config().hidden_size, generator)
 
 
 @torch.no_grad()
