@@ -1,7 +1,9 @@
 """Models of several parts: their text part is quantised where it is, and the rest stays as it was."""
 
 import copy
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +11,29 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import flatquant
-from flatquant.errors import ModelError
+from flatquant.calibrate.capture import capture, run_block
+from flatquant.calibrate.samples import Samples
+from flatquant.errors import FlatQuantError, ModelError
+from flatquant.recipes import autoround, gptq, oac
+from flatquant.recipes import flatquant as flatquant_recipe
 from flatquant.runtime import artifact
 from flatquant.runtime.artifact import save
-from flatquant.spec import to_dict
+from flatquant.spec import Recipe, to_dict
 from flatquant.wiring.apply import fold_block
 from flatquant.wiring.archs import arch_of
-from tests.laws import BASES, bare, calibrated, quick, reinstalled, relative, tokens_for, wrap
+from tests.laws import (
+    BASES,
+    bare,
+    blocks_of,
+    calibrated,
+    final_norm,
+    inputs_of,
+    quick,
+    reinstalled,
+    relative,
+    tokens_for,
+    wrap,
+)
 from tests.tiny_models import WRAPPERS, image_inputs, tiny_tokenizer, tiny_wrapper
 
 PRESERVED = 1e-9
@@ -119,3 +137,89 @@ def test_a_wrapper_s_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 def _stop(stage: str, done: float, total: float) -> None:
     if stage == "solve" and done == 1:
         raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------ samples with images
+
+
+def samples_for(model: PreTrainedModel, count: int = 4) -> list[dict[str, Tensor]]:
+    """Texts with images in different places, and of different shapes where the model takes such; of one length."""
+    return [image_inputs(model, seed, length=26, prompt=2 + 2 * (seed % 3)) for seed in range(count)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_blocks_are_called_as_the_model_calls_them_with_each_sample(name: str) -> None:
+    """Window by window, some at a time, and in any order: the model's own last hidden states."""
+    model = tiny_wrapper(name, dtype=torch.float64)
+    samples, arch = Samples.of(samples_for(model)), arch_of(model.config)
+    hidden, calls = capture(model, arch, samples)
+    want = torch.cat([hidden_of(model, sample) for sample in samples.inputs])
+    order = torch.tensor([2, 0, 3])
+    some = hidden[order]
+    for block, call in zip(blocks_of(model), calls, strict=True):
+        some, hidden = call.of(order)(block, some), run_block(block, call, hidden, 3)
+    assert relative(hidden, want) < PRESERVED
+    assert relative(some, want[order]) < PRESERVED
+    one, calls = capture(model, arch, samples[2:3])
+    for block, call in zip(blocks_of(model), calls, strict=True):
+        one = call(block, one)
+    assert relative(one, want[2:3]) < PRESERVED
+
+
+def hidden_of(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Hidden states before the final norm.  # (1, T, h)"""
+    with inputs_of(final_norm(model)) as seen:
+        model(**inputs, use_cache=False)
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_is_fitted_to_samples_with_images(name: str, tmp_path: Path) -> None:
+    model = tiny_wrapper(name)
+    samples = samples_for(model)
+    want = [model(**sample).logits for sample in samples]
+    done = flatquant.quantize(model, quick("w8a8kv8", epochs=2), samples, output=tmp_path / "out")
+    assert done.verdict is not None
+    assert done.verdict["packed"]["equal"]
+    assert done.verdict["seqlen"] == samples[0]["input_ids"].shape[1]
+    losses = [loss for block in done.report["blocks"] for loss in block["losses"]]
+    assert max(losses) < 0.01  # of outputs around 1: a window with another's mask or positions would be far off
+    loaded = flatquant.load(tmp_path / "out")
+    got = [loaded(**sample).logits for sample in samples]
+    assert all(torch.equal(a, model(**sample).logits) for a, sample in zip(got, samples, strict=True))
+    assert all(relative(a, b) < 0.15 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("recipe", [gptq("w4"), autoround("w4a4kv4"), flatquant_recipe("w4a4kv4")])
+def test_every_stage_takes_samples(recipe: Recipe) -> None:
+    """Gram matrices, learned rounding, and an end-to-end fit."""
+    model = tiny_wrapper("qwen3_vl")
+    if recipe.end_to_end is not None:
+        recipe = dataclasses.replace(recipe, end_to_end=dataclasses.replace(recipe.end_to_end, steps=3))
+    if recipe.solver.learned is not None:
+        solver = dataclasses.replace(recipe.solver, learned=dataclasses.replace(recipe.solver.learned, steps=8))
+        recipe = dataclasses.replace(recipe, solver=solver)
+    done = flatquant.quantize(model, recipe, samples_for(model))
+    assert done.verdict is not None
+    assert done.verdict["word"] != "destroyed"
+
+
+def test_samples_that_cannot_be_taken_are_named() -> None:
+    model = tiny_wrapper("gemma3")
+    good = samples_for(model)
+
+    def message(samples: list[dict[str, Any]], recipe: Recipe | None = None) -> str:
+        with pytest.raises(FlatQuantError) as caught:
+            flatquant.quantize(model, recipe or quick("w4a4kv4"), samples)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "the list is empty" in message([])
+    assert "sample 1 has no input_ids" in message([good[0], {"pixel_values": torch.ones(1)}])
+    assert "sample 1 has 25 tokens, the first 26" in message([good[0], image_inputs(model, 1, length=25)])
+    padded = {**good[1], "attention_mask": torch.tensor([[0] + [1] * 25])}
+    assert "sample 1 has padding" in message([good[0], padded])
+    fewer = {**good[1], "input_ids": good[1]["input_ids"].clamp(max=99)}
+    assert "sample 1: Gemma3ForConditionalGeneration does not take it" in message([good[0], fewer])
+    assert "learns from the text's cross entropy" in message(good, oac("w4"))

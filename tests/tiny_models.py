@@ -445,7 +445,12 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         _QWEN_TOKENS,
     ),
     "qwen3_vl": (  # what the tower's blocks see is added behind blocks of the text part
-        {"model_type": "qwen3_vl_text", "head_dim": 8, "rope_parameters": _by_three(2, 1, 1)},
+        {
+            "model_type": "qwen3_vl_text",
+            "head_dim": 8,
+            "rope_parameters": _by_three(2, 1, 1),
+            "num_hidden_layers": 3,  # nothing is added behind the last
+        },
         {**_QWEN_VISION, "out_hidden_size": 24, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
         _QWEN_TOKENS,
     ),

@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -47,6 +47,7 @@ from flatquant.calibrate.memory import (
 )
 from flatquant.calibrate.pipeline import Report, calibrate, measured, solved_name
 from flatquant.calibrate.preflight import preflight
+from flatquant.calibrate.samples import UNSCORED, Samples, Windows, cut
 from flatquant.calibrate.state import RUN_FILE, RunState, fingerprint, recorded, tensor_bytes
 from flatquant.calibrate.witness import Witness
 from flatquant.calibrate.work import work
@@ -115,7 +116,7 @@ class Quantized:
 def quantize(
     model: PreTrainedModel | str | Path,
     recipe: Recipe,
-    calibration: str | Path | Tensor | None = None,
+    calibration: str | Path | Tensor | Sequence[Mapping[str, Any]] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output: str | Path | None = None,
@@ -128,7 +129,7 @@ def quantize(
     max_memory: int | str | None = None,
     max_host_memory: int | str | None = None,
     notice: Callable[[Estimate], None] | None = None,
-    held_out: Tensor | None = None,
+    held_out: Tensor | Sequence[Mapping[str, Any]] | None = None,
     verdict: bool = True,
 ) -> Quantized:
     """Quantise a causal language model.
@@ -138,7 +139,8 @@ def quantize(
         recipe: the method and its settings, from `flatquant.recipes`.
         calibration: `wikitext2`, `c4`, `self` (the model writes the text), a text file or folder, several of these with
             their shares of the windows (`wikitext2:1,c4:3,self:1,FILE`), or int64 token ids (samples, seqlen), whose
-            shape then counts instead of the recipe's. None is the recipe's own choice.
+            shape then counts instead of the recipe's. Or a list of what the model's processor makes of texts with
+            images, one at a time, all of one length and without padding. None is the recipe's own choice.
         tokenizer: for calibration text, and saved along.
         output: folder to write; absent or empty. None keeps the result in memory only.
         device: where blocks are fitted; a GPU if there is one. The model stays where it is.
@@ -153,9 +155,9 @@ def quantize(
         max_memory: on the device, in bytes or as `20GiB`; by default what is free.
         max_host_memory: likewise, of the host.
         notice: called once, before any work but loading, with what the run will need by an estimate from shapes.
-        held_out: int64 token ids (windows, seqlen) that the verdict is measured on. By default windows of the
-            calibration text that are kept back; of `calibration` that is given as token ids the first windows
-            themselves; where no text is read, a short text that comes with the package.
+        held_out: int64 token ids (windows, seqlen), or samples as in `calibration`, that the verdict is measured on. By
+            default windows of the calibration text that are kept back; of `calibration` that is given as token ids or
+            samples the first windows themselves; where no text is read, a short text that comes with the package.
         verdict: measure how good the result is. A verdict that is not good is also a `QualityWarning`.
 
     Raises:
@@ -168,7 +170,12 @@ def quantize(
     if not 0 <= seed < 2**32:
         raise SpecError(f"seed {seed}: give a whole number from 0 to {2**32 - 1}")
     name, checkpoint = None, None
-    mixture = _mixture(recipe, calibration)
+    mixture, windows = None, None  # of text that is to be read, or as they were given
+    if isinstance(calibration, str | Path) or calibration is None:
+        mixture = _mixture(recipe, calibration)
+    else:
+        windows = calibration if isinstance(calibration, Tensor) else Samples.of(calibration)
+    judged = held_out if held_out is None or isinstance(held_out, Tensor) else Samples.of(held_out, "held-out")
     say = progress or (lambda *_: None)
     limits = Limits(device=_bytes(max_memory), host=_bytes(max_host_memory))
     if not isinstance(model, PreTrainedModel):
@@ -183,15 +190,15 @@ def quantize(
     _check_model(model, recipe)
     if tokenizer is not None:  # one of another model
         check_ids(torch.tensor(tokenizer(PROSE)["input_ids"], dtype=torch.int64), model, "a tokenizer")
-    if isinstance(calibration, Tensor):
-        _check_tokens("calibration", calibration, model)
-        samples, seqlen = calibration.shape
+    if windows is not None:
+        _check_tokens("calibration", windows, model)
+        samples, seqlen = windows.shape
         recipe = replace(recipe, data=DataSpec(samples=samples, seqlen=seqlen, text=TOKENS))
     if mixture is not None:
         recipe = replace(recipe, data=replace(recipe.data, text=str(mixture)))
-    if held_out is not None:
-        _check_tokens("held-out", held_out, model)
-        if held_out.shape[1] < 2:
+    if judged is not None:
+        _check_tokens("held-out", judged, model)
+        if judged.shape[1] < 2:
             raise DataError("held-out tokens: a window of one token predicts nothing; give two or more a window")
     if recipe.needs_data:
         warn_of_positions(model, recipe.data.seqlen, "calibration windows")
@@ -232,7 +239,7 @@ def quantize(
         model,
         name,
         recipe,
-        calibration if isinstance(calibration, Tensor) else mixture,
+        mixture if windows is None else windows,
         tokenizer,
         place,
         device,
@@ -244,7 +251,7 @@ def quantize(
         limits,
         layout,
         notice,
-        held_out,
+        judged,
         verdict,
     )
     result = run()
@@ -253,9 +260,9 @@ def quantize(
     return result
 
 
-def _mixture(recipe: Recipe, calibration: str | Path | Tensor | None) -> Mixture | None:
+def _mixture(recipe: Recipe, calibration: str | Path | None) -> Mixture | None:
     """The texts to read, if any."""
-    if not recipe.needs_data or isinstance(calibration, Tensor):
+    if not recipe.needs_data:
         return None
     return Mixture.parse(recipe.data.text if calibration is None else calibration)
 
@@ -308,7 +315,7 @@ class _Run:
         model: PreTrainedModel,
         name: str | None,
         recipe: Recipe,
-        calibration: Mixture | Tensor | None,
+        calibration: Mixture | Windows | None,
         tokenizer: PreTrainedTokenizerBase | None,
         place: _Place | None,
         device: torch.device,
@@ -320,7 +327,7 @@ class _Run:
         limits: Limits,
         layout: Estimate,
         notice: Callable[[Estimate], None] | None,
-        held_out: Tensor | None,
+        held_out: Windows | None,
         verdict: bool,
     ) -> None:
         self.model, self.recipe, self.calibration, self.tokenizer = model, recipe, calibration, tokenizer
@@ -453,7 +460,7 @@ class _Run:
         _check_finite(name, tensor, arch_of(self.model.config, self.model).blocks)
         return tensor
 
-    def _text(self) -> tuple[dict[str, Any] | None, Tensor | None]:
+    def _text(self) -> tuple[dict[str, Any] | None, Windows | None]:
         """What the text is, and its tokens; None where the model has yet to write some of them."""
         if not self.recipe.needs_data:
             return None, None
@@ -462,6 +469,8 @@ class _Run:
         if isinstance(source, Tensor):
             tokens = source.cpu()
             return {**data, "sha256": _sha256(tokens)}, tokens
+        if isinstance(source, Samples):
+            return {**data, "sha256": _sha256(*source.tensors())}, source
         assert source is not None
         if self.tokenizer is None:
             raise DataError(
@@ -539,15 +548,15 @@ class _Run:
         count = self._windows_of_fits()
         return self.kept[:count] if self.kept is not None and count else None
 
-    def _judged_windows(self, tokens: Tensor | None, data: Mapping[str, Any] | None) -> _Judged:
+    def _judged_windows(self, tokens: Windows | None, data: Mapping[str, Any] | None) -> _Judged:
         """What the verdict is measured on."""
         if self.held_out is not None:
-            return _Judged(self.held_out[:, :_JUDGED_SEQLEN].cpu(), TOKENS, True)
+            return _Judged(cut(self.held_out, len(self.held_out), _JUDGED_SEQLEN), TOKENS, True)
         if data is None or tokens is None:
             return self._textless()
         if self.kept is not None:
             return _Judged(self.kept[self._windows_of_fits() :, :_JUDGED_SEQLEN], data["source"], True)
-        return _Judged(tokens[: self._windows_of_verdict(), :_JUDGED_SEQLEN], data["source"], False)
+        return _Judged(cut(tokens, self._windows_of_verdict(), _JUDGED_SEQLEN), data["source"], False)
 
     def _textless(self) -> _Judged:
         """A text that comes with the package; without a tokenizer, tokens at random."""
@@ -707,7 +716,7 @@ class _Run:
 class _Judged:
     """The windows that the verdict is measured on, where they come from, and that they were not trained on."""
 
-    tokens: Tensor  # int64, (N, T)
+    tokens: Windows  # int64, (N, T), or samples
     source: str
     kept_back: bool
 
@@ -814,7 +823,12 @@ def _check_finite(name: str, tensor: Tensor, blocks: str) -> None:
         )
 
 
-def _check_tokens(what: str, tokens: Tensor, model: PreTrainedModel) -> None:
+def _check_tokens(what: str, tokens: Windows, model: PreTrainedModel) -> None:
+    if isinstance(tokens, Samples):
+        config: Any = model.config
+        ids = tokens.ids(getattr(config, "image_token_id", None))  # which may have no embedding
+        check_ids(ids[ids != UNSCORED], model, f"{what} samples")
+        return
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise DataError(f"{what} tokens must be (samples, seqlen) int64, not {tuple(tokens.shape)} {tokens.dtype}")
     check_ids(tokens, model, f"{what} windows")
@@ -929,8 +943,11 @@ def _bytes(size: int | str | None) -> int | None:
     return parse_bytes(size) if isinstance(size, str) else size
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _run_hash(identity: Mapping[str, Any]) -> str:

@@ -86,8 +86,9 @@ class BlockFit:
     held_out: HeldOut | None = None
 
     def kept(self) -> tuple[Kept, ...]:
-        """What a step reads: inputs, targets, and the second targets where there are any."""
-        return (self.inputs, self.targets, *(() if self.second is None else (self.second,)))
+        """What a step reads: numbers of windows, inputs, targets, and the second targets where there are any."""
+        windows = torch.arange(self.inputs.shape[0], device=self.inputs.device)
+        return (windows, self.inputs, self.targets, *(() if self.second is None else (self.second,)))
 
 
 @dataclass(kw_only=True)
@@ -270,10 +271,10 @@ def _steps_per_epoch(block: BlockFit, spec: FitSpec) -> int:
     return math.ceil(block.inputs.shape[0] / spec.batch_size)
 
 
-def _loss(fit: FitBlock, call: BlockCall, dtype: torch.dtype, x: Tensor, *targets: Tensor) -> Tensor:
+def _loss(fit: FitBlock, call: BlockCall, dtype: torch.dtype, windows: Tensor, x: Tensor, *targets: Tensor) -> Tensor:
     """The mean squared error, summed over the kinds of targets."""
     with shared_inverses(fit.roots()), autocast(x.device, dtype):
-        predicted = call(fit.block, wide(x, dtype))
+        predicted = call.of(windows)(fit.block, wide(x, dtype))
     return torch.stack([F.mse_loss(predicted.float(), y.float()) for y in targets]).sum()
 
 
@@ -281,10 +282,10 @@ def _loss(fit: FitBlock, call: BlockCall, dtype: torch.dtype, x: Tensor, *target
 def _held_out_loss(block: BlockFit, dtype: torch.dtype) -> float | None:
     """The loss on windows that are not trained on; without any, on the first that are; None where these are short."""
     call, kept = block.call, block.kept()
-    count = held_out_windows(*kept[0].shape[:2])
+    count = held_out_windows(*block.inputs.shape[:2])
     if block.held_out is not None:
-        call, kept = block.held_out.call, (block.held_out.inputs, block.held_out.targets)
-        count = kept[0].shape[0]
+        count = block.held_out.inputs.shape[0]
+        call, kept = block.held_out.call, (torch.arange(count), block.held_out.inputs, block.held_out.targets)
     losses = [_loss(block.fit, call, dtype, *(rows[i : i + 1] for rows in kept)) for i in range(count)]
     return float(torch.stack(losses).mean()) if losses else None
 
@@ -300,8 +301,8 @@ def _plain_loss(block: BlockFit, dtype: torch.dtype) -> float | None:
 def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, splits: int) -> Optimiser:
     fit, call = block.fit, block.call
 
-    def loss_fn(x: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss = _loss(fit, call, dtype, x, *targets)
+    def loss_fn(windows: Tensor, x: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss = _loss(fit, call, dtype, windows, x, *targets)
         return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny), loss  # no error: nothing to learn, not NaN
 
     rates: dict[Group, float] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import compress
+from itertools import compress, islice
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from flatquant import seams
 from flatquant.calibrate.activations import K, Kept, mapped
+from flatquant.calibrate.samples import Samples, Windows, inputs_of
+from flatquant.errors import DataError, one_line
 from flatquant.rotary import Angles, turned_back
 from flatquant.spec import KeyOffset, Pairing, by_expert, is_experts
 from flatquant.transforms import Factor
@@ -26,9 +28,12 @@ _ROWS, _ROWS_A_CALL = 128, 32  # tokens of a site's input that are kept
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCall:
-    """How the model calls one block, besides the hidden states; the same for windows of one length.
+    """How the model calls one block, besides the hidden states; the same for windows of one length of text.
 
     `repeated` arguments are noted for one window, and have rows for each.
+    `added` is what the model adds to what the block before gives (Qwen3-VL: features of an image).
+    `windows` are the calls of every window where these differ. The block is then called for one after another: how an
+    argument is laid out for several of them is each model's own.
     `basis` is that of a block's residual stream once it is wrapped. Hidden states between blocks stay in the original
     basis, so that both models' can be compared; a rotated block is entered and left through the basis.
     """
@@ -37,9 +42,16 @@ class BlockCall:
     kwargs: dict[str, Any]
     basis: Factor | None = None
     repeated: tuple[str, ...] = ()
+    added: Tensor | None = None  # (1, T, h)
+    windows: tuple[BlockCall, ...] = ()
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run a block.  # (B, T, h) -> (B, T, h)"""
+        """Run a block; on all of `windows`, if there are such.  # (B, T, h) -> (B, T, h)"""
+        if self.windows:
+            pairs = zip(self.windows, hidden.split(1), strict=True)
+            return torch.cat([replace(own.to(x.device), basis=self.basis)(block, x) for own, x in pairs])
+        if self.added is not None:
+            hidden = hidden + self.added.to(hidden.dtype)
         if self.basis is not None:
             hidden = hidden @ self.basis.matrix().to(hidden.dtype)
         rows = {name: self.kwargs[name].repeat(len(hidden), 1, 1) for name in self.repeated}
@@ -47,13 +59,24 @@ class BlockCall:
         out = out if isinstance(out, Tensor) else out[0]
         return out if self.basis is None else out @ self.basis.inverse_t().mT.to(out.dtype)
 
+    def of(self, windows: Tensor) -> BlockCall:
+        """The call of some windows, by number.  # int64, (B,)"""
+        return replace(self, windows=tuple(self.windows[i] for i in windows.tolist())) if self.windows else self
+
+    def in_order(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        """A block as a function that is given all windows in their order, some at a time.  # (B, T, h) -> (B, T, h)"""
+        if not self.windows:
+            return partial(self, block)
+        ahead = iter(self.windows)
+        return lambda hidden: replace(self, windows=tuple(islice(ahead, len(hidden))))(block, hidden)
+
     def to(self, device: torch.device) -> BlockCall:
-        """The same call with its tensors on `device`."""
+        """The same call with its tensors on `device`. Those of `windows`, which blocks share, go there when called."""
         return self.map(lambda t: t.to(device))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> BlockCall:
         """The same call with `f` of its tensors."""
-        return replace(self, args=_map(self.args, f), kwargs=_map(self.kwargs, f))
+        return replace(self, args=_map(self.args, f), kwargs=_map(self.kwargs, f), added=_map(self.added, f))
 
 
 def _map(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
@@ -68,12 +91,12 @@ def _map(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
 
 @contextmanager
 def _recorded(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, tuple, dict]]]:
-    """Make every block note its call and hand the hidden states on unchanged."""
+    """Make every block note its call and hand on zeros: the next one is given what the model adds in between."""
     calls: list[tuple[Tensor, tuple, dict]] = []
 
     def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls.append((hidden, args, kwargs))
-        return hidden
+        return torch.zeros_like(hidden)
 
     for block in blocks:
         block.forward = record  # shadows the method; the block keeps its type and attributes
@@ -88,47 +111,60 @@ def _recorded(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, tuple, dict]
 def capture(
     model: PreTrainedModel,
     arch: Arch,
-    tokens: Tensor,
+    tokens: Windows,
     room: Callable[[tuple[int, ...], torch.dtype], Kept] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Kept, list[BlockCall]]:
     """Embed all windows and note how each block is called. No block is computed, or need have its tensors.
 
     Args:
-        tokens: int64, (N, T).
+        tokens: int64, (N, T); or samples.
         room: makes room for the hidden states, of a shape and the model's dtype; on the model's device if None.
         progress: called with (windows done, windows).
 
     Returns:
-        Hidden states before block 0, (N, T, h), and one call per block.
+        Hidden states before block 0, (N, T, h), and one call per block; of several samples, with one for each.
+
+    Raises:
+        DataError: the model does not take a sample.
     """
     blocks = submodule(model, arch.blocks)
     assert isinstance(blocks, nn.ModuleList)
     device = next(model.get_input_embeddings().parameters()).device
     hidden: Kept | None = None
-    calls: list[BlockCall] = []
+    seen: list[list[BlockCall]] = []  # by window; of token ids, of the first
     if progress is not None:
         progress(0, len(tokens))
     with _recorded(blocks) as recorded:
-        for i, window in enumerate(tokens.split(1)):
+        for i, inputs in enumerate(inputs_of(tokens)):
             recorded.clear()
-            model.base_model(input_ids=window.to(device), use_cache=False)
+            try:
+                model.base_model(**{k: _map(v, lambda t: t.to(device)) for k, v in inputs.items()}, use_cache=False)
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:  # what models raise of odd inputs
+                if isinstance(tokens, Samples):
+                    kind = type(model).__name__
+                    raise DataError(f"sample {i}: {kind} does not take it ({one_line(error)})") from error
+                raise
             first = recorded[0][0]
             if hidden is None:
                 shape = (tokens.shape[0], *first.shape[1:])
                 hidden = (
                     torch.empty(shape, dtype=first.dtype, device=device) if room is None else room(shape, first.dtype)
                 )
-                calls = [_call_of(arch, args, kwargs) for _, args, kwargs in recorded]
+            if not seen or isinstance(tokens, Samples):
+                seen.append([_call_of(arch, *call, first=call is recorded[0]) for call in recorded])
             hidden[i : i + 1] = first
             if progress is not None:
                 progress(i + 1, len(tokens))
     assert hidden is not None
-    return hidden, calls
+    if len(seen) == 1:
+        return hidden, seen[0]
+    return hidden, [BlockCall(args=(), kwargs={}, windows=own) for own in zip(*seen, strict=True)]
 
 
-def _call_of(arch: Arch, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
-    return BlockCall(args=args, kwargs=_without_cache(kwargs), repeated=arch.repeated)
+def _call_of(arch: Arch, hidden: Tensor, args: tuple, kwargs: dict[str, Any], *, first: bool) -> BlockCall:
+    added = None if first or not bool(hidden.any()) else hidden
+    return BlockCall(args=args, kwargs=_without_cache(kwargs), repeated=arch.repeated, added=added)
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -244,4 +280,4 @@ def run_block(block: nn.Module, call: BlockCall, hidden: K, batch_size: int) -> 
     Raises:
         CalibrationError: an output is not finite.
     """
-    return mapped(hidden, batch_size, partial(call, block))
+    return mapped(hidden, batch_size, call.in_order(block))

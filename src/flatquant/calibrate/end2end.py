@@ -117,34 +117,35 @@ def fit_end_to_end(
     if not any(parameters.values()):
         return FittedModel(losses=[])
 
-    def student(calls: Sequence[BlockCall], x: Tensor) -> Tensor:
-        for fit, call in zip(fits, calls, strict=True):
+    def student(calls: Sequence[BlockCall], windows: Tensor, x: Tensor) -> Tensor:
+        for fit, call in zip(fits, (call.of(windows) for call in calls), strict=True):
             if recompute:
                 x = cast(Tensor, checkpoint(call, fit.block, x, use_reentrant=False, preserve_rng_state=False))
             else:
                 x = call(fit.block, x)
         return head(x)
 
-    def measure(calls: Sequence[BlockCall], x: Tensor, y: Tensor) -> Tensor:
+    def measure(calls: Sequence[BlockCall], windows: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Losses of tokens.  # (tokens,)"""
         with autocast(x.device, dtype):
             teacher = None
             if spec.objective == "kl":
                 with torch.no_grad():
                     teacher = head(wide(y, dtype))
-            logits = student(calls, wide(x, dtype))
+            logits = student(calls, windows, wide(x, dtype))
         if teacher is None:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten(), reduction="none")
         return kl_rows(teacher, logits).flatten()
 
     @torch.no_grad()
     def held_out_losses(held_out: HeldOutModel) -> Tensor:
-        windows = zip(held_out.inputs.split(1), held_out.targets.split(1), strict=True)
+        numbers = torch.arange(len(held_out.inputs)).split(1)
+        windows = zip(numbers, held_out.inputs.split(1), held_out.targets.split(1), strict=True)
         with shared_inverses(roots):
-            return torch.cat([measure(held_out.calls, x, y) for x, y in windows]).cpu()
+            return torch.cat([measure(held_out.calls, *window) for window in windows]).cpu()
 
-    def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = measure(calls, x, y).mean()
+    def loss_fn(windows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss = measure(calls, windows, x, y).mean()
         return loss * (_SHARES[spec.objective] * x.shape[0] * x.shape[1]), loss
 
     ours = _share(spec.batch_size)
@@ -171,7 +172,7 @@ def fit_end_to_end(
         around=lambda: shared_inverses(roots),
     )
     losses: list[float] = []
-    done = 0
+    done, numbers = 0, torch.arange(inputs.shape[0], device=inputs.device)
     first = None if held_out is None else [p.detach().cpu().clone() for p in optimiser.parameters]
     start_losses = None if held_out is None else held_out_losses(held_out)
     before = None if start_losses is None else float(start_losses.mean())
@@ -206,7 +207,7 @@ def fit_end_to_end(
             _widen(fits)
 
     def stepped(step: int) -> float:
-        rows = (cyclic(kept, step * spec.batch_size + ours.start, len(ours)) for kept in (inputs, targets))
+        rows = (cyclic(kept, step * spec.batch_size + ours.start, len(ours)) for kept in (numbers, inputs, targets))
         value = optimiser.step(*rows)
         optimiser.join()
         return float(value)

@@ -47,6 +47,7 @@ from flatquant.calibrate.gradients import output_hessians
 from flatquant.calibrate.memory import Estimate, Limits, capped, check_streamable, estimate, full_step, splits
 from flatquant.calibrate.optimise import deterministic
 from flatquant.calibrate.rounding import learn_rounding
+from flatquant.calibrate.samples import Samples, Windows
 from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.calibrate.witness import Witness
@@ -104,7 +105,7 @@ class _Span:
 def calibrate(
     model: PreTrainedModel,
     recipe: Recipe,
-    tokens: Tensor | None,
+    tokens: Windows | None,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -117,12 +118,12 @@ def calibrate(
     layout: Estimate | None = None,
     checkpoint: Checkpoint | None = None,
     witness: Witness | None = None,
-    held_out: Tensor | None = None,
+    held_out: Windows | None = None,
 ) -> tuple[Plan, Report]:
     """Quantise `model` in place: its blocks end up with frozen linears, its attention with the quantised cache seam.
 
     Args:
-        tokens: calibration windows, int64, (N, T); None for recipes that need none.
+        tokens: calibration windows, int64, (N, T), or samples with images; None for recipes that need none.
         device: where blocks are fitted; the model returns to where it was.
         dtype: of matrix products during the fit (parameters are float32).
         state: finished blocks are kept there and taken from there. Of several ranks, the first has one.
@@ -150,6 +151,8 @@ def calibrate(
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
     if recipe.needs_data and tokens is None:
         raise CalibrationError(f"the recipe {recipe.name} needs calibration text")
+    if isinstance(tokens, Samples):
+        _check_samples(recipe)
     if checkpoint is not None:
         assert state is not None or not distributed.leads(), "a streamed run keeps its blocks in a state"
         check_streamable(recipe)
@@ -177,7 +180,17 @@ def calibrate(
         return plan, run()
 
 
-def _held_out(windows: Tensor, samples: int) -> Witness | None:
+def _check_samples(recipe: Recipe) -> None:
+    """Raise CalibrationError if a recipe learns from how well tokens are predicted: an image's are not."""
+    predicts = recipe.end_to_end is not None and recipe.end_to_end.objective == "cross_entropy"
+    if predicts or recipe.solver.hessian == "output_adaptive":
+        raise CalibrationError(
+            f"the recipe {recipe.name} learns from the text's cross entropy, which samples with images do not have; "
+            "calibrate it with text"
+        )
+
+
+def _held_out(windows: Windows, samples: int) -> Witness | None:
     """What tells whether fits have helped."""
     count = held_out_windows(samples, windows.shape[1])
     return Witness(windows[:count]) if count else None
@@ -208,7 +221,7 @@ class _Run:
         model: PreTrainedModel,
         recipe: Recipe,
         plan: Plan,
-        tokens: Tensor | None,
+        tokens: Windows | None,
         device: torch.device,
         dtype: torch.dtype,
         seed: int,
@@ -225,8 +238,12 @@ class _Run:
         self.arch = arch_of(model.config, model)
         self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
-        # A graph replays one shape; how many tokens an expert gets differs from step to step.
-        graph = graph and not any(isinstance(m, Experts) for block in self.blocks for m in block.modules())
+        # A graph replays one shape and one mask: an expert's tokens differ from step to step, and samples' masks.
+        graph = (
+            graph
+            and not isinstance(tokens, Samples)
+            and not any(isinstance(m, Experts) for block in self.blocks for m in block.modules())
+        )
         self.state, self.progress, self.graph = state, progress, graph
         self.home = next(model.parameters()).device
         self.model_dtype = next(model.parameters()).dtype
@@ -326,7 +343,7 @@ class _Run:
         grids = fit.static_grids()
         if not grids and not keep:
             return inputs
-        run = partial(_in_dtype, self.dtype, inputs.dtype, partial(self._rotated(call), fit.block))
+        run = partial(_in_dtype, self.dtype, inputs.dtype, self._rotated(call).in_order(fit.block))
         with self.clock("static scales"), torch.no_grad(), autocast(self.device, self.dtype), observing(grids):
             if keep:
                 return mapped(inputs, self.batch, run)
@@ -454,7 +471,7 @@ class _Run:
         offset = plan.key_offset if takes_mean(self.recipe, plan.keys) else None
         while True:
             observer = Observer(block, self.arch, offset) if observed else None
-            run = partial(_in_dtype, dtype, hidden.dtype, partial(call, block))
+            run = partial(_in_dtype, dtype, hidden.dtype, call.in_order(block))
             try:
                 with self._stage("full precision", index), autocast(self.device, dtype):
                     return mapped(hidden, self.batch, run), {} if observer is None else observer.close()
@@ -572,9 +589,9 @@ class _Run:
 
         kept, held_targets = self.held_out, None if self.held_out is None else self.held_out.original
         if spec.objective == "cross_entropy":
-            assert self.tokens is not None
+            assert isinstance(self.tokens, Tensor)
             targets = self.tokens.to(self.device)
-            held_targets = None if kept is None else kept.windows.to(self.device)
+            held_targets = None if kept is None else kept.ids.to(self.device)
         held_out = None
         if kept is not None and held_targets is not None:
             held_out = HeldOutModel(calls=kept.calls, inputs=kept.first, targets=held_targets)
@@ -726,7 +743,7 @@ class _Run:
 
     def _output_hessians(self, index: int, calls: list[BlockCall], quantised: Kept | None) -> dict[str, Tensor]:
         assert quantised is not None
-        assert self.tokens is not None
+        assert isinstance(self.tokens, Tensor)
         # After an end-to-end fit all blocks are folded, otherwise those that come later are as they were.
         after = calls[index + 1 :] if self.end_to_end is None else [self._rotated(c) for c in calls[index + 1 :]]
 

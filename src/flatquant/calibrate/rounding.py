@@ -79,13 +79,13 @@ def learn_rounding(
     if not math.isfinite(before):
         raise CalibrationError("the error of its rounded weights is not finite; try --dtype float32 or bfloat16")
     if parts:  # an override may leave this block its weights
-        batch = min(spec.batch_size, inputs.shape[0])
+        batch, numbers = min(spec.batch_size, inputs.shape[0]), torch.arange(inputs.shape[0], device=inputs.device)
         optimiser = _optimiser(block, call, parts, spec, splits(batch))
 
         def step(done: int) -> Tensor:
             if progress is not None:
                 progress(done)
-            return optimiser.step(*(cyclic(kept, done * batch, batch) for kept in (inputs, targets)))
+            return optimiser.step(*(cyclic(kept, done * batch, batch) for kept in (numbers, inputs, targets)))
 
         after = _best(step, error, before, optimiser.parameters, spec)
     for path, module in linears.items():
@@ -128,8 +128,8 @@ def _best(
 def _optimiser(
     block: nn.Module, call: BlockCall, parts: Sequence[LearnedRounding], spec: RoundingSpec, splits: int
 ) -> Optimiser:
-    def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = F.mse_loss(call(block, x).float(), y.float())
+    def loss_fn(windows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.mse_loss(call.of(windows)(block, x).float(), y.float())
         # Only signs count. The gradient of an output is made so large that half precision holds it.
         return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny) * y.numel() ** 0.5, loss
 
@@ -151,7 +151,7 @@ def _optimiser(
 @torch.no_grad()
 def _error(block: nn.Module, call: BlockCall, inputs: Kept, targets: Kept, windows: int) -> float:
     """The mean squared error of a block's outputs."""
-    total = torch.zeros((), dtype=torch.float64, device=inputs.device)
+    total, run = torch.zeros((), dtype=torch.float64, device=inputs.device), call.in_order(block)
     for x, y in zip(inputs.split(windows), targets.split(windows), strict=True):
-        total += F.mse_loss(call(block, x).double(), y.double(), reduction="sum")
+        total += F.mse_loss(run(x).double(), y.double(), reduction="sum")
     return float(total) / math.prod(inputs.shape)

@@ -152,10 +152,11 @@ def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Kept, batch
         raise _Reached
 
     handle = reader.site.register_forward_hook(see)
+    run = call.in_order(block)
     try:
         for x in inputs.split(batch_size):
             with contextlib.suppress(_Reached):
-                call(block, x)
+                run(x)
     finally:
         handle.remove()
     return gram
@@ -181,9 +182,10 @@ def _by_expert(
                 gram.add(out.dequantize() if isinstance(out, QTensor) else out)
 
             handles.append(_folded(block, path).register_forward_pre_hook(see))
+        run = call.in_order(block)
         try:
             for x in inputs.split(batch_size):
-                call(block, x)
+                run(x)
         finally:
             for handle in handles:
                 handle.remove()

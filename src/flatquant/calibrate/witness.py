@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from flatquant import seams
 from flatquant.calibrate.capture import BlockCall, capture
+from flatquant.calibrate.samples import Windows, cut, scored
 from flatquant.modules import cast, in_float32
 from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.runtime.build import SITES_SLOT
@@ -59,7 +60,8 @@ class Witness:
     """The hidden states of a few windows in the original and in the quantised model, block after block.
 
     Attributes:
-        windows: int64, (N, T).
+        windows: int64, (N, T), or samples with images.
+        ids: that predictions of them are compared with, where they can be.  # int64, (N, T)
         first: hidden states before block 0, in the original basis.  # (N, T, h)
         calls: how the model calls its blocks with these windows, once they are quantised.
         original, quantised: hidden states after the last block that was seen.  # (N, T, h)
@@ -70,7 +72,7 @@ class Witness:
         ends: final norm and output embedding of the original model.
     """
 
-    def __init__(self, windows: Tensor) -> None:
+    def __init__(self, windows: Windows) -> None:
         self.windows = windows
         self.errors: list[float] = []
         self.alone: list[dict[str, float] | None] = []
@@ -84,12 +86,15 @@ class Witness:
             tokens: that a block is given at a time; one window where it is longer.
         """
         self.together = max(1, tokens // self.windows.shape[1])
+        self.ids = scored(self.windows, model.config)
         hidden, calls = capture(model, arch, self.windows)
         assert isinstance(hidden, Tensor)
         self.device, self.dtype = device, dtype
         self.first = self.original = self.quantised = hidden.to(device, dtype)
         self.calls = [call.to(device) for call in calls]
-        _, calls = capture(model, arch, self._sampled(self.windows))
+        few = cut(self.windows, 1, _SAMPLE)
+        self._sample_tokens = few.shape[1]
+        _, calls = capture(model, arch, few)
         self._sample_calls = [call.to(device) for call in calls]
         self._samples = [self._sampled(self.first)]  # before every block, and after the last
         self._arch = arch
@@ -163,9 +168,8 @@ class Witness:
         with put(block, self._arch.attention or "", grids):
             return through(block, self._sample_calls[index], inputs, together=windows)
 
-    @staticmethod
-    def _sampled(x: Tensor) -> Tensor:
-        return x[:1, :_SAMPLE]
+    def _sampled(self, x: Tensor) -> Tensor:
+        return x[:1, : self._sample_tokens]
 
 
 @contextmanager
@@ -246,8 +250,9 @@ def through(block: nn.Module, call: BlockCall, hidden: Tensor, *, together: int 
     work, wide = torch.promote_types(stored, hidden.dtype), in_float32(block)
     if stored != work:
         block.to(work)
+    run = call.in_order(block)
     try:
-        return torch.cat([call(block, windows.to(work)) for windows in hidden.split(together)]).to(hidden.dtype)
+        return torch.cat([run(windows.to(work)) for windows in hidden.split(together)]).to(hidden.dtype)
     finally:
         if stored != work:
             cast(block, stored, besides=wide)

@@ -31,6 +31,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import seams
 from flatquant.calibrate.capture import capture
+from flatquant.calibrate.samples import UNSCORED, cut, scored
 from flatquant.calibrate.witness import Ends, Head, Part, Witness, put, rounded_parts, through
 from flatquant.evaluate.perplexity import CHUNK
 from flatquant.evaluate.prose import PROMPTS
@@ -64,7 +65,7 @@ def verdict(witness: Witness) -> dict[str, Any]:
     the error of its outputs (`blocks`) and what rounding each of its parts changes alone (`alone`).
     """
     kl, top1, original, quantised = _distance(
-        witness.ends.head(witness.device, witness.dtype), witness.original, witness.quantised, witness.windows
+        witness.ends.head(witness.device, witness.dtype), witness.original, witness.quantised, witness.ids
     )
     return {
         "word": word(kl),
@@ -94,7 +95,7 @@ def _distance(
             following = ids[start + 1 : start + 1 + len(p)]
             for i, found in enumerate((p, q)):
                 nll[i] += float(F.nll_loss(found[: len(following)], following, reduction="sum"))
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    predicted = int((windows[:, 1:] != UNSCORED).sum())
     original, quantised = (_perplexity(total, predicted) for total in nll)
     return _finite(kl / windows.numel()), same / windows.numel(), original, quantised
 
@@ -240,9 +241,10 @@ class _Walks:
     def __init__(
         self, witness: Witness, model: PreTrainedModel, plan: Plan, bring: Bring, progress: Progress | None
     ) -> None:
-        tokens = min(witness.windows.shape[1], _BLAME_TOKENS)
-        self.windows = witness.windows[:1, :tokens]
-        _, calls = capture(model, arch_of(model.config, model), self.windows)
+        windows = cut(witness.windows, 1, _BLAME_TOKENS)
+        tokens = windows.shape[1]
+        self.windows = scored(windows, model.config)
+        _, calls = capture(model, arch_of(model.config, model), windows)
         device = witness.device
         self.calls = [
             replace(call.to(device), basis=seen.basis) for call, seen in zip(calls, witness.calls, strict=True)
@@ -362,7 +364,7 @@ def packed_agrees(
         packed: on the CPU.
         model: its blocks are reached through `bring`.
     """
-    ids = witness.windows[:1, :_PACKED_TOKENS]
+    ids = cut(witness.windows, 1, _PACKED_TOKENS)
     arch, device, dtype = arch_of(model.config, model), witness.device, witness.dtype
 
     modules = packed.get_submodule(plan.blocks_path)
@@ -388,7 +390,7 @@ def packed_agrees(
     want, got = (Ends(root, arch).head(device, dtype)(x) for root, x in ((model, want), (packed, got)))  # (1, T, V)
     log_p, log_q = want.log_softmax(-1), got.log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    return {"tokens": ids.numel(), "kl": _finite(kl), "equal": torch.equal(want, got), "error": _finite(error)}
+    return {"tokens": ids.shape[1], "kl": _finite(kl), "equal": torch.equal(want, got), "error": _finite(error)}
 
 
 # --------------------------------------------------------------------------------------------- texts
