@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, T5Config
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, T5Config
 
 from flatquant import models
 from flatquant.data import evaluation_windows
@@ -138,7 +138,12 @@ def test_no_config(tmp_path):
 
 @pytest.mark.parametrize(
     "text,words",
-    [("{broken", "JSON"), ("[1]", "not a JSON object"), ("{}", "config.json"), ('{"model_type": "x"}', "`x`")],
+    [
+        ("{broken", "JSON"),
+        ("[1]", "not a JSON object"),
+        ("{}", "config.json"),
+        ('{"model_type": "x"}', "no model type x"),
+    ],
 )
 def test_broken_config(folder, text, words):
     (folder / "config.json").write_text(text)
@@ -190,6 +195,27 @@ def test_missing_tokenizer(folder):
 def test_not_a_causal_model(folder, declared):
     T5Config(architectures=declared, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(folder)
     assert "not a causal language model" in refusal(folder)
+
+
+def test_a_part_of_a_model_of_several_parts_is_named(folder):
+    config = CONFIG_MAPPING["llava_next"](
+        text_config=LlamaConfig(), architectures=["LlavaNextForConditionalGeneration"]
+    )
+    config.save_pretrained(folder)
+    message = refusal(folder)
+    assert "is LlavaNextForConditionalGeneration, not a causal language model" in message
+    assert "or of several parts (gemma3, " in message
+    assert "such as its text part, a llama" in message
+
+
+@pytest.mark.parametrize("kind, near", [("lama", "llama"), ("gemma_3", "gemma3"), ("xyzzy", None)])
+def test_a_misspelt_model_type_is_told_what_is_near(folder, kind, near):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    message = refusal(folder)
+    assert f"knows no model type {kind}" in message
+    assert ("near it" in message) == (near is not None)
+    assert near is None or near in message
 
 
 def test_device_that_is_not_there(folder):

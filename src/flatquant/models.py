@@ -37,6 +37,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import __version__ as transformers_version
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -539,7 +541,21 @@ def _load_config(folder: Path | str, name: object, trust_remote_code: bool) -> A
                 f"there is no folder {name} here{_near(Path(folder))}, and as a hub id it cannot be fetched "
                 f"({_first_line(error)}); check the spelling and the connection, or use {ALIASES[0]}: it needs no hub"
             ) from error
-        raise ModelError(f"cannot use {folder / 'config.json'}: {_first_line(error)}") from error
+        why = _unknown_type(folder) or _first_line(error)
+        raise ModelError(f"cannot use {folder / 'config.json'}: {why}") from error
+
+
+def _unknown_type(folder: Path) -> str:
+    """That the installed transformers does not know a model type, and what is near it; empty if it does."""
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if not isinstance(kind, str) or kind in CONFIG_MAPPING_NAMES:
+        return ""
+    near = get_close_matches(kind, CONFIG_MAPPING_NAMES, n=3, cutoff=0.65)
+    meant = f" (near it: {', '.join(near)})" if near else ""
+    return (
+        f"transformers {transformers_version} knows no model type {one_line(kind)}{meant}; correct it, or install a "
+        "release that knows it"
+    )
 
 
 def auto_class(config: Any) -> Any:
@@ -563,7 +579,8 @@ def _check_config(config: Any, name: object) -> None:
         what = one_line(architectures[0] if architectures else config.model_type)
         text = getattr(getattr(config, "text_config", None), "model_type", None)
         part = f", such as its text part, a {one_line(text)} (docs/families.md)" if text else ""
-        raise ModelError(f"{name} is {what}, not a causal language model; give a decoder-only one{part}")
+        others = f" or of several parts ({', '.join(WRAPPERS)})" if text else ""
+        raise ModelError(f"{name} is {what}, not a causal language model; give one that is decoder-only{others}{part}")
 
 
 def _check_size(folder: Path, config: Any) -> None:
