@@ -32,6 +32,7 @@ from flatquant.recipes import RECIPES, recipe
 from flatquant.runtime import artifact
 from flatquant.spec import Recipe, Scheme
 from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.archs import arch_of
 from flatquant.wiring.cost import online_flops
 
 _COLUMNS = (
@@ -253,16 +254,15 @@ class Bench:
 
     def _measure_original(self) -> dict[str, Any]:
         model, tokenizer = self._load_original()
-        geometry = Geometry.of(model.config)
+        arch = arch_of(model.config, model)
+        blocks = submodule(model, arch.blocks).children()
+        cached = [Geometry.of(model.config).at(block, arch.of(block)).cached for block in blocks]
         return {
             "perplexity": self._perplexity(model, "original"),
             **self._tasks(model, tokenizer),
             "bits_per_weight": 16.0,
             "bytes_per_token": 2 * (sum(p.numel() for p in model.parameters()) - _looked_up(model).numel()),
-            "kv_bytes_per_token": 4
-            * model.config.get_text_config().num_hidden_layers
-            * geometry.kv_heads
-            * geometry.head_dim,
+            "kv_bytes_per_token": 2 * sum(cached),
         }
 
     def measure(self, parts: Recipe) -> dict[str, Any]:

@@ -629,10 +629,10 @@ def _load_float8(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`_load_weights` of a folder with weights in float8, which transformers multiplies as such on some GPUs."""
     files, shapes = _tensors_of(folder, name, block)
-    dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
+    dtype = cast(torch.dtype, dtype or getattr(config, "dtype", None) or torch.bfloat16)
     checkpoint = Checkpoint(folder, files, {key: dtype for key in shapes if key + _SCALE in files}, block)
     state = {key: checkpoint.read(key) for key in shapes}
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     try:
         model, report = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True

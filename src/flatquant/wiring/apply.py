@@ -483,8 +483,9 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
     cached: tuple[Tensor | None, Tensor | None] = None, None
     for edge in arch.edges:
         diagonal, left, right = _online_parts(transforms[edge.site], plan.sites[edge.site])
-        if fit.key_value is not None and fit.key_value.latent is not None and plan.latent.site == edge.site:
-            diagonal, *cached = _online_parts(copy.deepcopy(fit.key_value.latent).double(), plan.latent)
+        if plan.latent and plan.latent.site == edge.site and fit.key_value is not None and fit.key_value.latent:
+            diagonal, *factors = _online_parts(copy.deepcopy(fit.key_value.latent).double(), plan.latent)
+            cached = factors[0], factors[1]
         shift = _remaining_shift(edge, block, shifts[edge.site], plan.sites[edge.site])
         if diagonal is not None:
             _absorb(edge, arch, block, diagonal, folded)

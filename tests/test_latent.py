@@ -1,0 +1,217 @@
+"""Latent attention: what a cache holds, in which basis and how many bytes, and which blocks and routers are left alone.
+
+That changes of basis change nothing is asked of these families in tests/test_families.py, as of all others.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import flatquant
+from flatquant import recipes, seams
+from flatquant.engines.vllm.support import open_folder
+from flatquant.errors import FamilyError, ModelError
+from flatquant.recipes import RECIPES
+from flatquant.runtime import fused
+from flatquant.runtime.artifact import inspect, load, save
+from flatquant.runtime.experts import open_experts
+from flatquant.runtime.keyvalue import FrozenKeyValue
+from flatquant.runtime.kvcache import QuantizedCache, token_bytes
+from flatquant.seams import CACHE
+from flatquant.spec import DataSpec, QuantSpec, to_dict
+from flatquant.wiring.apply import fold_block
+from flatquant.wiring.arch import Geometry
+from flatquant.wiring.archs import arch_of
+from flatquant.wiring.plan import make_plan
+from tests.laws import BASES, bare, blocks_of, calibrated, quick, relative, tokens_for, wrap
+from tests.tiny_models import tiny_family, tiny_tokenizer
+
+LATENT, ROTARY = 20, 4  # channels, as tests/tiny_models.py has them
+NAMES = ["deepseek_v3", "deepseek_v3 lite", "deepseek_v2", "glm4_moe_lite", "minicpm3"]
+
+
+def attended(block: torch.nn.Module) -> FrozenKeyValue:
+    (kv,) = filter(None, map(seams.attached, block.modules()))
+    assert isinstance(kv, FrozenKeyValue)
+    return kv
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_has_a_site_for_every_projection(name: str) -> None:
+    model = tiny_family(name)
+    open_experts(model)
+    plan = make_plan(quick("w4a4kv4"), arch_of(model.config), Geometry.of(model.config), blocks_of(model))
+    for block in plan.blocks:
+        readers = {site: tuple(p.rpartition(".")[2] for p in at.readers) for site, at in block.sites.items()}
+        down = "q_proj" if "lite" in name.split() else "q_a_proj"
+        assert readers["attn_in"] == (down, "kv_a_proj_with_mqa")
+        assert readers.get("q_latent", ()) == (() if down == "q_proj" else ("q_b_proj",))
+        assert readers["kv_latent"] == ("kv_b_proj",)
+        assert block.sites["attn_out"].shape == (4, 8)  # heads x channels of their values
+        assert block.latent is not None
+        assert (block.key_dim, block.value_dim, block.head_dim) == (ROTARY, LATENT, 8)
+        # The latent's factors run before the cache, not again behind it.
+        assert block.latent.left
+        assert block.latent.right
+        assert not block.sites["kv_latent"].left
+        assert not block.sites["kv_latent"].right
+    without = make_plan(quick("w4a4"), arch_of(model.config), Geometry.of(model.config), blocks_of(model))
+    for block in without.blocks:
+        assert block.latent is not None
+        assert not block.attended
+        assert block.sites["kv_latent"].left
+        assert not block.latent.left
+
+
+@pytest.mark.parametrize("scheme", ["kv4", "k4", "v4", "k8v4", "w4kv4", "kvnvfp4", "w4"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2"])
+@torch.no_grad()
+def test_a_cache_changes_nothing(name: str, scheme: str) -> None:
+    """In pieces with a plain cache and one of codes, against all at once without."""
+    wide = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "head_dim": 16} if "fp4" in scheme else {}  # blocks of 16
+    model, plan, _ = calibrated(tiny_family(name, **wide), recipes.rtn(scheme))
+    tokens = tokens_for(model, 3, 9)
+    want = model(tokens, use_cache=False).logits
+    caches = [DynamicCache(config=model.config)]
+    caches += [QuantizedCache(model)] if any(block.attended for block in plan.blocks) else []
+    found = []
+    for cache in caches:
+        pieces = [model(part, **{CACHE: cache}).logits for part in tokens.split([5, 1, 3], dim=1)]
+        found.append(torch.cat(pieces, 1))
+        assert relative(found[-1], want) < 1e-5
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@torch.no_grad()
+def test_a_cache_holds_latent_vectors_and_one_rotary_part() -> None:
+    model, _, _ = calibrated(tiny_family("deepseek_v3"), recipes.rtn("kv4"))
+    tokens = tokens_for(model, 3, 9)
+    plain, packed = DynamicCache(config=model.config), QuantizedCache(model)
+    for cache in (plain, packed):
+        model(tokens, **{CACHE: cache})
+    for layer in plain.layers:
+        shapes = sorted(t.shape for t in (layer.keys, layer.values))
+        assert shapes == [(3, 1, 9, ROTARY), (3, 1, 9, LATENT)]
+    grid = QuantSpec(bits=4, symmetric=False)
+    a_token = token_bytes(LATENT, grid) + token_bytes(ROTARY, grid)
+    assert packed.nbytes() == 2 * 3 * 9 * a_token
+
+
+def test_inspect_counts_what_a_cache_holds(tmp_path: Path) -> None:
+    for scheme in ("kv4", "w4"):
+        recipe = recipes.rtn(scheme)
+        model, plan, _ = calibrated(tiny_family("deepseek_v2"), recipe)
+        save(model, plan, tmp_path / scheme, recipe=to_dict(recipe), report={})
+        found = inspect(tmp_path / scheme)
+        assert found.kv_bytes_per_token_16bit == 2 * 2 * (LATENT + ROTARY)
+        grid = QuantSpec(bits=4, symmetric=False) if scheme == "kv4" else None
+        assert found.kv_bytes_per_token == 2 * (token_bytes(LATENT, grid) + token_bytes(ROTARY, grid))
+
+
+@torch.no_grad()
+def test_latent_vectors_are_cached_in_the_basis_of_their_readers() -> None:
+    """A cache holds c P; read in the original basis, it holds the original's latent vectors, but for their scale."""
+    model = tiny_family("deepseek_v3", dtype=torch.float64)
+    wrapped, tokens = tiny_family("deepseek_v3", dtype=torch.float64), tokens_for(model, 2, 9)
+    _, fits = wrap(wrapped, bare(BASES["svd orthogonal"]), force=True)
+    norms = [block.self_attn.kv_a_layernorm.weight.clone() for block in blocks_of(wrapped)]
+    for fit in fits:
+        fold_block(fit, dtype=torch.float64)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for m, cache in zip((model, wrapped), caches, strict=True):
+        m(tokens, **{CACHE: cache})
+    want, got = (cache.layers for cache in caches)
+    for i, block in enumerate(blocks_of(wrapped)):
+        kv, latent = attended(block), want[i].keys if want[i].keys.shape[-1] == LATENT else want[i].values
+        assert kv.left is not None
+        assert kv.right is not None
+        scale = block.self_attn.kv_a_layernorm.weight / norms[i]
+        assert (scale - 1).abs().max() > 1e-2
+        matrix = torch.kron(kv.left, kv.right)
+        held = got[i].values if got[i].values.shape[-1] == LATENT else got[i].keys
+        assert relative(held, latent * scale @ matrix) < 1e-9
+
+
+def test_rotations_pass_the_norms_of_latent_vectors() -> None:
+    """QuaRot turns what a cache holds without work online: nothing runs before the cache."""
+    recipe = dataclasses.replace(RECIPES["quarot"]("w4a4kv4"), data=DataSpec(samples=4, seqlen=12))
+    for name in ("deepseek_v3", "deepseek_v2 lite"):
+        model, plan, _ = calibrated(tiny_family(name), recipe)
+        for block, at in zip(blocks_of(model), plan.blocks, strict=True):
+            assert at.latent is not None
+            assert not at.latent.left
+            assert not at.latent.right
+            assert torch.equal(block.self_attn.kv_a_layernorm.weight, torch.ones(LATENT))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "quarot", "spinquant", "flatquant", "svdquant", "autoround"])
+@pytest.mark.filterwarnings("ignore::flatquant.errors.QualityWarning")
+def test_methods_run_from_a_folder_to_new_tokens(method: str, tmp_path: Path) -> None:
+    model = tiny_family("deepseek_v3", tied=False)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = RECIPES[method]("w4a4kv4") if method == "rtn" else RECIPES[method]("w4a4kv4", "quick")
+    if recipe.end_to_end is not None:
+        recipe = dataclasses.replace(recipe, end_to_end=dataclasses.replace(recipe.end_to_end, steps=2))
+    tokens = tokens_for(model, 4, 12, seed=1)
+    made = flatquant.quantize(
+        tmp_path / "model", recipe, tokens if recipe.needs_data else None, output=tmp_path / "out", device="cpu"
+    )
+    loaded, ids = load(tmp_path / "out"), tokens_for(model, 2, 5)
+    with torch.no_grad():
+        assert torch.equal(made.model(ids).logits, loaded(ids).logits)
+    written = [
+        loaded.generate(ids, max_new_tokens=6, do_sample=False, **{CACHE: cache})
+        for cache in (DynamicCache(config=loaded.config), QuantizedCache(loaded))
+    ]
+    assert written[0].shape == (2, 11)
+    assert torch.equal(*written)
+
+
+@torch.no_grad()
+def test_a_scheme_leaves_the_last_block_and_every_router_in_16_bit() -> None:
+    sixteen = ",".join(f"1.{site}=w16a16" for site in ("attn_in", "attn_out", "mlp_in", "mlp_mid"))
+    original = tiny_family("deepseek_v3", dtype=torch.bfloat16)
+    open_experts(original)
+    g = torch.Generator().manual_seed(0)
+    for block in blocks_of(original)[1:]:
+        router = block.mlp.gate
+        router.weight.data, router.e_score_correction_bias.data = (  # as transformers keeps them
+            torch.randn(t.shape, generator=g) for t in (router.weight, router.e_score_correction_bias)
+        )
+    with torch.enable_grad():
+        model, plan, _ = calibrated(original, quick(f"w4a4kv4,{sixteen},1.k16v16"))
+    last = plan.blocks[1]
+    assert not any(site.weights or site.activations or site.left or site.right for site in last.sites.values())
+    assert not last.attended
+    before, after = blocks_of(original)[1].state_dict(), blocks_of(model)[1].state_dict()
+    assert not [n for n, t in before.items() if t.dtype != after[n].dtype or not torch.equal(t, after[n])]
+    assert before["mlp.gate.weight"].dtype == torch.float32
+    # A quantised block's router undoes what its norm took, and its correction bias is what it was.
+    with torch.enable_grad():
+        model, _, _ = calibrated(original, quick("w4a4kv4"))
+    ours, theirs = (blocks_of(m)[1].mlp.gate for m in (model, original))
+    assert torch.equal(ours.e_score_correction_bias, theirs.e_score_correction_bias)
+    assert ours.weight.dtype == torch.float32
+    gains = [blocks_of(m)[1].post_attention_layernorm.weight.float() for m in (model, original)]
+    torch.testing.assert_close(ours.weight * gains[0], theirs.weight * gains[1], rtol=2e-2, atol=2e-2)
+
+
+def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
+    model = tiny_family("deepseek_v3")
+    open_experts(model)
+    with pytest.raises(FamilyError, match=r"deepseek_v3.*no scale passes from its keys") as caught:
+        make_plan(RECIPES["omniquant"]("w4a4kv4"), arch_of(model.config), Geometry.of(model.config), blocks_of(model))
+    assert "\n" not in str(caught.value)
+    recipe = recipes.rtn("w4a4kv4")
+    model, plan, _ = calibrated(tiny_family("deepseek_v3"), recipe)
+    save(model, plan, tmp_path / "model", recipe=to_dict(recipe), report={})
+    with pytest.raises(ModelError, match="is a deepseek_v3, which is not served by vLLM") as caught:
+        open_folder(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(fused.Unsupported, match="blocks of deepseek_v3 have no fused form") as unsupported:
+        fused.Fused(load(tmp_path / "model"))
+    assert "\n" not in str(unsupported.value)
