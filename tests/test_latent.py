@@ -98,6 +98,7 @@ def test_a_cache_holds_latent_vectors_and_one_rotary_part() -> None:
     grid = QuantSpec(bits=4, symmetric=False)
     a_token = token_bytes(LATENT, grid) + token_bytes(ROTARY, grid)
     assert packed.nbytes() == 2 * 3 * 9 * a_token
+    assert token_bytes(512, grid) + token_bytes(64, grid) == 298  # of DeepSeek V3, as docs/families.md has it
 
 
 def test_inspect_counts_what_a_cache_holds(tmp_path: Path) -> None:
@@ -188,8 +189,8 @@ def test_a_scheme_leaves_the_last_block_and_every_router_in_16_bit() -> None:
     assert not any(site.weights or site.activations or site.left or site.right for site in last.sites.values())
     assert not last.attended
     before, after = blocks_of(original)[1].state_dict(), blocks_of(model)[1].state_dict()
-    assert not [n for n, t in before.items() if t.dtype != after[n].dtype or not torch.equal(t, after[n])]
-    assert before["mlp.gate.weight"].dtype == torch.float32
+    assert not [name for name, t in before.items() if not torch.equal(t.float(), after[name].float())]
+    assert after["mlp.gate.weight"].dtype == after["mlp.gate.e_score_correction_bias"].dtype == torch.float32
     # A quantised block's router undoes what its norm took, and its correction bias is what it was.
     with torch.enable_grad():
         model, _, _ = calibrated(original, quick("w4a4kv4"))
