@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import flatquant
 from flatquant import recipes, seams
 from flatquant.engines.vllm.support import open_folder
 from flatquant.errors import FamilyError, ModelError
+from flatquant.interchange import export_dense
 from flatquant.recipes import RECIPES
 from flatquant.runtime import fused
 from flatquant.runtime.artifact import inspect, load, save
@@ -27,7 +28,10 @@ from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 from tests.laws import BASES, bare, blocks_of, calibrated, quick, relative, tokens_for, wrap
+from tests.test_streaming import contents
 from tests.tiny_models import tiny_family, tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::flatquant.errors.QualityWarning")
 
 LATENT, ROTARY = 20, 4  # channels, as tests/tiny_models.py has them
 NAMES = ["deepseek_v3", "deepseek_v3 lite", "deepseek_v2", "glm4_moe_lite", "minicpm3"]
@@ -149,7 +153,6 @@ def test_rotations_pass_the_norms_of_latent_vectors() -> None:
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "quarot", "spinquant", "flatquant", "svdquant", "autoround"])
-@pytest.mark.filterwarnings("ignore::flatquant.errors.QualityWarning")
 def test_methods_run_from_a_folder_to_new_tokens(method: str, tmp_path: Path) -> None:
     model = tiny_family("deepseek_v3", tied=False)
     model.save_pretrained(tmp_path / "model")
@@ -199,6 +202,40 @@ def test_a_scheme_leaves_the_last_block_and_every_router_in_16_bit() -> None:
     assert ours.weight.dtype == torch.float32
     gains = [blocks_of(m)[1].post_attention_layernorm.weight.float() for m in (model, original)]
     torch.testing.assert_close(ours.weight * gains[0], theirs.weight * gains[1], rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_an_ordinary_checkpoint_has_the_factors_that_run_before_the_cache(tmp_path: Path) -> None:
+    recipe = quick("w4a16kv4")
+    with torch.enable_grad():
+        model, plan, _ = calibrated(tiny_family("deepseek_v3", tied=False), recipe)
+    export_dense(model, plan, tmp_path / "dense", weights_only=True)
+    for block in blocks_of(model):
+        attended(block).keys = attended(block).values = None
+    plain, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), tokens_for(model, 2, 9)
+    assert relative(plain(tokens).logits, model(tokens).logits) < 1e-4
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("solve", 1):
+            raise Killed
+
+    model = tiny_family("deepseek_v3", tied=False)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    tokens = tokens_for(model, 4, 12, seed=1).clamp(max=119)
+    options = {"device": "cpu", "stream": True}
+    flatquant.quantize(tmp_path / "model", quick("w4a4kv4"), tokens, output=tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        flatquant.quantize(
+            tmp_path / "model", quick("w4a4kv4"), tokens, output=tmp_path / "out", progress=kill, **options
+        )
+    flatquant.quantize(tmp_path / "model", quick("w4a4kv4"), tokens, output=tmp_path / "out", resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
