@@ -27,6 +27,7 @@ from flatquant import api, cli, distributed, recipes, store
 from flatquant.calibrate import end2end, pipeline
 from flatquant.calibrate.blockwise import Fitted
 from flatquant.errors import CalibrationError, RankError
+from flatquant.evaluate.job import Evaluation
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, SolverSpec
 
 CPU = torch.device("cpu")
@@ -160,6 +161,34 @@ class Trials:
                 pairs = zip(alone["losses"], found["losses"], strict=True)
                 far[f"{name}, {ranks}"] = [abs(b - a) / a for a, b in pairs]
         return far
+
+    def evaluated(self) -> list[dict[str, Any]]:
+        """Perplexity of five windows and divergence from another model, on one, two and three ranks."""
+        other, file = self.whole("rtn", BLOCK_WISE["rtn"], 1), self.work / "evaluation.json"
+
+        def body() -> None:
+            with distributed.joined(CPU):
+                job = Evaluation(
+                    str(other),
+                    self.model,
+                    device=CPU,
+                    dtype=None,
+                    batch_size=2,
+                    save=False,
+                    progress=lambda *_: None,
+                    quiet=True,
+                )
+                job.perplexity(self.text, 16, 5)
+                job.divergence(5, 16, 0)
+                if distributed.leads():
+                    file.write_text(json.dumps(job.result))
+
+        found = []
+        for ranks in (1, 2, 3):
+            assert codes(start(ranks, body)) == [0] * ranks
+            result = json.loads(file.read_text())
+            found.append({**result["divergence"], **result["perplexity"][self.text]})
+        return found
 
     def killed(self) -> dict[str, Any]:
         """Kill a rank at a random point, and resume with other numbers of ranks."""

@@ -66,6 +66,15 @@ def test_an_end_to_end_fit_is_that_of_one_rank_but_for_the_order_of_sums(place: 
         assert max(steps) < 0.2, name
 
 
+def test_evaluation_is_divided_by_windows(place: Path) -> None:
+    alone, *others = found(place, "evaluated")
+    assert alone["windows"] == 5
+    for result in others:
+        assert (result["value"], result["windows"]) == (alone["value"], alone["windows"])
+        assert result["kl"] == pytest.approx(alone["kl"], rel=1e-12)
+        assert result["top1"] == pytest.approx(alone["top1"], rel=1e-12)
+
+
 def test_a_run_that_lost_a_rank_goes_on_with_other_numbers_of_ranks(place: Path) -> None:
     result = found(place, "killed")
     assert result["hit"] >= 3

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from flatquant.errors import RankError
+from flatquant.errors import RankError, one_line
 
 _NEVER = timedelta(days=30)
 _NOTE = "note"  # the entry of a message that holds its JSON
@@ -61,6 +61,11 @@ def local_rank() -> int | None:
 def local_size() -> int:
     """Number of ranks on this host, which share its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+
+
+def share(count: int) -> range:
+    """This rank's part of so many things in a row."""
+    return range(count * rank() // size(), count * (rank() + 1) // size())
 
 
 @contextmanager
@@ -102,6 +107,15 @@ def broadcast(message: Message | None, source: int = 0) -> tuple[dict[str, Tenso
         dist.broadcast(data, source)
     found = load(data.numpy().tobytes())
     return found, json.loads(found.pop(_NOTE).numpy().tobytes())
+
+
+def gathered(values: Sequence[Any]) -> list[Any]:
+    """JSON values of all ranks, the first rank's first, on every rank.
+
+    Raises:
+        RankError: a rank has ended.
+    """
+    return [value for source in range(size()) for value in broadcast(({}, list(values)), source)[1]]
 
 
 def _send(tensors: Mapping[str, Tensor], note: Any, source: int) -> None:
@@ -160,7 +174,9 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankError("another rank has ended; what is done is kept, go on with --resume") from error
+        raise RankError(
+            f"another rank has ended ({one_line(error)}); what is done is kept, go on with --resume"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- command line

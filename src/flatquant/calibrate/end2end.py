@@ -148,7 +148,7 @@ def fit_end_to_end(
         loss = measure(calls, windows, x, y).mean()
         return loss * (_SHARES[spec.objective] * x.shape[0] * x.shape[1]), loss
 
-    ours = _share(spec.batch_size)
+    ours = distributed.share(spec.batch_size)  # windows of a batch
     rates: dict[Group, float] = {
         "transform": spec.lr,
         "scale": spec.lr,
@@ -252,12 +252,6 @@ def fit_end_to_end(
         how = f"is not ahead of plain rounding, {plain:.3g} nats per token," if behind else "made the model worse"
         warnings.warn(f"the end-to-end fit ({before:.3g} -> {after:.3g}) {how} {UNDONE}", FitWarning, stacklevel=2)
     return FittedModel(losses=losses, held_out=(before, after), plain=plain, undone=worse or behind)
-
-
-def _share(batch: int) -> range:
-    """This rank's windows of a batch."""
-    rank, ranks = distributed.rank(), distributed.size()
-    return range(batch * rank // ranks, batch * (rank + 1) // ranks)
 
 
 def _surely_less(losses: Tensor, others: Tensor) -> bool:

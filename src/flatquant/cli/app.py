@@ -19,6 +19,9 @@ app = typer.Typer(
 SEEDS = 2**32 - 1  # the largest that goes with everything that draws numbers
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
+Devices = Annotated[
+    int | None, typer.Option(min=1, help="GPUs of this host to divide the work among, a process for each.")
+]
 Dtype = Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; chosen by device and model.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flatquant.cli.app import SEEDS, Device, Dtype, Quiet, app
+from flatquant.cli.app import SEEDS, Device, Devices, Dtype, Quiet, app
 from flatquant.cli.display import Display
-from flatquant.cli.terminal import device_of, dtype_of, errors, print_table, write_json
+from flatquant.cli.terminal import check_devices, device_of, divided, dtype_of, errors, print_table, write_json
 from flatquant.errors import FlatQuantError
 
 
@@ -38,6 +38,7 @@ def evaluate(
         typer.Option(min=1, help="Windows or questions at a time; 1 window, and as many questions as fit."),
     ] = None,
     device: Device = None,
+    devices: Devices = None,
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of text that --divergence-from's model writes.")] = 1,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is stdout.")] = None,
@@ -59,7 +60,8 @@ def evaluate(
         if save and not is_quantised(model):
             raise FlatQuantError(f"--save keeps results in a quantised folder, and {model} is none")
         where, kind = device_of(device), dtype_of(dtype)
-        with Display(silent=quiet or json_file == "-") as display:
+        check_devices(devices, where)
+        with divided(devices, where) as leads, Display(silent=quiet or json_file == "-" or not leads) as display:
             job = Evaluation(
                 model,
                 divergence_from,
@@ -78,9 +80,9 @@ def evaluate(
                 job.tasks(tasks, limit)
             if job.unplaced:
                 display.note(f"{model}/README.md is its owner's, and has no marks around results: it is left as it is")
-        if json_file is not None:
+        if json_file is not None and leads:
             write_json(json_file, job.result)
-    if json_file != "-" and not (quiet and json_file):
+    if leads and json_file != "-" and not (quiet and json_file):
         print_table(model, _evaluation_rows(job.result))
 
 

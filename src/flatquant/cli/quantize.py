@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,13 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flatquant.cli.app import SEEDS, Device, Json, Quiet, app
+from flatquant.cli.app import SEEDS, Device, Devices, Json, Quiet, app
 from flatquant.cli.display import Display
 from flatquant.cli.options import recipe_of
 from flatquant.cli.terminal import (
     Mistakes,
     check_devices,
     device_of,
+    divided,
     dtype_of,
     errors,
     failure,
@@ -91,9 +91,7 @@ def quantize(
         typer.Option(help="A constant that cached keys leave out: auto (mean; without text, bias), none, bias, mean."),
     ] = None,
     device: Device = None,
-    devices: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of this host to divide the run among, a process for each.")
-    ] = None,
+    devices: Devices = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the calibration text and of random transforms.")] = 0,
     resume: Annotated[
@@ -158,11 +156,8 @@ def quantize(
         mistakes.tell()
         assert recipe is not None
 
-        if devices is not None and devices > 1 and not distributed.launched():
-            raise typer.Exit(distributed.launch(devices, "flatquant", sys.argv[1:]))
         assert where is not None
-        with distributed.joined(where):
-            leads = distributed.leads()
+        with divided(devices, where) as leads:
             display = Display(silent=quiet or as_json or not leads, epochs=recipe.fit.epochs if recipe.fit else 0)
             with display, warnings.catch_warnings():
                 # Verdicts are told below, warnings of other ranks by the first.

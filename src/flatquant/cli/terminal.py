@@ -168,6 +168,21 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
+@contextmanager
+def divided(devices: int | None, device: torch.device) -> Iterator[bool]:
+    """Run the body on the ranks that torchrun has started, or else on `devices` of this host.
+
+    Gives whether this is the first rank, which writes and speaks. The command that has started the ranks waits for
+    them, and exits as they do.
+    """
+    from flatquant import distributed
+
+    if devices is not None and devices > 1 and not distributed.launched():
+        raise typer.Exit(distributed.launch(devices, "flatquant", sys.argv[1:]))
+    with distributed.joined(device):
+        yield distributed.leads()
+
+
 def check_devices(devices: int | None, device: torch.device | None) -> None:
     """Whether there are so many ranks, or so many GPUs for them.
 

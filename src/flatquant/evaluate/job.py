@@ -1,14 +1,19 @@
-"""One job of `flatquant evaluate`: texts, divergence and tasks, kept in the folder if asked."""
+"""One job of `flatquant evaluate`: texts, divergence and tasks, kept in the folder if asked.
+
+Several ranks (`flatquant.distributed`) divide the windows of texts. The first runs tasks, and keeps results.
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flatquant import distributed
 from flatquant import evaluate as evaluation
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.models import ALIASES, identity, resolve
@@ -67,8 +72,9 @@ class Evaluation:
         """Note a result, in the folder too if asked."""
 
         self.result = merged(self.result, result)
-        if self.save and not keep_evaluation(Path(self.model), merged(_without_folders(result), self.facts)):
-            self.unplaced = True
+        if self.save and distributed.leads():
+            kept = merged(_without_folders(result), self.facts)
+            self.unplaced |= not keep_evaluation(Path(self.model), kept)
 
     def perplexity(self, source: str, seqlen: int, windows: int | None) -> None:
         """Of the model, and of the original where results are kept."""
@@ -77,12 +83,15 @@ class Evaluation:
         ids = self.texts[source] = evaluation_windows(source, tokenizer, seqlen=seqlen, windows=windows)
 
         def of(model: PreTrainedModel) -> dict[str, Any]:
-            found = evaluation.perplexity(
-                model,
-                ids,
-                batch_size=self.batch_size or 1,
-                progress=lambda done, total: self.progress(f"perplexity of {source}", done, total),
-            )
+            ours, nll = self._ours(ids), ()
+            if len(ours):
+                nll = evaluation.perplexity(
+                    model,
+                    ours,
+                    batch_size=self.batch_size or 1,
+                    progress=lambda done, total: self.progress(f"perplexity of {source}", done, total),
+                ).nll
+            found = evaluation.Perplexity.of(distributed.gathered(nll), ids.shape[1])
             return {"perplexity": {source: {"value": found.value, "windows": found.windows}}}
 
         self.keep(of(candidate))
@@ -98,27 +107,42 @@ class Evaluation:
         if self.texts:
             held_out = next(iter(self.texts.values()))
         else:
-            held_out = calibration_tokens(
-                "self",
-                tokenizer,
-                samples=windows or 4,
-                seqlen=min(seqlen, 512),
-                seed=seed,
-                model=reference,
-                progress=lambda done, total: self.progress("text", done, total),
+            held_out = self._written(reference, tokenizer, windows or 4, min(seqlen, 512), seed)
+        ours, sums = self._ours(held_out), []
+        if len(ours):
+            far = evaluation.divergence(
+                candidate,
+                reference,
+                ours,
+                batch_size=self.batch_size or 1,
+                progress=lambda done, total: self.progress("divergence", done, total),
             )
-        far = evaluation.divergence(
-            candidate,
-            reference,
-            held_out,
-            batch_size=self.batch_size or 1,
-            progress=lambda done, total: self.progress("divergence", done, total),
-        )
-        self.keep({"divergence": {"kl": far.kl, "top1": far.top1}})
+            sums = [(far.kl, far.top1, far.tokens)]
+        sums = distributed.gathered(sums)
+        tokens = sum(count for *_, count in sums)
+        kl, top1 = (sum(found[i] * (found[2] / tokens) for found in sums) for i in range(2))
+        self.keep({"divergence": {"kl": kl, "top1": top1}})
+
+    def _ours(self, windows: Tensor) -> Tensor:
+        """The windows that this rank measures, in whole batches."""
+        batches = windows.split(self.batch_size or 1)
+        return torch.cat([windows[:0], *(batches[i] for i in distributed.share(len(batches)))])
+
+    def _written(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int
+    ) -> Tensor:
+        """Text that a model writes: on the first rank, since not every device writes the same."""
+        found = None
+        if distributed.leads():
+            told = partial(self.progress, "text")
+            drawn = {"samples": samples, "seqlen": seqlen, "seed": seed}
+            found = {"tokens": calibration_tokens("self", tokenizer, **drawn, model=model, progress=told)}, None
+        return distributed.broadcast(found)[0]["tokens"]
 
     def tasks(self, names: str, limit: int | None) -> None:
         """Of the model, and of the original for the drop; those that the folder has already are not run again."""
-
+        if not distributed.leads():
+            return
         wanted = evaluation.TASKS if names == "all" else tuple(name.strip() for name in names.split(","))
         kept = read_evaluation(Path(self.model)) if self.save else {}
         kept = facing(kept, self.facts.get("original", {}).get("sha256"))

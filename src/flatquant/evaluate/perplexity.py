@@ -6,8 +6,10 @@ vocabulary of 128k it would be the largest tensor of the program. Running the LM
 more, but some families scale or cap the logits after it, so the model's own forward is used.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -31,6 +33,14 @@ class Perplexity:
     windows: int
     seqlen: int
     nll: tuple[float, ...]
+
+    @classmethod
+    def of(cls, nll: Sequence[float], seqlen: int) -> Perplexity:
+        """From each window's mean, one or more."""
+        mean = math.fsum(nll) / len(nll)
+        # exp overflows a float above 709 nats a token
+        value = math.exp(mean) if mean < 709 else math.inf
+        return cls(value=value, windows=len(nll), seqlen=seqlen, nll=tuple(nll))
 
 
 @torch.no_grad()
@@ -67,11 +77,7 @@ def perplexity(
             nll.append(value)
         if progress is not None:
             progress(len(nll), len(windows))
-    mean = math.fsum(nll) / len(nll)
-    # exp overflows a float above 709 nats a token
-    return Perplexity(
-        value=math.exp(mean) if mean < 709 else math.inf, windows=len(nll), seqlen=windows.shape[1], nll=tuple(nll)
-    )
+    return Perplexity.of(nll, windows.shape[1])
 
 
 def batches(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
