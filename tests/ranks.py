@@ -1,6 +1,6 @@
 """Runs `quantize` on one, two and three ranks over gloo, kills ranks, resumes with other numbers of ranks, compares.
 
-    python tests/ranks.py MODEL_FOLDER TEXT WORK_FOLDER PART ..
+    python tests/ranks.py MODEL_FOLDER TEXT WORK_FOLDER PART[=MODE, ..] ..
 
 A program of its own: every rank is a fork of a process that has imported all and computed nothing, which costs a tenth
 of a start from nothing. It stands in for torchrun's agent, without ending ranks that others have left. Prints JSON.
@@ -140,12 +140,13 @@ class Trials:
         assert found == [0] * ranks, (name, ranks, found)
         return output
 
-    def same_bytes(self) -> dict[str, list[str]]:
-        """By mode, what differs from one rank's."""
+    def same_bytes(self, wanted: str) -> dict[str, list[str]]:
+        """By mode, of those wanted, what differs from one rank's."""
         different: dict[str, list[str]] = {}
         modes: dict[str, tuple[Recipe, Mapping[str, Any]]] = {name: (r, {}) for name, r in BLOCK_WISE.items()}
         modes |= {"streamed": (FIT, {"stream": True}), "verdict": (recipes.rtn("w4a4kv4"), {"verdict": True})}
-        for name, (recipe, options) in modes.items():
+        for name in wanted.split(", "):
+            recipe, options = modes[name]
             alone = self.whole(name, recipe, 1, **options)
             for ranks in (2, 3):
                 different[f"{name}, {ranks}"] = differing(alone, self.whole(name, recipe, ranks, **options))
@@ -301,9 +302,10 @@ def main() -> None:
     trials = Trials(model, text, Path(folder))
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {"seconds": seconds}
-    for name in parts:
+    for part in parts:
         before = time.monotonic()
-        result[name] = getattr(trials, name)()
+        name, _, wanted = part.partition("=")
+        result[name] = getattr(trials, name)(*filter(None, [wanted]))
         seconds[name] = round(time.monotonic() - before, 1)
     print(json.dumps(result))
 
