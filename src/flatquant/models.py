@@ -29,6 +29,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -38,7 +39,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import __version__ as transformers_version
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -548,9 +548,9 @@ def _load_config(folder: Path | str, name: object, trust_remote_code: bool) -> A
 def _unknown_type(folder: Path) -> str:
     """That the installed transformers does not know a model type, and what is near it; empty if it does."""
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if not isinstance(kind, str) or kind in CONFIG_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind in CONFIG_MAPPING:
         return ""
-    near = get_close_matches(kind, CONFIG_MAPPING_NAMES, n=3, cutoff=0.65)
+    near = get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=3, cutoff=0.65)
     meant = f" (near it: {', '.join(near)})" if near else ""
     return (
         f"transformers {transformers_version} knows no model type {one_line(kind)}{meant}; correct it, or install a "

@@ -24,7 +24,7 @@ ROUNDING = 2.0**-9 if CUDA else 2.0**-18
 
 # Of the last two, columns are cut into tiles, or rows and columns.
 SHAPES = ((24, 24), (9, 32), (1, 64), (8, 20), (11, 6), (4, 144), (66, 36))
-SOURCES = ("plain", "norm", "gate", "merge")
+SOURCES = ("plain", "norm", "gate", "merge", "gelu")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def inputs(
     match source:
         case "norm":
             return x.to(DEVICE, dtype), (torch.rand(n, generator=g) + 0.5).to(DEVICE, dtype)
-        case "gate":
+        case "gate" | "gelu":
             return x.to(DEVICE, dtype), torch.randn(tokens, n, generator=g).mul(3).to(DEVICE, dtype)
         case "merge":
             parts = torch.randn(tokens, n1, 3, n2, generator=g).to(DEVICE)
@@ -74,6 +74,9 @@ def wanted(source: str, x: Tensor, other: Tensor | None) -> Tensor:
         case "gate":
             assert other is not None
             return reference.gated(x, other)
+        case "gelu":
+            assert other is not None
+            return reference.gated(x, other, "gelu")
         case "merge":
             assert other is not None
             return reference.merged(x, other)

@@ -47,14 +47,19 @@ def store(b: int, h: int, d: int, g: torch.Generator, places: int = PLACES) -> S
     )
 
 
-def make_heads(queries: int, keys: int, d: int, matrix: bool, g: torch.Generator, offset: bool = False) -> Heads:
+def make_heads(
+    queries: int, keys: int, d: int, matrix: bool, g: torch.Generator, offset: bool = False, norms: bool = False
+) -> Heads:
     turn, size = torch.linalg.qr(torch.randn(d, d, generator=g)).Q, torch.rand(d, generator=g) + 0.5
     pair = torch.stack((turn / size, turn * size)).to(DEVICE) if matrix else None  # P^-T and P
     ratios = (torch.rand(2, 2, generator=g) * 0.3 + 0.7).to(DEVICE)
+    heads = Heads(queries, keys, d, pair, ratios, eps=1e-3)
+    if norms:
+        heads = heads._replace(norms=(torch.rand(2, d, generator=g) + 0.5).to(DEVICE))
     if not offset:
-        return Heads(queries, keys, d, pair, ratios)
+        return heads
     m = torch.randn(keys, d, generator=g).mul(30).to(DEVICE)
-    return Heads(queries, keys, d, pair, ratios, m, offset_matrix(m, None if pair is None else pair[1]))
+    return heads._replace(offset=m, back=offset_matrix(m, None if pair is None else pair[1]))
 
 
 def angles(b: int, t: int, d: int, g: torch.Generator):
@@ -69,6 +74,7 @@ SHAPES = ((1, 1, 16), (4, 2, 20), (3, 3, 32), (6, 2, 64))
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("matrix", [True, False])
 @pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("norms", [True, False])
 @settings(deadline=None, max_examples=320 if CUDA else 2)
 @given(
     batch=st.integers(1, 2),
@@ -85,13 +91,14 @@ def test_appending_equals_the_reference(
     at: int,
     matrix: bool,
     offset: bool,
+    norms: bool,
     shared: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     queries, keys, d = shape
-    heads = make_heads(queries, keys, d, matrix, g, offset)
+    heads = make_heads(queries, keys, d, matrix, g, offset, norms)
     qkv = torch.randn(batch, tokens, (queries + 2 * keys) * d, generator=g).mul(3).to(DEVICE, dtype)
     cos, sin = angles(1 if shared else batch, tokens, d, g)
     stores = [store(batch, keys, d, g) for _ in range(2)]

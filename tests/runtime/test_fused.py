@@ -11,10 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
     DynamicCache,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from flatquant.calibrate.pipeline import calibrate
@@ -63,6 +67,28 @@ CONFIGS = {
     "mistral": MistralConfig(**SHAPE, sliding_window=7),
     "qwen2": Qwen2Config(**SHAPE),
     "qwen2 windows": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=0),
+    "qwen3": Qwen3Config(**SHAPE, attention_bias=True),
+    "qwen3 windows": Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "phi3": Phi3Config(**SHAPE, sliding_window=7),
+    "granite": GraniteConfig(
+        **SHAPE,
+        attention_bias=True,
+        mlp_bias=True,
+        attention_multiplier=0.3,
+        residual_multiplier=0.6,
+        embedding_multiplier=2.0,
+        logits_scaling=3.0,
+    ),
+    "gemma3": Gemma3TextConfig(  # heads wider than the hidden size has room for
+        **{**SHAPE, "head_dim": 24, "num_key_value_heads": 1},
+        query_pre_attn_scalar=20,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        },
+    ),
     "some windows": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
 }
 
@@ -171,7 +197,8 @@ def test_a_text_in_pieces_is_the_same_text(model: PreTrainedModel, pieces: list[
 def test_a_cache_that_is_full_grows(model: PreTrainedModel) -> None:
     ids = texts(6, 13)
     heads = model.config.num_key_value_heads
-    room = Room(blocks=2, batch=6, heads=heads, places=4, head_dim=16, device=ids.device, angles=True)
+    head_dim = model.config.head_dim
+    room = Room(blocks=2, batch=6, heads=heads, places=4, head_dim=head_dim, device=ids.device, angles=True)
     cache = PackedCache(room)
     got = [model(part, **{CACHE: cache}).logits for part in ids.split(1, dim=1)]
     assert cache.room.places >= 13
@@ -268,7 +295,14 @@ def test_a_model_without_kernels_runs_and_says_why_once(scheme: str, method: str
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there, all other tests run the kernels")
 @pytest.mark.parametrize(
-    ("name", "method"), [("llama", "flatquant"), ("biases", "flatquant"), ("mistral", "flatquant"), ("llama", "rtn")]
+    ("name", "method"),
+    [
+        *(
+            (name, "flatquant")
+            for name in ("llama", "biases", "mistral", "qwen3", "phi3", "granite", "gemma3")
+        ),
+        ("llama", "rtn"),
+    ],
 )
 def test_kernels_serve_a_model(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter: a prompt with padding, then token by token."""

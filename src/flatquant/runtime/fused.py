@@ -1,8 +1,9 @@
 """The fused runtime: a packed model's forward pass in a dozen kernels a block, and a decode step in one CUDA graph.
 
-It takes over where it can serve exactly what the model is - a Llama-like block, 4-bit weights with one scale a row,
-symmetric 4-bit activations, asymmetric 4-bit keys and values - and where it can serve what was asked for. Everything
-else runs through the modules that transformers calls, one by one. Of a model without kernels, a warning says once why.
+It takes over where it can serve exactly what the model is - a block of one of `FAMILIES`, 4-bit weights with one scale
+a row, symmetric 4-bit activations, asymmetric 4-bit keys and values - and where it can serve what was asked for.
+Everything else runs through the modules that transformers calls, one by one. Of a model without kernels, a warning says
+once why.
 A call steps aside (`_takes`) for forward hooks on submodules, hidden states, masks other than padding on the left, and
 gradients; its modules go on with the same `PackedCache`.
 
@@ -45,6 +46,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from flatquant import modules, seams
 from flatquant.ops import int4_linear, kron_quantize, kv_cache
 from flatquant.ops.kron_quantize import Site
+from flatquant.ops.kron_quantize.reference import rms_norm
 from flatquant.quantizers import Dynamic
 from flatquant.rotary import Angles
 from flatquant.runtime.build import SITES_SLOT
@@ -54,17 +56,57 @@ from flatquant.runtime.linear import PackedLinear
 from flatquant.runtime.packedcache import PackedCache, PackedLayer, Room, stream_of
 from flatquant.seams import CACHE, attached, generation_cache_hook
 
-# Families whose blocks are: x + attention(norm(x)), then x + down(silu(gate) up) of its norm; no other scale anywhere.
-FAMILIES = ("llama", "mistral", "qwen2")
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What blocks look like: x + attention(norm(x)), then x + down(act(gate) up) of its norm.
+
+    Norms of queries and keys, multipliers, windows and scales of scores are read from the modules and the config.
+
+    Attributes:
+        qkv: the linears that write queries, keys and values, in this order.
+        gate_up: those that write the gate, then what it multiplies.
+        norms: in front of attention and of the MLP.
+        after: behind them, before what they give is added to the stream; empty if there are none.
+        norm_offset: norms multiply by this plus their weight.
+        windowed: every block has the config's sliding window; otherwise those whose attention says so.
+    """
+
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    after: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    windowed: bool = False
+
+    @property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """The linears of every site."""
+        out, down = ("self_attn.o_proj",), ("mlp.down_proj",)
+        return {"attn_in": self.qkv, "attn_out": out, "mlp_in": self.gate_up, "mlp_mid": down}
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(windowed=True),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "granite": Family(),
+    "phi3": Family(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",), windowed=True),
+    "gemma3_text": Family(
+        norms=("input_layernorm", "pre_feedforward_layernorm"),
+        after=("post_attention_layernorm", "post_feedforward_layernorm"),
+        norm_offset=1.0,
+    ),
+}
 _ROPES = ("default", "linear", "llama3", "yarn")  # of which angles depend on positions alone
-_READERS = {
-    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn_out": ("self_attn.o_proj",),
-    "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp_mid": ("mlp.down_proj",),
+_ACTIVATIONS: dict[type, kron_quantize.Activation] = {
+    type(ACT2FN["silu"]): "silu",
+    type(ACT2FN["gelu_pytorch_tanh"]): "gelu",
 }
 Masks = Mapping[int | None, Tensor]  # by window
 
+_WRITERS = ("attn_out", "mlp_mid")  # sites whose products are added to the residual stream
 _PLACES = 128  # caches have a multiple of
 _PROGRAMS = 528  # that an H100 runs at once: four a multiprocessor
 _SPARE = 2  # rooms kept for later calls
@@ -78,6 +120,12 @@ class Norm:
     gain: Tensor  # (n,)
     eps: float
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """(.., n), in x's dtype"""
+        if self.gain.dtype != x.dtype:
+            return rms_norm(x, self.gain, self.eps).to(x.dtype)
+        return F.rms_norm(x, (x.shape[-1],), self.gain, self.eps)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -89,6 +137,15 @@ class Block:
     heads: kv_cache.Heads
     scaling: float
     window: int | None
+    after: tuple[Norm, ...] = ()  # behind attention, behind the MLP
+    activation: kron_quantize.Activation = "silu"
+    turn: str | None = None  # the kind of rotary embedding, where there are several
+
+    def _added(self, name: str, y: tuple[Tensor, Tensor], rows: Tensor, scratch: Tensor | None) -> Tensor:
+        """The residual stream with what a site's product gives, after its norm if there is one.  # (B T, n)"""
+        if not self.after:
+            return self.products[name](*y, rows, rows.dtype, scratch)
+        return rows + self.after[name == "mlp_mid"](self.products[name](*y, None, rows.dtype, scratch))
 
     def __call__(
         self,
@@ -142,11 +199,11 @@ class Block:
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
             y = kron_quantize.plain(z.transpose(1, 2).reshape(b * t, -1), site, form)
-        rows = self.products["attn_out"](*y, rows, x.dtype, scratch)
+        rows = self._added("attn_out", y, rows, scratch)
         y = kron_quantize.norm(rows, self.norms[1].gain, self.norms[1].eps, self.sites["mlp_in"], form)
         gate, up = self.products["mlp_in"](*y, None, x.dtype, scratch).chunk(2, dim=-1)
-        y = kron_quantize.gate(up, gate, self.sites["mlp_mid"], form)
-        return self.products["mlp_mid"](*y, rows, x.dtype, scratch).view_as(x)
+        y = kron_quantize.gate(up, gate, self.sites["mlp_mid"], form, self.activation)
+        return self._added("mlp_mid", y, rows, scratch).view_as(x)
 
 
 class Fused:
@@ -160,7 +217,8 @@ class Fused:
             Unsupported: something in it has no kernel.
         """
         config: Any = model.config
-        if config.model_type not in FAMILIES:
+        family = FAMILIES.get(config.model_type)
+        if family is None:
             raise Unsupported(
                 f"blocks of {config.model_type} have no fused form (there is one for {', '.join(FAMILIES)})"
             )
@@ -168,18 +226,35 @@ class Fused:
             raise Unsupported("it lies on several devices")
         base: Any = model.base_model
         self.device = model.device
-        rope = getattr(base.rotary_emb, "rope_type", "default")
-        if rope not in _ROPES:
-            raise Unsupported(f"positions of kind {rope!r} depend on the length of the text")
+        ropes = getattr(base.rotary_emb, "rope_type", "default")
+        for rope in ropes.values() if isinstance(ropes, dict) else (ropes,):
+            if rope not in _ROPES:
+                raise Unsupported(f"positions of kind {rope!r} depend on the length of the text")
+        if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
+            raise Unsupported("its scores or logits are capped")
+        if getattr(config, "use_bidirectional_attention", False):
+            raise Unsupported("its attention is not causal")
         self.embedding: nn.Embedding = base.embed_tokens
         self.rotary = base.rotary_emb
-        self.norm = _norm(base.norm)
+        self.norm = _norm(base.norm, family)
         head: Any = model.get_output_embeddings()
         self.head: nn.Linear = head
-        self.blocks = [_block(layer, i, config, self.device) for i, layer in enumerate(base.layers)]
+        self.embedded = getattr(config, "embedding_multiplier", 1.0)
+        self.divided = getattr(config, "logits_scaling", 1.0)
+        turns = config.layer_types if isinstance(ropes, dict) else [None] * len(base.layers)
+        self.blocks = [
+            _block(layer, i, config, self.device, family, turn)
+            for i, (layer, turn) in enumerate(zip(base.layers, turns, strict=True))
+        ]
         largest = max(product.scratch_bytes for block in self.blocks for product in block.products.values())
         self.scratch = int4_linear.scratch(largest, self.device)
         self._offset = any(block.heads.offset is not None for block in self.blocks)
+        self._turns = dict.fromkeys(block.turn for block in self.blocks)
+        if self._offset and len(self._turns) > 1:
+            raise Unsupported("keys with an offset are turned in two ways")
+        width = self.angles(torch.zeros(1, 1, dtype=torch.int64, device=self.device), torch.float32).cos.shape[-1]
+        if width != self.blocks[0].heads.head_dim:
+            raise Unsupported(f"{width} of {self.blocks[0].heads.head_dim} channels of a head are turned")
         self.first_angles = self._first_angles()
         self.modules = _Modules(model)  # last: products have become the linears' tensors
         self._turn = _turn(self.device)
@@ -234,20 +309,29 @@ class Fused:
         dtype = torch.float32 if self.embedding.weight.dtype == torch.float32 else torch.float16
         return (Angles(cos, sin).of_pairs("halves")[0] / cos[0, 0, 0]).to(dtype)  # the cosine of 0, scaled
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """Cosines and sines of positions, (B or 1, T)."""
-        cos, sin = self.rotary(torch.empty(0, dtype=dtype, device=self.device), positions)
+    def angles(self, positions: Tensor, dtype: torch.dtype, turn: str | None = None) -> Angles:
+        """Cosines and sines of positions, (B or 1, T); of the first block's kind if none is given."""
+        turn = turn or self.blocks[0].turn
+        kind = () if turn is None else (turn,)
+        cos, sin = self.rotary(torch.empty(0, dtype=dtype, device=self.device), positions, *kind)
         return Angles(cos.contiguous(), sin.contiguous())
 
     def hidden(self, ids: Tensor, positions: Tensor, cache: PackedCache, masks: Masks) -> Tensor:
         """States after the last block, normalised.  # (B, T) -> (B, T, n)"""
         x = self.embedding(ids)
+        x = x if self.embedded == 1 else x * self.embedded
         # What is taken from a key and given back to a score must be the same: more than 16 bits of a large number.
-        cos, sin = self.angles(positions, torch.float32 if self._offset else x.dtype)
-        cache.room.turn(cos, sin, positions)
+        dtype = torch.float32 if self._offset else x.dtype
+        angles = {turn: self.angles(positions, dtype, turn) for turn in self._turns}
+        cache.room.turn(*angles[self.blocks[0].turn], positions)
         for block, layer in zip(self.blocks, cache.packed, strict=True):
-            x = block(x, cos, sin, self.first_angles, cache, layer, masks, self.scratch)
-        return F.rms_norm(x, (x.shape[-1],), self.norm.gain, self.norm.eps)
+            x = block(x, *angles[block.turn], self.first_angles, cache, layer, masks, self.scratch)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model says.  # (.., n) -> (.., V)"""
+        products = self.head(hidden)
+        return products if self.divided == 1 else products / self.divided
 
     def prefill(self, ids: Tensor, positions: Tensor, cache: PackedCache, keep: int) -> Tensor:
         """Logits of the last `keep` tokens (0: of all), and their keys and values into the cache.  # (B, keep, V)"""
@@ -263,7 +347,7 @@ class Fused:
     def _eager(self, ids: Tensor, positions: Tensor, cache: PackedCache, keep: int) -> Tensor:
         x = self.hidden(ids, positions, cache, self.masks(ids.shape[1], cache.room))
         cache.room.advance(ids.shape[1])
-        return self.head(x[:, -keep:])
+        return self.logits(x[:, -keep:])
 
     def _step(self, cache: PackedCache) -> _Step | None:
         """The recorded step of a cache, recorded now where there is none.
@@ -315,11 +399,11 @@ class _Step:
         stream.wait_stream(now)
         with torch.cuda.stream(stream), cache.room.rehearsed():
             for _ in range(2):
-                fused.head(fused.hidden(self.ids, self.positions, cache, {}))
+                fused.logits(fused.hidden(self.ids, self.positions, cache, {}))
         now.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with _recording(self.graph, stream):
-            self.logits = fused.head(fused.hidden(self.ids, self.positions, cache, {}))
+            self.logits = fused.logits(fused.hidden(self.ids, self.positions, cache, {}))
             cache.room.used += 1
 
     def __call__(self, ids: Tensor, positions: Tensor, room: Room) -> Tensor:
@@ -455,36 +539,47 @@ def _hooked_everywhere() -> bool:
 # --------------------------------------------------------------------------------- from a model's modules
 
 
-def _block(layer: Any, index: int, config: Any, device: torch.device) -> Block:
-    frozen = getattr(layer, SITES_SLOT, None)
-    if frozen is None or set(frozen) != set(_READERS):
+def _block(layer: Any, index: int, config: Any, device: torch.device, family: Family, turn: str | None) -> Block:
+    frozen, readers = getattr(layer, SITES_SLOT, None), family.readers
+    if frozen is None or set(frozen) != set(readers):
         raise Unsupported(f"block {index} is not quantised as a whole")
     sites: dict[str, Site] = {}
     linears: dict[str, list[PackedLinear]] = {}
-    for name, paths in _READERS.items():
+    for name, paths in readers.items():
         linears[name] = [packed_linear(layer.get_submodule(path), f"{index}.{path}") for path in paths]
         n = linears[name][0].n
         heads = n // layer.self_attn.head_dim if name == "attn_out" else None
         sites[name] = kernel_site(frozen[name], n, heads, f"{index}.{name}", device)
-    if type(layer.mlp.act_fn) is not type(ACT2FN["silu"]):
-        raise Unsupported(f"the MLP of block {index} has {type(layer.mlp.act_fn).__name__} where kernels have SiLU")
+    function = layer.mlp.activation_fn if hasattr(layer.mlp, "activation_fn") else layer.mlp.act_fn
+    activation = _ACTIVATIONS.get(type(function))
+    if activation is None:
+        raise Unsupported(f"the MLP of block {index} has {type(function).__name__} where kernels have SiLU and GELU")
     attention = layer.self_attn
-    norms = (_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm))
+    before, mlp = (_norm(layer.get_submodule(path), family) for path in family.norms)
+    factor = getattr(config, "residual_multiplier", 1.0)
     return Block(
-        norms=norms,
+        norms=(before, mlp),
         sites=sites,
-        products={name: Product.of(several) for name, several in linears.items()},
-        heads=_heads(attached(attention), config, attention.head_dim, index, device, norms[0].gain.dtype),
+        products={n: Product.of(several, factor if n in _WRITERS else 1.0) for n, several in linears.items()},
+        heads=_heads(attention, family, config, index, device, layer.get_submodule(family.norms[0]).weight.dtype),
         scaling=attention.scaling,
-        window=_window(attention, config),
+        window=config.sliding_window if family.windowed else getattr(attention, "sliding_window", None),
+        after=tuple(_norm(layer.get_submodule(path), family) for path in family.after),
+        activation=activation,
+        turn=turn,
     )
 
 
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)
+def _norm(module: Any, family: Family) -> Norm:
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return Norm(module.weight if not family.norm_offset else module.weight.float() + family.norm_offset, eps)
 
 
-def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device, dtype: torch.dtype) -> kv_cache.Heads:
+def _heads(
+    attention: Any, family: Family, config: Any, index: int, device: torch.device, dtype: torch.dtype
+) -> kv_cache.Heads:
+    kv, head_dim = attached(attention), attention.head_dim
+    normed = [_norm(m, family) for m in (attention.q_norm, attention.k_norm)] if hasattr(attention, "q_norm") else None
     if not isinstance(kv, FrozenKeyValue) or kv.keys is None or kv.values is None:
         raise Unsupported(f"keys and values of block {index} are not both quantised")
     grids = [grid for grid in (kv.keys, kv.values) if isinstance(grid, Dynamic)]
@@ -509,13 +604,9 @@ def _heads(kv: Any, config: Any, head_dim: int, index: int, device: torch.device
         torch.stack([ratios_of(grid, device) for grid in grids]),
         kv.key_offset,
         back,
+        None if normed is None else torch.stack([norm.gain.float() for norm in normed]).contiguous(),
+        0.0 if normed is None else normed[0].eps,
     )
-
-
-def _window(attention: Any, config: Any) -> int | None:
-    if config.model_type == "mistral":
-        return config.sliding_window
-    return getattr(attention, "sliding_window", None)
 
 
 # --------------------------------------------------------------------------------- into a model

@@ -30,11 +30,13 @@ class Product:
     packed: Tensor  # uint8, (o, n / 2)
     scale: Tensor  # float32, (o,)
     bias: Tensor | None  # float32, (o,)
+    factor: float = 1.0  # of what is added to the residual stream; the bias has it
 
     def __call__(
         self, x: Tensor, x_scale: Tensor, residual: Tensor | None, dtype: torch.dtype, scratch: Tensor | None = None
     ) -> Tensor:
         """(T, n) -> (T, o)"""
+        x_scale = x_scale if self.factor == 1 else x_scale * self.factor
         return int4_linear.int4_linear(x, x_scale, self.packed, self.scale, self.bias, residual, dtype, scratch)
 
     @property
@@ -43,7 +45,7 @@ class Product:
         return int4_linear.scratch_bytes(len(self.packed), 2 * self.packed.shape[1])
 
     @classmethod
-    def of(cls, linears: list[PackedLinear]) -> Product:
+    def of(cls, linears: list[PackedLinear], factor: float = 1.0) -> Product:
         """Join linears; their own tensors become parts of the joined ones, so that nothing is held twice."""
         packed = torch.cat([m.packed for m in linears])
         scale = torch.cat([m.scale[:, 0] for m in linears]).contiguous()
@@ -57,7 +59,7 @@ class Product:
             if m.bias is not None and bias is not None and m.bias.dtype == bias.dtype:
                 m.bias = bias[rows]
             at = rows.stop
-        return cls(packed, scale, bias)
+        return cls(packed, scale, bias if bias is None or factor == 1 else bias * factor, factor)
 
 
 def packed_linear(module: nn.Module, where: str) -> PackedLinear:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flatquant.ops import HAS_TRITON, operator
 from flatquant.ops.kron_quantize import reference
-from flatquant.ops.kron_quantize.reference import Form
+from flatquant.ops.kron_quantize.reference import Activation, Form
 from flatquant.ops.pack.reference import packed_width
 
-__all__ = ["Form", "Site", "gate", "merge", "norm", "plain"]
+__all__ = ["Activation", "Form", "Site", "gate", "merge", "norm", "plain"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def _run(
 
     Args:
         x: (T, n1 n2) in 16 or 32 bits; of "merge", (T, heads, parts, head_dim).
-        other: a gain (n1 n2,) of "norm", a gate (T, n1 n2) of "gate", log-sum-exps (T, heads, parts) of "merge".
+        other: a gain (n1 n2,) of "norm", a gate (T, n1 n2) of "gate" and "gelu", log-sum-exps (T, heads, parts) of "merge".
         left, right: as `Site.factors` for a kernel, as `Site` for the reference.
-        source: "plain", "norm", "gate" or "merge".
+        source: "plain", "norm", "gate", "gelu" or "merge".
         form: see `reference.Form`.
 
     Returns:
@@ -104,6 +104,8 @@ def _run(
             y = reference.rms_norm(x, other, eps)
         case "gate", Tensor():
             y = reference.gated(x, other)
+        case "gelu", Tensor():
+            y = reference.gated(x, other, "gelu")
         case "merge", Tensor():
             y = reference.merged(x, other)
         case _:
@@ -135,9 +137,9 @@ def norm(x: Tensor, gain: Tensor, eps: float, site: Site, form: Form) -> tuple[T
     return site(x, gain, "norm", form, eps)
 
 
-def gate(x: Tensor, g: Tensor, site: Site, form: Form) -> tuple[Tensor, Tensor]:
-    """Integers of silu(g) x.  # (T, n), (T, n) -> (T, n) in `form`, (T, 1)"""
-    return site(x, g, "gate", form)
+def gate(x: Tensor, g: Tensor, site: Site, form: Form, activation: Activation = "silu") -> tuple[Tensor, Tensor]:
+    """Integers of silu(g) x, or of another activation.  # (T, n), (T, n) -> (T, n) in `form`, (T, 1)"""
+    return site(x, g, "gate" if activation == "silu" else "gelu", form)
 
 
 def merge(parts: Tensor, lse: Tensor, site: Site, form: Form) -> tuple[Tensor, Tensor]:

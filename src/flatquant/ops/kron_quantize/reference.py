@@ -21,9 +21,13 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
 
 
-def gated(x: Tensor, gate: Tensor) -> Tensor:
-    """silu(gate) x, in float32 (SwiGLU, arXiv 2002.05202).  # (.., n)"""
-    return F.silu(gate.float()) * x.float()
+Activation = Literal["silu", "gelu"]
+
+
+def gated(x: Tensor, gate: Tensor, activation: Activation = "silu") -> Tensor:
+    """silu(gate) x, or GELU in its approximation by tanh, in float32 (arXiv 2002.05202).  # (.., n)"""
+    g = gate.float()
+    return (F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")) * x.float()
 
 
 def merged(parts: Tensor, lse: Tensor) -> Tensor:

@@ -29,8 +29,10 @@ from flatquant.ops.triton import MAGIC, SHARED, early, on_device, shared_memory,
 
 # What the input is, and how integers leave.
 _PLAIN, _NORM, _GATE, _MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_GELU = tl.constexpr(4)  # a gate with another activation
 _PLANES, _FLOAT8, _PACKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_SOURCES = {"plain": 0, "norm": 1, "gate": 2, "merge": 3}
+_SOURCES = {"plain": 0, "norm": 1, "gate": 2, "merge": 3, "gelu": 4}
+_GATES = ("gate", "gelu")
 _FORMS = {"planes": 0, "float8": 1, "packed": 2}
 
 
@@ -95,7 +97,7 @@ def _take(
             else:
                 x = tl.load(x_ptr + row * stride + at, mask=mask, other=0.0)
             gate = x
-            if SOURCE == _GATE:
+            if SOURCE == _GATE or SOURCE == _GELU:  # noqa: SIM109 - Triton has no `in`
                 gate = tl.load(other_ptr + row * stride + at, mask=mask, other=0.0)
             tiles = tiles + ((x, gate),)
     return tiles
@@ -172,10 +174,13 @@ def _kernel(
                 r = (ROWS[i // CUTS][0] + tl.arange(0, ROWS[i // CUTS][1]))[:, None]
                 c = (COLUMNS[i % CUTS][0] + tl.arange(0, COLUMNS[i % CUTS][1]))[None, :]
                 x = x * tl.load(other_ptr + r * N2 + c, mask=(r < N1) & (c < N2), other=0.0).to(tl.float32)
-            if SOURCE == _GATE:
+            if SOURCE == _GATE or SOURCE == _GELU:  # noqa: SIM109 - Triton has no `in`
                 g = tiles[i][1].to(tl.float32)
+                s = g
+                if SOURCE == _GELU:  # g (1 + tanh(u)) / 2 is g sigmoid(2 u), u = sqrt(2 / pi) (g + 0.044715 g^3)
+                    s = g * (1.5957691216057308 + 0.0713548162726 * g * g)
                 # 1 / s as the square of 1 / sqrt(s): a division takes twice as long.
-                root = tl.rsqrt(1.0 + tl.exp2(g * -1.4426950408889634))
+                root = tl.rsqrt(1.0 + tl.exp2(s * -1.4426950408889634))
                 x = x.to(tl.float32) * g * (root * root)
             xs = xs + (x.to(left_ptr.dtype.element_ty if LEFT else tl.float32),)
         if SOURCE == _NORM:
@@ -270,7 +275,7 @@ def settings(
     if tokens <= sms:  # all at once: nothing to share a multiprocessor with
         return Settings(warps, ahead=source != "merge")
     # Two programs of eight warps have 128 registers a thread: none for a gate ahead of time.
-    ahead = source != "merge" and not (full and source == "gate")
+    ahead = source != "merge" and not (full and source in _GATES)
     return Settings(warps, min(8, 1 - -(1 << 14) // (m * c)), ahead, registers=128 if full else None)
 
 
@@ -325,7 +330,7 @@ def launch(
         other: a gain, a gate as far apart as x, or log-sum-exps.
         left, right: of one dtype, in which the products are taken; float32 in the interpreter alone.
     """
-    if source == "gate" and (other is None or other.stride() != x.stride()):
+    if source in _GATES and (other is None or other.stride() != x.stride()):
         x, other = x.contiguous(), None if other is None else other.contiguous()
     n1, n2 = shape
     n = n1 * n2

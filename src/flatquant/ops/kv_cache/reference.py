@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flatquant.ops.kron_quantize.reference import rms_norm
 from flatquant.ops.pack.reference import pack_bits, unpack_bits
 from flatquant.ops.quantize.reference import quantize, row_grid
 
@@ -39,6 +40,8 @@ class Heads(NamedTuple):
     ratios: Tensor  # of keys, of values: shares of a row's lower and upper end that the grid covers, float32, (2, 2)
     offset: Tensor | None = None  # m: a place j holds keys less R_j m, m before RoPE, float32, (keys, head_dim)
     back: Tensor | None = None  # `offset_matrix` of m and P_h, float32, (keys, head_dim, head_dim)
+    norms: Tensor | None = None  # gains of RMS norms of queries and of keys before RoPE, float32, (2, head_dim)
+    eps: float = 0.0  # of these norms
 
     def given_back(self, angles: Tensor) -> Tensor:
         """R_j m P_h, by which what places hold is short.  # (B, T, head_dim) -> float32 (B, keys, T, head_dim)"""
@@ -110,7 +113,8 @@ def _put(store: Store, x: Tensor, ratios: Tensor, at: int) -> Tensor:
 
 
 def append(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor) -> Appended:
-    """Turn queries and keys by their positions, transform them (FlatQuant, section 3.2), and store keys and values.
+    """Normalise queries and keys, turn them by their positions, transform them (FlatQuant, section 3.2); store keys and
+    values.
 
     Keys are stored, and returned, less their offset.
 
@@ -122,6 +126,8 @@ def append(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, val
     h, d = heads, heads.head_dim
     rows = qkv.float().unflatten(-1, (-1, d)).transpose(1, 2)  # (B, heads, T, head_dim)
     q, k, v = rows.split((h.queries, h.keys, h.keys), dim=1)
+    if h.norms is not None:
+        q, k = rms_norm(q, h.norms[0], h.eps), rms_norm(k, h.norms[1], h.eps)
     if h.offset is not None:
         k = k - h.offset[:, None]
     cos, sin = cos.float()[:, None], sin.float()[:, None]

@@ -73,10 +73,10 @@ def _put(
 
 @triton.jit
 def _append(
-    qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, offset_ptr, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr,
-    vz_ptr, q_ptr, k_ptr, v_ptr, short_ptr, rows, T, S, shared,
+    qkv_ptr, cos_ptr, sin_ptr, matrix_ptr, offset_ptr, norm_ptr, eps, ratio_ptr, at_ptr, kp_ptr, ks_ptr, kz_ptr,
+    vp_ptr, vs_ptr, vz_ptr, q_ptr, k_ptr, v_ptr, short_ptr, rows, T, S, shared,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr, DENSE: tl.constexpr,
-    OFFSET: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    OFFSET: tl.constexpr, NORM: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`R` tokens, of whatever sequences, and `GROUP` heads of one kind: a matrix is loaded once."""
     dtype = qkv_ptr.dtype.element_ty
@@ -101,7 +101,7 @@ def _append(
     if group < HQ:
         for head in range(group, group + GROUP):
             at = (row * HQ + head)[:, None] * D + c[None, :]
-            x, other = _turned(x_ptr + head * D, cos_ptr, sin_ptr, c, mask, D)
+            x, other = _turned(x_ptr + head * D, cos_ptr, sin_ptr, c, mask, D, None, norm_ptr if NORM else None, eps)
             if OFFSET and not DENSE:
                 own, across = _pair(offset_ptr + head // (HQ // HK) * D, c, D)
                 short = tl.where((c < D // 2)[None, :], x * own + other * across, x * across - other * own)
@@ -111,7 +111,10 @@ def _append(
     elif group < HQ + HK:
         for head in range(group, group + GROUP):
             h = head - HQ
-            x, _ = _turned(x_ptr + head * D, cos_ptr, sin_ptr, c, mask, D, offset_ptr + h * D if OFFSET else None)
+            x, _ = _turned(
+                x_ptr + head * D, cos_ptr, sin_ptr, c, mask, D, offset_ptr + h * D if OFFSET else None,
+                norm_ptr + D if NORM else None, eps,
+            )  # fmt: skip
             x = tl.dot(x.to(dtype), m, input_precision="ieee") if MATRIX else x
             _put(x, ratio_ptr, kp_ptr, ks_ptr, kz_ptr, k_ptr, place + h * S, row * HK + h, inside, D, DP, DENSE, R)
     else:
@@ -122,8 +125,8 @@ def _append(
 
 
 @triton.jit
-def _turned(x_ptr, cos_ptr, sin_ptr, c, mask, D: tl.constexpr, offset_ptr=None):
-    """A head's rows, less its offset, turned by their positions; and with the channels of each pair swapped.
+def _turned(x_ptr, cos_ptr, sin_ptr, c, mask, D: tl.constexpr, offset_ptr=None, norm_ptr=None, eps=0.0):
+    """A head's rows, normalised, less its offset, turned by their positions; and with channels of each pair swapped.
 
     (R, DP), twice
     """
@@ -133,6 +136,11 @@ def _turned(x_ptr, cos_ptr, sin_ptr, c, mask, D: tl.constexpr, offset_ptr=None):
     sin = tl.load(sin_ptr, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + c[None, :], mask=mask, other=0.0).to(tl.float32)
     other = tl.load(x_ptr + _partner(c, D), mask=mask, other=0.0).to(tl.float32)
+    if norm_ptr is not None:
+        unit = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        gain, gain_across = _pair(norm_ptr, c, D)
+        x = x * unit * gain
+        other = other * unit * gain_across
     if offset_ptr is not None:
         own, across = _pair(offset_ptr, c, D)
         x -= own
@@ -359,10 +367,11 @@ def append(
         most = 1 if b * t <= 1024 else 4 if blocks * (h.queries + 2 * h.keys) > 4 * _PROGRAMS else 2
         group = math.gcd(h.queries, h.keys, most)
     _append[(blocks, (h.queries + 2 * h.keys) // group)](
-        qkv, cos, sin, h.matrices, h.offset, h.ratios, at, *keys, *values, q, k, v, short,
+        qkv, cos, sin, h.matrices, h.offset, h.norms, h.eps, h.ratios, at, *keys, *values, q, k, v, short,
         b * t, t, keys.scale.shape[2], int(cos.shape[0] == 1), HQ=h.queries, HK=h.keys, D=d,
         DP=max(16, triton.next_power_of_2(d)), MATRIX=h.matrices is not None, DENSE=dense,
-        OFFSET=h.offset is not None, R=rows, GROUP=group, EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
+        OFFSET=h.offset is not None, NORM=h.norms is not None, R=rows,
+        GROUP=group, EARLY=early(qkv, b * t), launch_pdl=early(qkv, b * t),
         num_warps=warps or (4 if rows == 16 and h.offset is None else 8), num_stages=1, maxnreg=128,
         enable_fp_fusion=False,  # the reference's bits: the same integers whoever writes them
     )  # fmt: skip
