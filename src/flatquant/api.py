@@ -176,6 +176,8 @@ def quantize(
     else:
         windows = calibration if isinstance(calibration, Tensor) else Samples.of(calibration)
     judged = held_out if held_out is None or isinstance(held_out, Tensor) else Samples.of(held_out, "held-out")
+    if distributed.size() > 1 and (isinstance(windows, Samples) or isinstance(judged, Samples)):
+        raise CalibrationError(f"{distributed.size()} ranks share tokens alone: calibrate samples with images by one")
     say = progress or (lambda *_: None)
     limits = Limits(device=_bytes(max_memory), host=_bytes(max_host_memory))
     if not isinstance(model, PreTrainedModel):
@@ -361,7 +363,7 @@ class _Run:
         return self._result(plan, report)
 
     def _calibrated(
-        self, tokens: Tensor | None, witness: Witness | None, held_out: Tensor | None, state: RunState | None
+        self, tokens: Windows | None, witness: Witness | None, held_out: Tensor | None, state: RunState | None
     ) -> tuple[Plan, Report]:
         return calibrate(
             self.model,

@@ -297,10 +297,7 @@ def test_a_model_without_kernels_runs_and_says_why_once(scheme: str, method: str
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        *(
-            (name, "flatquant")
-            for name in ("llama", "biases", "mistral", "qwen3", "phi3", "granite", "gemma3")
-        ),
+        *((name, "flatquant") for name in ("llama", "biases", "mistral", "qwen3", "phi3", "granite", "gemma3")),
         ("llama", "rtn"),
     ],
 )

@@ -84,7 +84,8 @@ def _run(
 
     Args:
         x: (T, n1 n2) in 16 or 32 bits; of "merge", (T, heads, parts, head_dim).
-        other: a gain (n1 n2,) of "norm", a gate (T, n1 n2) of "gate" and "gelu", log-sum-exps (T, heads, parts) of "merge".
+        other: a gain (n1 n2,) of "norm", a gate (T, n1 n2) of "gate" and "gelu", log-sum-exps (T, heads, parts) of
+            "merge".
         left, right: as `Site.factors` for a kernel, as `Site` for the reference.
         source: "plain", "norm", "gate", "gelu" or "merge".
         form: see `reference.Form`.
