@@ -222,7 +222,7 @@ def test_bad_sources(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.pdf").write_text("x")
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
-    assert "no such text" in refusal(evaluation_windows, "wikitext3", TOKENIZER)
+    assert "give wikitext2, c4, or a .txt" in refusal(evaluation_windows, "wikitext3", TOKENIZER)
     assert "holds no" in refusal(evaluation_windows, tmp_path / "empty", TOKENIZER)
     assert "unknown kind" in refusal(evaluation_windows, tmp_path / "x.pdf", TOKENIZER)
     assert "UTF-8" in refusal(evaluation_windows, tmp_path / "x.txt", TOKENIZER)

@@ -388,7 +388,8 @@ def _file_of(source: str | Path, use: str) -> Path | None:
     if relative is None:
         path = Path(source).expanduser()
         if not path.exists():
-            raise DataError(f"no such text: {source}; give wikitext2, c4, self, or a .txt, .raw or .jsonl file")
+            own = "" if use == "evaluation" else " self,"
+            raise DataError(f"no such text: {source}; give wikitext2, c4,{own} or a .txt, .raw or .jsonl file")
         return path
     root = os.environ.get("FLATQUANT_DATA")
     if not root:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StableLmConfig, StableLmForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import flatquant
@@ -82,6 +82,14 @@ def test_every_family_passes_far_below_a_tight_bound(name: str) -> None:
 def test_every_method_passes(name: str, method: str) -> None:
     result = checked(tiny_family(name), RECIPES[method]("w4a4kv4"))
     assert 10 * result.error < result.bound < 2e-4
+
+
+def test_a_model_that_does_not_run_by_itself_is_refused() -> None:
+    """StableLM turns a share of each head's channels; transformers multiplies sizes that differ where that is odd."""
+    size = {"hidden_size": 36, "intermediate_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config = StableLmConfig(vocab_size=64, num_hidden_layers=1, partial_rotary_factor=0.25, **size)
+    with pytest.raises(ModelError, match=r"block 0: the model itself does not run in transformers 5\.\d+"):
+        checked(StableLmForCausalLM(config))
 
 
 def test_what_transforms_nothing_is_not_checked() -> None:

@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicLayer
 
 from flatquant import seams, versions
 from flatquant.calibrate.capture import BlockCall
-from flatquant.errors import FlatQuantError, ModelError
+from flatquant.errors import FlatQuantError, ModelError, one_line
 from flatquant.models import Checkpoint
 from flatquant.spec import Recipe, Scheme, Transforms, TransformSpec
 from flatquant.transforms import Factor, make_factor, shared_inverses
@@ -192,7 +192,7 @@ class _Check:
     def law(self, transforms: dict[str, Transforms]) -> list[_Found]:
         """All edges at once; if that fails, one by one, to name the edge."""
         block = self._copy()
-        want = self._plain(block)
+        want = self._untouched(block)
         bound = max(_FLOOR, _MARGIN * self._rounding(block, want))
         if self.model.config.get_text_config()._attn_implementation == seams.ATTENTION:
             with _attention(self.model, "eager"), _WideSoftmax():
@@ -257,10 +257,8 @@ class _Check:
         at = plan.blocks[self.index]
         fit = wrap_block(block, self.arch, at, law, {}, generator, residual=basis, force=True)
         if _SEAM in transforms and fit.arch.attention is not None:
-            factor, latent = (
-                make_factor(transforms[_SEAM][0], at.key_dim, generator),
-                fit.key_value and fit.key_value.latent,
-            )
+            factor = make_factor(transforms[_SEAM][0], at.key_dim, generator)
+            latent = fit.key_value.latent if fit.key_value else None
             rotary = at.latent.rotary if at.latent else None
             fit.key_value = FitKeyValue(factor, None, None, latent=latent, rotary=rotary)
             seams.attach(submodule(block, fit.arch.attention), fit.key_value.to(self.device))
@@ -274,6 +272,21 @@ class _Check:
     def _plain(self, block: nn.Module, basis: Factor | None = None) -> Tensor:
         """What a block adds to the residual stream of two windows.  # (2, T, h)"""
         return self._run(block, basis, self.hidden, torch.arange(_TOKENS).expand(2, -1))
+
+    def _untouched(self, block: nn.Module) -> Tensor:
+        """`_plain`; if the model does not run by itself either, that is the user's to know."""
+        try:
+            return self._plain(block)
+        except (FlatQuantError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            with _attention(self.model, "eager"):
+                try:
+                    self._plain(block)
+                except Exception as own:
+                    version = f"transformers {transformers.__version__}"
+                    raise ModelError(f"the model itself does not run in {version}: {one_line(own)}") from own
+            raise
 
     def _rounding(self, block: nn.Module, want: Tensor) -> float:
         """How far float32's rounding of the inputs moves what an untouched block adds."""

@@ -84,6 +84,8 @@ def bench(
         unknown = set(parts) - {"sites", "products", "models"}
         if unknown:
             raise SpecError(f"nothing called {', '.join(sorted(unknown))} to time; known: sites, products, models")
+        for name in names:
+            benchmark.config_of(name)
         tiny = names == ("tiny",)
         if where.type != "cuda" and not tiny:
             raise SpecError("the runtime's kernels are for CUDA devices; --shapes tiny goes the same way on others")
