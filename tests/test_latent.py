@@ -3,15 +3,19 @@
 That changes of basis change nothing is asked of these families in tests/test_families.py, as of all others.
 """
 
+import copy
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import flatquant
 from flatquant import recipes, seams
+from flatquant.calibrate.capture import BlockCall
+from flatquant.calibrate.solve import make_solver, solve_block
 from flatquant.engines.vllm.support import open_folder
 from flatquant.errors import FamilyError, ModelError
 from flatquant.interchange import export_dense
@@ -22,12 +26,12 @@ from flatquant.runtime.experts import open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.kvcache import QuantizedCache, token_bytes
 from flatquant.seams import CACHE
-from flatquant.spec import DataSpec, QuantSpec, to_dict
+from flatquant.spec import DataSpec, QuantSpec, Scheme, SolverSpec, to_dict
 from flatquant.wiring.apply import fold_block
-from flatquant.wiring.arch import Geometry
+from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
-from tests.laws import BASES, bare, blocks_of, calibrated, quick, relative, tokens_for, wrap
+from tests.laws import BASES, bare, basis, blocks_of, calibrated, quick, relative, rtn_by_hand, tokens_for, wrap
 from tests.test_streaming import contents
 from tests.tiny_models import tiny_family, tiny_tokenizer
 
@@ -138,6 +142,53 @@ def test_latent_vectors_are_cached_in_the_basis_of_their_readers() -> None:
         matrix = torch.kron(kv.left, kv.right)
         held = got[i].values if got[i].values.shape[-1] == LATENT else got[i].keys
         assert relative(held, latent * scale @ matrix) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2 lite"])
+@torch.no_grad()
+def test_identity_without_clip_is_plain_rtn_bit_for_bit(name: str) -> None:
+    model = tiny_family(name)
+    open_experts(model)
+    originals = [copy.deepcopy(block) for block in blocks_of(model)]
+    plan, fits = wrap(model, bare(basis("inverse", "identity"), Scheme.parse("w4", clip="none")), noise=0.0)
+    for fit, at, original in zip(fits, plan.blocks, originals, strict=True):
+        fold_block(fit)
+        solve_block(fit.block, at, make_solver(SolverSpec()), BlockCall(args=(), kwargs={}), None, 1)
+        for path in (path for site in at.sites.values() for path in site.readers):
+            values, scale = rtn_by_hand(submodule(original, path).weight, 4)
+            assert np.array_equal(submodule(fit.block, path).values.numpy(), values), path
+            assert np.array_equal(submodule(fit.block, path).scale.numpy()[:, 0], scale), path
+
+
+@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a4", "w16a16kv4"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2"])
+@torch.no_grad()
+def test_integers_compute_what_the_fit_saw(name: str, scheme: str) -> None:
+    """In float64 no value rounds otherwise, which would show as 1e-3; scales and their products are float32."""
+    model = tiny_family(name, dtype=torch.float64)
+    plan, fits = wrap(model, bare(BASES["svd orthogonal"], Scheme.parse(scheme)), noise=0.05)
+    fit, at, seen = fits[1], plan.blocks[1], {}
+    paths = [path for site in at.sites.values() for path in site.readers if path.startswith("self_attn.")]
+    assert len(paths) == 5
+    for path in paths:
+        submodule(fit.block, path).register_forward_hook(
+            lambda _, args, out, path=path: seen.__setitem__(path, (args[0], out))
+        )
+    latent = torch.randn(2, 1, 9, LATENT, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = None if fit.key_value is None else fit.key_value.value(latent)
+    norms = {edge.site: submodule(fit.block, edge.norm).weight.clone() for edge in fit.arch.edges if edge.norm}
+    model(tokens_for(model, 2, 9), use_cache=False)
+    fold_block(fit, dtype=torch.float64)
+    if at.sites["kv_latent"].weights:
+        solve_block(fit.block, at, make_solver(SolverSpec()), BlockCall(args=(), kwargs={}), None, 1)
+    scales = {e.site: submodule(fit.block, e.norm).weight / norms[e.site] for e in fit.arch.edges if e.norm}
+    if before is not None:  # the norm has applied the scale
+        assert scales["kv_latent"].std() > 1e-2
+        assert relative(attended(fit.block).value(latent * scales["kv_latent"]), before) < 1e-6
+    for site, path in ((name, path) for name, plan in at.sites.items() for path in plan.readers if path in paths):
+        x, y = seen[path]
+        ahead = site == "kv_latent" and at.attended
+        assert relative(submodule(fit.block, path)(x if ahead else x * scales.get(site, 1)), y) < 2e-6, path
 
 
 def test_rotations_pass_the_norms_of_latent_vectors() -> None:
