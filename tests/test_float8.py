@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flatquant import api, recipes
 from flatquant.errors import ModelError
-from flatquant.models import load_model, open_model
+from flatquant.models import load_model, loaded_bytes, open_model
 from flatquant.runtime.experts import open_experts
 from tests.laws import tokens_for
 from tests.test_streaming import SMALL, both
@@ -119,6 +119,15 @@ def test_a_block_of_further_predictions_is_left_out(tmp_path: Path) -> None:
     streamed, _, checkpoint = api._streamed(model)
     assert len(streamed.model.layers) == 2
     assert checkpoint.read("model.layers.1.self_attn.o_proj.weight").dtype == torch.bfloat16
+
+
+def test_a_folder_counts_as_what_it_is_in_memory(tmp_path: Path) -> None:
+    model, twin = written(tmp_path)
+    stored = (model / "model.safetensors").stat().st_size
+    assert loaded_bytes(model) == 2 * stored
+    assert loaded_bytes(twin) == (twin / "model.safetensors").stat().st_size
+    place, limits = api._Place.of(tmp_path / "out"), api.Limits(host=stored + 1)
+    assert api._open(model, recipes.rtn("w4"), None, place, limits, None)[2] is not None  # streamed
 
 
 def without(part: str) -> Callable[[Tensors], Tensors]:

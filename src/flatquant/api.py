@@ -64,6 +64,7 @@ from flatquant.models import (
     check_ids,
     find_device,
     load_model,
+    loaded_bytes,
     open_model,
     processor_files,
     resolve,
@@ -286,7 +287,7 @@ def _open(
     if stream is None and not why:
         limit, folder = limits.host or free_host_bytes(), resolve(name)
         if isinstance(folder, Path) and limit is not None:
-            stream = sum(file.stat().st_size for file in folder.glob("*.safetensors")) > limit
+            stream = loaded_bytes(folder) > limit
             if stream:
                 try:
                     return _streamed(name)

@@ -268,6 +268,16 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
+def loaded_bytes(folder: Path) -> int:
+    """About the bytes that a folder's weights take in memory: weights in float8 become two bytes each."""
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+        return 2 * stored if said.get("quant_method") == "fp8" else stored
+    except (OSError, ValueError, AttributeError):  # what loading has more to say of
+        return stored
+
+
 def identity(name: str | Path) -> str:
     """What tells a model from others: a hub id as it is, else the sha256 of a folder's config and weights.
 
