@@ -197,8 +197,9 @@ def test_a_text_in_pieces_is_the_same_text(model: PreTrainedModel, pieces: list[
 def test_a_cache_that_is_full_grows(model: PreTrainedModel) -> None:
     ids = texts(6, 13)
     heads = model.config.num_key_value_heads
-    head_dim = model.config.head_dim
-    room = Room(blocks=2, batch=6, heads=heads, places=4, head_dim=head_dim, device=ids.device, angles=True)
+    sizes = {"heads": heads, "head_dim": model.config.head_dim}
+    turns = range(2) if model.config.model_type == "gemma3_text" else ()
+    room = Room(blocks=2, batch=6, places=4, device=ids.device, angles=True, turns=turns, **sizes)
     cache = PackedCache(room)
     got = [model(part, **{CACHE: cache}).logits for part in ids.split(1, dim=1)]
     assert cache.room.places >= 13
@@ -767,11 +768,10 @@ class Sequences:
         """Both caches hold the same; single roundings that went the other way must not add up from call to call."""
         length = text.mask.shape[1]
         assert text.ours.get_seq_length() == text.plain.get_seq_length() == length
-        angles = text.ours.room.angles
         for packed, layer, block in zip(text.ours.packed, text.plain.layers, self.runtime.blocks, strict=True):
             keys, values = (store.read(length) for store in packed.stores)
-            if block.heads.offset is not None and angles is not None:  # which a plain cache's keys include
-                keys = keys + block.heads.given_back(angles[:, :length])
+            if block.heads.offset is not None and packed.angles is not None:  # which a plain cache's keys include
+                keys = keys + block.heads.given_back(packed.angles[:, :length])
             if length and "keys" in vars(layer) and layer.keys.shape == keys.shape:
                 layer.keys, layer.values = keys.to(layer.keys.dtype), values.to(layer.values.dtype)
 

@@ -180,8 +180,8 @@ class Block:
             parts = max(1, _PROGRAMS // (b * self.heads.keys))
             short = None
             if amounts is not None:
-                assert room.angles is not None
-                short = kv_cache.Shortage(amounts[:, :, 0], room.angles, steps, room.gaps)
+                assert layer.angles is not None
+                short = kv_cache.Shortage(amounts[:, :, 0], layer.angles, steps, room.gaps)
             z = kv_cache.attend(
                 q[:, :, 0], keys, values, room.used, room.start, self.window, self.scaling, parts, short
             )
@@ -190,8 +190,8 @@ class Block:
             if room.length:  # a prompt that goes on: what came before counts too
                 k, v = keys.read(room.length + t), values.read(room.length + t).to(x.dtype)
             if self.heads.offset is not None:
-                assert room.angles is not None
-                k = k + self.heads.given_back(room.angles[:, : room.length + t])
+                assert layer.angles is not None
+                k = k + self.heads.given_back(layer.angles[:, : room.length + t])
             k = k.to(x.dtype)
             if mask is not None:  # of the fast kernels, none takes both a mask and fewer heads of keys than of queries
                 k, v = (s.repeat_interleave(q.shape[1] // s.shape[1], dim=1) for s in (k, v))
@@ -249,13 +249,12 @@ class Fused:
         largest = max(product.scratch_bytes for block in self.blocks for product in block.products.values())
         self.scratch = int4_linear.scratch(largest, self.device)
         self._offset = any(block.heads.offset is not None for block in self.blocks)
-        self._turns = dict.fromkeys(block.turn for block in self.blocks)
-        if self._offset and len(self._turns) > 1:
-            raise Unsupported("keys with an offset are turned in two ways")
+        self._turns = list(dict.fromkeys(block.turn for block in self.blocks))
         width = self.angles(torch.zeros(1, 1, dtype=torch.int64, device=self.device), torch.float32).cos.shape[-1]
         if width != self.blocks[0].heads.head_dim:
             raise Unsupported(f"{width} of {self.blocks[0].heads.head_dim} channels of a head are turned")
-        self.first_angles = self._first_angles()
+        self._steps_of = {turn: self._first_angles(turn) for turn in self._turns}
+        self.first_angles = self._steps_of[self.blocks[0].turn]
         self.modules = _Modules(model)  # last: products have become the linears' tensors
         self._turn = _turn(self.device)
         self._steps: WeakKeyDictionary[Room, _Step] = WeakKeyDictionary()  # the latest last
@@ -301,11 +300,12 @@ class Fused:
             head_dim=heads.head_dim,
             device=self.device,
             angles=self._offset,
+            turns=[self._turns.index(block.turn) for block in self.blocks],
         )
 
-    def _first_angles(self) -> Tensor:
+    def _first_angles(self, turn: str | None) -> Tensor:
         """See `kv_cache.Shortage.steps`: in float16, also for models in bfloat16, which has three bits less."""
-        cos, sin = self.angles(torch.arange(kv_cache.STEPS, device=self.device)[None], torch.float32)
+        cos, sin = self.angles(torch.arange(kv_cache.STEPS, device=self.device)[None], torch.float32, turn)
         dtype = torch.float32 if self.embedding.weight.dtype == torch.float32 else torch.float16
         return (Angles(cos, sin).of_pairs("halves")[0] / cos[0, 0, 0]).to(dtype)  # the cosine of 0, scaled
 
@@ -323,9 +323,10 @@ class Fused:
         # What is taken from a key and given back to a score must be the same: more than 16 bits of a large number.
         dtype = torch.float32 if self._offset else x.dtype
         angles = {turn: self.angles(positions, dtype, turn) for turn in self._turns}
-        cache.room.turn(*angles[self.blocks[0].turn], positions)
+        for kind, turn in enumerate(self._turns):
+            cache.room.turn(*angles[turn], positions, kind)
         for block, layer in zip(self.blocks, cache.packed, strict=True):
-            x = block(x, *angles[block.turn], self.first_angles, cache, layer, masks, self.scratch)
+            x = block(x, *angles[block.turn], self._steps_of[block.turn], cache, layer, masks, self.scratch)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ same integers through `PackedCache.append`, so that a text may change between th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,8 +38,9 @@ class Room:
         start: each sequence's first place that is not padding, int64, (batch,).
         padded: whether any sequence has padding.
         stores: keys and values of each block.
-        angles: every place's cosines and sines, one a pair of channels, where keys are stored less an offset,
-            float32, (batch, places, head_dim).
+        turned: every place's cosines and sines, one a pair of channels, where keys are stored less an offset,
+            float32, (batch, places, head_dim); of each kind of rotary embedding.
+        turns: the kind of each block.
         gaps: likewise, not 0 for a sequence whose places may not be one position apart, int32, (batch,).
         moved: how often addresses have changed.
         stream: on which the tensors were allocated, None on a CPU.
@@ -56,8 +57,14 @@ class Room:
         head_dim: int,
         device: torch.device,
         angles: bool = False,
+        turns: Sequence[int] = (),
     ) -> None:
-        """Everything is allocated here.  # (batch, heads, places, ..) a block"""
+        """Everything is allocated here.  # (batch, heads, places, ..) a block
+
+        Args:
+            angles: whether they are kept.
+            turns: the kind of rotary embedding of each block, from 0; all are of one kind if left out.
+        """
         self.batch, self.places = batch, places
         self.length = 0
         self.used = torch.zeros(1, dtype=torch.int64, device=device)
@@ -72,9 +79,20 @@ class Room:
             return Store(packed, torch.ones(shape, device=device), torch.zeros(shape, dtype=torch.uint8, device=device))
 
         self.stores = [(store(), store()) for _ in range(blocks)]
-        self.angles = torch.zeros((batch, places, head_dim), device=device) if angles else None
+        self.turns = tuple(turns) or (0,) * blocks
+        kinds = 1 + max(self.turns) if angles else 0
+        self.turned = [torch.zeros((batch, places, head_dim), device=device) for _ in range(kinds)]
         self.gaps = torch.zeros(batch, dtype=torch.int32, device=device)
         self._latest = torch.zeros(batch, dtype=torch.int64, device=device)  # position of the last place in use
+
+    @property
+    def angles(self) -> Tensor | None:
+        """`turned` of the first kind, if any are kept."""
+        return self.turned[0] if self.turned else None
+
+    def angles_of(self, block: int) -> Tensor | None:
+        """`turned` of a block, if any are kept."""
+        return self.turned[self.turns[block]] if self.turned else None
 
     @torch.inference_mode(False)
     def reserve(self, places: int) -> None:
@@ -82,8 +100,7 @@ class Room:
         more = places - self.places
         if more > 0:
             self.stores = [(_longer(keys, more), _longer(values, more)) for keys, values in self.stores]
-            if self.angles is not None:
-                self.angles = F.pad(self.angles, (0, 0, 0, more))
+            self.turned = [F.pad(angles, (0, 0, 0, more)) for angles in self.turned]
             self.places = places
             self.moved += 1
 
@@ -102,7 +119,7 @@ class Room:
             for keys, values in self.stores
         ]
         self.start = chosen(self.start)
-        self.angles = None if self.angles is None else chosen(self.angles)
+        self.turned = [chosen(angles) for angles in self.turned]
         self.gaps, self._latest = chosen(self.gaps), chosen(self._latest)
         self.batch = len(index)
         self.moved += not fixed
@@ -138,20 +155,22 @@ class Room:
             store.scale[:, :, at] = q.scale[..., 0]
             store.zero[:, :, at] = q.zero[..., 0].to(torch.uint8)
 
-    def turn(self, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
+    def turn(self, cos: Tensor, sin: Tensor, positions: Tensor | None = None, kind: int = 0) -> None:
         """Keep the angles of the tokens that are written next, if any are kept.
 
         Args:
             cos, sin: (batch or 1, T, head_dim).
-            positions: (batch or 1, T); without them, places may be any positions apart.
+            positions: (batch or 1, T); without them, places may be any positions apart. Looked at for kind 0.
+            kind: of rotary embedding.
         """
-        if self.angles is None:
+        if not self.turned:
             return
-        new = Angles(cos, sin).of_pairs("halves").to(self.angles.dtype)
+        new = Angles(cos, sin).of_pairs("halves").to(self.turned[kind].dtype)
         at = self.used + torch.arange(new.shape[1], device=new.device)
-        self.angles.index_copy_(1, at, new.expand(self.batch, -1, -1))
+        self.turned[kind].index_copy_(1, at, new.expand(self.batch, -1, -1))
         if positions is None:
             self.gaps.fill_(1)
+        if positions is None or kind:
             return
         positions = positions.expand(self.batch, -1)
         before = torch.cat((self._latest[:, None], positions[:, :-1]), dim=1)
@@ -170,13 +189,13 @@ class Room:
     def nbytes(self) -> int:
         """Bytes of the places in use."""
         tensors = [t for pair in self.stores for store in pair for t in store]
-        tensors += [] if self.angles is None else [self.angles]
+        tensors += self.turned
         return sum(t.nbytes for t in tensors) * self.length // self.places
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Room:
         made = copy.copy(self)
-        tensors = (self.used, self.start, self.stores, self.angles, self.gaps, self._latest)
-        made.used, made.start, made.stores, made.angles, made.gaps, made._latest = copy.deepcopy(tensors, memo)
+        tensors = (self.used, self.start, self.stores, self.turned, self.gaps, self._latest)
+        made.used, made.start, made.stores, made.turned, made.gaps, made._latest = copy.deepcopy(tensors, memo)
         made.stream = stream_of(self.used.device)
         return made
 
@@ -188,6 +207,11 @@ class PackedLayer(DynamicLayer):
         super().__init__()
         self._room, self._block = room, block
         self.is_initialized = True
+
+    @property
+    def angles(self) -> Tensor | None:
+        """See `Room.angles_of`."""
+        return self._room.angles_of(self._block)
 
     @property
     def stores(self) -> tuple[Store, Store]:
@@ -264,8 +288,9 @@ class PackedCache(Cache, IntegerStore):
         keys, values = (store.read(end) for store in room.stores[layer])
         if offset is not None:
             if offset.angles is not None:
-                room.turn(*offset.angles)
-            keys = keys + offset.at(None if room.angles is None else room.angles[:, :end])
+                room.turn(*offset.angles, kind=room.turns[layer])
+            angles = room.angles_of(layer)
+            keys = keys + offset.at(None if angles is None else angles[:, :end])
         if layer == len(room.stores) - 1:
             room.advance(k.shape[-2])
         return keys.to(dtype), values.to(dtype)
