@@ -1,6 +1,7 @@
 """The benchmark measures what it says, and gives no time to what is wrong. Times themselves are a GPU's business."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from flatquant import bench
+from flatquant.bench import timing, whole
 from flatquant.cli import app
 from flatquant.errors import SpecError
 from flatquant.ops import int4_linear, kron_quantize, kv_cache
@@ -19,12 +21,17 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few runs, of one set of inputs."""
-    monkeypatch.setattr(bench, "_PAST_CACHE", 1)
+    monkeypatch.setattr(timing, "PAST_CACHE", 1)
 
     def in_turn(sides, device, *, seconds: float = 0.3) -> list[bench.Times]:
-        return [bench.Times(bench._wall(calls), 0.0, 1.0) for calls in sides]
+        return [bench.Times(timing.wall(calls), 0.0, 1.0) for calls in sides]
 
-    monkeypatch.setattr(bench, "in_turn", in_turn)
+    replace_in_turn(monkeypatch, in_turn)
+
+
+def replace_in_turn(monkeypatch: pytest.MonkeyPatch, function: Callable[..., list[bench.Times]]) -> None:
+    for module in (timing, whole):
+        monkeypatch.setattr(module, "in_turn", function)
 
 
 def test_everything_tiny() -> None:
@@ -91,9 +98,9 @@ def test_wrong_attention_over_the_cache_has_no_time(monkeypatch: pytest.MonkeyPa
 def test_the_baseline_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which PyTorch's fast kernels do not take; and none of the packed models' attention."""
     masks = []
-    attention = bench._attention
-    monkeypatch.setattr(bench, "_attention", lambda *args, **kw: masks.append(args[4]) or attention(*args, **kw))
-    in_turn = bench.in_turn
+    attention = whole._attention
+    monkeypatch.setattr(whole, "_attention", lambda *args, **kw: masks.append(args[4]) or attention(*args, **kw))
+    in_turn = whole.in_turn
 
     def measured(sides, device, *, seconds: float = 0.3) -> list[bench.Times]:
         before = len(masks)
@@ -102,7 +109,7 @@ def test_the_baseline_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     seen: list[int] = []
-    monkeypatch.setattr(bench, "in_turn", measured)
+    replace_in_turn(monkeypatch, measured)
     bench.models("tiny", CPU, prompt=16, batches=(1,))
     assert masks
     assert all(mask is None for mask in masks)
@@ -113,7 +120,7 @@ def test_the_baseline_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_memory_is_short_sides_are_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_turn, together = bench.in_turn, []
+    in_turn, together = whole.in_turn, []
 
     def measured(sides, device, *, seconds: float = 0.3) -> list[bench.Times]:
         together.append(len(sides))
@@ -121,16 +128,16 @@ def test_where_memory_is_short_sides_are_measured_alone(monkeypatch: pytest.Monk
             raise torch.OutOfMemoryError
         return in_turn(sides, device, seconds=seconds)
 
-    monkeypatch.setattr(bench, "_BACKENDS", {"flash": bench._BACKENDS["flash"]})
-    monkeypatch.setattr(bench, "TRANSFORMS", ("kronecker",))
-    monkeypatch.setattr(bench, "free_device", lambda device: 0)
-    monkeypatch.setattr(bench, "in_turn", measured)
+    monkeypatch.setattr(whole, "_BACKENDS", {"flash": whole._BACKENDS["flash"]})
+    monkeypatch.setattr(whole, "TRANSFORMS", ("kronecker",))
+    monkeypatch.setattr(whole, "free_device", lambda device: 0)
+    replace_in_turn(monkeypatch, measured)
     rows, _ = bench.models("tiny", CPU, prompt=16, batches=(1,))
     assert together == [1, 1, 1, 1]  # decoding and a prompt of the baseline, then of ours
     assert [row.correct and row.ratio is not None for row in rows] == [True, True]
     together.clear()
     sides = [lambda: lambda: None for _ in range(3)]
-    assert len(bench._in_turn_or_alone(sides, CPU)) == 3
+    assert len(whole._in_turn_or_alone(sides, CPU)) == 3
     assert together == [3, 1, 1, 1]
 
 
