@@ -421,10 +421,21 @@ def families() -> list[str]:
     """Which methods go with which families: found by planning, not by measuring."""
     from flatquant.families import table
 
-    rows = table()
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return lines + [f"| `{row['family']}` | " + " | ".join(row[name] for name in columns[1:]) + " |" for row in rows]
+    return _named(table())
+
+
+def engines() -> list[str]:
+    """Which engine serves which method: found by taking small packed models apart, not by measuring."""
+    from flatquant.families import engines_table
+
+    return _named(engines_table())
+
+
+def _named(rows: list[dict[str, str]]) -> list[str]:
+    """A table of rows whose first column is a name."""
+    name, *others = rows[0]
+    lines = ["| " + " | ".join((name, *others)) + " |", "|---" * (1 + len(others)) + "|"]
+    return lines + [f"| `{row[name]}` | " + " | ".join(row[other] for other in others) + " |" for row in rows]
 
 
 LADDER = ("smollm2-135m", "qwen2.5-coder-1.5b")
@@ -545,6 +556,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
     "where": where,
     "families": families,
+    "engines": engines,
     "kv4": partial(ladder, "ladder-kv4", False),
     "ladder": partial(ladder, "ladder", True),
     "fp4": fp4,

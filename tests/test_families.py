@@ -368,6 +368,23 @@ def test_the_table_says_what_a_run_does() -> None:
                 assert goes == (row[method] == "yes" or scheme in row[method].split(", ")), (name, method, scheme)
 
 
+def test_engines_are_those_that_take_a_method_s_model() -> None:
+    """What kernels have no form for, by what the method leaves in a packed model; tests of engines run the rest."""
+    rows = {row["method"]: row for row in families.engines_table()}
+    assert rows.keys() == RECIPES.keys()
+    without = {name for name, row in rows.items() if row["fused"] == "-"}
+    assert without == {
+        "direct",  # levels of its own
+        "flattenquant",  # channels that are split
+        "svdquant",  # branches
+        "vptq",  # codebooks
+    }
+    assert all(row["fused"] == "w4a4kv4" for name, row in rows.items() if name not in without)
+    assert families.engines("qwen3") == ("modules", "fused", "vllm")
+    assert families.engines("gemma2") == ("modules", "vllm")
+    assert families.engines("bloom") == ("modules",)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
 def test_a_method_that_does_not_go_says_which_do(name: str) -> None:
     def plan(method: str, scheme: str) -> None:

@@ -1,22 +1,27 @@
 """Which methods go with which families: found by planning every method on a small model of every family.
 
-Nothing here knows a method or a family. A method is tried at the schemes of `SCHEMES`; what it refuses on Llama too is
-the method's own limit, and says nothing about a family.
+And which engines serve what: the fused runtime is asked to take a small packed model apart, the tables of the others
+are read. Nothing here knows a method or a family. A method is tried at the schemes of `SCHEMES`; what it refuses on
+Llama too is the method's own limit, and says nothing about a family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from flatquant.engines.vllm import support
 from flatquant.errors import FamilyError, SpecError
 from flatquant.models import quiet
 from flatquant.recipes import RECIPES
+from flatquant.runtime import fused
+from flatquant.runtime.build import install
 from flatquant.runtime.experts import open_experts
+from flatquant.runtime.kernels import Unsupported
 from flatquant.spec import Plan, Recipe
 from flatquant.wiring.arch import Arch, Geometry, submodule
 from flatquant.wiring.archs import ARCHS, LLAMA
@@ -38,6 +43,53 @@ _SMALL = {
     "moe_intermediate_size": 32,
     "n_shared_experts": 1,
 }
+
+
+# What computes a quantised model: transformers' modules with our linears, the kernels of `runtime.fused`, vLLM.
+ENGINES = ("modules", "fused", "vllm")
+
+
+def engines(kind: str) -> tuple[str, ...]:
+    """The engines that serve a family's models; the fused runtime those of `fused_methods` alone."""
+    served = {"modules": True, "fused": kind in fused.FAMILIES, "vllm": kind in support.FAMILIES}
+    return tuple(engine for engine in ENGINES if served[engine])
+
+
+def engines_table() -> list[dict[str, str]]:
+    """One row for each method: the schemes of `SCHEMES` at which each engine serves it on Llama, or `-`."""
+    rows = []
+    for method in sorted(RECIPES):
+        taken = [scheme for scheme in SCHEMES if _plan(method, scheme) is not None]
+        kernels = [scheme for scheme in taken if _is_fused(method, scheme)]
+        named = {"modules": taken, "fused": kernels, "vllm": taken}
+        rows.append({"method": method} | {engine: ", ".join(named[engine]) or "-" for engine in ENGINES})
+    return rows
+
+
+def _plan(method: str, scheme: str, model: nn.Module | None = None) -> Plan | None:
+    """The plan of a small Llama, if the method takes the scheme."""
+    model = model or _small("llama", {})
+    config: Any = model.config
+    blocks = submodule(model, LLAMA.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    try:
+        return make_plan(RECIPES[method](scheme), LLAMA, Geometry.of(config), blocks)
+    except SpecError:
+        return None
+
+
+def _is_fused(method: str, scheme: str) -> bool:
+    """Whether the fused runtime takes a small packed Llama apart."""
+    model = _small("llama", {})
+    plan = _plan(method, scheme, model)
+    assert plan is not None
+    for block, planned in zip(submodule(model, plan.blocks_path).children(), plan.blocks, strict=True):
+        install(block, plan.attention, planned, packed=True)
+    try:
+        fused.Fused(cast(PreTrainedModel, model))
+    except Unsupported:
+        return False
+    return True
 
 
 def plan_for(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleList) -> Plan:
@@ -63,14 +115,15 @@ def _goes(method: str, scheme: str, arch: Arch, geometry: Geometry, blocks: nn.M
 
 
 def table() -> list[dict[str, str]]:
-    """One row for each family: `family`, and for each method `yes`, the schemes that go, or `-`."""
+    """One row for each family: `family`, for each method `yes`, the schemes that go, or `-`, and `engines`."""
     own = _schemes("llama", LLAMA)
     rows = []
     for arch in ARCHS:
         for kind in arch.model_types:
             found = _schemes(kind, arch)
             name = kind + "".join(f", {field}={value}" for field, value in arch.when.items())
-            rows.append({"family": name} | {m: _cell(found[m], own[m]) for m in sorted(RECIPES)})
+            cells = {m: _cell(found[m], own[m]) for m in sorted(RECIPES)}
+            rows.append({"family": name, **cells, "engines": ", ".join(engines(kind))})
     return sorted(rows, key=lambda row: row["family"])
 
 

@@ -45,12 +45,14 @@ def _families_table(rows: list[dict[str, str]]) -> None:
     shown = Table(title="methods by family", title_justify="left")
     shown.add_column("family", overflow="fold", max_width=34)
     shown.add_column("methods", overflow="fold")
+    shown.add_column("engines", overflow="fold")
     for row in rows:
         limited: dict[str, list[str]] = {}
         for method, cell in row.items():
-            if method != "family" and cell != "yes":
+            if method not in ("family", "engines") and cell != "yes":
                 limited.setdefault("not" if cell == "-" else f"{cell} alone", []).append(method)
-        shown.add_row(row["family"], "; ".join(f"{how}: {', '.join(found)}" for how, found in limited.items()) or "all")
+        methods = "; ".join(f"{how}: {', '.join(found)}" for how, found in limited.items()) or "all"
+        shown.add_row(row["family"], methods, row["engines"])
     Console(highlight=False).print(shown)
     say("all methods go but those that are named; --json has every pair")
 
