@@ -1,55 +1,37 @@
-"""`flatquant serve`, by the official client: one rank and two."""
+"""`flatquant serve`, by the official client: one rank and two; and under load."""
 
-import os
-import socket
+import asyncio
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from openai import OpenAI, OpenAIError
+from benchmarks.vllm_load import draw, load, serving, summary
+from openai import OpenAI
 
-from flatquant.runtime.artifact import load
-from tests.engines.vllm.conftest import NEW, PROMPTS, expected
+from flatquant import recipes
+from flatquant.runtime import artifact
+from tests.engines.vllm.conftest import NEW, PROMPTS, VOCAB, expected
 
 pytestmark = pytest.mark.vllm
 
-COMMAND = str(Path(sys.executable).with_name("flatquant"))
 MESSAGES = [{"role": "user", "content": "What is the time?"}]
+TEMPLATE = ("--chat-template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+TWO_RANKS = ("--tensor-parallel-size", "2")
 
 
 @contextmanager
-def server(folder: Path, *options: str, **environment: str) -> Iterator[OpenAI]:
+def client_of(folder: Path, *options: str, **environment: str) -> Iterator[OpenAI]:
     """A client of a server that runs."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"} | environment
-    limits = ["--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager", "--return-tokens-as-token-ids"]
-    arguments = [COMMAND, "serve", str(folder), "--port", str(port), "--dtype", "float32", *limits, *options]
-    with (folder.parent / f"{port}.log").open("w") as log:
-        process = subprocess.Popen(arguments, env=env, stdout=log, stderr=log)
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
-        try:
-            for _ in range(240):
-                try:
-                    client.models.list()
-                    break
-                except OpenAIError:
-                    assert process.poll() is None, Path(log.name).read_text()[-3000:]
-                    time.sleep(1)
-            yield client
-        finally:
-            process.terminate()
-            process.wait(60)
+    with serving(folder, *options, log=folder.parent / "log", **environment) as server:
+        yield OpenAI(base_url=server.url, api_key="none", timeout=120, max_retries=0)
 
 
 def check_logprobs(client: OpenAI, folder: Path) -> None:
     """Prompts and answers have the log-probabilities of `load`."""
-    model = load(folder)
+    model = artifact.load(folder)
     for prompt in PROMPTS:
         done = client.completions.create(
             model="model", prompt=prompt, max_tokens=NEW, temperature=0, echo=True, logprobs=0
@@ -60,9 +42,12 @@ def check_logprobs(client: OpenAI, folder: Path) -> None:
         assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected(model, tokens), abs=1e-4)
 
 
-def test_the_api(quantised) -> None:
+@pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.slow, id="1"), pytest.param(TWO_RANKS, id="2")])
+def test_the_api(quantised, options: tuple[str, ...]) -> None:
+    """By one rank, and by two."""
     folder = quantised("qwen2")
-    with server(folder, "--chat-template", "{% for m in messages %}{{ m.content }}{% endfor %}") as client:
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if options else {}
+    with client_of(folder, *TEMPLATE, *options, **bound) as client:
         assert [model.id for model in client.models.list()] == ["model"]
         check_logprobs(client, folder)
         asked = {"model": "model", "messages": MESSAGES, "max_tokens": NEW, "temperature": 0}
@@ -73,13 +58,20 @@ def test_the_api(quantised) -> None:
         assert "".join(parts) == whole.message.content
 
 
-def test_two_ranks(quantised) -> None:
-    folder = quantised("qwen2")
-    with server(folder, "--tensor-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1") as client:
-        check_logprobs(client, folder)
+@pytest.mark.slow
+def test_many_requests_at_once(quantised) -> None:
+    """Every answer as alone; clients leave; nothing is held after. `benchmarks/vllm_load.py` does it for minutes."""
+    folder = quantised("qwen2", recipes.flatquant("w4a16"))
+    with serving(folder, log=folder.parent / "log") as server:
+        requests = draw(200, VOCAB - 2, seed=0)
+        found = summary(asyncio.run(load(server, requests, cancelled=0.2, minutes=0, seed=0)))
+    assert (found["answered"], found["cancelled"], found["different"]) == (160, 40, 0)
+    assert found["always_idle_after"]
 
 
+@pytest.mark.slow
 def test_a_bad_folder_is_one_line(tmp_path: Path) -> None:
-    done = subprocess.run([COMMAND, "serve", str(tmp_path)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "flatquant", "serve", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr == f"error: {tmp_path} has no config.json: it is not a quantised model\n"

@@ -36,6 +36,8 @@ FAMILIES = {
     "mixtral": {},
     "qwen3_moe": {},
 }
+# Whose blocks have what no other of these has: a window, biases, norms of queries and keys, norms behind, experts.
+QUICK = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "mixtral"}
 
 
 def test_the_plugin_is_found_and_may_be_registered_again() -> None:
@@ -46,7 +48,9 @@ def test_the_plugin_is_found_and_may_be_registered_again() -> None:
     assert get_quantization_config("flatquant").__module__ == "flatquant.engines.vllm.plugin"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_families(quantised, family: str) -> None:
     """Weights in 4 bits, a transform online, keys less an offset and values in 4 bits; activations in 16."""
     folder = quantised(family, **FAMILIES[family])
@@ -59,9 +63,10 @@ def test_families(quantised, family: str) -> None:
     [
         recipes.flatquant("w3g32a16k4v2"),
         recipes.flatquant("w4a16kv4,mlp_mid=w8a16,1.attn_in=w16a16"),
-        recipes.svdquant("w4a16", rank=4),
-        recipes.rtn("wnvfp4a16"),
-        pytest.param(recipes.vptq("w4a16"), marks=pytest.mark.slow),
+        *(
+            pytest.param(recipe, marks=pytest.mark.slow)
+            for recipe in (recipes.svdquant("w4a16", rank=4), recipes.rtn("wnvfp4a16"), recipes.vptq("w4a16"))
+        ),
     ],
     ids=lambda recipe: f"{recipe.name}-{recipe.scheme}",
 )
@@ -76,8 +81,8 @@ def test_schemes(quantised, recipe) -> None:
     [
         (recipes.flatquant("w4a4kv4"), False),
         (recipes.flatquant("w4a4kv4"), True),
-        (recipes.quarot("w4a8kv4"), False),
-        (recipes.rtn("nvfp4kv4"), False),
+        pytest.param(recipes.quarot("w4a8kv4"), False, marks=pytest.mark.slow),
+        pytest.param(recipes.rtn("nvfp4kv4"), False, marks=pytest.mark.slow),
     ],
 )
 def test_rounded_activations_layer_by_layer(quantised, recipe, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +172,7 @@ def test_a_damaged_folder_is_refused(quantised, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- last
 
 
+@pytest.mark.slow
 def test_speculation_by_ngrams(quantised) -> None:
     """The last test of this process: it makes vLLM load numba, and vLLM 0.32 starts no other engine beside that."""
     folder = quantised("llama")
