@@ -386,6 +386,8 @@ def open_model(
             model = auto_class(config).from_config(config, dtype=dtype)
         if lay_out is not None:
             lay_out(model)
+        for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.data = tensor.data.to(_kept_dtype(model, key, tensor))
         checkpoint = _matched(folder, name, model, block)
         if model.can_generate():
             model.generation_config = _generation_config(folder)
@@ -414,7 +416,7 @@ def _matched(folder: Path, name: object, model: PreTrainedModel, block: tuple[in
     for key, shape in shapes.items():
         if tuple(shape) != tuple(needed[key].shape):
             raise _only_whole(name, f"{key} has another shape in its file")
-    return Checkpoint(folder, files, {key: _kept_dtype(model, key, t) for key, t in needed.items()}, block)
+    return Checkpoint(folder, files, {key: t.dtype for key, t in needed.items()}, block)
 
 
 def _kept_dtype(model: PreTrainedModel, key: str, tensor: Tensor) -> torch.dtype:
