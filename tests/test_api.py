@@ -235,7 +235,7 @@ def test_disk_full_when_saving(recipe: Recipe, tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("flatquant.runtime.artifact._write_shard", full)
+        patch.setattr("flatquant.runtime.artifact.write._write_shard", full)
         with pytest.raises(ArtifactError, match="No space left"):
             flatquant.quantize(tiny_llama(), recipe, tokens(), output=tmp_path / "out", device="cpu")
     assert names(tmp_path) == {"out.partial"}

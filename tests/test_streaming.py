@@ -119,7 +119,7 @@ def test_a_streamed_run_writes_the_bytes_of_a_plain_one(folder: Path, recipe: Re
 
 
 def test_shards_are_those_of_save_file(tmp_path: Path) -> None:
-    from flatquant.runtime.artifact import _Pending, _write_shard
+    from flatquant.runtime.artifact.write import _Pending, _write_shard
 
     kinds = (
         torch.float32,

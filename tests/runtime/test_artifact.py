@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_nothing(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(f"flatquant.runtime.artifact.{place}", fail)
+    monkeypatch.setattr(f"flatquant.runtime.artifact.write.{place}", fail)
     with pytest.raises(ArtifactError, match="No space left") as caught:
         save_it(quantised("w3a16"), tmp_path / "model")
     assert "\n" not in str(caught.value)
