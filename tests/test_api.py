@@ -350,7 +350,7 @@ def test_resume_of_a_finished_run_finds_it(recipe: Recipe, tmp_path: Path) -> No
 
 def test_own_text_is_written_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tiny_llama(), recipe, "self", tmp_path / "out", tokenizer=tiny_tokenizer())
-    monkeypatch.setattr("flatquant.api.written_part", lambda *_, **__: pytest.fail("wrote it again"))
+    monkeypatch.setattr("flatquant.api.run.written_part", lambda *_, **__: pytest.fail("wrote it again"))
     result = flatquant.quantize(
         tiny_llama(), recipe, "self", tokenizer=tiny_tokenizer(), output=tmp_path / "out", device="cpu", resume=True
     )
@@ -418,7 +418,7 @@ def test_a_run_is_gone_on_with_by_its_own_mixture_alone(
     flatquant.quantize(tiny_llama(), recipe, f"{a},{b}:2{own}", output=tmp_path / "whole", **options)
     out = tmp_path / "out"
     interrupted(tiny_llama(), recipe, f"{a},{b}:2{own}", out, tokenizer=tiny_tokenizer())
-    monkeypatch.setattr("flatquant.api.written_part", lambda *_, **__: pytest.fail("wrote it again"))
+    monkeypatch.setattr("flatquant.api.run.written_part", lambda *_, **__: pytest.fail("wrote it again"))
     for other in (f"{a}:2,{b}{own}", f"{b}:2,{a}{own}", f"{a}"):
         with pytest.raises(CalibrationError, match="differs in data"):
             flatquant.quantize(tiny_llama(), recipe, other, output=out, resume=True, **options)
@@ -481,17 +481,17 @@ def test_killed_runs_end_with_the_same_bytes(recipe_name: str, tmp_path: Path) -
 
 
 def test_the_fit_runs_in_half_precision_only_on_a_gpu() -> None:
-    from flatquant.api import _fit_dtype
+    from flatquant.api.checks import fit_dtype
 
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     half, brain = tiny_llama(dtype=torch.float16), tiny_llama(dtype=torch.bfloat16)
     recipe, squares = recipes.flatquant("w4a4kv4", preset="best"), recipes.oac("w3a16")
-    assert _fit_dtype(half, recipe, gpu) == torch.float16
-    assert _fit_dtype(brain, recipe, gpu) == torch.bfloat16
-    assert _fit_dtype(tiny_llama(dtype=torch.float32), recipe, gpu) == torch.float32
-    assert _fit_dtype(half, recipe, cpu) == torch.float32
-    assert _fit_dtype(half, squares, gpu) == torch.float32  # small gradients, squared, vanish in float16
-    assert _fit_dtype(brain, squares, gpu) == torch.bfloat16
+    assert fit_dtype(half, recipe, gpu) == torch.float16
+    assert fit_dtype(brain, recipe, gpu) == torch.bfloat16
+    assert fit_dtype(tiny_llama(dtype=torch.float32), recipe, gpu) == torch.float32
+    assert fit_dtype(half, recipe, cpu) == torch.float32
+    assert fit_dtype(half, squares, gpu) == torch.float32  # small gradients, squared, vanish in float16
+    assert fit_dtype(brain, squares, gpu) == torch.bfloat16
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -500,7 +500,7 @@ def test_the_fit_runs_in_half_precision_only_on_a_gpu() -> None:
 )
 def test_a_model_is_lent_to_a_device_and_keeps_its_tensors(device: str, quantised: bool) -> None:
     """Also where what is done there fails: the same modules hold the same memory, and compute the same."""
-    from flatquant.api import _copied_to
+    from flatquant.api.checks import copied_to
 
     model = tiny_llama()
     if quantised:
@@ -512,7 +512,7 @@ def test_a_model_is_lent_to_a_device_and_keeps_its_tensors(device: str, quantise
 
     before, want = places(), model(tokens()).logits
     lent = ExitStack()
-    lent.enter_context(_copied_to(torch.device(device), model))
+    lent.enter_context(copied_to(torch.device(device), model))
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device}
     with pytest.raises(KeyboardInterrupt), lent:
         raise KeyboardInterrupt

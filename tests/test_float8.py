@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flatquant import api, recipes
+from flatquant import recipes
+from flatquant.api import call
 from flatquant.errors import ModelError
 from flatquant.models import load_model, loaded_bytes, open_model
 from flatquant.runtime.experts import open_experts
@@ -84,7 +85,7 @@ def test_whole_and_streamed_are_the_numbers_that_are_stood_for(
     found, wanted = ours.state_dict(), want.state_dict()
     assert found.keys() == wanted.keys()
     assert all(found[k].dtype == wanted[k].dtype and torch.equal(found[k], wanted[k]) for k in wanted)
-    streamed, _, checkpoint = api._streamed(model)
+    streamed, _, checkpoint = call._streamed(model)
     checkpoint.fill(streamed, "")
     for loaded in (ours, want):
         open_experts(loaded)  # a grouped product takes no such sizes
@@ -116,7 +117,7 @@ def test_a_block_of_further_predictions_is_left_out(tmp_path: Path) -> None:
     found, wanted = (load_model(path)[0].state_dict() for path in (model, twin))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[k], wanted[k]) for k in wanted)
-    streamed, _, checkpoint = api._streamed(model)
+    streamed, _, checkpoint = call._streamed(model)
     assert len(streamed.model.layers) == 2
     assert checkpoint.read("model.layers.1.self_attn.o_proj.weight").dtype == torch.bfloat16
 
@@ -126,8 +127,8 @@ def test_a_folder_counts_as_what_it_is_in_memory(tmp_path: Path) -> None:
     stored = (model / "model.safetensors").stat().st_size
     assert loaded_bytes(model) == 2 * stored
     assert loaded_bytes(twin) == (twin / "model.safetensors").stat().st_size
-    place, limits = api._Place.of(tmp_path / "out"), api.Limits(host=stored + 1)
-    assert api._open(model, recipes.rtn("w4"), None, place, limits, None)[2] is not None  # streamed
+    place, limits = call.Place.of(tmp_path / "out"), call.Limits(host=stored + 1)
+    assert call._open(model, recipes.rtn("w4"), None, place, limits, None)[2] is not None  # streamed
 
 
 def without(part: str) -> Callable[[Tensors], Tensors]:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flatquant
-from flatquant import api, recipes
+from flatquant import recipes
+from flatquant.api import call
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FlatQuantError, ModelError
@@ -72,7 +73,7 @@ CONVERTED = {
 def test_what_is_converted_on_the_way_in_is_read_whole(name: str, tmp_path: Path) -> None:
     folder = saved(tiny_family(name, dtype=torch.float16, tied=False), tmp_path / "model")
     with pytest.raises(ModelError, match=r"cannot be read tensor by tensor: .*--no-stream"):
-        api._streamed(folder)
+        call._streamed(folder)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -81,7 +82,7 @@ def test_every_family_is_read_as_transformers_reads_it(name: str, tied: bool, tm
     folder = saved(tiny_family(name, tied=tied, dtype=torch.float16), tmp_path / "model")
     whole, _ = load_model(folder)
     open_experts(whole)
-    streamed, _, checkpoint = api._streamed(folder)
+    streamed, _, checkpoint = call._streamed(folder)
     blocks = blocks_of(streamed)
     assert all(p.is_meta for p in blocks.parameters())
     for i, block in enumerate(blocks):
@@ -223,12 +224,12 @@ def test_names_that_transformers_would_change_are_loaded_whole(folder: Path, tmp
         open_model(short)
     # Left to itself, a run of a model that does not fit into memory loads it whole.
     limit = 1 << 40
-    result = api._open(bare, recipes.rtn("w4"), None, api._Place.of(tmp_path / "o"), api.Limits(host=1), None)
+    result = call._open(bare, recipes.rtn("w4"), None, call.Place.of(tmp_path / "o"), call.Limits(host=1), None)
     assert result[2] is None
-    assert api._open(folder, recipes.rtn("w4"), None, api._Place.of(tmp_path / "o"), api.Limits(host=1), None)[2]
-    assert api._open(folder, recipes.rtn("w4"), None, None, api.Limits(host=1), None)[2] is None
+    assert call._open(folder, recipes.rtn("w4"), None, call.Place.of(tmp_path / "o"), call.Limits(host=1), None)[2]
+    assert call._open(folder, recipes.rtn("w4"), None, None, call.Limits(host=1), None)[2] is None
     assert (
-        api._open(folder, recipes.rtn("w4"), None, api._Place.of(tmp_path / "o"), api.Limits(host=limit), None)[2]
+        call._open(folder, recipes.rtn("w4"), None, call.Place.of(tmp_path / "o"), call.Limits(host=limit), None)[2]
         is None
     )
 

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import flatquant
 from flatquant import seams
-from flatquant.api import _streamed
+from flatquant.api.call import _streamed
 from flatquant.calibrate import preflight as module
 from flatquant.calibrate.preflight import Preflight, preflight
 from flatquant.errors import ModelError
@@ -147,7 +147,7 @@ def test_a_run_is_checked_first_and_its_bytes_stay(monkeypatch: pytest.MonkeyPat
     entry = one.report["timing"]["preflight"]
     assert entry.keys() == {"kinds", "error", "bound", "seconds"}
     assert entry["kinds"] == 1
-    monkeypatch.setattr(flatquant.api, "preflight", lambda *args, **options: None)
+    monkeypatch.setattr("flatquant.api.run.preflight", lambda *args, **options: None)
     other = flatquant.quantize(models[1], recipe, tokens, device="cpu")
     assert other.report["timing"]["preflight"] is None
     assert same_bytes(one.model, other.model)
@@ -155,7 +155,7 @@ def test_a_run_is_checked_first_and_its_bytes_stay(monkeypatch: pytest.MonkeyPat
     def stop(*args: object, **options: object) -> None:
         raise ModelError("preflight, block 0: attn_in")
 
-    monkeypatch.setattr(flatquant.api, "preflight", stop)
+    monkeypatch.setattr("flatquant.api.run.preflight", stop)
     with pytest.raises(ModelError, match=r"^preflight"):
         flatquant.quantize(models[2], recipe, tokens, device="cpu", output=tmp_path / "out")
     assert not list(tmp_path.iterdir())  # nothing to resume, nothing in the way
