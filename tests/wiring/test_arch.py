@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from flatquant.errors import ModelError, SpecError
 from flatquant.recipes import flatquant, rtn
@@ -28,8 +28,8 @@ def test_families_are_found_by_their_type() -> None:
 @pytest.mark.parametrize(
     "name, near",
     [
-        ("gemma3", "gemma3_text, gemma, gemma2"),
-        ("qwen3_5", "qwen3_5_text, qwen3, qwen3_moe"),
+        ("gemma4", "gemma4_text, gemma, gemma3"),
+        ("qwen3_5", "qwen3_5_text, qwen3, qwen3_vl"),
         ("Llama", "llama"),
         ("mamba", None),
         ("", None),
@@ -101,9 +101,11 @@ def test_geometry_reads_the_explicit_head_dim() -> None:
     config = LlamaConfig(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=10)
     assert Geometry.of(config) == Geometry(heads=4, kv_heads=2, head_dim=10)
     # Older configurations have neither field.
-    config = SimpleNamespace(hidden_size=24, num_attention_heads=4)
+    config = PretrainedConfig(num_hidden_layers=1, hidden_size=24, num_attention_heads=4)
     assert Geometry.of(config) == Geometry(heads=4, kv_heads=4, head_dim=6)
-    config = SimpleNamespace(hidden_size=24, num_attention_heads=4, head_dim=None, num_key_value_heads=None)
+    config = PretrainedConfig(
+        num_hidden_layers=1, hidden_size=24, num_attention_heads=4, head_dim=None, num_key_value_heads=None
+    )
     assert Geometry.of(config) == Geometry(heads=4, kv_heads=4, head_dim=6)
 
 

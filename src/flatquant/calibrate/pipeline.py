@@ -417,7 +417,7 @@ class _Run:
         if self.checkpoint is not None:
             self.checkpoint.fill(block, f"{self.arch.blocks}.{index}.", self.device)
         block.to(self.device)
-        self.wide[index] = in_float32(block)
+        self.wide.setdefault(index, in_float32(block))  # a block that is brought twice is in float32 by then
         if self.model_dtype != self.dtype:
             block.float()
         return block

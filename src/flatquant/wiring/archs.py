@@ -557,8 +557,9 @@ def _inside(arch: Arch) -> Arch:
 def _unknown(config, model: nn.Module | None) -> ModelError:
     """One short line, and the way to a description in a note."""
     kind = str(config.model_type)[:40]
-    near = get_close_matches(kind, [*known_types(), *WRAPPERS], n=3, cutoff=0.65)
-    near = sorted(near, key=lambda name: name != f"{kind}_text")  # of a wrapper, its text part first
+    known = [*known_types(), *WRAPPERS]
+    near = [name for name in (f"{kind}_text",) if name in known]  # of a wrapper, its text part first
+    near = [*dict.fromkeys([*near, *get_close_matches(kind, known, n=3, cutoff=0.65)])][:3]
     hint = f"near it: {', '.join(near)}" if near else "`flatquant methods --families` lists those that are"
     error = ModelError(f"model type {kind!r} is not supported; {hint}; docs/families.md says how to add one")
     text = getattr(getattr(config, "text_config", None), "model_type", None)

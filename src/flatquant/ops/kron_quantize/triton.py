@@ -178,7 +178,7 @@ def _kernel(
                 g = tiles[i][1].to(tl.float32)
                 s = g
                 if SOURCE == _GELU:  # g (1 + tanh(u)) / 2 is g sigmoid(2 u), u = sqrt(2 / pi) (g + 0.044715 g^3)
-                    s = g * (1.5957691216057308 + 0.0713548162726 * g * g)
+                    s = tl.maximum(g * (1.5957691216057308 + 0.0713548162726 * g * g), -87.0)  # exp2 is finite
                 # 1 / s as the square of 1 / sqrt(s): a division takes twice as long.
                 root = tl.rsqrt(1.0 + tl.exp2(s * -1.4426950408889634))
                 x = x.to(tl.float32) * g * (root * root)
