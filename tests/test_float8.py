@@ -65,6 +65,7 @@ def written(
     save_file(wide, twin / "model.safetensors", metadata={"format": "pt"})
     save_file(change(narrow), model / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration.Config"}  # as published folders have; the code is not run
     if said is not None:
         config["quantization_config"] = {**said, **({"weight_block_size": list(block)} if said is SAID else {})}
     (model / "config.json").write_text(json.dumps(config))

@@ -268,6 +268,22 @@ def test_an_ordinary_checkpoint_has_the_factors_that_run_before_the_cache(tmp_pa
     assert relative(plain(tokens).logits, model(tokens).logits) < 1e-4
 
 
+@torch.no_grad()
+def test_routers_stay_in_float32_wherever_a_model_goes(tmp_path: Path) -> None:
+    tiny_family("deepseek_v3", tied=False).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    done = flatquant.quantize(tmp_path / "model", recipes.rtn("w4"), output=tmp_path / "out", device="cpu")
+    model = done.model
+    router = blocks_of(model)[1].mlp.gate.weight
+    assert (router.dtype, model.dtype) == (torch.float32, torch.bfloat16)
+    export_dense(model, done.plan, tmp_path / "dense")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for other in (exported, load(tmp_path / "out", dtype=torch.float16), load(tmp_path / "out", dtype=torch.bfloat16)):
+        found = blocks_of(other)[1].mlp.gate.weight
+        assert found.dtype == torch.float32
+        assert torch.equal(found, router)
+
+
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     class Killed(Exception):
         pass

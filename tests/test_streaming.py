@@ -16,7 +16,7 @@ from flatquant import recipes
 from flatquant.api import call
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.state import RunState
-from flatquant.errors import CalibrationError, FlatQuantError, ModelError
+from flatquant.errors import CalibrationError, FlatQuantError, ModelError, StreamingWarning
 from flatquant.models import load_model, open_model
 from flatquant.runtime.experts import open_experts
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, SolverSpec
@@ -224,7 +224,8 @@ def test_names_that_transformers_would_change_are_loaded_whole(folder: Path, tmp
         open_model(short)
     # Left to itself, a run of a model that does not fit into memory loads it whole.
     limit = 1 << 40
-    result = call._open(bare, recipes.rtn("w4"), None, call.Place.of(tmp_path / "o"), call.Limits(host=1), None)
+    with pytest.warns(StreamingWarning, match="larger than the memory, and loaded whole: .* tensor by tensor"):
+        result = call._open(bare, recipes.rtn("w4"), None, call.Place.of(tmp_path / "o"), call.Limits(host=1), None)
     assert result[2] is None
     assert call._open(folder, recipes.rtn("w4"), None, call.Place.of(tmp_path / "o"), call.Limits(host=1), None)[2]
     assert call._open(folder, recipes.rtn("w4"), None, None, call.Limits(host=1), None)[2] is None

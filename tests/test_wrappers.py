@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import flatquant
+from flatquant.calibrate import solve
 from flatquant.calibrate.capture import capture, run_block
 from flatquant.calibrate.samples import Samples
 from flatquant.errors import FlatQuantError, ModelError
@@ -18,6 +19,7 @@ from flatquant.recipes import autoround, gptq, oac
 from flatquant.recipes import flatquant as flatquant_recipe
 from flatquant.runtime import artifact
 from flatquant.runtime.artifact import save
+from flatquant.solvers.hessian import InputGram
 from flatquant.spec import Recipe, to_dict
 from flatquant.wiring.apply import fold_block
 from flatquant.wiring.archs import arch_of
@@ -203,6 +205,18 @@ def test_every_stage_takes_samples(recipe: Recipe) -> None:
     done = flatquant.quantize(model, recipe, samples_for(model))
     assert done.verdict is not None
     assert done.verdict["word"] != "destroyed"
+
+
+def test_a_gram_matrix_counts_every_token_of_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    grams: list[InputGram] = []
+    gram_of = solve._gram
+    monkeypatch.setattr(solve, "_gram", lambda *args: grams.append(gram_of(*args)) or grams[-1])
+    model = tiny_wrapper("qwen3_vl")
+    samples = samples_for(model)
+    flatquant.quantize(model, gptq("w4"), samples)
+    tokens = sum(sample["input_ids"].numel() for sample in samples)
+    assert grams
+    assert {gram.tokens for gram in grams} == {tokens}
 
 
 def test_samples_that_cannot_be_taken_are_named() -> None:

@@ -42,6 +42,10 @@ class FitWarning(UserWarning):
     """A fit that ended worse than it began, and was undone."""
 
 
+class StreamingWarning(UserWarning):
+    """A model larger than the memory that cannot be streamed, and is loaded whole."""
+
+
 class PositionsWarning(UserWarning):
     """A text that is longer than the model's positions."""
 

@@ -379,15 +379,15 @@ def open_model(
         _check_config(config, name)
         block = _float8_block(config, name)
         dtype = dtype or getattr(config, "dtype", None)
-        if dtype is None or getattr(config, "quantization_config", None) or getattr(config, "auto_map", None):
-            raise _only_whole(name, "its config names no dtype, a quantisation, or code of its own")
+        if dtype is None or getattr(config, "quantization_config", None):
+            raise _only_whole(name, "its config names no dtype, or a quantisation")
         _check_size(folder, config)
         with torch.device("meta"):
             model = auto_class(config).from_config(config, dtype=dtype)
         if lay_out is not None:
             lay_out(model)
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
-            tensor.data = tensor.data.to(_kept_dtype(model, key, tensor))
+            tensor.data = tensor.data.to(kept_dtype(model, key, tensor.dtype))
         checkpoint = _matched(folder, name, model, block)
         if model.can_generate():
             model.generation_config = _generation_config(folder)
@@ -419,13 +419,13 @@ def _matched(folder: Path, name: object, model: PreTrainedModel, block: tuple[in
     return Checkpoint(folder, files, {key: t.dtype for key, t in needed.items()}, block)
 
 
-def _kept_dtype(model: PreTrainedModel, key: str, tensor: Tensor) -> torch.dtype:
-    """As transformers loads a tensor: the model names some that stay in float32."""
+def kept_dtype(model: PreTrainedModel, key: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is in when transformers loads the model in a dtype: the model names some that stay in float32."""
     wide = {*(model._keep_in_fp32_modules_strict or ())}
-    if model.dtype == torch.float16:
+    if dtype == torch.float16:
         wide |= {*(model._keep_in_fp32_modules or ())}
     kept = any(re.search(pattern.replace("*", ".*"), key) for pattern in wide)
-    return torch.float32 if kept and tensor.is_floating_point() else tensor.dtype
+    return torch.float32 if kept and dtype.is_floating_point else dtype
 
 
 def _tensors_of(
@@ -546,7 +546,10 @@ def _refuse_ours(quantization_config: Any, name: object) -> None:
 
 def _load_config(folder: Path | str, name: object, trust_remote_code: bool) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not trust_remote_code:
+            vars(config).pop("auto_map", None)  # transformers' own classes are used, whatever code the folder has
+        return config
     except Exception as error:  # transformers raises nearly any type here; all of them are about the user's model
         if isinstance(folder, str):
             raise ModelError(
@@ -644,8 +647,8 @@ def _load_float8(
     dtype = cast(torch.dtype, dtype or getattr(config, "dtype", None) or torch.bfloat16)
     checkpoint = Checkpoint(folder, files, {key: dtype for key in shapes if key + _SCALE in files}, block)
     state = {key: checkpoint.read(key) for key in shapes}
-    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     try:
+        kind: Any = auto_class(config)._model_mapping[type(config)]
         model, report = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )

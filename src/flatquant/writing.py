@@ -305,6 +305,8 @@ def _cache_row(model: PreTrainedModel, length: int) -> int:
     config: Any = model.config.get_text_config()
     layers = getattr(config, "per_layer_config", None)  # where they differ, the first's
     first = layers[0] if layers else config
+    if latent := getattr(first, "kv_lora_rank", None):  # latent attention (DeepSeek-V2, section 2.1)
+        return config.num_hidden_layers * (latent + first.qk_rope_head_dim) * length
     heads = getattr(first, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim * length

@@ -29,7 +29,7 @@ from flatquant.calibrate.memory import (
 from flatquant.calibrate.samples import Samples
 from flatquant.calibrate.state import recorded
 from flatquant.calibrate.work import work
-from flatquant.errors import CalibrationError, DataError, ModelError, QualityWarning, SpecError
+from flatquant.errors import CalibrationError, DataError, ModelError, QualityWarning, SpecError, StreamingWarning
 from flatquant.evaluate.prose import PROSE
 from flatquant.grade import TOKENS, is_bad, sentences
 from flatquant.mixture import Mixture
@@ -230,7 +230,8 @@ def _open(
             if stream:
                 try:
                     return _streamed(name)
-                except ModelError:
+                except ModelError as error:
+                    warnings.warn(f"larger than the memory, and loaded whole: {error}", StreamingWarning, stacklevel=4)
                     stream = False
     if not stream:
         return *load_model(name), None

@@ -167,7 +167,7 @@ class _Sizes:
         weights = linear_weights(block, plan)
         rows = [w // n for w, n in zip(weights, widths, strict=True)]
         stored = sum(p.nbytes for p in block.parameters())
-        item = max(p.element_size() for p in block.parameters())
+        item = min(p.element_size() for p in block.parameters())  # routers may be in float32
         grids = [
             o * (n // (site.weights.group_size or n)) * 4 if site.weights else 0
             for o, n, site in zip(rows, widths, plan.sites.values(), strict=True)

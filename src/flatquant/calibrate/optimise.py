@@ -178,7 +178,8 @@ class Optimiser:
         self.steps, self.warmup, self.schedule = steps, warmup, schedule
         self.loss_fn = loss_fn
         self.splits, self.relative = splits, relative
-        self.stream = torch.cuda.Stream(device) if graph and on_gpu else None
+        # A rank without a share has no gradients that a record could hold.
+        self.stream = torch.cuda.Stream(device) if graph and on_gpu and share != 0 else None
         self.recorder: Recorder | None = None if self.stream is None else GraphRecorder(self.stream)
         self.recorded: _Recorded | None = None
         self.static: tuple[Tensor, ...] = ()

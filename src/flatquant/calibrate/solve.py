@@ -154,7 +154,8 @@ def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Kept, batch
     handle = reader.site.register_forward_hook(see)
     run = call.in_order(block)
     try:
-        for x in inputs.split(batch_size):
+        # The calls of a batch's windows follow one another where they differ: the first to reach the site ends them.
+        for x in inputs.split(1 if call.windows else batch_size):
             with contextlib.suppress(_Reached):
                 run(x)
     finally:

@@ -246,7 +246,8 @@ def through(block: nn.Module, call: BlockCall, hidden: Tensor, *, together: int 
 
     A norm, or an expert's router, takes no inputs of another dtype than its own. Grids and transforms keep theirs.
     """
-    stored = next((p.dtype for p in block.parameters()), hidden.dtype)
+    own = [p.dtype for p in block.parameters() if p.is_floating_point()]
+    stored = min(own, key=lambda dtype: dtype.itemsize, default=hidden.dtype)  # routers may be in float32
     work, wide = torch.promote_types(stored, hidden.dtype), in_float32(block)
     if stored != work:
         block.to(work)

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flatquant.errors import FitWarning, FlatQuantError, PositionsWarning, RankError, SpecError
+from flatquant.errors import FitWarning, FlatQuantError, PositionsWarning, RankError, SpecError, StreamingWarning
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def _warnings() -> Iterator[None]:
     """Our own warnings as lines on stderr, each once."""
     told: set[str] = set()
     with warnings.catch_warnings():
-        ours = (PositionsWarning, FitWarning)
+        ours = (PositionsWarning, FitWarning, StreamingWarning)
         for kind in ours:
             warnings.simplefilter("always", kind)
         others = warnings.showwarning

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
 from flatquant import seams
 from flatquant.errors import ArtifactError, one_line
-from flatquant.models import WRAPPERS, auto_class
+from flatquant.models import WRAPPERS, auto_class, kept_dtype
 from flatquant.runtime import fused
 from flatquant.runtime.artifact.write import FOREIGN, tied_names
 from flatquant.runtime.build import install
@@ -57,7 +57,7 @@ def load(
     if dtype is not None:
         for name in _castable(model):
             if name in state:
-                state[name] = state[name].to(dtype)
+                state[name] = state[name].to(kept_dtype(model, name, dtype))
         model.config.dtype = dtype
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
