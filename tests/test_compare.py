@@ -15,6 +15,7 @@ from flatquant.cli.compare import _listed_schemes
 from flatquant.errors import DataError, FlatQuantError, SpecError
 from flatquant.models import load_model
 from flatquant.recipes import RECIPES, recipe
+from flatquant.runtime import artifact
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.seams import CACHE
 from flatquant.spec import Scheme
@@ -101,7 +102,7 @@ def test_methods_on_the_command_line() -> None:
 
 
 def test_families_on_the_command_line() -> None:
-    done = run("methods", "--families")
+    done = CliRunner().invoke(app, ["methods", "--families"], env={"COLUMNS": "120"})
     assert done.exit_code == 0, done.output
     lines = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("│")}
     assert lines["llama"].split("│")[2].strip() == "all"
@@ -109,7 +110,7 @@ def test_families_on_the_command_line() -> None:
     assert "w4a16 alone: affinequant" in lines["olmo2"]
     assert "not: quarot" in done.stdout
     rows = json.loads(run("methods", "--families", "--json").stdout)
-    assert all(set(row) == {"family", *RECIPES} for row in rows)
+    assert all(set(row) == {"family", "engines", *RECIPES} for row in rows)
 
 
 def test_online_operations_are_those_of_the_factors() -> None:
@@ -170,7 +171,7 @@ def test_a_row_is_what_quantising_and_evaluating_gives(place: Path, tmp_path: Pa
     parts = chosen.recipe("gptq", "w4a8kv4")
     made = api.quantize(chosen.model, parts, text, output=tmp_path / "folder", device="cpu")
     assert row["bytes_per_token"] + model.get_input_embeddings().weight[:0].nbytes == api.stored_bytes(made.model)
-    found = api.artifact.inspect(tmp_path / "folder")
+    found = artifact.inspect(tmp_path / "folder")
     assert row["content_hash"] == found.content_hash
     assert row["bits_per_weight"] == found.bits_per_quantised_weight
     cache = QuantizedCache(made.model)
