@@ -66,8 +66,8 @@ def test_folded_scales_sit_in_value_key_and_query_rows(shape: str) -> None:
     bare = dataclasses.replace(small(), scheme=Scheme())
     _, fits, _ = wrap_all(model, bare, force=True)
     attn_in = fits[0].sites["attn_in"]
-    (values,) = [m.output.heads for m in attn_in.outputs[2]]
-    (keys,) = [m.output.heads for m in attn_in.outputs[1]]
+    (values,) = [m.heads for m in attn_in.outputs[2]]
+    (keys,) = [m.heads for m in attn_in.outputs[1]]
     (queries,) = [m.diagonal for m in attn_in.outputs[0]]
     assert keys is queries
     c, s, out = values.scale.detach(), keys.scale.detach(), values.spread.detach()

@@ -191,10 +191,11 @@ def wrap_block(
         linears = [linear_at(block, path) for path in edge.readers]
         if parts and parts[0].kind == "shift":
             shifts[edge.site] = _shift(parts[0], linears, statistics.get(edge.site))
-        heads, place, n, writers = 1, (1, 0, 0), linears[0].in_features, ()
+        heads, place, rows, n, writers = 1, (1, 0, 0), 0, linears[0].in_features, ()
         if edge.writer is not None:
             writers = expanded(block, (edge.writes.path,))
-            place = edge.writes.place(linear_at(block, writers[0]).out_features, n, plan.head_dim)
+            rows = linear_at(block, writers[0]).out_features
+            place = edge.writes.place(rows, n, plan.head_dim)
             if edge.passes == "per_head":
                 heads = place[0] * place[2] // plan.head_dim
         made = _transforms(edge, parts, plan.sites[edge.site], linears, statistics.get(edge.site), generator, heads)
@@ -202,7 +203,7 @@ def wrap_block(
             made = [Written(part) if isinstance(part, Diagonal) else part for part in made]
         for part in made:
             if isinstance(part, Written):
-                output = _written_output(part.inner, place, n)
+                output = _written_output(part.inner, place, rows, n)
                 for path in writers:
                     outputs[path].append(output)
         if edge.site == ahead:
@@ -212,7 +213,7 @@ def wrap_block(
             if not edge.streams:  # a rotation of its own passes its norm
                 rotation = make_factor(recipe.transforms["residual"][0], n, generator)
                 for path in writers:
-                    outputs[path].append(_on_rows(HeadOutput(rotation), place))
+                    outputs[path].append(_on_rows(HeadOutput(rotation), place, rows))
             made = [MovedGain(_gain(block, edge.norm) + arch.norm_offset), Written(Matrix(rotation)), *made]
         transforms[edge.site] = _joined(made)
     if residual is not None:
@@ -313,24 +314,25 @@ def _minds_scales(plan: BlockPlan, writers: Sequence[str]) -> bool:
     return any(spec is not None and spec.format is not None for spec in specs)
 
 
-def _written_output(inner: Transform, place: tuple[int, int, int], n: int) -> nn.Module:
+def _written_output(inner: Transform, place: tuple[int, int, int], rows: int, n: int) -> nn.Module:
     """What a writer absorbs of a transform that its readers undo, on the rows that `Rows.place` names.
 
     Args:
+        rows: of the writer.
         n: channels that the readers see.
     """
     if isinstance(inner, Diagonal):
         return RowScale(inner, place[1], n)
     if isinstance(inner, HeadDiagonal | HeadMatrices):
-        return _on_rows(HeadsOutput(inner), place)
+        return _on_rows(HeadsOutput(inner), place, rows)
     assert isinstance(inner, Kronecker)
     assert inner.right is not None
-    return _on_rows(HeadOutput(inner.right), place)
+    return _on_rows(HeadOutput(inner.right), place, rows)
 
 
-def _on_rows(output: nn.Module, place: tuple[int, int, int]) -> nn.Module:
-    """A map of outputs, on the rows that `Rows.place` names."""
-    return PartRows(output, *place)
+def _on_rows(output: nn.Module, place: tuple[int, int, int], rows: int) -> nn.Module:
+    """A map of outputs, on the rows that `Rows.place` names: a part of the writer's, or all."""
+    return output if place == (1, 0, rows) else PartRows(output, *place)
 
 
 def _scale_scores(block: nn.Module, arch: Arch, head_dim: int, outputs: dict[str, list[nn.Module]]) -> HeadDiagonal:
