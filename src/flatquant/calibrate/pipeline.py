@@ -247,6 +247,7 @@ class _Run:
         self.state, self.progress, self.graph = state, progress, graph
         self.home = next(model.parameters()).device
         self.model_dtype = next(model.parameters()).dtype
+        self.told: dict[int, list[list[str]]] = {}  # warnings of blocks that this rank has rounded, for the first rank
         self.wide: dict[int, set[str]] = {}  # of each block on the device, what is in float32 for its own sake: routers
         generator = torch.Generator().manual_seed(seed * 1_000_003 + len(self.blocks))  # one that no block has
         self.residual = residual_factor(model, recipe, plan, generator)
@@ -527,9 +528,7 @@ class _Run:
             if solved_name(w.index) not in self.kept:
                 self._share_fit(w, found.get(w.index))
         for source in range(1, distributed.size()):
-            for category, text in distributed.broadcast(({}, told), source)[1]:
-                if distributed.leads():
-                    warnings.warn(text, FitWarning if category == FitWarning.__name__ else UserWarning, stacklevel=2)
+            _tell(distributed.broadcast(({}, told), source)[1])
 
     def _share_fit(self, w: _Wrapped, found: distributed.Message | None) -> None:
         """Give all ranks what came of a block's fit: its owner found it, or an earlier run kept it."""
@@ -640,10 +639,11 @@ class _Run:
         index, fit, inputs, targets = w.index, w.fit, w.inputs, w.targets
         w = replace(w, fit=None, inputs=None, targets=None)
         if fit is not None:
-            with _named(index):
+            with _named(index), _forwarded() as told:
                 self._fold(index, fit)
                 del fit  # with its float32 weights
                 self._round(index, calls, quantised, inputs, targets)
+            self.told[index] = told
         return w
 
     def _fold(self, index: int, fit: FitBlock) -> None:
@@ -707,9 +707,11 @@ class _Run:
         if solved and self.state is not None:
             found = self.state.load(name)
         elif not solved and source == distributed.rank():
-            found = block.state_dict(), self.notes[index]
+            found = block.state_dict(), {**self.notes[index], "told": self.told.pop(index, [])}
         if self.end_to_end is None:  # after an end-to-end fit, every rank has rounded every block
-            tensors, self.notes[index] = distributed.broadcast(found, source)
+            tensors, note = distributed.broadcast(found, source)
+            _tell(note.pop("told", []))
+            self.notes[index] = note
             if solved or source != distributed.rank():
                 install(block, self.plan.attention, plan, packed=False)
                 block.load_state_dict(tensors, assign=True)
@@ -843,6 +845,12 @@ def _forwarded() -> Iterator[list[list[str]]]:
         warnings.simplefilter("always")
         yield told
     told += [[w.category.__name__, str(w.message)] for w in caught]
+
+
+def _tell(told: list[list[str]]) -> None:
+    """On the rank that speaks, warn of what `_forwarded` has collected on another."""
+    for category, text in told if distributed.leads() else ():
+        warnings.warn(text, FitWarning if category == FitWarning.__name__ else UserWarning, stacklevel=2)
 
 
 @contextmanager
