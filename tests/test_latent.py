@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import flatquant
 from flatquant import recipes, seams
@@ -269,19 +269,25 @@ def test_an_ordinary_checkpoint_has_the_factors_that_run_before_the_cache(tmp_pa
 
 
 @torch.no_grad()
-def test_routers_stay_in_float32_wherever_a_model_goes(tmp_path: Path) -> None:
+def test_routers_have_the_dtype_that_transformers_loads_them_in(tmp_path: Path) -> None:
+    """Float32 from transformers 5.24 on, whatever the rest of the model is in."""
+
+    def router(model: PreTrainedModel) -> torch.Tensor:
+        return blocks_of(model)[1].mlp.gate.weight
+
     tiny_family("deepseek_v3", tied=False).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     done = flatquant.quantize(tmp_path / "model", recipes.rtn("w4"), output=tmp_path / "out", device="cpu")
-    model = done.model
-    router = blocks_of(model)[1].mlp.gate.weight
-    assert (router.dtype, model.dtype) == (torch.float32, torch.bfloat16)
-    export_dense(model, done.plan, tmp_path / "dense")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    for other in (exported, load(tmp_path / "out", dtype=torch.float16), load(tmp_path / "out", dtype=torch.bfloat16)):
-        found = blocks_of(other)[1].mlp.gate.weight
-        assert found.dtype == torch.float32
-        assert torch.equal(found, router)
+    export_dense(done.model, done.plan, tmp_path / "dense")
+    for dtype in (torch.bfloat16, torch.float16):
+        want = router(AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype))
+        found = router(load(tmp_path / "out", dtype=dtype))
+        assert found.dtype == want.dtype
+        assert torch.equal(found, want)
+    want = router(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    for model in (done.model, AutoModelForCausalLM.from_pretrained(tmp_path / "dense")):
+        assert router(model).dtype == want.dtype
+        assert torch.equal(router(model), want)
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
