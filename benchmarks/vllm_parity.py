@@ -112,16 +112,9 @@ def ours(folder: Path, dtype: torch.dtype, windows: Tensor, parts: int, unrounde
 
 
 @contextmanager
-def engine(folder: Path, dtype: str, length: int) -> Iterator[LLM]:
-    llm = LLM(
-        model=str(folder),
-        dtype=dtype,  # pyright: ignore[reportArgumentType]
-        max_model_len=2 * length,
-        max_num_batched_tokens=2 * length,
-        max_num_seqs=1,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-    )
+def engine(folder: Path, **options: Any) -> Iterator[LLM]:
+    """vLLM's engine of a folder, in this process."""
+    llm = LLM(model=str(folder), enforce_eager=True, **options)
     try:
         yield llm
     finally:
@@ -151,7 +144,9 @@ def theirs(folder: Path, dtype: str, windows: Tensor, unrounded: bool = False, s
 
     found = []
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
-    with engine(folder, dtype, windows.shape[1]) as llm:
+    length = 2 * windows.shape[1]
+    options = {"max_model_len": length, "max_num_batched_tokens": length, "max_num_seqs": 1}
+    with engine(folder, dtype=dtype, enable_prefix_caching=False, **options) as llm:
         (blocks,) = llm.apply_model(watch)
         for tokens in windows:
             seen.clear(), keys.clear(), inputs.clear()

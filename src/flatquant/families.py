@@ -57,18 +57,17 @@ def engines(kind: str) -> tuple[str, ...]:
 
 def engines_table() -> list[dict[str, str]]:
     """One row for each method: the schemes of `SCHEMES` at which each engine serves it on Llama, or `-`."""
-    rows = []
+    rows, llama = [], _small("llama", {})
     for method in sorted(RECIPES):
-        taken = [scheme for scheme in SCHEMES if _plan(method, scheme) is not None]
+        taken = [scheme for scheme in SCHEMES if _plan(method, scheme, llama) is not None]
         kernels = [scheme for scheme in taken if _is_fused(method, scheme)]
         named = {"modules": taken, "fused": kernels, "vllm": taken}
         rows.append({"method": method} | {engine: ", ".join(named[engine]) or "-" for engine in ENGINES})
     return rows
 
 
-def _plan(method: str, scheme: str, model: nn.Module | None = None) -> Plan | None:
-    """The plan of a small Llama, if the method takes the scheme."""
-    model = model or _small("llama", {})
+def _plan(method: str, scheme: str, model: nn.Module) -> Plan | None:
+    """The plan of a Llama, if the method takes the scheme."""
     config: Any = model.config
     blocks = submodule(model, LLAMA.blocks)
     assert isinstance(blocks, nn.ModuleList)

@@ -386,8 +386,7 @@ def open_model(
             model = auto_class(config).from_config(config, dtype=dtype)
         if lay_out is not None:
             lay_out(model)
-        for key, tensor in (*model.named_parameters(), *model.named_buffers()):
-            tensor.data = tensor.data.to(kept_dtype(model, key, tensor.dtype))
+        keep_dtypes(model)
         checkpoint = _matched(folder, name, model, block)
         if model.can_generate():
             model.generation_config = _generation_config(folder)
@@ -426,6 +425,12 @@ def kept_dtype(model: PreTrainedModel, key: str, dtype: torch.dtype) -> torch.dt
         wide |= {*(model._keep_in_fp32_modules or ())}
     kept = any(re.search(pattern.replace("*", ".*"), key) for pattern in wide)
     return torch.float32 if kept and dtype.is_floating_point else dtype
+
+
+def keep_dtypes(model: PreTrainedModel) -> None:
+    """Put the tensors of a model that was made in one dtype into those of `kept_dtype`, in place."""
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.data = tensor.data.to(kept_dtype(model, key, tensor.dtype))
 
 
 def _tensors_of(

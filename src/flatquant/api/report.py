@@ -15,6 +15,7 @@ import transformers
 
 from flatquant import __version__
 from flatquant.api.checks import stored_bytes
+from flatquant.calibrate.blockwise import named
 from flatquant.calibrate.end2end import FittedModel
 from flatquant.calibrate.memory import (
     peak_resident_bytes,
@@ -40,7 +41,7 @@ def identity_of(run: Run, data: Mapping[str, Any] | None, model_hash: str) -> di
         "model": model_hash,
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "seed": run.seed,
-        "dtype": _name(run.dtype),
+        "dtype": named(run.dtype),
         "windows": run.layout.windows,
         "device": run.device.type,
         "versions": versions,
@@ -70,11 +71,11 @@ def report_of(
             "name": run.name,
             "title": run.title,
             "architecture": type(run.model).__name__,
-            "dtype": _name(run.model.dtype),
+            "dtype": named(run.model.dtype),
             "sha256": original["sha256"],
         },
         "seed": run.seed,
-        "dtype": _name(run.dtype),
+        "dtype": named(run.dtype),
         "device": _device_name(run.device),
         "versions": {**identity["versions"], "python": platform.python_version()},
         "blocks": blocks,
@@ -116,10 +117,6 @@ def _first(values: list[float]) -> float | None:
 
 def _last(values: list[float]) -> float | None:
     return values[-1] if values else None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _device_name(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import seams
 from flatquant.errors import ModelError
-from flatquant.models import auto_class, kept_dtype, quiet
+from flatquant.models import auto_class, keep_dtypes, quiet
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.runtime.artifact import check_output
 from flatquant.runtime.branch import BranchedLinear
@@ -72,8 +72,7 @@ def export_dense(
                 state[f"{prefix}{path}.weight"] = weight.to(model.dtype)
                 if linear.bias is not None:
                     state[f"{prefix}{path}.bias"] = linear.bias.to(model.dtype)
-    for key, tensor in (*plain.named_parameters(), *plain.named_buffers()):
-        tensor.data = tensor.data.to(kept_dtype(plain, key, tensor.dtype))
+    keep_dtypes(plain)
     wanted = plain.state_dict()
     owners = {n: submodule(plain, n.rpartition(".")[0]) for n in wanted}
     plain.load_state_dict({n: state[n] if n in state else stacked_again(state, n, owners[n]) for n in wanted})

@@ -1,20 +1,16 @@
 """Folders for vLLM to serve, and vLLM in this process."""
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-# Before vLLM is imported: the engine runs in this process, so that its model can be looked at.
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-
 import pytest
 import torch
+from benchmarks.vllm_parity import engine  # first: it sets what vLLM reads when it is imported
 from transformers import AutoConfig, PreTrainedModel
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 
 from flatquant import recipes
 from flatquant.api import quantize
@@ -64,19 +60,9 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-@contextmanager
-def served(folder: Path, **options: Any) -> Iterator[LLM]:
+def served(folder: Path, **options: Any) -> AbstractContextManager[LLM]:
     """An engine in this process."""
-    llm = LLM(
-        model=str(folder),
-        **{"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True, **options},
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+    return engine(folder, **{"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4, **options})
 
 
 def answers(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[tuple[list[int], list[float]]]:
