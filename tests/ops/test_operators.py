@@ -71,8 +71,7 @@ def test_kron_quantize_is_an_operator(
     g = torch.Generator().manual_seed(seed)
     site = site_of(shape, transform, g)
     x, other = inputs(source, tokens, shape[0] * shape[1], dtype, g)
-    factors = site.factors if site._fused(x) else (site.left, site.right)
-    args = (x, other, *factors, site.ratios, *shape, 4, source, form, 1e-5)
+    args = (x, other, *site.operands, site.ratios, *shape, 4, source, form, 1e-5)
     torch.library.opcheck(torch.ops.flatquant.kron_quantize, args)
     if not CUDA:
         made = {"plain": lambda: x, "norm": lambda: site_reference.rms_norm(x, other, 1e-5)}

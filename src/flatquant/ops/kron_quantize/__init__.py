@@ -6,7 +6,7 @@ reference. It has no gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
 
@@ -21,6 +21,15 @@ from flatquant.ops.pack.reference import packed_width
 __all__ = ["Activation", "Form", "Site", "gate", "merge", "norm", "plain"]
 
 
+def _unsupported(shape: tuple[int, int], left: bool, right: bool, bits: int, device: torch.device) -> str | None:
+    """Why there is no kernel for a site with these factors, or None if there is one."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    from flatquant.ops.kron_quantize import triton
+
+    return triton.supports(shape, left, right, bits, triton.shared_memory(device))
+
+
 @dataclass(frozen=True)
 class Site:
     """What happens to every row: transform, clip, grid.
@@ -30,6 +39,8 @@ class Site:
         left, right: P1 (n1, n1) and P2 (n2, n2), float32, None for the identity.
         ratios: shares of a row's ends that the grid covers, float32, (2,).
         bits: of the symmetric grid.
+        operands: P1 and P2 as the operator takes them on the device of `ratios`. They are found here and not in a call,
+            since torch.compile cannot look into what a GPU has room for.
     """
 
     shape: tuple[int, int]
@@ -37,6 +48,11 @@ class Site:
     right: Tensor | None
     ratios: Tensor
     bits: int
+    operands: tuple[Tensor | None, Tensor | None] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        fused = self.ratios.is_cuda and self.unsupported() is None
+        object.__setattr__(self, "operands", self.factors if fused else (self.left, self.right))
 
     @cached_property
     def factors(self) -> tuple[Tensor | None, Tensor | None]:
@@ -47,23 +63,15 @@ class Site:
 
     def unsupported(self) -> str | None:
         """Why there is no kernel for it, or None if there is one."""
-        if not HAS_TRITON:
-            return "Triton is not installed"
-        from flatquant.ops.kron_quantize import triton
-
-        shared = triton.shared_memory(self.ratios.device)
-        return triton.supports(self.shape, self.left is not None, self.right is not None, self.bits, shared)
-
-    def _fused(self, x: Tensor) -> bool:
-        return x.is_cuda and self.unsupported() is None
+        given = self.left is not None, self.right is not None
+        return _unsupported(self.shape, *given, self.bits, self.ratios.device)
 
     def __call__(
         self, x: Tensor, other: Tensor | None, source: str, form: Form, eps: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """The operator; see the functions below."""
-        left, right = self.factors if self._fused(x) else (self.left, self.right)
         return torch.ops.flatquant.kron_quantize(
-            x, other, left, right, self.ratios, *self.shape, self.bits, source, form, eps
+            x, other, *self.operands, self.ratios, *self.shape, self.bits, source, form, eps
         )
 
 
@@ -86,18 +94,20 @@ def _run(
         x: (T, n1 n2) in 16 or 32 bits; of "merge", (T, heads, parts, head_dim).
         other: a gain (n1 n2,) of "norm", a gate (T, n1 n2) of "gate" and "gelu", log-sum-exps (T, heads, parts) of
             "merge".
-        left, right: as `Site.factors` for a kernel, as `Site` for the reference.
+        left, right: see `Site.operands`.
         source: "plain", "norm", "gate", "gelu" or "merge".
         form: see `reference.Form`.
 
     Returns:
         As `reference.kron_quantize`.
     """
-    site, known = Site((n1, n2), left, right, ratios, bits), cast(Form, form)
-    if site._fused(x):
+    if (other is None) != (source == "plain"):
+        raise ValueError(f"kron_quantize: {source!r} with{'out' if other is None else ''} a second tensor")
+    shape, known = (n1, n2), cast(Form, form)
+    if x.is_cuda and _unsupported(shape, left is not None, right is not None, bits, x.device) is None:
         from flatquant.ops.kron_quantize import triton
 
-        return triton.launch(x, other, source, site.shape, *site.factors, ratios, bits, known, eps)
+        return triton.launch(x, other, source, shape, left, right, ratios, bits, known, eps)
     match source, other:
         case "plain", None:
             y = x
@@ -110,7 +120,7 @@ def _run(
         case "merge", Tensor():
             y = reference.merged(x, other)
         case _:
-            raise ValueError(f"kron_quantize: {source!r} with{'out' if other is None else ''} a second tensor")
+            raise ValueError(f"kron_quantize: unknown source {source!r}")
     return reference.kron_quantize(y, left, right, ratios, bits, known)
 
 
