@@ -83,8 +83,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a dry run of two blocks that measures nothing")
     args = parser.parse_args()
     seqlen, divide = (64, 96) if args.tiny else (2048, 1)
-    model, tokenizer = Original(args.model, blocks=2 if args.tiny else None)()
-    model.to(args.device, torch.float16 if args.device == "cuda" else torch.float32)
+    loaded, tokenizer = Original(args.model, blocks=2 if args.tiny else None)()
+    model: Any = loaded.to(dtype=torch.float16 if args.device == "cuda" else torch.float32)
+    model.to(args.device)
     texts = {
         Path(name).name: evaluation_windows(name, tokenizer, seqlen=seqlen, windows=2 if args.tiny else args.windows)
         for name in ("wikitext2", "c4", *args.texts)

@@ -96,7 +96,10 @@ def test_int4_linear_is_an_operator(
 ) -> None:
     form = int4_linear.form(tokens, DEVICE, dtype)
     args = weights(tokens, o, n, bias, residual, dtype, form, torch.Generator().manual_seed(seed))
-    torch.library.opcheck(torch.ops.flatquant.int4_linear, args)
+    # The check of the schema compares inputs before and after, for which torch has no float8.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    schema = () if form == "float8" else ("test_schema",)
+    torch.library.opcheck(torch.ops.flatquant.int4_linear, args, test_utils=(*schema, *checks))
     if not CUDA:
         assert torch.equal(torch.ops.flatquant.int4_linear(*args), product.int4_linear(*args[:-1]))
 
@@ -107,6 +110,8 @@ def test_the_operator_says_which_inputs_go_together() -> None:
         site(torch.randn(2, 32, device=DEVICE), None, "norm", "planes")
 
 
+# What inductor says of its own imports, and of products in float32.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32")
 @pytest.mark.parametrize("tokens", [1, 5, 65])
 @pytest.mark.parametrize("source", ["norm", "gate", "merge"])
 def test_torch_compile_takes_a_site_and_its_product_whole(source: str, tokens: int) -> None:
