@@ -49,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def family(model_type: str, *, dtype: torch.dtype = torch.float64, **shape: Any) -> PreTrainedModel:
-    """A tiny random model of a type that `archs.py` lists, in eval mode; the tensors are those of `tiny_llama`."""
+    """A tiny random model of a type that `archs` lists, in eval mode; the tensors are those of `tiny_llama`."""
     shape = {**SHAPES["gqa"], **shape}
     if model_type == "llama":
         return tiny_llama(dtype=dtype, **shape)

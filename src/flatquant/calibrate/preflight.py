@@ -152,7 +152,7 @@ def _raise(what: str) -> NoReturn:
     """Report a break of law 1; of transformers, where the installed release is none that was tested."""
     if not _is_tested(transformers.__version__):
         raise seams.broken(what)
-    raise ModelError(f"{what}; flatquant/wiring/archs.py does not describe this model (docs/families.md)")
+    raise ModelError(f"{what}; flatquant/wiring/archs does not describe this model (docs/families.md)")
 
 
 def _final_norm(model: PreTrainedModel, arch: Arch, rotation: TransformSpec) -> _Found:

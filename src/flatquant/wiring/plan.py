@@ -135,7 +135,7 @@ def _check_all_read(index: int, block: nn.Module, arch: Arch) -> None:
         if isinstance(module, nn.Linear) and path not in read:
             raise ModelError(
                 f"{path} of block {index} is a Linear that the description of this family does not name: it would stay "
-                "in 16 bit; add it to an edge in flatquant/wiring/archs.py (docs/families.md)"
+                "in 16 bit; add it to an edge in flatquant/wiring/archs (docs/families.md)"
             )
 
 
