@@ -24,11 +24,12 @@ from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, FitSpec, Plan, Recipe, Scheme, Transforms, TransformSpec, to_dict
 from flatquant.transforms import Factor
 from flatquant.transforms.factor import cayley
-from flatquant.wiring.apply import FitBlock, InputStatistics, wrap_block
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import ARCHS, arch_of
+from flatquant.wiring.fitted import FitBlock, InputStatistics
 from flatquant.wiring.plan import make_plan
 from flatquant.wiring.residual import residual_factor, rotate_ends
+from flatquant.wiring.wrap import wrap_block
 from tests.tiny_models import tiny_llama
 
 CPU = torch.device("cpu")

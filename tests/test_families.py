@@ -22,10 +22,11 @@ from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, Recipe, Scheme, TransformSpec
 from flatquant.wiring import archs
-from flatquant.wiring.apply import fold_block, wrap_block
 from flatquant.wiring.arch import Arch, Edge, Geometry, logits, submodule
 from flatquant.wiring.archs import ARCHS, LLAMA, arch_of
+from flatquant.wiring.fold import fold_block
 from flatquant.wiring.plan import make_plan
+from flatquant.wiring.wrap import wrap_block
 from tests.laws import (
     BASES,
     bare,

@@ -21,9 +21,9 @@ from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.kvcache import QuantizedCache, token_bytes
 from flatquant.seams import CACHE, attached
 from flatquant.spec import DataSpec, KeyOffset, QuantSpec, Recipe, Scheme
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import Geometry, Rows, replace_submodule, submodule
 from flatquant.wiring.archs import ARCHS, arch_of
+from flatquant.wiring.fold import fold_block
 from flatquant.wiring.plan import make_plan
 from tests.laws import (
     BASES,

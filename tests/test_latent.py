@@ -27,9 +27,9 @@ from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.kvcache import QuantizedCache, token_bytes
 from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, QuantSpec, Scheme, SolverSpec, to_dict
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
+from flatquant.wiring.fold import fold_block
 from flatquant.wiring.plan import make_plan
 from tests.laws import BASES, bare, basis, blocks_of, calibrated, quick, relative, rtn_by_hand, tokens_for, wrap
 from tests.test_streaming import contents

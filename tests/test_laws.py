@@ -21,8 +21,8 @@ from flatquant.rotary import Angles
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite
 from flatquant.spec import FitSpec, Recipe, Scheme, SolverSpec
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import submodule
+from flatquant.wiring.fold import fold_block
 from tests.laws import (
     BASES,
     DIAGONAL,

@@ -23,7 +23,7 @@ from flatquant.errors import SpecError
 from flatquant.recipes import RECIPES, recipe
 from flatquant.runtime import artifact
 from flatquant.spec import DataSpec, Recipe, Scheme, SolverSpec, from_dict, to_dict
-from flatquant.wiring.apply import fold_block
+from flatquant.wiring.fold import fold_block
 from tests.laws import SHAPES, calibrated, decoded, family, hidden, relative, tokens_for, wrap_all
 
 PRESERVED = 1e-9

@@ -21,8 +21,8 @@ from flatquant.runtime import artifact
 from flatquant.runtime.artifact import save
 from flatquant.solvers.hessian import InputGram
 from flatquant.spec import Recipe, to_dict
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.archs import arch_of
+from flatquant.wiring.fold import fold_block
 from tests.laws import (
     BASES,
     bare,

@@ -20,7 +20,7 @@ from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, FitWarning
 from flatquant.recipes import RECIPES
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Scheme
-from flatquant.wiring.apply import FitBlock
+from flatquant.wiring.fitted import FitBlock
 from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for
 from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
 

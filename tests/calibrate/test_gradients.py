@@ -15,9 +15,9 @@ from flatquant.errors import SpecError
 from flatquant.qtensor import QTensor
 from flatquant.recipes import gptq, oac, quarot, rtn
 from flatquant.spec import EndToEndSpec, Scheme, SolverSpec
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import submodule
 from flatquant.wiring.archs import arch_of
+from flatquant.wiring.fold import fold_block
 from tests.laws import BASES, SHAPES, bare, calibrated, family, hidden, quick, relative, tokens_for, wrap
 
 READERS = tuple(f"self_attn.{p}_proj" for p in "qkvo") + tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down"))

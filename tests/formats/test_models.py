@@ -26,8 +26,9 @@ from flatquant.runtime.kernels import Unsupported
 from flatquant.runtime.kvcache import QuantizedCache, token_bytes
 from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, SolverSpec, TransformSpec, to_dict
-from flatquant.wiring.apply import fold_block, observing
 from flatquant.wiring.arch import submodule
+from flatquant.wiring.fitted import observing
+from flatquant.wiring.fold import fold_block
 from tests.laws import (
     BASES,
     bare,

@@ -14,7 +14,7 @@ from flatquant.recipes import affinequant, omniquant, rtn
 from flatquant.spec import DataSpec, FitSpec, Recipe, Scheme, TransformSpec
 from flatquant.transforms import HeadMatrices, MaskedFactor
 from flatquant.transforms.masked import band
-from flatquant.wiring.apply import fold_block
+from flatquant.wiring.fold import fold_block
 from tests.laws import SHAPES, calibrated, family, hidden, relative, tokens_for, wrap_all
 
 

@@ -14,9 +14,9 @@ from flatquant.recipes import omniquant, rtn, spinquant
 from flatquant.runtime import artifact
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, QuantSpec, Recipe, Scheme, TransformSpec, to_dict
 from flatquant.transforms import HeadDiagonal, Identity, Shift
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import LLAMA
+from flatquant.wiring.fold import fold_block
 from flatquant.wiring.linear import FitSite
 from flatquant.wiring.plan import make_plan
 from tests.laws import SHAPES, calibrated, family, hidden, inputs_of, relative, same_bytes, tokens_for, varied, wrap_all

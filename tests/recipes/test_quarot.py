@@ -10,9 +10,9 @@ from torch import Tensor
 from flatquant.errors import SpecError
 from flatquant.recipes import flatquant, quarot, rtn
 from flatquant.spec import FitSpec, Recipe, Scheme, SolverSpec, TransformSpec
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import LLAMA
+from flatquant.wiring.fold import fold_block
 from flatquant.wiring.plan import make_plan
 from tests.laws import SHAPES, calibrated, family, inputs_of, relative, tokens_for, wrap_all
 

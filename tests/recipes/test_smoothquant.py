@@ -10,8 +10,8 @@ from flatquant.quantizers import Dynamic, WeightGrid
 from flatquant.recipes import smoothquant
 from flatquant.spec import QuantSpec, Scheme
 from flatquant.transforms.diagonal import absmax_scale
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import submodule
+from flatquant.wiring.fold import fold_block
 from tests.laws import SHAPES, family, observed, wrap_all
 
 SMOOTHED = {

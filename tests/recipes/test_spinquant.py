@@ -17,7 +17,8 @@ from flatquant.recipes import quarot, spinquant
 from flatquant.spec import DataSpec, FitSpec, Scheme, SolverSpec, TransformSpec
 from flatquant.transforms import OrthogonalFactor
 from flatquant.transforms.start import random_orthogonal
-from flatquant.wiring.apply import fold_block, unrounded_weights
+from flatquant.wiring.fitted import unrounded_weights
+from flatquant.wiring.fold import fold_block
 from tests.laws import SHAPES, calibrated, family, relative, same_bytes, tokens_for, varied, wrap_all
 
 

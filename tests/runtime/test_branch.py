@@ -15,9 +15,9 @@ from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear
 from flatquant.runtime.linear import FrozenLinear, FrozenSite
 from flatquant.spec import BranchSpec, CodebookSpec, DataSpec, Recipe, Scheme, SolverSpec, from_dict, to_dict
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.cost import online_flops
+from flatquant.wiring.fold import fold_block
 from tests.laws import BASES, SHAPES, bare, calibrated, family, hidden, quick, relative, same_bytes, tokens_for, wrap
 
 READERS = tuple(f"self_attn.{p}_proj" for p in "qkvo") + tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down"))

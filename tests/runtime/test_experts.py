@@ -30,10 +30,10 @@ from flatquant.runtime.linear import FrozenLinear, FrozenSite, PackedLinear
 from flatquant.solvers import RTN, InputGram, OutputAdaptive, blended
 from flatquant.spec import DataSpec, Scheme, SolverSpec, by_expert
 from flatquant.transforms import Diagonal, Kronecker
-from flatquant.wiring.apply import fold_block
 from flatquant.wiring.arch import Geometry, linear_at, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.cost import online_flops
+from flatquant.wiring.fold import fold_block
 from flatquant.wiring.plan import make_plan
 from tests.laws import (
     BASES,

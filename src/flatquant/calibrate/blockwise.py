@@ -25,7 +25,7 @@ from flatquant.errors import CalibrationError, FitWarning
 from flatquant.modules import Bounded, Group, Scheduled
 from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
-from flatquant.wiring.apply import FitBlock
+from flatquant.wiring.fitted import FitBlock
 
 UNDONE = "on windows that it was not trained on, and was undone; more calibration text or a lower --lr may help"
 _FEWEST_TOKENS = 256  # with fewer, chance decides whether a fit has helped

@@ -20,8 +20,8 @@ from flatquant.errors import DataError, one_line
 from flatquant.rotary import Angles, turned_back
 from flatquant.spec import KeyOffset, Pairing, by_expert, is_experts
 from flatquant.transforms import Factor
-from flatquant.wiring.apply import InputStatistics
 from flatquant.wiring.arch import Arch, rotary_channels, submodule
+from flatquant.wiring.fitted import InputStatistics
 
 _ROWS, _ROWS_A_CALL = 128, 32  # tokens of a site's input that are kept
 

@@ -33,7 +33,7 @@ from flatquant.modules import Bounded, Group, trainable_parameters
 from flatquant.ops.divergence import kl_rows
 from flatquant.spec import EndToEndSpec
 from flatquant.transforms import shared_inverses
-from flatquant.wiring.apply import FitBlock
+from flatquant.wiring.fitted import FitBlock
 
 SAVE_EVERY = 8  # steps
 NOTHING_LOST = 1e-3  # nats per token that plain rounding may lose without a fit

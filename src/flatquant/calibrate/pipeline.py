@@ -58,11 +58,13 @@ from flatquant.progress import Progress
 from flatquant.runtime.build import install
 from flatquant.runtime.experts import Experts, open_experts
 from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe, RoundingSpec
-from flatquant.wiring.apply import FitBlock, InputStatistics, fold_block, observing, unrounded_weights, wrap_block
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
+from flatquant.wiring.fitted import FitBlock, InputStatistics, observing, unrounded_weights
+from flatquant.wiring.fold import fold_block
 from flatquant.wiring.plan import make_plan, takes_mean
 from flatquant.wiring.residual import residual_factor, rotate_ends
+from flatquant.wiring.wrap import wrap_block
 
 
 @dataclass(kw_only=True)

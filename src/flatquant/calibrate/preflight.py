@@ -36,12 +36,14 @@ from flatquant.models import Checkpoint
 from flatquant.spec import Recipe, Scheme, Transforms, TransformSpec
 from flatquant.transforms import Factor, make_factor, shared_inverses
 from flatquant.transforms.factor import cayley
-from flatquant.wiring.apply import FitBlock, fold_block, wrap_block
 from flatquant.wiring.arch import Arch, Geometry, submodule
 from flatquant.wiring.archs import arch_of
+from flatquant.wiring.fitted import FitBlock
+from flatquant.wiring.fold import fold_block
 from flatquant.wiring.keyvalue import FitKeyValue
 from flatquant.wiring.plan import make_plan
 from flatquant.wiring.residual import residual_factor
+from flatquant.wiring.wrap import wrap_block
 
 _TOKENS, _PADDING, _PIECES = 10, 3, (6, 3, 1)  # of each of two windows; on the left of one; how a cache is filled
 _NOISE = 0.3  # of random scales, and of matrices in spectral norm

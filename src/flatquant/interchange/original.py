@@ -25,10 +25,12 @@ from flatquant.runtime.hf import adopt
 from flatquant.spec import Plan, Recipe, to_dict
 from flatquant.transforms import Compose, Diagonal, Kronecker, Written
 from flatquant.transforms.factor import DirectFactor, Factor
-from flatquant.wiring.apply import FitBlock, fold_block, wrap_block
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
+from flatquant.wiring.fitted import FitBlock
+from flatquant.wiring.fold import fold_block
 from flatquant.wiring.plan import make_plan
+from flatquant.wiring.wrap import wrap_block
 
 
 @torch.no_grad()

@@ -340,6 +340,13 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def gain_of(block: nn.Module, norm: str) -> Tensor:
+    """The gain of a block's norm.  # (n,)"""
+    gain = submodule(block, norm).weight
+    assert isinstance(gain, Tensor)
+    return gain
+
+
 def expanded(block: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
     """Paths with their `*` replaced by the number of every expert, all of one expert's together.
 
