@@ -22,6 +22,7 @@ from flatquant.runtime import fused
 from flatquant.runtime.artifact import inspect, load, save
 from flatquant.runtime.codes import FrozenCodes, PackedCodes
 from flatquant.runtime.folder import Folder
+from flatquant.runtime.fused import take
 from flatquant.runtime.kernels import Unsupported
 from flatquant.runtime.kvcache import QuantizedCache, token_bytes
 from flatquant.seams import CACHE
@@ -336,7 +337,9 @@ def test_a_static_scale_needs_text() -> None:
 def test_kernels_leave_formats_to_the_modules() -> None:
     quantised, _, _ = calibrated(tiny_llama(hidden=64, intermediate=96), short(rtn("nvfp4kv4")))
     with pytest.raises(Unsupported, match="not packed integers"):
-        fused._block(quantised.model.layers[0], 0, quantised.config, torch.device("cpu"), fused.FAMILIES["llama"], None)
+        take.block_of(
+            quantised.model.layers[0], 0, quantised.config, torch.device("cpu"), fused.FAMILIES["llama"], None
+        )
 
 
 def test_a_plan_of_an_unknown_format_is_damage(tmp_path: Path) -> None:

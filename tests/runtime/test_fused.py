@@ -27,6 +27,8 @@ from flatquant.ops import int4_linear
 from flatquant.recipes import recipe
 from flatquant.runtime import fused, kernels
 from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.fused import calls
+from flatquant.runtime.fused import model as whole
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
 from flatquant.runtime.packedcache import PackedCache, Room
@@ -359,7 +361,7 @@ def test_other_devices_are_left_alone() -> None:
     ids = texts(1, 5).cpu()
     with torch.no_grad():
         assert model(ids).logits.equal(plainly(model, ids).logits)
-    assert model not in fused._made
+    assert model not in calls._made
 
 
 # --------------------------------------------------------------------------------------- stepping aside
@@ -604,7 +606,7 @@ def test_one_graph_a_cache(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPat
             self.moved = cache.room.moved
             recorded.append(cache)
 
-    monkeypatch.setattr(fused, "_Step", Step)
+    monkeypatch.setattr(whole, "Step", Step)
     caches = [runtime.new_cache(1, 8) for _ in range(2)]
     for _ in range(5):
         for cache in caches:
@@ -613,12 +615,12 @@ def test_one_graph_a_cache(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPat
     caches[0].room.reserve(1000)  # addresses change
     assert runtime._step(caches[0]) is not None
     assert recorded == [*caches, caches[0]]
-    many = [runtime.new_cache(1, 8) for _ in range(fused._GRAPHS + 3)]
+    many = [runtime.new_cache(1, 8) for _ in range(whole._GRAPHS + 3)]
     for _ in range(5):
         for cache in many:
             runtime._step(cache)
-    assert len(runtime._steps) == fused._GRAPHS
-    assert len(recorded) == 1 + fused._GRAPHS  # the others' turn never lasts
+    assert len(runtime._steps) == whole._GRAPHS
+    assert len(recorded) == 1 + whole._GRAPHS  # the others' turn never lasts
     assert runtime._step(many[-1]) is runtime._step(many[-1])
     assert many[-1] in recorded  # two tokens in a row
     del many, cache, caches
