@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, T5Config
 
 from flatquant import models
 from flatquant.data import evaluation_windows
 from flatquant.errors import ModelError, PositionsWarning
 from flatquant.evaluate import perplexity
+from flatquant.models import gguf as conversion
 from flatquant.models import load_model, resolve
 from tests.tiny_models import VOCAB, tiny_llama, tiny_tokenizer
 
@@ -126,7 +128,7 @@ def test_unreachable_hub(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
     message = refusal("nobody/nothing")
     assert "couldn't connect" in message
     assert "smollm2-135m" in message
@@ -292,7 +294,7 @@ def test_gguf_is_the_model_it_was_made_from(gguf_file, tmp_path):
 
 def test_gguf_is_converted_once(gguf_file, cache, monkeypatch):
     first = resolve(gguf_file)
-    monkeypatch.setattr(models, "_write_converted", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(conversion, "_write_converted", lambda *_: pytest.fail("converted again"))
     os.utime(gguf_file, (0, 0))
     assert resolve(str(gguf_file)) == first
     assert os.listdir(cache) == [first.name]
@@ -307,14 +309,14 @@ def test_gguf_of_other_content_is_another_folder(gguf_file):
 
 
 def test_gguf_race_is_won_by_the_first(gguf_file, cache, monkeypatch):
-    convert = models._write_converted
+    convert = conversion._write_converted
 
     def slower(file, folder):
         convert(file, folder)
-        monkeypatch.setattr(models, "_write_converted", convert)
-        models._converted(file)  # the other process
+        monkeypatch.setattr(conversion, "_write_converted", convert)
+        conversion.converted(file)  # the other process
 
-    monkeypatch.setattr(models, "_write_converted", slower)
+    monkeypatch.setattr(conversion, "_write_converted", slower)
     folder = resolve(gguf_file)
     assert os.listdir(cache) == [folder.name]  # and nothing half-written beside it
     assert (folder / "model.safetensors").is_file()
@@ -338,7 +340,7 @@ def test_gguf_package_missing(gguf_file, monkeypatch):
     def missing(*_):
         raise ImportError("No module named 'gguf'")
 
-    monkeypatch.setattr(models, "_write_converted", missing)
+    monkeypatch.setattr(conversion, "_write_converted", missing)
     assert "pip install gguf" in refusal(gguf_file)
 
 
@@ -361,7 +363,7 @@ def test_cache_place(monkeypatch, variables, place):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"HOME": "/home-of-no-one"} | variables).items():
         monkeypatch.setenv(name, value)
-    assert str(models._cache()) == place
+    assert str(conversion._cache()) == place
 
 
 def test_alias_without_its_package(monkeypatch):

@@ -58,3 +58,9 @@ def one_line(value: object) -> str:
     """A value as one short line, for messages: what a file says may be anything."""
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message as one line without its final stop."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].strip().rstrip(".:;") if lines else "") or type(error).__name__

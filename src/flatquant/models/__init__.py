@@ -10,9 +10,30 @@ Weights are read from safetensors only: a pickle can run code. Code that ships w
 from flatquant.models.checkpoint import Checkpoint, keep_dtypes, kept_dtype, open_model
 from flatquant.models.device import find_device
 from flatquant.models.folder import WRAPPERS, auto_class
+from flatquant.models.gguf import ALIASES
 from flatquant.models.load import load_model, load_tokenizer, loaded_bytes, processor_files
-from flatquant.models.place import ALIASES, check, identity, resolve
-from flatquant.models.quiet import quiet
+from flatquant.models.place import check, identity, resolve
+from flatquant.models.silence import quiet
 from flatquant.models.text import check_ids, render_chat, warn_of_positions
 
-__all__ = ["ALIASES", "WRAPPERS", "Checkpoint", "auto_class", "check", "check_ids", "find_device", "identity", "keep_dtypes", "kept_dtype", "load_model", "load_tokenizer", "loaded_bytes", "open_model", "processor_files", "quiet", "render_chat", "resolve", "warn_of_positions"]
+__all__ = [
+    "ALIASES",
+    "WRAPPERS",
+    "Checkpoint",
+    "auto_class",
+    "check",
+    "check_ids",
+    "find_device",
+    "identity",
+    "keep_dtypes",
+    "kept_dtype",
+    "load_model",
+    "load_tokenizer",
+    "loaded_bytes",
+    "open_model",
+    "processor_files",
+    "quiet",
+    "render_chat",
+    "resolve",
+    "warn_of_positions",
+]

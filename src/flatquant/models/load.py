@@ -11,10 +11,18 @@ from transformers.utils.hub import cached_file
 from flatquant.errors import ModelError, first_line
 from flatquant.models.checkpoint import Checkpoint, tensors_of
 from flatquant.models.float8 import SCALE, float8_block, refuse_float8
-from flatquant.models.folder import WRAPPERS, auto_class, check_config, check_folder, check_size, generation_config, read_config, read_tokenizer
+from flatquant.models.folder import (
+    WRAPPERS,
+    auto_class,
+    check_config,
+    check_folder,
+    check_size,
+    generation_config,
+    read_config,
+    read_tokenizer,
+)
 from flatquant.models.place import resolve
-from flatquant.models.quiet import quiet
-
+from flatquant.models.silence import quiet
 
 # What `AutoProcessor` reads beside a tokenizer's files.
 _PROCESSOR = (

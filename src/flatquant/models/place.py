@@ -6,10 +6,8 @@ from pathlib import Path
 
 from flatquant.errors import ModelError, first_line
 from flatquant.models.folder import check_folder, near
-from flatquant.models.gguf import converted, smollm2_file
+from flatquant.models.gguf import ALIASES, converted, smollm2_file
 
-
-ALIASES = ("smollm2-135m",)
 _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
