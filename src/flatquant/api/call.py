@@ -47,7 +47,7 @@ from flatquant.models import (
 from flatquant.progress import Progress
 from flatquant.runtime import artifact
 from flatquant.runtime.experts import open_experts
-from flatquant.spec import DataSpec, Recipe
+from flatquant.spec import LARGEST_SEED, DataSpec, Recipe
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
@@ -107,8 +107,8 @@ def quantize(
     place = None if output is None else Place.of(Path(output))
     if place is not None and distributed.leads():
         place.check(resume)
-    if not 0 <= seed < 2**32:
-        raise SpecError(f"seed {seed}: give a whole number from 0 to {2**32 - 1}")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise SpecError(f"seed {seed}: give a whole number from 0 to {LARGEST_SEED}")
     name, checkpoint = None, None
     mixture, windows = None, None  # of text that is to be read, or as they were given
     if isinstance(calibration, str | Path) or calibration is None:

@@ -16,7 +16,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-SEEDS = 2**32 - 1  # the largest that goes with everything that draws numbers
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
 Devices = Annotated[

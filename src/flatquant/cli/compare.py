@@ -9,10 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flatquant.cli.app import SEEDS, Device, Json, Quiet, app
+from flatquant.cli.app import Device, Json, Quiet, app
 from flatquant.cli.display import Display
 from flatquant.cli.terminal import device_of, dtype_of, errors, print_json, say
 from flatquant.errors import FlatQuantError, SpecError
+from flatquant.spec import LARGEST_SEED
 
 if TYPE_CHECKING:
     from flatquant.bench import Row
@@ -135,7 +136,9 @@ def compare(
     batch_size: Annotated[int | None, typer.Option(help="Windows in a step of a fit.")] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of fits' products: float16, bfloat16 or float32.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the calibration text and of random transforms.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the calibration text and of random transforms.")
+    ] = 0,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw compare.png, with matplotlib.")] = True,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from flatquant.cli.app import SEEDS, Device, Devices, Dtype, Quiet, app
+from flatquant.cli.app import Device, Devices, Dtype, Quiet, app
 from flatquant.cli.display import Display
 from flatquant.cli.terminal import check_devices, device_of, divided, dtype_of, errors, print_table, write_json
 from flatquant.errors import FlatQuantError
+from flatquant.spec import LARGEST_SEED
 
 
 @app.command()
@@ -40,7 +41,9 @@ def evaluate(
     device: Device = None,
     devices: Devices = None,
     dtype: Dtype = None,
-    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of text that --divergence-from's model writes.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of text that --divergence-from's model writes.")
+    ] = 1,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is stdout.")] = None,
     save: Annotated[
         bool,

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flatquant.cli.app import SEEDS, Device, Devices, Json, Quiet, app
+from flatquant.cli.app import Device, Devices, Json, Quiet, app
 from flatquant.cli.display import Display
 from flatquant.cli.options import recipe_of
 from flatquant.cli.terminal import (
@@ -30,6 +30,7 @@ from flatquant.cli.terminal import (
 )
 from flatquant.errors import QualityWarning, SpecError
 from flatquant.grade import DESTROYED, readable, tried
+from flatquant.spec import LARGEST_SEED
 
 if TYPE_CHECKING:
     from flatquant.spec import Plan, Recipe
@@ -93,7 +94,9 @@ def quantize(
     device: Device = None,
     devices: Devices = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the calibration text and of random transforms.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the calibration text and of random transforms.")
+    ] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run of the same settings.")
     ] = False,

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from flatquant.cli.app import SEEDS, Device, Dtype, Json, Quiet, app
+from flatquant.cli.app import Device, Dtype, Json, Quiet, app
 from flatquant.cli.terminal import device_of, dtype_of, errors, print_json
 from flatquant.errors import ModelError
 from flatquant.grade import DESTROYED, word_of
+from flatquant.spec import LARGEST_SEED
 
 
 @app.command()
@@ -20,7 +21,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the text begins with.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the tokenizer's chat template.")] = False,
     device: Device = None,
     dtype: Dtype = None,

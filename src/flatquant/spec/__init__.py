@@ -25,11 +25,12 @@ from flatquant.spec.parts import (
     TransformSpec,
 )
 from flatquant.spec.plans import BlockPlan, KeyOffset, LatentPlan, Pairing, Plan, SitePlan, by_expert, is_experts
-from flatquant.spec.recipe import DATA_STARTS, Recipe
+from flatquant.spec.recipe import DATA_STARTS, LARGEST_SEED, Recipe
 
 __all__ = [
     "CLIP_STARTS",
     "DATA_STARTS",
+    "LARGEST_SEED",
     "SITES",
     "BlockPlan",
     "BranchSpec",

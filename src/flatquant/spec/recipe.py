@@ -12,6 +12,7 @@ from flatquant.spec.convert import check
 from flatquant.spec.grids import SITES, Scheme
 from flatquant.spec.parts import BranchSpec, DataSpec, EndToEndSpec, FitSpec, SolverSpec, Transforms
 
+LARGEST_SEED = 2**32 - 1  # that goes with everything that draws numbers
 # Where transforms start that need calibration text for it.
 DATA_STARTS = ("absmax", "second_moment", "center")
 _RATES = ("lr", "clip_lr", "rotation_lr", "weight_lr", "code_lr")
