@@ -55,7 +55,6 @@ from flatquant.models import (
 from flatquant.progress import Progress
 from flatquant.runtime import artifact
 from flatquant.runtime.folder import Folder
-from flatquant.runtime.hf import adopt
 from flatquant.spec import Plan, Recipe, to_dict
 from flatquant.wiring.archs import arch_of
 
@@ -142,8 +141,12 @@ class Run:
         if self.checkpoint is not None and self.place is not None:
             return Quantized(plan, report, partial(artifact.load, self.place.output))
         if not distributed.leads():
-            adopt(self.model, plan, str(self.recipe.scheme), to_dict(self.recipe), report, None)
+            self._adopt(plan, report)
         return Quantized(plan, report, lambda: self.model)
+
+    def _adopt(self, plan: Plan, report: dict[str, Any]) -> None:
+        scheme, recipe = str(self.recipe.scheme), to_dict(self.recipe)
+        artifact.adopt(self.model, artifact.Origin(plan=plan, scheme=scheme, recipe=recipe, report=report))
 
     def _quantized(self) -> Quantized:
         if self.notice is not None:
@@ -186,7 +189,7 @@ class Run:
         report = report_of(self, identity, plan, data, original, calibration, text_seconds)
         if judged is not None:
             report["verdict"] = judged
-        adopt(self.model, plan, str(self.recipe.scheme), to_dict(self.recipe), report, None)
+        self._adopt(plan, report)
         if self.place is not None:
             with stage("save", self.progress):
                 artifact.save(

@@ -19,10 +19,9 @@ from flatquant.formats.base import SCALE, WHOLE
 from flatquant.interchange.theirs import FORMATS, their_numbers
 from flatquant.models import auto_class
 from flatquant.recipes import rtn
-from flatquant.runtime.artifact import rebuild_buffers
+from flatquant.runtime.artifact import Origin, adopt, rebuild_buffers
 from flatquant.runtime.build import install
 from flatquant.runtime.codes import CodeLinear
-from flatquant.runtime.hf import adopt
 from flatquant.spec import Plan, Recipe, Scheme, to_dict
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
@@ -92,7 +91,7 @@ def import_compressed(path: Path) -> tuple[PreTrainedModel, Plan, Recipe, dict[s
         "data": {"source": "imported from compressed-tensors", "samples": 0, "seqlen": 0},
     }
     model.eval().requires_grad_(False)
-    adopt(model, plan, str(recipe.scheme), to_dict(recipe), report, None)
+    adopt(model, Origin(plan=plan, scheme=str(recipe.scheme), recipe=to_dict(recipe), report=report))
     return model, plan, recipe, report
 
 

@@ -21,7 +21,7 @@ from flatquant.errors import ArtifactError
 from flatquant.quantizers import Dynamic, WeightGrid
 from flatquant.quantizers.clip import LearnedClip
 from flatquant.recipes import flatquant
-from flatquant.runtime.hf import adopt
+from flatquant.runtime.artifact import Origin, adopt
 from flatquant.spec import Plan, Recipe, to_dict
 from flatquant.transforms import Compose, Diagonal, Kronecker, Written
 from flatquant.transforms.factor import DirectFactor, Factor
@@ -70,7 +70,7 @@ def import_matrices(model: PreTrainedModel, path: Path, scheme: str = "w4a4kv4")
         "data": {"source": "imported matrices", "samples": 0, "seqlen": 0},
         "largest_clip_difference_within_a_site": widest,
     }
-    adopt(model, plan, str(recipe.scheme), to_dict(recipe), report, None)
+    adopt(model, Origin(plan=plan, scheme=str(recipe.scheme), recipe=to_dict(recipe), report=report))
     return plan, recipe, report
 
 

@@ -12,16 +12,10 @@ This module is imported while transformers itself is being imported, so it may i
 
 from __future__ import annotations
 
-import re
-import tempfile
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -34,16 +28,12 @@ from flatquant.runtime.folder import (
     SINGLE_FILE,
     Folder,
     plan_from_json,
-    plan_to_json,
 )
-from flatquant.spec import Plan
 from flatquant.versions import broken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-_CASTS = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64}
 
 # Methods of its quantisers that transformers calls, and we override. 5.17 shows the config to the first of two, later
 # releases to the second.
@@ -162,7 +152,7 @@ class FlatQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from flatquant import seams
-        from flatquant.runtime import fused
+        from flatquant.runtime import artifact, fused
 
         if self.folder is None:
             raise broken(f"from_pretrained did not call {_HOOKS[0]}")
@@ -176,7 +166,7 @@ class FlatQuantizer(HfQuantizer):
         del model.config.transformers_weights  # pyright: ignore[reportAttributeAccessIssue] - set by `_prepare`
         folder = self.folder
         seams.use_attention(model, folder.plan.attention)
-        adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
+        artifact.adopt(model, artifact.Origin.of(folder))
         fused.attach(model)
 
     def is_serializable(self) -> bool:
@@ -192,126 +182,3 @@ register_quantization_config(METHOD)(FlatQuantConfig)
 register_quantizer(METHOD)(FlatQuantizer)
 if AUTO_QUANTIZER_MAPPING.get(METHOD) is not FlatQuantizer:
     raise broken("register_quantizer did not register ours")
-
-
-def adopt(
-    model: PreTrainedModel,
-    plan: Plan,
-    scheme: str,
-    recipe: Mapping[str, Any],
-    report: Mapping[str, Any],
-    source: Folder | None,
-) -> None:
-    """Make a quantised model's `save_pretrained` and `push_to_hub` write our format, and its casts work.
-
-    Args:
-        source: the folder it was loaded from; its tokenizer goes along.
-    """
-    config = FlatQuantConfig(scheme, recipe=dict(recipe), plan=plan_to_json(plan))
-    ours: Any = model  # these attributes are transformers' own, and it declares none of them
-    ours.config.quantization_config = config
-    ours.hf_quantizer = FlatQuantizer(config)
-    ours.is_quantized, ours.quantization_method = True, METHOD
-    ours.flatquant_origin = (plan, scheme, recipe, report, source)
-    # On the instance, since transformers offers no hook that could write packed tensors under other file names.
-    ours.save_pretrained = MethodType(_save_pretrained, model)
-    ours.push_to_hub = MethodType(_push_to_hub, model)
-    # transformers refuses two of them for any quantised model, where a `to(dtype)` works.
-    for name, dtype in _CASTS.items():
-        setattr(ours, name, MethodType(partial(_cast, dtype=dtype), model))
-    ours._apply = MethodType(_apply, model)
-
-
-def _cast(model: Any, dtype: torch.dtype) -> PreTrainedModel:
-    return model.to(dtype)
-
-
-def _apply(model: PreTrainedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
-    """`nn.Module._apply`, but what no file stores (the frequencies of RoPE) keeps its dtype, as in `load(dtype=...)`.
-
-    In half precision, they would turn positions far from the first by wrong angles.
-    """
-    exact = [
-        (module._buffers, name, tensor)
-        for module in model.modules()
-        for name in module._non_persistent_buffers_set
-        if (tensor := module._buffers.get(name)) is not None
-    ]
-    type(model)._apply(model, fn, recurse)
-    for owner, name, tensor in exact:
-        now = owner[name]
-        if now is not None and now.dtype != tensor.dtype:
-            owner[name] = tensor.to(now.device)
-    return model
-
-
-def _save_pretrained(
-    model: Any,
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    state_dict: Any = None,
-    push_to_hub: bool = False,
-    max_shard_size: int | str = "5GB",
-    variant: str | None = None,
-    **kwargs: Any,
-) -> None:
-    """`PreTrainedModel.save_pretrained` of a quantised model; files of the same names are replaced."""
-    from flatquant.runtime import artifact
-
-    if state_dict is not None or variant is not None:
-        raise ModelError("a quantised model is saved as it is: leave out state_dict and variant")
-    plan, scheme, recipe, report, source = model.flatquant_origin
-    if is_main_process:
-        artifact.save(
-            model,
-            plan,
-            Path(save_directory),
-            scheme=scheme,
-            recipe=recipe,
-            report=report,
-            companions=source,
-            max_shard_bytes=_bytes(max_shard_size),
-            replace=True,
-        )
-    if push_to_hub:
-        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-        model.push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
-
-
-def _push_to_hub(
-    model: Any,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    max_shard_size: int | str = "5GB",
-) -> Any:
-    """`PreTrainedModel.push_to_hub`, with the model card that `save_pretrained` writes instead of an empty one."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or "Upload a flatquant model",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
-
-
-def _bytes(size: int | str) -> int:
-    """`5GB` as a number, in transformers' spelling."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", size.strip().upper())
-    if match is None:
-        raise ModelError(f"max_shard_size {size!r}: give bytes, or something like '5GB'")
-    return int(float(match[1]) * _SIZES[match[2]])

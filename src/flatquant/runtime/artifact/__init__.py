@@ -4,6 +4,7 @@ A folder appears complete or not at all, its bytes depend on nothing but the mod
 computes the same logits, to the last bit, as the one that was saved.
 """
 
+from flatquant.runtime.artifact.adopt import Origin, adopt
 from flatquant.runtime.artifact.evaluations import facing, keep_evaluation, merged, read_evaluation
 from flatquant.runtime.artifact.inspection import Inspection, inspect
 from flatquant.runtime.artifact.read import furnish, load, read_tensors, rebuild_buffers, skeleton
@@ -11,6 +12,8 @@ from flatquant.runtime.artifact.write import check_output, is_tied, save, unquan
 
 __all__ = [
     "Inspection",
+    "Origin",
+    "adopt",
     "check_output",
     "facing",
     "furnish",

@@ -15,6 +15,7 @@ from flatquant import seams
 from flatquant.errors import ArtifactError, one_line
 from flatquant.models import WRAPPERS, auto_class, kept_dtype
 from flatquant.runtime import fused
+from flatquant.runtime.artifact.adopt import Origin, adopt
 from flatquant.runtime.artifact.write import FOREIGN, tied_names
 from flatquant.runtime.build import install
 from flatquant.runtime.folder import (
@@ -25,7 +26,6 @@ from flatquant.runtime.folder import (
     read_json,
     stored_kinds,
 )
-from flatquant.runtime.hf import adopt
 from flatquant.runtime.linear import DenseLinear
 
 
@@ -68,7 +68,7 @@ def load(
         except (ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{folder.path / GENERATION_FILE} is damaged ({one_line(error)})") from error
     seams.use_attention(model, folder.plan.attention)
-    adopt(model, folder.plan, folder.scheme, folder.recipe, folder.read_report(), folder)
+    adopt(model, Origin.of(folder))
     fused.attach(model)
     return model.eval().requires_grad_(False)
 
