@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from flatquant import seams
 from flatquant.errors import DataError
 from flatquant.mixture import interleaved
-from flatquant.models import check_ids, render_chat
+from flatquant.models import CacheShape, check_ids, render_chat
 
 Progress = Callable[[int, int], None]
 
@@ -302,14 +302,7 @@ def writing_bytes(model: PreTrainedModel, device: torch.device, samples: int, se
 
 def _cache_row(model: PreTrainedModel, length: int) -> int:
     """Numbers in the KV cache of a row."""
-    config: Any = model.config.get_text_config()
-    layers = getattr(config, "per_layer_config", None)  # where they differ, the first's
-    first = layers[0] if layers else config
-    if latent := getattr(first, "kv_lora_rank", None):  # latent attention (DeepSeek-V2, section 2.1)
-        return config.num_hidden_layers * (latent + first.qk_rope_head_dim) * length
-    heads = getattr(first, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * length
+    return model.config.get_text_config().num_hidden_layers * CacheShape.of(model.config).numbers * length
 
 
 def _rows_at_once(model: PreTrainedModel, length: int) -> int:

@@ -9,12 +9,15 @@ from torch import nn
 from transformers import LlamaConfig, PretrainedConfig
 
 from flatquant.errors import ModelError, SpecError
+from flatquant.models import CacheShape
 from flatquant.recipes import flatquant, rtn
+from flatquant.runtime.experts import open_experts
 from flatquant.spec import SITES
 from flatquant.wiring.arch import Arch, Geometry, replace_submodule, submodule
 from flatquant.wiring.archs import ARCHS, LLAMA, arch_of
 from flatquant.wiring.plan import make_plan
 from tests.laws import family
+from tests.tiny_models import FAMILIES, tiny_family
 
 
 def test_families_are_found_by_their_type() -> None:
@@ -107,6 +110,19 @@ def test_geometry_reads_the_explicit_head_dim() -> None:
         num_hidden_layers=1, hidden_size=24, num_attention_heads=4, head_dim=None, num_key_value_heads=None
     )
     assert Geometry.of(config) == Geometry(heads=4, kv_heads=4, head_dim=6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_holds_by_the_config_what_it_holds_by_the_modules(name: str) -> None:
+    model = tiny_family(name)
+    open_experts(model)
+    text = model.config.get_text_config()
+    if not hasattr(type(text)(), "num_key_value_heads"):
+        vars(text).pop("num_key_value_heads", None)  # that a tiny model is given, and does not read
+    arch, geometry = arch_of(model.config), Geometry.of(model.config)
+    blocks = [(block, arch.of(block)) for block in submodule(model, arch.blocks).children()]
+    attended = [geometry.at(block, kind) for block, kind in blocks if kind.attention is not None]
+    assert not attended or CacheShape.of(model.config).numbers == attended[0].cached
 
 
 def test_modules_are_replaced_at_any_depth() -> None:

@@ -7,6 +7,7 @@ somebody's folder becomes a `ModelError` of one line that says what to do.
 Weights are read from safetensors only: a pickle can run code. Code that ships with a model runs only when asked for.
 """
 
+from flatquant.models.cache import CacheShape, head_dim
 from flatquant.models.checkpoint import Checkpoint, keep_dtypes, kept_dtype, open_model
 from flatquant.models.device import find_device
 from flatquant.models.folder import WRAPPERS, auto_class
@@ -19,11 +20,13 @@ from flatquant.models.text import check_ids, render_chat, warn_of_positions
 __all__ = [
     "ALIASES",
     "WRAPPERS",
+    "CacheShape",
     "Checkpoint",
     "auto_class",
     "check",
     "check_ids",
     "find_device",
+    "head_dim",
     "identity",
     "keep_dtypes",
     "kept_dtype",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flatquant.errors import ModelError
+from flatquant.models import CacheShape, head_dim
 from flatquant.runtime.experts import Experts
 from flatquant.spec import Pairing, Transforms
 
@@ -252,15 +253,12 @@ class Geometry:
     @classmethod
     def of(cls, config) -> Geometry:
         """Read a transformers config; `head_dim` is its own field where it exists. Where layers differ, the first's."""
-        config = config.get_text_config()
-        heads, layers = config.num_attention_heads, getattr(config, "per_layer_config", None)
-        first = layers[0] if layers else config
-        head_dim = getattr(first, "head_dim", None) or config.hidden_size // heads
+        text = config.get_text_config()
         return cls(
-            heads=heads,
-            kv_heads=getattr(first, "num_key_value_heads", None) or heads,
-            head_dim=head_dim,
-            experts=getattr(config, "num_experts_per_tok", None) or 1,
+            heads=text.num_attention_heads,
+            kv_heads=CacheShape.of(config).heads,
+            head_dim=head_dim(config),
+            experts=getattr(text, "num_experts_per_tok", None) or 1,
         )
 
     def at(self, block: nn.Module, arch: Arch) -> Geometry:
@@ -287,7 +285,7 @@ class Geometry:
     @property
     def cached(self) -> int:
         """Numbers that a cache holds of one token and block."""
-        return self.kv_heads * (self.key_dim + (self.latent or self.head_dim))
+        return CacheShape(heads=self.kv_heads, key_dim=self.key_dim, value_dim=self.latent or self.head_dim).numbers
 
 
 def rotary_channels(block: nn.Module, arch: Arch) -> int | None:
