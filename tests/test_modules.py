@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flatquant.calibrate.capture import capture
+from flatquant.modules import joined
 from flatquant.recipes import direct, rtn, svdquant, vptq
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.linear import PackedLinear
@@ -301,3 +302,18 @@ class _Machine:
 @given(steps=st.lists(step, min_size=3, max_size=9))
 def test_what_is_shared_is_what_a_fresh_module_computes(name: str, steps: list[tuple[str, int]]) -> None:
     _Machine(name).run(steps)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 3), st.booleans(), st.booleans())
+def test_joined_rows_are_one_tensor_or_a_copy(sizes: list[int], n: int, reverse: bool, apart: bool) -> None:
+    """Neighbouring rows of one tensor need no copy; any others are copied; either way they are the rows in order."""
+    whole = torch.arange(float(sum(sizes) * n)).view(-1, n)
+    parts = list(whole.split(sizes))
+    if reverse:
+        parts = parts[::-1]
+    if apart:
+        parts[0] = parts[0].clone()
+    out = joined(parts)
+    assert torch.equal(out, torch.cat(parts))
+    alone = len(parts) == 1
+    assert (out.data_ptr() == parts[0].data_ptr()) == (alone or not (reverse or apart))

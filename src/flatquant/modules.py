@@ -7,7 +7,7 @@ still trains, and one that is not a `Trainable` never does.
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -159,6 +159,27 @@ class Site(nn.Module, ABC):
     def _shares(self) -> bool:
         """Whether this is inside a forward pass in which results are kept."""
         return _pass.seen is not None
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors row upon row: of row ranges of one tensor, which follow one another in memory, that memory; else a copy.
+
+    A site's readers hold their rows of one weight: who multiplies or rounds them together needs no second one.
+
+    Args:
+        parts: of one dtype, (o, ..) each.
+
+    Returns:
+        (sum of o, ..)
+    """
+    first, size = parts[0], 0
+    for part in parts:
+        together = part.untyped_storage()._cdata == first.untyped_storage()._cdata and part.dtype == first.dtype
+        follows = part.is_contiguous() and part.storage_offset() == first.storage_offset() + size
+        if not (together and follows) or part.shape[1:] != first.shape[1:]:
+            return torch.cat(list(parts))
+        size += part.numel()
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def in_float32(module: nn.Module) -> set[str]:

@@ -74,13 +74,10 @@ class QTensor:
         return QTensor(values=self.values[index], scale=self.scale[index], zero=zero, spec=self.spec)
 
     def split(self, rows: list[int]) -> list[QTensor]:
-        """Cut the first dimension into parts of these sizes, each with its own storage."""
+        """Cut the first dimension into parts of these sizes, which are row ranges of the same memory."""
         zeros = [None] * len(rows) if self.zero is None else self.zero.split(rows)
         parts = zip(self.values.split(rows), self.scale.split(rows), zeros, strict=True)
-        return [
-            QTensor(values=v.clone(), scale=s.clone(), zero=None if z is None else z.clone(), spec=self.spec)
-            for v, s, z in parts
-        ]
+        return [QTensor(values=v, scale=s, zero=z, spec=self.spec) for v, s, z in parts]
 
     def packed(self) -> Tensor:
         """The integers as a little-endian stream of `bits`-bit fields.  # uint8, (.., ceil(n * bits / 8))"""

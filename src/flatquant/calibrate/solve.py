@@ -14,6 +14,7 @@ from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.rounding import RoundingLinear
 from flatquant.codebook import CodebookTensor
 from flatquant.formats.base import Codes
+from flatquant.modules import joined
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import BlockWeights, VectorGrid, WeightGrid
 from flatquant.runtime.branch import BranchedLinear
@@ -84,8 +85,8 @@ def solve_block(
         for together, hessian in jobs:
             for paths in [together] if site.codebook is None else [(path,) for path in together]:
                 linears = [_folded(block, path) for path in paths]
-                joined = solver.solve(torch.cat([linear.weight for linear in linears]), grid, hessian)
-                for path, served in zip(paths, _served(linears, joined, learns), strict=True):
+                solved = solver.solve(joined([linear.weight for linear in linears]), grid, hessian)
+                for path, served in zip(paths, _served(linears, solved, learns), strict=True):
                     replace_submodule(block, path, BranchedLinear(served, ups[path]) if ups else served)
 
 
@@ -99,15 +100,15 @@ def _grid(block: nn.Module, plan: SitePlan) -> WeightGrid | BlockWeights | Vecto
     return WeightGrid(plan.weights)
 
 
-def _served(linears: list[DenseLinear], joined: QTensor | Codes | CodebookTensor, learns: bool) -> list[SiteLinear]:
+def _served(linears: list[DenseLinear], solved: QTensor | Codes | CodebookTensor, learns: bool) -> list[SiteLinear]:
     """The serving stages of linears that were solved together, or what trains to be one."""
-    if isinstance(joined, CodebookTensor):
+    if isinstance(solved, CodebookTensor):
         (linear,) = linears
-        return [CodebookLinear.of(linear.site, joined, linear.bias)]
-    if isinstance(joined, Codes):
-        codes = joined.split([linear.weight.shape[0] for linear in linears])
+        return [CodebookLinear.of(linear.site, solved, linear.bias)]
+    if isinstance(solved, Codes):
+        codes = solved.split([linear.weight.shape[0] for linear in linears])
         return [FrozenCodes(linear.site, weight, linear.bias) for linear, weight in zip(linears, codes, strict=True)]
-    rows = joined.split([linear.weight.shape[0] for linear in linears])
+    rows = solved.split([linear.weight.shape[0] for linear in linears])
     frozen = [FrozenLinear(linear.site, weight, linear.bias) for linear, weight in zip(linears, rows, strict=True)]
     if not learns:
         return list(frozen)
@@ -118,7 +119,7 @@ def _branch_off(block: nn.Module, plan: SitePlan, rounds: int, hessian: Tensor |
     """Move a low-rank part of a site's weights into a branch; the readers' halves of it, (o, r) by path."""
     assert plan.weights is not None
     linears = [_folded(block, path) for path in plan.readers]
-    w = torch.cat([linear.weight for linear in linears])
+    w = joined([linear.weight for linear in linears])
     grid = BlockWeights(plan.weights) if plan.weights.format else WeightGrid(plan.weights)
 
     def rounded(rest: Tensor) -> Tensor:

@@ -104,14 +104,17 @@ class Codes:
         return pack_bits(self.codes, self.format.bits)
 
     def split(self, rows: list[int]) -> list[Codes]:
-        """Cut the first dimension into parts of these sizes, each with its own storage."""
+        """Cut the first dimension into parts of these sizes, which are row ranges of the same memory.
+
+        What all rows share, each part has for itself.
+        """
         pieces = [dict[str, Tensor]() for _ in rows]
         for name, part in self.parts.items():
-            cut = [part] * len(rows) if name in self.format.shared else part.split(rows)
+            cut = [part.clone() for _ in rows] if name in self.format.shared else part.split(rows)
             for piece, tensor in zip(pieces, cut, strict=True):
-                piece[name] = tensor.clone()
+                piece[name] = tensor
         codes = self.codes.split(rows)
-        return [Codes(codes=c.clone(), parts=p, format=self.format) for c, p in zip(codes, pieces, strict=True)]
+        return [Codes(codes=c, parts=p, format=self.format) for c, p in zip(codes, pieces, strict=True)]
 
 
 SCALE, WHOLE = "scale", "tensor_scale"  # names in a layout

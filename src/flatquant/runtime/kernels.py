@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flatquant.modules import joined
 from flatquant.ops import int4_linear
 from flatquant.ops.kron_quantize import Form, Site
 from flatquant.quantizers import Dynamic
@@ -47,8 +48,8 @@ class Product:
     @classmethod
     def of(cls, linears: list[PackedLinear], factor: float = 1.0) -> Product:
         """Join linears; their own tensors become parts of the joined ones, so that nothing is held twice."""
-        packed = torch.cat([m.packed for m in linears])
-        scale = torch.cat([m.scale[:, 0] for m in linears]).contiguous()
+        packed = joined([m.packed for m in linears])
+        scale = joined([m.scale for m in linears])[:, 0]
         bias = None
         if any(m.bias is not None for m in linears):
             bias = torch.cat([scale.new_zeros(len(m.packed)) if m.bias is None else m.bias.float() for m in linears])

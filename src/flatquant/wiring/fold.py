@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from flatquant import seams
 from flatquant.formats.base import Codes
+from flatquant.modules import joined
 from flatquant.quantizers import (
     ActivationLevels,
     Dynamic,
@@ -25,7 +26,7 @@ from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.codes import FrozenCodes
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenSite
-from flatquant.spec import LatentPlan, SitePlan
+from flatquant.spec import LatentPlan, SitePlan, by_expert
 from flatquant.transforms import Diagonal, Factor, Kronecker, Matrix, Transform
 from flatquant.wiring.arch import Arch, Edge, expanded, gain_of, replace_submodule, submodule
 from flatquant.wiring.fitted import FitBlock
@@ -81,16 +82,18 @@ def fold_block(fit: FitBlock, *, dtype: torch.dtype = torch.float32, dense: torc
             shift=None if shift is None else shift.to(dtype),
         )
     for edge in arch.edges:
-        for path in edge.readers:
-            weight, bias = folded[path]
-            target = dtype if plan.sites[edge.site].weights else dense or dtype
-            frozen_site = frozen[edge.site]
-            assert isinstance(frozen_site, FrozenSite)
-            bias = None if bias is None else bias.to(dtype)
-            if path in levels:
-                replace_submodule(block, path, FrozenCodes(frozen_site, levels[path], bias))
-                continue
-            replace_submodule(block, path, DenseLinear(frozen_site, weight.to(target), bias))
+        target = dtype if plan.sites[edge.site].weights else dense or dtype
+        frozen_site = frozen[edge.site]
+        assert isinstance(frozen_site, FrozenSite)
+        for group in by_expert(edge.readers):
+            weights = [folded[path][0] for path in group]
+            rows = joined(weights).to(target).split([len(w) for w in weights])  # still one tensor
+            for path, weight in zip(group, rows, strict=True):
+                bias = folded[path][1]
+                bias = None if bias is None else bias.to(dtype)
+                codes = levels.get(path)
+                linear = FrozenCodes(frozen_site, codes, bias) if codes else DenseLinear(frozen_site, weight, bias)
+                replace_submodule(block, path, linear)
     setattr(block, SITES_SLOT, frozen)
     if fit.key_value is not None:
         assert arch.attention is not None
@@ -151,7 +154,9 @@ def _absorb(
         scale = torch.ones_like(weight[:, 0])
         _, first, _ = edge.writes.place(len(scale), len(diagonal), 1)
         scale[first : first + len(diagonal)] = diagonal
-        folded[path] = (weight * scale[:, None], None if bias is None else bias * scale)
+        weight.mul_(scale[:, None])
+        if bias is not None:
+            bias.mul_(scale)
 
 
 @overload

@@ -68,7 +68,7 @@ def make_transforms(
     return made
 
 
-def joined(made: Sequence[Transform]) -> Transform:
+def composed(made: Sequence[Transform]) -> Transform:
     if not made:
         return Identity()
     return made[0] if len(made) == 1 else Compose(made)
@@ -101,4 +101,4 @@ def parts_of(transform: Transform) -> list[Transform]:
 def written_parts(transform: Transform, *, diagonals: bool = False) -> Transform:
     """What of a site's transform its input is written in; diagonals too, once a norm has absorbed them."""
     kinds = (Written, MovedGain, Diagonal) if diagonals else (Written, MovedGain)
-    return joined([part for part in parts_of(transform) if isinstance(part, kinds)])
+    return composed([part for part in parts_of(transform) if isinstance(part, kinds)])

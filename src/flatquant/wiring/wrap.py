@@ -39,7 +39,7 @@ from flatquant.wiring.linear import (
     ReaderScale,
     RowScale,
 )
-from flatquant.wiring.site_transform import joined, make_transforms, parts_of, written_parts
+from flatquant.wiring.site_transform import composed, make_transforms, parts_of, written_parts
 
 
 def wrap_block(
@@ -92,7 +92,7 @@ def wrap_block(
                 for path in writers:
                     outputs[path].append(output)
         if edge.site == ahead:
-            latent, made = joined(made), [Written(part) for part in made]
+            latent, made = composed(made), [Written(part) for part in made]
         if residual is not None and edge.norm is not None:
             rotation = residual
             if not edge.streams:  # a rotation of its own passes its norm
@@ -100,7 +100,7 @@ def wrap_block(
                 for path in writers:
                     outputs[path].append(_on_rows(HeadOutput(rotation), place, rows))
             made = [MovedGain(gain_of(block, edge.norm) + arch.norm_offset), Written(Matrix(rotation)), *made]
-        transforms[edge.site] = joined(made)
+        transforms[edge.site] = composed(made)
     if residual is not None:
         assert arch.residual is not None
         for path in arch.residual.writers:
