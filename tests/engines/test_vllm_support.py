@@ -138,6 +138,14 @@ def test_ranks_that_experts_do_not_divide_over(tmp_path: Path) -> None:
         support.check_cut(support.open_folder(path), 2)
 
 
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a4kv8", "w4a4k4v2"])
+def test_what_no_cache_of_4_bits_holds_is_refused(scheme: str, tmp_path: Path) -> None:
+    found = support.open_folder(quantised(tmp_path / "out", recipe=recipes.rtn(scheme)))
+    name = "values" if "k4" in scheme else "keys"
+    with pytest.raises(ModelError, match=f"the {name} of block 0 are no 4-bit integers with a zero point"):
+        support.check_packed(found)
+
+
 # --------------------------------------------------------------------------------------------- the command
 
 
@@ -178,6 +186,7 @@ def test_serve_starts_the_server(folder: Path, started: list) -> None:
         "--port": "8123",
         "--dtype": "auto",
         "--tensor-parallel-size": "1",
+        "--kv-cache-dtype": "auto",
     }
     assert line[-3:] == ["--max-model-len", "256", "--enforce-eager"]
 
@@ -195,6 +204,15 @@ def test_serve_refuses_in_one_line(folder: Path, started: list) -> None:
     assert "not for 3 ranks" in done.stderr
     assert done.stderr.count("\n") == 1
     assert started == []
+
+
+def test_serve_refuses_a_cache_that_holds_other_numbers(folder: Path, started: list, tmp_path: Path) -> None:
+    option = ("--kv-cache-dtype", support.PACKED)
+    assert isinstance(serve(folder, *option).exception, Started)
+    done = serve(quantised(tmp_path / "wide", recipe=recipes.rtn("w4a4")), *option)
+    assert done.exit_code == 1
+    assert "leave out --kv-cache-dtype" in done.stderr
+    assert len(started) == 1
 
 
 def test_serve_refuses_a_destroyed_model(folder: Path, started: list) -> None:

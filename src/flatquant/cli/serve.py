@@ -59,6 +59,9 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     dtype: Annotated[str, typer.Option(help="Of activations and cache: auto, float16, bfloat16 or float32.")] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share every layer.")] = 1,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Of stored keys and values: auto (as activations), or int4_per_token_head.")
+    ] = "auto",
     accept: Annotated[bool, typer.Option("--accept", help="Serve it even if its verdict is destroyed.")] = False,
 ) -> None:
     """Serve a quantised model over the OpenAI API, by vLLM. Options that are not listed here are vLLM's own."""
@@ -69,6 +72,8 @@ def serve(
         support.check_plugins()
         found = support.open_folder(folder)
         support.check_cut(found, tensor_parallel_size)
+        if kv_cache_dtype == support.PACKED:
+            support.check_packed(found)
         if not accept and word_of(found.read_report()) == DESTROYED:
             raise ModelError(f"{folder} has the verdict {DESTROYED}; quantise it with more bits, or give --accept")
         server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -79,6 +84,7 @@ def serve(
             "--port": str(port),
             "--dtype": dtype,
             "--tensor-parallel-size": str(tensor_parallel_size),
+            "--kv-cache-dtype": kv_cache_dtype,
         }
         given = {option.partition("=")[0] for option in context.args}
         named = [part for name, value in options.items() if name not in given for part in (name, value)]

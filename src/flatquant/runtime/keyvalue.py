@@ -133,11 +133,24 @@ class FrozenKeyValue(ExactBuffers, KeyValue):
     ) -> tuple[Tensor, Tensor]:
         if not isinstance(cache, IntegerStore):
             return super().store(cache, k, v, angles, layer, *args, **kwargs)
-        values = self.value(v) if self.values is None else self.values.quantize(self._before_cache(v))
+        values = self.value(v) if self.values is None else self.value_codes(v)
         if self.keys is None:
             return cache.append(self.key(k, angles), values, layer, k.dtype)
-        pairs = self._pairs(angles)
         offset = None
         if self.key_offset is not None:
-            offset = Offset(None if pairs is None else angles, self.pairing, self._given_back)
-        return cache.append(self.keys.quantize(self._transformed(k, pairs)), values, layer, k.dtype, offset)
+            offset = Offset(None if self.pairing == "none" else angles, self.pairing, self._given_back)
+        return cache.append(self.key_codes(k, angles), values, layer, k.dtype, offset)
+
+    def key_codes(self, k: Tensor, angles: Angles | None = None) -> QTensor | BlockRows:
+        """(k - o) P_h on the grid of keys: what a cache of integers holds.  # (B, heads, T, head_dim)"""
+        assert self.keys is not None
+        return self.keys.quantize(self._transformed(k, self._pairs(angles)))
+
+    def value_codes(self, v: Tensor) -> QTensor | BlockRows:
+        """v on the grid of values: what a cache of integers holds.  # (B, heads, T, head_dim)"""
+        assert self.values is not None
+        return self.values.quantize(self._before_cache(v))
+
+    def given_back(self, angles: Angles | None) -> Tensor:
+        """o P_h, which `key_codes` are short of, in the buffers' dtype.  # (B or 1, heads, T or 1, head_dim)"""
+        return self._given_back(self._pairs(angles))

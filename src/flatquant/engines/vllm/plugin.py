@@ -11,7 +11,7 @@ kernels. The operators find their layer by name in the forward context, as vLLM'
 
 Keys and values: queries, keys and values are changed before they reach the attention backend, so that every backend,
 and its cache, holds exactly the numbers that were calibrated, in 16 bits. A key's offset depends on its position, which
-is read off the batch's metadata.
+is read off the batch's metadata. `cache.py` has the backend that holds their integers instead.
 """
 # pyright: reportMissingImports=false
 # vLLM brings its own torch and is not part of the environment of development.
@@ -48,7 +48,7 @@ from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.platforms import current_platform
 
 from flatquant.engines.parts import Joined, Linear, Parts, columns_of, rows_of, share, site_of
-from flatquant.engines.vllm import support
+from flatquant.engines.vllm import cache, support
 from flatquant.errors import ModelError
 from flatquant.rotary import Angles
 from flatquant.runtime.build import SITES_SLOT
@@ -180,14 +180,16 @@ class FlatQuantConfig(QuantizationConfig):
 def _check_engine(folder: Folder) -> None:
     """Raise ModelError for what vLLM is asked to do and we have not tried."""
     config = get_current_vllm_config()
-    parallel, speculative, cache = config.parallel_config, config.speculative_config, config.cache_config.cache_dtype
+    parallel, speculative, stored = config.parallel_config, config.speculative_config, config.cache_config.cache_dtype
     support.check_cut(folder, parallel.tensor_parallel_size)
+    if stored == support.PACKED:
+        support.check_packed(folder)
     asked = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
         "expert parallelism": parallel.enable_expert_parallel,
         "LoRA adapters": config.lora_config is not None,
-        f"a cache of {cache}": cache not in ("auto", "float32", "float16", "bfloat16"),
+        f"a cache of {stored}": stored not in ("auto", "float32", "float16", "bfloat16", support.PACKED),
         "speculation other than n-grams": speculative is not None and speculative.method != "ngram",
     }
     for what in (what for what, found in asked.items() if found):
@@ -315,7 +317,10 @@ class KeyValueMethod(BaseKVCacheMethod):
 
     def create_weights(self, layer: Attention) -> None:
         super().create_weights(layer)
-        layer.register_forward_pre_hook(_before_attention)
+        if layer.kv_cache_dtype == support.PACKED:
+            cache.take_over(layer)
+        else:
+            layer.register_forward_pre_hook(_before_attention)
 
     def process_weights_after_loading(self, layer: Attention) -> None:
         super().process_weights_after_loading(layer)
@@ -327,7 +332,7 @@ class KeyValueMethod(BaseKVCacheMethod):
             rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             kv.key_offset = kv.key_offset[share(len(kv.key_offset), layer.num_kv_heads, rank, ranks)]
             angles = None if kv.pairing == "none" else parts.angles(self.block, device)
-        setattr(layer, _SLOT, _Basis(kv, angles))
+        setattr(layer, _SLOT, (cache.PackedBasis if layer.kv_cache_dtype == support.PACKED else _Basis)(kv, angles))
 
 
 class _Basis(nn.Module):

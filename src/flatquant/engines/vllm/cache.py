@@ -1,0 +1,237 @@
+"""vLLM's cache in 4 bits: an attention backend whose pages hold the integers that were calibrated.
+
+`--kv-cache-dtype int4_per_token_head` is vLLM's name for integers with a grid of their own for every token and head.
+vLLM's own kernels for it apply a Hadamard matrix and a grid of theirs. Ours take the queries, keys and values that the
+model computed, put them into their learned basis and on their calibrated grid, and store the integers; keys are stored
+less their offset, which attention gives back. So attention sees what a cache of 16 bits would hold.
+
+Pages are vLLM's: it shares, frees and counts them, and prefix caching and chunked prefill are the scheduler's matter.
+
+What was given up: speed away from CUDA, where a request's places are unpacked for every new token.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import register_backend
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from flatquant.engines.vllm.support import PACKED
+from flatquant.errors import ModelError
+from flatquant.ops.kv_cache import Store
+from flatquant.ops.paged_cache import Batch, attend, place_bytes, stores_of, write
+from flatquant.qtensor import QTensor
+from flatquant.rotary import Angles
+from flatquant.runtime.keyvalue import FrozenKeyValue
+
+_NAME = "FLATQUANT"
+_PLACES = 16  # pages hold a multiple of it: so scales lie on multiples of four bytes
+
+
+@dataclass
+class PackedMetadata(AttentionMetadata):
+    """What attention reads of a batch. Tokens of the first requests come first."""
+
+    num_actual_tokens: int
+    query_start_loc: Tensor  # (R + 1,)
+    seq_lens: Tensor  # (R,)
+    block_table: Tensor  # (R, M)
+    slot_mapping: Tensor  # (T,)
+
+
+class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
+    """Keeps what vLLM computes for all backends."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> PackedMetadata:
+        common = common_attn_metadata
+        return PackedMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc[: common.num_reqs + 1],
+            seq_lens=common.seq_lens[: common.num_reqs],
+            block_table=common.block_table_tensor[: common.num_reqs],
+            slot_mapping=common.slot_mapping,
+        )
+
+
+class PackedImpl(AttentionImpl[PackedMetadata]):
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = PACKED,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """
+        Raises:
+            ModelError: this attention is not computed here.
+        """
+        shared = kv_sharing_target_layer_name is not None
+        if alibi_slopes is not None or sinks is not None or shared or attn_type != "decoder":
+            raise ModelError(f"attention with ALiBi, sinks or shared keys has no cache of {PACKED}: leave that out")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
+        self.window, self.cap = sliding_window, logits_soft_cap or None
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: PackedMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Store new keys and values, and attend.
+
+        Args:
+            query: (T, queries, head_dim), as the model computed them; key, value: (T, heads, head_dim).
+            kv_cache: uint8, (pages, heads, N, bytes).
+        """
+        if attn_metadata is None:  # vLLM measures its memory
+            return output.zero_()
+        batch = attn_metadata
+        new = slice(batch.num_actual_tokens)
+        basis: PackedBasis = layer.flatquant
+        keys, values = stores_of(kv_cache)
+        q, k, v = basis(query[new], key[new], value[new], _positions(batch))
+        slots = batch.slot_mapping[new]
+        write(keys, k, slots)
+        write(values, v, slots)
+        requests = Batch(batch.block_table, batch.seq_lens, batch.query_start_loc)
+        output[new] = attend(q, keys, values, requests, self.window, self.scale, self.cap, basis.back(key.dtype))
+        return output
+
+
+class PackedBasis(torch.nn.Module):
+    """`FrozenKeyValue` on vLLM's layout, before and behind a cache of integers."""
+
+    def __init__(self, kv: FrozenKeyValue, angles: Callable[[Tensor, torch.dtype], Angles] | None) -> None:
+        super().__init__()
+        self.kv, self.angles = kv, angles
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Store, Store]:
+        """Queries in their basis, and what is stored.  # (T, heads, head_dim)"""
+        at = None if self.angles is None else self.angles(positions, k.dtype)
+        rows = [x.transpose(0, 1)[None] for x in (q, k, v)]  # (1, heads, T, head_dim)
+        keys, values = _stored(self.kv.key_codes(rows[1], at)), _stored(self.kv.value_codes(rows[2]))
+        return self.kv.query(rows[0])[0].transpose(0, 1), keys, values
+
+    def back(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """What stored keys at positions (n,) are short of, (heads, n, head_dim); see `paged_cache.attend`."""
+        if self.kv.key_offset is None:
+            return None
+
+        def at(positions: Tensor) -> Tensor:
+            short = self.kv.given_back(None if self.angles is None else self.angles(positions, dtype))[0]
+            return short.expand(-1, len(positions), -1)
+
+        return at
+
+
+def _stored(codes: Any) -> Store:
+    """(1, heads, T, head_dim) -> as `paged_cache.write` takes it"""
+    assert isinstance(codes, QTensor)
+    assert codes.zero is not None
+    parts = codes.packed(), codes.scale[..., 0], codes.zero[..., 0].to(torch.uint8)
+    return Store(*(part[0].transpose(0, 1) for part in parts))
+
+
+def _positions(batch: PackedMetadata) -> Tensor:
+    """Of a batch's tokens in their requests.  # int64, (T,)"""
+    starts, lengths = batch.query_start_loc, batch.seq_lens
+    token = torch.arange(batch.num_actual_tokens, device=starts.device)
+    request = torch.searchsorted(starts[1:].contiguous(), token, right=True)
+    return (lengths[request] - starts[request + 1] + token).long()
+
+
+@register_backend(_NAME)
+class PackedBackend(AttentionBackend):
+    """Pages of packed integers. `take_over` gives it to a layer."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar = [PACKED]
+
+    @staticmethod
+    def get_name() -> str:
+        return _NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[PackedImpl]:
+        return PackedImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[PackedBuilder]:
+        return PackedBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(_PLACES)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """How many bytes a place takes."""
+        return replace(spec, state_content_bytes=place_bytes(spec.head_size))
+
+
+def take_over(layer: Attention) -> None:
+    """Let a layer that vLLM has made keep its keys and values here.
+
+    Raises:
+        ModelError: its attention is not computed here.
+    """
+    made: Any = layer.impl
+    layer.attn_backend = PackedBackend
+    layer.impl = PackedImpl(
+        layer.num_heads,
+        layer.head_size,
+        made.scale,
+        layer.num_kv_heads,
+        made.alibi_slopes,
+        layer.sliding_window,
+        layer.kv_cache_dtype,
+        made.logits_soft_cap,
+        layer.attn_type,
+        layer.kv_sharing_target_layer_name,
+        made.sinks,
+    )

@@ -1,0 +1,123 @@
+"""Keys and values as packed 4-bit integers in pages (PagedAttention, arXiv 2309.06180): writing, and attention.
+
+A page has N places for every head. Place j of a sequence is place j % N of the page that the sequence's table names for
+j // N. A place holds the same as one of `ops.kv_cache`: packed integers, a scale and a zero point of its own.
+
+In memory, a page of one head is one run of bytes: integers of N keys, integers of N values, scales of both, zero points
+of both. So a page can be copied or cleared by whoever owns the memory, and every part of it is contiguous.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatquant.ops.kv_cache.reference import Store
+
+
+class Batch(NamedTuple):
+    """Requests whose tokens lie one after another in one row."""
+
+    table: Tensor  # pages of every request, integers, (R, M)
+    lengths: Tensor  # places of every request, new tokens included, integers, (R,)
+    starts: Tensor  # of the requests' new tokens in the row, and the row's end, integers, (R + 1,)
+
+
+def place_bytes(head_dim: int) -> int:
+    """Bytes of the key and the value of one token and head."""
+    return 2 * (head_dim // 2 + 4 + 1)
+
+
+def stores_of(cache: Tensor) -> tuple[Store, Store]:
+    """Keys and values in a cache's memory, as views.
+
+    Args:
+        cache: uint8, (pages, heads, N, `place_bytes`), a page of one head contiguous; N a multiple of 4.
+
+    Returns:
+        Stores of (pages, heads, N) places.
+    """
+    places, half = cache.shape[2], (cache.shape[3] - 10) // 2
+    run = cache.flatten(2)  # (pages, heads, bytes)
+    sizes = [places * half] * 2 + [4 * places] * 2 + [places] * 2
+    k, v, k_scale, v_scale, k_zero, v_zero = run.split(sizes, dim=-1)
+
+    def store(packed: Tensor, scale: Tensor, zero: Tensor) -> Store:
+        return Store(packed.unflatten(-1, (places, half)), scale.view(torch.float32), zero)
+
+    return store(k, k_scale, k_zero), store(v, v_scale, v_zero)
+
+
+def write(store: Store, new: Store, slots: Tensor) -> None:
+    """Put keys, or values, of tokens into their places.
+
+    Args:
+        new: of tokens: integers (T, heads, head_dim / 2), scales and zero points (T, heads).
+        slots: the page times N plus the place of every token, integers, (T,); a negative one is not written.
+    """
+    some = slots >= 0
+    places = store.scale.shape[2]
+    page, at = slots[some] // places, slots[some] % places
+    for part, values in zip(store, new, strict=True):
+        part[page, :, at] = values[some]
+
+
+def read(store: Store, pages: Tensor) -> Tensor:
+    """All places of some pages, one page after another.  # (p,) -> float32 (heads, p N, head_dim)"""
+    found = Store(*(part[pages].transpose(0, 1).flatten(1, 2)[None] for part in store))
+    return found.read(found.scale.shape[2])[0]
+
+
+def attend(
+    q: Tensor,
+    keys: Store,
+    values: Store,
+    batch: Batch,
+    window: int | None,
+    scaling: float,
+    cap: float | None = None,
+    back: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Causal attention of new tokens over their requests' places, which hold their own keys and values already.
+
+    Args:
+        q: (T, queries, head_dim).
+        window: how many places a token sees at most, its own included; None: all.
+        cap: scores s become cap tanh(s / cap).
+        back: what keys at some positions (n,) are short of, float32 (heads, n, head_dim). A place is a position.
+
+    Returns:
+        (T, queries, head_dim) in q's dtype; tokens of no request are 0.
+    """
+    out, places = torch.zeros_like(q), keys.scale.shape[2]
+    starts = batch.starts.tolist()
+    for request, length in enumerate(batch.lengths.tolist()):
+        own = slice(starts[request], starts[request + 1])
+        new = own.stop - own.start
+        if new == 0:
+            continue
+        first = 0 if window is None else max(0, length - new - window + 1) // places
+        pages = batch.table[request, first : -(-length // places)].long()
+        at = torch.arange(first * places, length, device=q.device)
+        k, v = (read(store, pages)[:, : len(at)] for store in (keys, values))
+        k = k if back is None else k + back(at)
+        seen = at <= torch.arange(length - new, length, device=q.device)[:, None]
+        if window is not None:
+            seen &= at > torch.arange(length - new, length, device=q.device)[:, None] - window
+        out[own] = _attention(q[own], k.to(q.dtype), v.to(q.dtype), seen, scaling, cap)
+    return out
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float, cap: float | None) -> Tensor:
+    """(T, queries, d), (heads, n, d), (heads, n, d), bool (T, n) -> (T, queries, d)"""
+    groups = q.shape[1] // k.shape[0]
+    k, v = (x.repeat_interleave(groups, dim=0)[None] for x in (k, v))
+    rows = q.transpose(0, 1)[None]  # (1, queries, T, d)
+    if cap is None:
+        mask = None if bool(seen.all()) else seen
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scaling)[0].transpose(0, 1)
+    scores = (rows.float() @ k.float().mT) * scaling
+    scores = (cap * torch.tanh(scores / cap)).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ v.float())[0].transpose(0, 1).to(q.dtype)

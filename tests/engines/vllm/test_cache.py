@@ -1,0 +1,56 @@
+"""Keys and values in 4 bits in vLLM's own pages."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from flatquant import recipes
+from flatquant.engines.vllm.cache import PackedImpl
+from flatquant.engines.vllm.support import PACKED
+from flatquant.errors import ModelError
+from flatquant.runtime.artifact import load
+from tests.engines.vllm.conftest import answers, largest_difference, served
+
+pytestmark = pytest.mark.vllm
+
+BOUND = 1e-4  # as in test_vllm.py
+OPTIONS = {"kv_cache_dtype": PACKED, "block_size": 16}  # the longest prompt takes three pages
+
+
+@pytest.mark.parametrize(
+    "family, more",
+    [
+        ("qwen2", {}),
+        # It caps scores, and every other block sees a window that is shorter than a prompt.
+        ("gemma2", {"query_pre_attn_scalar": 32, "sliding_window": 16}),
+    ],
+)
+def test_a_cache_of_integers_holds_what_a_wide_one_holds(quantised, family: str, more: dict[str, Any]) -> None:
+    """Log-probabilities are those of `load`, in parts and from shared pages too. A place takes 4 bits and its grid."""
+    folder = quantised(family, **more)
+    views: dict[int, torch.Tensor] = {}  # by their address: layers with and without a window share memory
+
+    def watch(vllm_model: torch.nn.Module) -> None:
+        for module in vllm_model.modules():
+            if isinstance(getattr(module, "impl", None), PackedImpl):
+                cache: Any = module.kv_cache
+                views[cache.data_ptr()] = cache
+
+    with served(folder, **OPTIONS, enable_prefix_caching=True, max_num_batched_tokens=16) as llm:
+        llm.apply_model(watch)
+        first, again = answers(llm), answers(llm)
+        assert largest_difference(llm, load(folder)) < BOUND
+    for (tokens, one), (others, two) in zip(first, again, strict=True):
+        assert tokens == others
+        assert one == pytest.approx(two, abs=BOUND)
+    held = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for view in views.values()}
+    places = sum(view.shape[:3].numel() for view in views.values())
+    assert {view.dtype for view in views.values()} == {torch.uint8}
+    assert sum(held.values()) == places * 2 * (32 // 2 + 4 + 1)  # of heads of 32 channels; in 16 bits 2 * 32 * 2
+
+
+def test_keys_and_values_of_other_widths_are_refused(quantised) -> None:
+    folder = quantised("llama", recipes.flatquant("w4a16"))
+    with pytest.raises(ModelError, match="the keys of block 0 are no 4-bit integers"), served(folder, **OPTIONS):
+        pass
