@@ -10,6 +10,9 @@ process. Four comparisons tell what a difference comes from:
   another order, as products of few rows take them. No engine can be expected to be nearer.
 - `unrounded`: `served` with the grids of keys and values taken away on both sides.
 - `same_inputs`: on the queries, keys and values that vLLM gives a block, whether both give attention the same bits.
+
+Schemes with 4-bit keys and values are served a second time with vLLM's cache in 4 bits (`packed`), which has a backend
+of ours: there, only logits are compared.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Before vLLM is imported: the engine runs in this process, so that its model can be looked at.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -35,12 +38,28 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from benchmarks.common import RESULTS, read_samples, write_result
 from flatquant import api, recipes
 from flatquant.data import calibration_tokens, evaluation_windows
+from flatquant.engines.vllm.support import PACKED
 from flatquant.models import load_model
 from flatquant.runtime import artifact
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.seams import CACHE, attached
 
-SCHEMES = ("kv4", "w4a16kv4", "w4a4kv4", "w4a16")
+
+class Row(NamedTuple):
+    """What is measured: a scheme in a precision, with each of these caches of vLLM's."""
+
+    scheme: str
+    dtype: str
+    caches: tuple[str, ...] = ("auto", PACKED)
+
+
+ROWS = (
+    Row("kv4", "float32"),
+    Row("kv4", "bfloat16"),
+    Row("w4a16kv4", "float32"),
+    Row("w4a4kv4", "float32"),
+    Row("w4a16", "float32", ("auto",)),
+)
 PARTS = 16  # of two or four, sums are the same to the last bit
 WITHIN = (1e-4, 1e-3, 1e-2, 1e-1)  # differences of log-probabilities that are counted
 SEED = 0
@@ -123,16 +142,20 @@ def engine(folder: Path, **options: Any) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
-def theirs(folder: Path, dtype: str, windows: Tensor, unrounded: bool = False, same: list | None = None) -> list[Any]:
-    """Logits and keys of each window by vLLM.
+def theirs(
+    folder: Path, dtype: str, windows: Tensor, cache: str, unrounded: bool = False, same: list | None = None
+) -> list[Any]:
+    """Logits of each window by vLLM, and keys but for those in 4 bits.
 
     Args:
+        cache: vLLM's `kv_cache_dtype`.
         same: gets, for every block and window, whether `load` makes the same bits of the block's inputs.
     """
     keys, seen, inputs = Keys(), [], []
 
     def watch(model: nn.Module) -> int:
         bases = [m for name, m in model.named_modules() if name.endswith("self_attn.attn.flatquant")]
+        bases = [] if cache == PACKED else bases
         for basis in bases:
             if unrounded:
                 basis.kv.keys = basis.kv.values = None
@@ -145,7 +168,7 @@ def theirs(folder: Path, dtype: str, windows: Tensor, unrounded: bool = False, s
     found = []
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
     length = 2 * windows.shape[1]
-    options = {"max_model_len": length, "max_num_batched_tokens": length, "max_num_seqs": 1}
+    options = {"max_model_len": length, "max_num_batched_tokens": length, "max_num_seqs": 1, "kv_cache_dtype": cache}
     with engine(folder, dtype=dtype, enable_prefix_caching=False, **options) as llm:
         (blocks,) = llm.apply_model(watch)
         for tokens in windows:
@@ -212,10 +235,10 @@ def moved(a: list[Tensor], b: list[Tensor]) -> list[float]:
 
 
 def difference(a: Any, b: Any, windows: Tensor) -> dict[str, Any]:
-    """Of two sides' (logits, keys) of all windows."""
+    """Of two sides' (logits, keys) of all windows; of keys, if both have some."""
     pairs = list(zip(a, b, windows, strict=True))
     apart = torch.cat([(chosen(x[0], t) - chosen(y[0], t)).abs() for x, y, t in pairs])
-    keys = [moved(x[1], y[1]) for x, y, _ in pairs]
+    keys = [moved(x[1], y[1]) if x[1] else [] for x, y, _ in pairs]
     by_block = [sum(block) / len(keys) for block in zip(*keys, strict=True)]
     return {"logprob_differences": rounded(apart), "keys_moved_by_block": [float(f"{x:.4g}") for x in by_block]}
 
@@ -237,26 +260,31 @@ def mean_of(values: list[float]) -> dict[str, float]:
     return {"mean": x.mean().item(), "standard_error": (x.std() / len(x) ** 0.5).item()}
 
 
-def measured(original: list[Tensor], folder: Path, scheme: str, dtype: str, windows: Tensor, say: Callable) -> Any:
-    """One scheme in one precision."""
-    real = getattr(torch, dtype)
-    same: list[dict[str, bool]] = []
-    served = theirs(folder, dtype, windows, same=same)
-    say(f"{scheme} {dtype}: served")
+def measured(original: list[Tensor], folder: Path, row: Row, windows: Tensor, say: Callable) -> list[dict[str, Any]]:
+    """One scheme in one precision; with each cache that it has."""
+    real = getattr(torch, row.dtype)
     loaded, apart = (list(ours(folder, real, windows, parts)) for parts in (1, PARTS))
-    sample: dict[str, Any] = {"scheme": scheme, "dtype": dtype, "seed": SEED}
-    sample["served"], sample["order"] = difference(served, loaded, windows), difference(apart, loaded, windows)
-    kl = {
-        name: torch.cat([divergence(o, logits) for o, (logits, _) in zip(original, side, strict=True)])
-        for name, side in (("load", loaded), ("vllm", served))
-    }
-    sample["kl"] = {name: rounded(values) for name, values in kl.items()}
-    if same:
-        sample["same_inputs"] = {name: sum(s[name] for s in same) / len(same) for name in same[0]}
-    if scheme == "kv4" and dtype == "float32":
-        pair = theirs(folder, dtype, windows, unrounded=True), list(ours(folder, real, windows, 1, unrounded=True))
-        sample["unrounded"] = difference(*pair, windows)
-    return sample
+    order = difference(apart, loaded, windows)
+    samples = []
+    for cache in row.caches:
+        same: list[dict[str, bool]] = []
+        served = theirs(folder, row.dtype, windows, cache, same=same)
+        say(f"{row}: served with the cache {cache}")
+        sample: dict[str, Any] = {"scheme": row.scheme, "dtype": row.dtype, "cache": cache, "seed": SEED}
+        sample["served"], sample["order"] = difference(served, loaded, windows), order
+        reference = [logits for logits, _ in loaded]
+        sides = (("load", original, loaded), ("vllm", original, served), ("vllm to load", reference, served))
+        sample["kl"] = {
+            name: rounded(torch.cat([divergence(o, logits) for o, (logits, _) in zip(whence, side, strict=True)]))
+            for name, whence, side in sides
+        }
+        if same:
+            sample["same_inputs"] = {name: sum(s[name] for s in same) / len(same) for name in same[0]}
+        if row == ROWS[0] and cache == "auto":
+            unrounded = theirs(folder, row.dtype, windows, cache, unrounded=True)
+            sample["unrounded"] = difference(unrounded, list(ours(folder, real, windows, 1, unrounded=True)), windows)
+        samples.append(sample)
+    return samples
 
 
 def metrics_of(sample: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +299,7 @@ def metrics_of(sample: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", default=list(dict.fromkeys(row.scheme for row in ROWS)))
     parser.add_argument("--folders", required=True, help="where quantised folders are, or are put")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
@@ -290,15 +318,20 @@ def main() -> None:
     samples = read_samples(path)
     done = {(sample["scheme"], sample["dtype"]) for sample in samples}
     settings = {"windows": args.windows, "length": args.length, "text": "wikitext2", "vllm": vllm.__version__}
-    for scheme in args.schemes:
-        for dtype in ("float32", "bfloat16") if scheme == "kv4" else ("float32",):
-            if (scheme, dtype) not in done:
-                folder = folder_of(args.model, scheme, Path(args.folders))
-                say(f"{scheme}: quantised")
-                samples.append(measured(original, folder, scheme, dtype, windows, say))
-            metrics = {f"{sample['scheme']} {sample['dtype']}": metrics_of(sample) for sample in samples}
-            write_result(path, name, seeds=[SEED], samples=samples, metrics=metrics | settings)
-            say(f"{scheme} {dtype}: {metrics[f'{scheme} {dtype}']}")
+    for row in ROWS:
+        if row.scheme not in args.schemes or (row.scheme, row.dtype) in done:
+            continue
+        folder = folder_of(args.model, row.scheme, Path(args.folders))
+        say(f"{row.scheme}: quantised")
+        samples += measured(original, folder, row, windows, say)
+        metrics = {title(sample): metrics_of(sample) for sample in samples}
+        write_result(path, name, seeds=[SEED], samples=samples, metrics=metrics | settings)
+        say(f"{row}: {metrics[title(samples[-1])]}")
+
+
+def title(sample: dict[str, Any]) -> str:
+    """Of a row in documents."""
+    return f"{sample['scheme']} {sample['dtype']}" + (" packed" if sample["cache"] == PACKED else "")
 
 
 if __name__ == "__main__":
