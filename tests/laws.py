@@ -80,10 +80,11 @@ def basis(
     kind: str = "kronecker",
     scale: bool = True,
     size: int = 0,
+    ranks: int = 1,
 ) -> dict[str, Transforms]:
     """A change of basis on every edge. Diagonals start at 1: `perturb` moves them."""
     diagonal = (TransformSpec(kind="diagonal"),) if scale else ()
-    full = TransformSpec(kind=kind, parameters=parameters, init=init, size=size)  # type: ignore[arg-type]
+    full = TransformSpec(kind=kind, parameters=parameters, init=init, size=size, ranks=ranks)  # type: ignore[arg-type]
     heads = full if kind == "blocks" else dataclasses.replace(full, kind="kronecker")
     wide = (*diagonal, full)
     return {
@@ -91,7 +92,7 @@ def basis(
         "attn_out": (heads,),
         "mlp_in": wide,
         "mlp_mid": wide,
-        "qk": (dataclasses.replace(full, kind="matrix", size=0),),
+        "qk": (dataclasses.replace(full, kind="matrix", size=0, ranks=1),),
     }
 
 
@@ -110,6 +111,8 @@ BASES: dict[str, dict[str, Transforms]] = {
     "blocks hadamard": basis("rotation", "hadamard", kind="blocks", size=8),
     "blocks product": basis("product", "hadamard", kind="blocks", size=8),
     "blocks fixed": basis("fixed", "hadamard", kind="blocks", size=8, scale=False),
+    "two ranks": basis("inverse", "orthogonal", ranks=2),
+    "four ranks": basis("svd", "hadamard", ranks=4),
     "diagonal only": DIAGONAL,
 }
 

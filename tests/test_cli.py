@@ -208,6 +208,7 @@ def test_options_reach_the_solver() -> None:
     assert made("rtn", rounding_steps=7).needs_data
     assert not made("autoround", rounding_steps=0).needs_data
     assert made("autoround", batch_size=2).solver.learned == RoundingSpec(batch_size=2)
+    assert made("flatquant", ranks=2).transforms["mlp_mid"][-1].ranks == 2
 
 
 def test_options_reach_the_end_to_end_fit() -> None:
@@ -590,6 +591,7 @@ def test_an_output_layer_of_its_own_is_told(place: Path, tmp_path: Path) -> None
         (["--samples", "2", "--batch-size", "4"], "batch size 4 exceeds 2 samples"),
         (["--samples", "0"], "too few to calibrate"),
         (["--epochs", "-1"], "epochs -1: at least 0"),
+        (["--method", "rtn", "--ranks", "2"], "recipe rtn: nothing at attn_out and mlp_mid mixes what ranks hold"),
         (["--dtype", "int4"], "unknown dtype 'int4'; known: float16"),
         (["--device", "toaster"], "unknown device 'toaster'"),
         (["--device", "meta"], "device meta is neither the CPU nor a CUDA device"),

@@ -518,3 +518,31 @@ def test_gptq_rounds_with_what_measured_best_or_as_its_authors() -> None:
         assert gptq(f"w{bits}a16", authors=True).solver == SolverSpec(kind="gptq")
         assert oac(f"w{bits}a16").solver.act_order == (bits < 4)
     assert not oac(Scheme.parse("w2a16", clip="none")).solver.act_order
+
+
+# ------------------------------------------------------------------------------------------------- ranks
+
+
+def test_a_method_for_ranks_has_left_factors_in_blocks_where_ranks_hold_parts() -> None:
+    for made in (flatquant("w4a4kv4"), quarot("w4a4kv4")):
+        cut = made.for_ranks(4)
+        found = {site: {t.ranks for t in parts if t.kind == "kronecker"} for site, parts in cut.transforms.items()}
+        assert found["attn_out"] == {4}
+        assert set().union(*(found[site] for site in found if site not in ("attn_out", "mlp_mid"))) <= {1}
+        assert cut.for_ranks(1) == made
+        assert from_dict(Recipe, to_dict(cut)) == cut
+
+
+def test_ranks_of_what_has_no_left_factor_are_refused() -> None:
+    with pytest.raises(SpecError, match="recipe rtn: nothing at attn_out and mlp_mid mixes what ranks hold"):
+        rtn("w4a4").for_ranks(2)
+    with pytest.raises(SpecError, match="a transform for 0 ranks: at least 1"):
+        flatquant("w4a4").for_ranks(0)
+    with pytest.raises(SpecError, match="a left factor of 6 rows in 4 blocks"):
+        SitePlan(readers=("mlp.down_proj",), shape=(6, 8), left=True, ranks=4)
+    with pytest.raises(SpecError, match="a left factor of 6 rows in 2 blocks"):
+        SitePlan(readers=("mlp.down_proj",), shape=(6, 8), ranks=2)
+
+
+def test_a_plan_without_ranks_is_written_as_it_always_was() -> None:
+    assert "ranks" not in to_dict(SitePlan(readers=("mlp.down_proj",), shape=(6, 8), left=True))

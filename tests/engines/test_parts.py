@@ -1,8 +1,12 @@
 """Parts of a folder are what `load` puts into a model, and a linear cut for several ranks is still that linear."""
 
 import dataclasses
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +16,27 @@ from torch import Tensor
 
 from flatquant import recipes
 from flatquant.api import quantize
-from flatquant.engines.parts import Joined, Linear, Parts, check_ranks, columns_of, rows_of, share, site_of
-from flatquant.errors import ModelError
+from flatquant.engines.parts import (
+    Gathered,
+    Joined,
+    Linear,
+    Own,
+    Parts,
+    check_ranks,
+    columns_of,
+    cut_site,
+    rows_of,
+    share,
+    site_of,
+)
+from flatquant.errors import ArtifactError, ModelError
 from flatquant.runtime.artifact import load
 from flatquant.runtime.experts import Experts
 from flatquant.runtime.folder import Folder
 from flatquant.runtime.kernels import Unsupported
 from flatquant.runtime.linear import FrozenSite, PackedLinear
 from flatquant.seams import attached
-from flatquant.spec import DataSpec, QuantSpec, Recipe, SitePlan
+from flatquant.spec import DataSpec, Plan, QuantSpec, Recipe, SitePlan
 from tests.tiny_models import tiny_family
 
 CPU = torch.device("cpu")
@@ -29,6 +45,9 @@ RECIPES = {
     "flatquant": lambda: recipes.flatquant("w4a4kv4", preset="quick"),
     "groups": lambda: recipes.flatquant("w4g4a8kv4,attn_in=w16a16", preset="quick"),
     "quarot": lambda: recipes.quarot("w4a4kv4"),
+    "ranks": lambda: recipes.flatquant("w4a4kv4", preset="quick").for_ranks(4),
+    "rtn": lambda: recipes.rtn("w4a4"),
+    "weights": lambda: recipes.flatquant("w4a16", preset="quick").for_ranks(4),
     "branch": lambda: recipes.svdquant("w4a4", rank=2),
     "levels": lambda: recipes.direct("w3a4"),
     "nvfp4": lambda: recipes.rtn("nvfp4"),
@@ -47,6 +66,12 @@ def quantised(recipe: Recipe, output: Path, family: str = "llama") -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantised(RECIPES["flatquant"](), tmp_path_factory.mktemp("parts") / "out")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`made("quarot")`: the folder of one of `RECIPES`, made once."""
+    return cache(lambda name: quantised(RECIPES[name](), tmp_path_factory.mktemp("parts") / "out"))
 
 
 def linears(plan) -> list[str]:
@@ -206,11 +231,45 @@ def test_scratch_is_as_large_as_the_largest_product_takes(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------- ranks
 
 
-@pytest.mark.parametrize("name", ["flatquant", "groups", "quarot"])
+class Ring:
+    """Ranks in threads of this process, and what they give one another."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.parts = ranks, [torch.empty(0)] * ranks
+        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.own = threading.local()
+        self.gathered: list[int] = []  # numbers a row that a rank gave
+
+    def gather(self, part: Tensor) -> Tensor:
+        self.parts[self.own.rank] = part
+        self.gathered.append(part.shape[-1])
+        self.barrier.wait()
+        whole = torch.cat(self.parts, dim=-1)
+        self.barrier.wait()
+        return whole
+
+    def __call__(self, modules: list, pieces: Iterable[Tensor]) -> list[Tensor]:
+        """What each rank's module gives for its piece."""
+
+        def run(rank: int, module, piece: Tensor) -> Tensor:
+            self.own.rank = rank
+            return module(piece)
+
+        self.gathered.clear()
+        with ThreadPoolExecutor(self.ranks) as pool:
+            return list(pool.map(run, range(self.ranks), modules, pieces))
+
+
+def planned(plan: Plan, linear: str) -> SitePlan:
+    found = site_of(plan, linear)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize("name", ["flatquant", "groups", "quarot", "ranks", "rtn", "weights"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_together_are_the_whole(name: str, ranks: int, tmp_path: Path) -> None:
-    path = quantised(RECIPES[name](), tmp_path / "out")
-    parts = Parts(Folder.open(path))
+def test_ranks_together_are_the_whole(name: str, ranks: int, made: Callable[[str], Path]) -> None:
+    parts, ring = Parts(Folder.open(made(name))), Ring(ranks)
     for linear in linears(parts.plan):
         whole = parts.linear(linear, CPU, torch.float32)
         x = torch.randn(5, whole.plain().shape[1])
@@ -219,22 +278,57 @@ def test_ranks_together_are_the_whole(name: str, ranks: int, tmp_path: Path) -> 
         rows = torch.cat([rows_of(whole, own, rank, ranks)(x) for rank in range(ranks)], dim=-1)
         torch.testing.assert_close(rows, want, rtol=1e-6, atol=1e-6)
         pieces = x.chunk(ranks, dim=-1)
-
-        def gather(piece: Tensor, x: Tensor = x) -> Tensor:
-            return x
-
-        cut = [columns_of(whole, gather, rank, ranks) for rank in range(ranks)]
-        columns = [linear(piece) for linear, piece in zip(cut, pieces, strict=True)]
+        plan = planned(parts.plan, linear)
+        cut = [columns_of(whole, plan, ring.gather, rank, ranks) for rank in range(ranks)]
+        columns = ring(cut, pieces)
         torch.testing.assert_close(torch.stack(columns).sum(0), want, rtol=1e-5, atol=1e-5)
-        if name == "flatquant" and x.shape[1] % (2 * ranks) == 0:
-            for linear, piece, column in zip(cut, pieces, columns, strict=True):
-                assert torch.equal(parts.kernels([linear], "here")(piece), column)
+        if name in ("ranks", "rtn", "weights") and plan.ranks % ranks == 0:  # no transform, or one that ranks do alone
+            assert set(ring.gathered) == ({2} if plan.activations else set())
+        elif plan.left:
+            assert set(ring.gathered) == {x.shape[1] // ranks}
+        if name in ("flatquant", "ranks") and x.shape[1] % (2 * ranks) == 0:
+            for kernels, column in zip(
+                ring([parts.kernels([one], "here") for one in cut], pieces), columns, strict=True
+            ):
+                assert torch.equal(kernels, column)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_alone_rounds_as_all_together(ranks: int, made: Callable[[str], Path]) -> None:
+    """On one grid, with numbers whose sums are exact: the same integers."""
+    parts, ring = Parts(Folder.open(made("ranks"))), Ring(ranks)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        whole = parts.linear(f"model.layers.0.{name}", CPU, torch.float32)
+        site, plan = whole.site, planned(parts.plan, f"model.layers.0.{name}")
+        for factor in (site.left, site.right):
+            if factor is not None:
+                factor.copy_((factor * 16).round() / 16)
+        x = torch.randint(-9, 9, (7, whole.plain().shape[1])).float()
+        cut = [cut_site(site, plan, ring.gather, rank, ranks) for rank in range(ranks)]
+        assert all(isinstance(one, Own) for one in cut)
+        want: Any = site(x)
+        found: list[Any] = ring(cut, x.chunk(ranks, dim=-1))
+        assert torch.equal(torch.cat([part.values for part in found], dim=-1), want.values)
+        assert all(torch.equal(part.scale, want.scale) for part in found)
+
+
+def test_ranks_that_the_folder_is_not_made_for_gather(made: Callable[[str], Path]) -> None:
+    parts = Parts(Folder.open(made("ranks")))
+    linear = "model.layers.0.mlp.down_proj"
+    site, plan = parts.linear(linear, CPU, torch.float32).site, planned(parts.plan, linear)
+    assert plan.ranks == 4
+    assert isinstance(cut_site(site, plan, lambda x: x, 0, 4), Own)
+    assert isinstance(cut_site(site, plan, lambda x: x, 0, 8), Gathered)
+    assert site.left is not None
+    site.left[0, -1] = 1
+    with pytest.raises(ArtifactError, match=r"the left factor of mlp\.down_proj is not in 4 blocks, as its plan says"):
+        cut_site(site, plan, lambda x: x, 0, 2)
 
 
 def test_integers_are_cut_and_not_rounded_again(folder: Path) -> None:
     whole = Parts(Folder.open(folder)).linear("model.layers.0.mlp.down_proj", CPU, torch.float32)
     assert isinstance(whole, PackedLinear)
-    cut = columns_of(whole, lambda x: x, 1, 2)
+    cut = columns_of(whole, planned(Folder.open(folder).plan, "model.layers.0.mlp.down_proj"), lambda x: x, 1, 2)
     assert torch.equal(cut.qweight().values, whole.qweight().values[:, 24:])
     assert torch.equal(cut.scale, whole.scale)
     assert cut.bias is None

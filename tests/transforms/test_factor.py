@@ -10,12 +10,14 @@ from flatquant.errors import SpecError
 from flatquant.modules import trainable_parameters
 from flatquant.spec import TransformSpec
 from flatquant.transforms import (
+    BlockFactor,
     DirectFactor,
     Factor,
     FixedFactor,
     OrthogonalFactor,
     SVDFactor,
     make_factor,
+    make_left,
     shared_inverses,
 )
 from flatquant.transforms.factor import cayley, polish
@@ -281,3 +283,45 @@ def test_a_product_is_that_of_two_small_matrices() -> None:
         torch.testing.assert_close(factor.matrix().mT @ factor.inverse_t(), torch.eye(32).double())
     with pytest.raises(SpecError, match="no product"):
         TransformSpec(kind="kronecker", parameters="product")
+
+
+# ------------------------------------------------------------------------------------------------- blocks
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    size=st.integers(1, 6),
+    ranks=st.sampled_from([2, 3, 4]),
+    parameters=st.sampled_from(["inverse", "svd", "rotation"]),
+    init=st.sampled_from(["orthogonal", "hadamard", "identity"]),
+    seed=st.integers(0, 99),
+)
+def test_blocks_stay_blocks_and_train(size: int, ranks: int, parameters: str, init: str, seed: int) -> None:
+    spec = TransformSpec(kind="kronecker", parameters=parameters, init=init, ranks=ranks)  # type: ignore[arg-type]
+    factor = make_left(spec, size * ranks, generator(seed))
+    assert isinstance(factor, BlockFactor)
+    assert factor.size == size * ranks
+    if parameters != "rotation":
+        moved(factor, seed=seed)
+    p, inverse = factor.matrix(), factor.inverse_t()
+    torch.testing.assert_close(p.mT @ inverse, torch.eye(size * ranks), rtol=0, atol=1e-4)
+    inside = torch.block_diag(*torch.ones(ranks, size, size)).bool()
+    assert (p[~inside] == 0).all()
+    assert (inverse[~inside] == 0).all()
+    with shared_inverses([factor]):
+        torch.testing.assert_close(factor.inverse_t(), inverse, rtol=1e-4, atol=1e-4)
+    (p * torch.randn(p.shape, generator=generator(seed))).sum().backward()
+    trained = [q for group in trainable_parameters(factor).values() for q in group]
+    assert sum(q.grad is not None for q in trained) >= ranks
+
+
+def test_one_rank_has_one_factor() -> None:
+    spec = TransformSpec(kind="kronecker", init="orthogonal")
+    assert torch.equal(make_left(spec, 6, generator()).matrix(), make_factor(spec, 6, generator()).matrix())
+
+
+@pytest.mark.parametrize("kind", ["matrix", "diagonal", "blocks", "head"])
+def test_only_kronecker_factors_are_made_for_ranks(kind: str) -> None:
+    size = 4 if kind == "blocks" else 0
+    with pytest.raises(SpecError, match=f"a {kind} is not made for ranks: only a kronecker is"):
+        TransformSpec(kind=kind, size=size, ranks=2)  # type: ignore[arg-type]

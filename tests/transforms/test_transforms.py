@@ -20,6 +20,7 @@ from flatquant.transforms import (
     SVDFactor,
     Transform,
     Written,
+    hadamard_split,
     kronecker_split,
 )
 from flatquant.transforms.diagonal import BOUND, absmax_scale, second_moment_scale
@@ -145,6 +146,15 @@ def test_kronecker_split_is_the_cheapest_of_all() -> None:
         assert n1 * n2 == n
         assert n1 <= n2
         assert n1 + n2 == min(a + n // a for a in range(1, n + 1) if n % a == 0)
+
+
+@given(n=st.integers(1, 600), blocks=st.integers(1, 16), split=st.sampled_from([kronecker_split, hadamard_split]))
+def test_a_left_factor_in_blocks(n: int, blocks: int, split) -> None:
+    n1, n2 = split(blocks * n, blocks)
+    assert n1 * n2 == blocks * n
+    assert n1 % blocks == 0
+    if split is kronecker_split:
+        assert n1 + n2 == min(blocks * a + n // a for a in range(1, n + 1) if n % a == 0)
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,10 @@ def test_modules_are_replaced_at_any_depth() -> None:
 # -------------------------------------------------------------------------------------------------- plans
 
 
-def planned(scheme: str, *, force: bool = False, **shape):
+def planned(scheme: str, *, force: bool = False, ranks: int = 1, **shape):
     model = family("llama", dtype=torch.float32, **shape)
     geometry = Geometry.of(model.config)
-    return make_plan(flatquant(scheme), LLAMA, geometry, model.model.layers, force=force)
+    return make_plan(flatquant(scheme).for_ranks(ranks), LLAMA, geometry, model.model.layers, force=force)
 
 
 def test_a_plan_says_what_runs_online() -> None:
@@ -158,6 +158,21 @@ def test_a_plan_says_what_runs_online() -> None:
             "mlp_in": ((4, 6), True, True),
             "mlp_mid": ((5, 8), True, True),
         }
+
+
+def test_a_plan_for_ranks_has_blocks_where_ranks_hold_parts() -> None:
+    for block in planned("w4a4kv4", ranks=4).blocks:
+        found = {name: (site.shape, site.ranks) for name, site in block.sites.items()}
+        assert found == {
+            "attn_in": ((4, 6), 1),
+            "attn_out": ((4, 6), 4),
+            "mlp_in": ((4, 6), 1),
+            "mlp_mid": ((8, 5), 4),
+        }
+    with pytest.raises(SpecError, match="attn_out: 4 heads do not divide over 3 ranks"):
+        planned("w4a4kv4", ranks=3)
+    with pytest.raises(SpecError, match="mlp_mid: 42 channels do not divide over 4 ranks"):
+        planned("w4a4kv4", ranks=4, intermediate=42)
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,15 @@ def recipe_of(
     weight_clip: str | None = None,
     activation_clip: str | None = None,
     rounding_steps: int | None = None,
+    ranks: int | None = None,
 ) -> Recipe:
     """The method's recipe with what the options change; an option that would change nothing is an error."""
     from flatquant.recipes import recipe
     from flatquant.spec import Scheme, from_dict, to_dict
 
     base = recipe(method, scheme, preset)
+    if ranks is not None:
+        base = base.for_ranks(ranks)
     if key_offset is not None:
         if base.scheme.keys is None and not base.scheme.cache_overrides:
             raise SpecError(f"scheme {base.scheme} does not quantise keys: leave out --key-offset")

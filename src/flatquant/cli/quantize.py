@@ -91,6 +91,13 @@ def quantize(
         str | None,
         typer.Option(help="A constant that cached keys leave out: auto (mean; without text, bias), none, bias, mean."),
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of tensor parallelism that is to transform what it holds without a gather: left factors in blocks.",
+        ),
+    ] = None,
     device: Device = None,
     devices: Devices = None,
     dtype: Annotated[str | None, typer.Option(help="Of the fit's products: float16, bfloat16 or float32.")] = None,
@@ -140,6 +147,7 @@ def quantize(
             "weight_clip": weight_clip,
             "activation_clip": activation_clip,
             "rounding_steps": rounding_steps,
+            "ranks": ranks,
         }
         named = not mistakes.found
         made = partial(recipe_of, **rounding)

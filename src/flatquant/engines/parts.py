@@ -5,8 +5,10 @@ values of an attention module: the very modules that `flatquant.load` would put 
 So an engine computes what was calibrated, by the same arithmetic, and whatever a folder can hold can be served.
 
 With tensor parallelism a rank holds some rows of a linear (all ranks read the same tensor, and each transforms it), or
-some columns of one that reads what the ranks hold parts of: those are gathered and transformed whole, and the rank
-goes on with its own columns of the result. Weights were rounded before, and are cut, never rounded again.
+some columns of one that reads what the ranks hold parts of. Where the left factor is block-diagonal and the number of
+ranks divides that of its blocks, a rank transforms its part by itself; all that ranks tell one another are the ends of
+a row, which its grid covers. Elsewhere the parts are gathered and transformed whole, and the rank goes on with its own
+columns of the result. Weights were rounded before, and are cut, never rounded again.
 
 `Parts.kernels` makes of linears that read one site the two operators that have kernels on CUDA; on a CPU these compute
 the same bits as the modules.
@@ -22,11 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatquant.errors import ModelError
+from flatquant.errors import ArtifactError, ModelError
 from flatquant.formats import kinds
 from flatquant.modules import Site, share_inputs
 from flatquant.ops import int4_linear, kron_quantize
+from flatquant.ops.kron_quantize.reference import on_grid
 from flatquant.qtensor import QTensor
+from flatquant.quantizers import Dynamic
 from flatquant.rotary import Angles
 from flatquant.runtime import artifact
 from flatquant.runtime.branch import BranchedLinear
@@ -89,17 +93,21 @@ class Parts:
         packed = [packed_linear(linear, where) for linear in linears]
         device = packed[0].packed.device
         site, n = packed[0].site, packed[0].n
-        cut = site if isinstance(site, Gathered) else None
+        cut = site if isinstance(site, Gathered | Own) else None
         if cut is not None:
-            site, n = cut.site, n * cut.ranks
+            site, n = cut.site, n * (cut.ranks if isinstance(cut, Gathered) else 1)
         assert isinstance(site, FrozenSite)
         made = kernel_site(site, n, None, where, device)
 
         def quantize(x: Tensor, form: kron_quantize.Form) -> tuple[Tensor, Tensor]:
-            if cut is None:
-                return kron_quantize.plain(x, made, form)
-            values, scale = kron_quantize.plain(cut.gather(x), made, form)
-            return cut.own_integers(values, form), scale
+            match cut:
+                case Gathered():
+                    values, scale = kron_quantize.plain(cut.gather(x), made, form)
+                    return cut.own_integers(values, form), scale
+                case Own():  # no kernel: the scale is known when the other ranks have told
+                    y = cut.site.transformed(x)
+                    return on_grid(y, cut.ends(y), made.ratios, made.bits, form)
+            return kron_quantize.plain(x, made, form)
 
         return KernelLinear(quantize, Product.of(packed), self._scratch(device))
 
@@ -210,6 +218,52 @@ class Gathered(Site):
         return x[index]
 
 
+class Own(Site):
+    """A rank's part of a site that transforms what each rank holds by itself."""
+
+    def __init__(self, site: FrozenSite, gather: Callable[[Tensor], Tensor]) -> None:
+        """
+        Args:
+            site: with the rank's part of shift and left factor.
+            gather: see `Gathered`.
+        """
+        super().__init__()
+        self.site, self.gather = site, gather
+
+    def forward(self, x: Tensor) -> Tensor | QTensor:
+        """(.., n / ranks) -> (.., n / ranks)"""
+        grid, y = self.site.activations, self.site.transformed(x)
+        return grid.quantize(y, self.ends(y)) if isinstance(grid, Dynamic) else y.to(x.dtype)
+
+    def ends(self, y: Tensor) -> Tensor:
+        """Smallest and largest numbers of the parts of a row, whose extremes are the row's.  # (.., 2 ranks)"""
+        return self.gather(torch.stack((y.amin(-1), y.amax(-1)), dim=-1))
+
+    def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
+        return x[index]
+
+
+def cut_site(site: FrozenSite, plan: SitePlan, gather: Callable[[Tensor], Tensor], rank: int, ranks: int) -> Site:
+    """A site of which a rank holds and gives a part: `Own` where that is enough, else `Gathered`.
+
+    Raises:
+        ArtifactError: the left factor is not in the blocks that the plan says it has.
+    """
+    apart = plan.ranks % ranks == 0 if site.left is not None else site.right is None or plan.shape[0] % ranks == 0
+    if not apart or not isinstance(site.activations, Dynamic | None):
+        return Gathered(site, gather, rank, ranks)
+    left, shift = site.left, site.shift
+    if left is not None:
+        size = len(left) // ranks
+        rows = left[rank * size : (rank + 1) * size]
+        left = rows[:, rank * size : (rank + 1) * size]
+        if rows.count_nonzero() != left.count_nonzero():
+            raise ArtifactError(f"the left factor of {plan.readers[0]} is not in {plan.ranks} blocks, as its plan says")
+    if shift is not None:
+        shift = shift.chunk(ranks)[rank]
+    return Own(FrozenSite(left, site.right, site.activations, shift=shift), gather)
+
+
 def check_ranks(name: str, site: SitePlan, ranks: int, *, columns: bool) -> None:
     """Raise ModelError unless a site's linears can be cut for this many ranks.
 
@@ -252,9 +306,14 @@ def rows_of(linear: Linear, own: int, rank: int, ranks: int) -> Linear:
     return PackedLinear.of(FrozenLinear(linear.site, linear.qweight().rows(rows), bias))
 
 
-def columns_of(linear: Linear, gather: Callable[[Tensor], Tensor], rank: int, ranks: int) -> Linear:
-    """A rank's columns of a linear that reads what ranks hold parts of; the sum over ranks is the linear's output."""
-    site: Any = Gathered(linear.site, gather, rank, ranks)
+def columns_of(linear: Linear, plan: SitePlan, gather: Callable[[Tensor], Tensor], rank: int, ranks: int) -> Linear:
+    """A rank's columns of a linear that reads what ranks hold parts of; the sum over ranks is the linear's output.
+
+    Args:
+        plan: of the site that it reads.
+        gather: the whole of a tensor's last dimension from the rank's part of it.
+    """
+    site: Any = cut_site(linear.site, plan, gather, rank, ranks)
     bias = linear.bias if rank == 0 else None
     if isinstance(linear, DenseLinear):
         return DenseLinear(site, linear.weight.chunk(ranks, dim=-1)[rank], bias)

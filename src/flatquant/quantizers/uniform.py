@@ -47,9 +47,13 @@ class Dynamic(nn.Module):
         """Round to the grid and back, differentiable.  # x's shape and dtype"""
         return fake_quantize_rows(x, *self._ratios(x), self.spec.low, self.spec.high)
 
-    def quantize(self, x: Tensor) -> QTensor:
-        """Integers with their grid; one scale per row."""
-        scale, zero = self.grid(x)
+    def quantize(self, x: Tensor, ends: Tensor | None = None) -> QTensor:
+        """Integers with their grid; one scale per row.
+
+        Args:
+            ends: of rows that x has a part of: numbers whose smallest and largest are the row's, (.., m).
+        """
+        scale, zero = self.grid(x if ends is None else ends)
         q = quantize(x.to(scale.dtype), scale, zero, self.spec.low, self.spec.high)
         dtype = torch.int8 if self.spec.symmetric else torch.uint8
         return QTensor(values=q.to(dtype), scale=scale, zero=zero, spec=self.spec)

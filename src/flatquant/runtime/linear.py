@@ -82,11 +82,14 @@ class FrozenSite(ExactBuffers, Site):
         part = self._seen("rows", x)
         return self._once("whole", x, lambda: self._compute(x)) if part is None else part.result
 
-    def _compute(self, x: Tensor) -> tuple[Tensor | QTensor, Tensor | None]:
+    def transformed(self, x: Tensor) -> Tensor:
+        """(x - d) (P1 (x) P2), not on any grid, in the wider of the types of x and of the factors.  # (.., n)"""
         y = x if self.shift is None else x.to(self.shift.dtype) - self.shift
         factor = self.left if self.left is not None else self.right
-        if factor is not None:
-            y = kron_matmul(y.to(factor.dtype), self.left, self.right)
+        return y if factor is None else kron_matmul(y.to(factor.dtype), self.left, self.right)
+
+    def _compute(self, x: Tensor) -> tuple[Tensor | QTensor, Tensor | None]:
+        y = self.transformed(x)
         if self.activations is None:
             out = y.to(x.dtype)
         elif y.requires_grad or not isinstance(self.activations, Dynamic | SplitGrid):

@@ -12,7 +12,7 @@ machine that has none. Three layers:
 """
 
 from flatquant.spec.convert import from_dict, to_dict
-from flatquant.spec.grids import CLIP_STARTS, SITES, CacheBits, Clip, QuantSpec, Scheme, SiteBits
+from flatquant.spec.grids import CLIP_STARTS, CUT_SITES, SITES, CacheBits, Clip, QuantSpec, Scheme, SiteBits
 from flatquant.spec.parts import (
     BranchSpec,
     CodebookSpec,
@@ -29,6 +29,7 @@ from flatquant.spec.recipe import DATA_STARTS, LARGEST_SEED, Recipe
 
 __all__ = [
     "CLIP_STARTS",
+    "CUT_SITES",
     "DATA_STARTS",
     "LARGEST_SEED",
     "SITES",

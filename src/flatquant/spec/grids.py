@@ -13,6 +13,8 @@ from flatquant.spec.convert import check
 
 # The quantised inputs of a transformer block, in the order data meets them.
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
+# Of which each rank of tensor parallelism holds a part: their linears are cut by columns.
+CUT_SITES = ("attn_out", "mlp_mid")
 
 Clip = Literal["none", "learned", "fixed", "search"]
 # Where learned clips start, at 2, 3, .. 8 bits: 4.0 is the papers', of which 6 bits and more would be worse than plain

@@ -28,6 +28,8 @@ class TransformSpec:
         size: of `blocks`, and of nothing else: 16, 32, 64 or 128 are what kernels and formats have. It divides the
             channels of a site. Where heads are written, blocks lie inside heads, and the writer applies them: of a
             size that divides both this one and the heads' own.
+        ranks: of a `kronecker`: P1 is block-diagonal in so many blocks. As many ranks of tensor parallelism, or any
+            number that divides it, then transform what each holds of the tensor by itself.
     """
 
     kind: Literal["shift", "diagonal", "matrix", "kronecker", "blocks", "head", "heads"]
@@ -36,8 +38,11 @@ class TransformSpec:
     alpha: float = 0.3
     stability: float = 0.1
     size: int = later(0)
+    ranks: int = later(1)
 
     def __post_init__(self) -> None:
+        check(self.ranks >= 1, f"a transform for {self.ranks} ranks: at least 1")
+        check(self.kind == "kronecker" or self.ranks == 1, f"a {self.kind} is not made for ranks: only a kronecker is")
         check((self.kind == "blocks") == (self.size > 0), f"a {self.kind} of size {self.size}: only blocks have one")
         check(self.size != 1, "blocks of 1 change nothing: use a diagonal")
         data = self.init in ("absmax", "second_moment")

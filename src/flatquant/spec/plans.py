@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flatquant.spec.convert import check
+from flatquant.spec.convert import check, later
 from flatquant.spec.grids import QuantSpec
 from flatquant.spec.parts import CodebookSpec
 
@@ -58,8 +58,11 @@ class SitePlan:
     codebook: CodebookSpec | None = None
     rank: int = 0
     shift: Literal["none", "norm", "online"] = "none"
+    ranks: int = later(1)
 
     def __post_init__(self) -> None:
+        blocks = self.ranks >= 1 and self.shape[0] % self.ranks == 0 and (self.ranks == 1 or self.left)
+        check(blocks, f"a left factor of {self.shape[0]} rows in {self.ranks} blocks")
         check(self.rank >= 0 and (not self.rank or self.weights is not None), "a branch is beside rounded weights")
         check(bool(self.readers), "a site needs at least one reader")
         check(min(self.shape) >= 1, f"site shape {self.shape}: sizes must be positive")

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from flatquant import formats
 from flatquant.spec.convert import check
-from flatquant.spec.grids import SITES, Scheme
+from flatquant.spec.grids import CUT_SITES, SITES, Scheme
 from flatquant.spec.parts import BranchSpec, DataSpec, EndToEndSpec, FitSpec, SolverSpec, Transforms
 
 LARGEST_SEED = 2**32 - 1  # that goes with everything that draws numbers
@@ -138,6 +138,21 @@ class Recipe:
         if solver.learned is not None and batch_size is not None:
             solver = dataclasses.replace(solver, learned=dataclasses.replace(solver.learned, batch_size=batch_size))
         return dataclasses.replace(self, data=data, fit=fit, end_to_end=end_to_end, solver=solver)
+
+    def for_ranks(self, ranks: int) -> Self:
+        """The same method for tensor parallelism: left factors in so many blocks where each rank holds a part.
+
+        Raises:
+            SpecError: there are no left factors.
+        """
+        transforms = {
+            site: tuple(dataclasses.replace(t, ranks=ranks) if t.kind == "kronecker" else t for t in parts)
+            for site, parts in self.transforms.items()
+            if site in CUT_SITES
+        }
+        found = any(t.kind == "kronecker" for parts in transforms.values() for t in parts)
+        check(found, f"recipe {self.name}: nothing at {' and '.join(CUT_SITES)} mixes what ranks hold; leave out ranks")
+        return dataclasses.replace(self, transforms={**self.transforms, **transforms})
 
     def _check_residual(self) -> None:
         residual = self.transforms.get("residual", ())

@@ -3,16 +3,25 @@
 from flatquant.transforms.base import Identity, Transform
 from flatquant.transforms.compose import Compose
 from flatquant.transforms.diagonal import Diagonal, HeadDiagonal
-from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, SVDFactor, shared_inverses
+from flatquant.transforms.factor import (
+    BlockFactor,
+    DirectFactor,
+    Factor,
+    FixedFactor,
+    OrthogonalFactor,
+    SVDFactor,
+    shared_inverses,
+)
 from flatquant.transforms.hadamard import hadamard_split
 from flatquant.transforms.kronecker import Kronecker, kronecker_split
 from flatquant.transforms.masked import HeadMatrices, MaskedFactor
 from flatquant.transforms.matrix import Matrix
 from flatquant.transforms.shift import Shift
-from flatquant.transforms.start import make_factor, make_masked
+from flatquant.transforms.start import make_factor, make_left, make_masked
 from flatquant.transforms.written import MovedGain, Written
 
 __all__ = [
+    "BlockFactor",
     "Compose",
     "Diagonal",
     "DirectFactor",
@@ -33,6 +42,7 @@ __all__ = [
     "hadamard_split",
     "kronecker_split",
     "make_factor",
+    "make_left",
     "make_masked",
     "shared_inverses",
 ]

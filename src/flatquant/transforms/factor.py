@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -129,6 +130,31 @@ class ProductFactor(Factor, Neutral):
 
     def neutralise(self) -> None:
         """A and B are neutral themselves."""
+
+
+class BlockFactor(Factor, Neutral):
+    """P is block-diagonal: P = diag(A, B, ..), of factors of one size."""
+
+    def __init__(self, factors: Iterable[Factor]) -> None:
+        super().__init__()
+        self.factors = nn.ModuleList(factors)
+
+    @property
+    def _own(self) -> list[Factor]:
+        return cast(list[Factor], list(self.factors))
+
+    @property
+    def size(self) -> int:
+        return sum(factor.size for factor in self._own)
+
+    def matrix(self) -> Float[Tensor, "*batch n n"]:
+        return torch.block_diag(*(factor.matrix() for factor in self._own))
+
+    def inverse_t(self) -> Float[Tensor, "*batch n n"]:
+        return torch.block_diag(*(factor.inverse_t() for factor in self._own))
+
+    def neutralise(self) -> None:
+        """The blocks are neutral themselves."""
 
 
 class SVDFactor(Factor, Trainable):

@@ -54,18 +54,26 @@ def largest_hadamard_divisor(n: int) -> int:
     return next(d for d in range(n, 0, -1) if n % d == 0 and has_hadamard(d))
 
 
-def hadamard_split(n: int) -> tuple[int, int]:
-    """Factor n = n1 * n2, n1 <= n2, so that Hadamard matrices mix as much as can be; of those, the least n1 + n2.
+def hadamard_split(n: int, blocks: int = 1) -> tuple[int, int]:
+    """Factor n = n1 * n2 so that Hadamard matrices mix as much as can be; of those, the least n1 + n2, and n1 <= n2
+    where it can be.
 
     11008 -> (64, 172), where the cheapest split, (86, 128), has a factor without a Hadamard matrix.
+
+    Args:
+        blocks: n1 is a multiple of it, as it divides n: a matrix for each block of n1 / blocks.
     """
 
     def unmixed(d: int) -> int:
         return d // largest_hadamard_divisor(d)
 
-    divisors = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    n1 = min(divisors, key=lambda d: (unmixed(d) * unmixed(n // d), d + n // d))
-    return n1, n // n1
+    whole = n // blocks
+    small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
+    n1 = min(
+        {a for d in small for a in (d, whole // d)},
+        key=lambda a: (unmixed(a) * unmixed(whole // a), blocks * a + whole // a, a),
+    )
+    return blocks * n1, whole // n1
 
 
 @cache

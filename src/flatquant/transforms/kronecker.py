@@ -33,10 +33,14 @@ class Kronecker(Transform):
         )
 
 
-def kronecker_split(n: int) -> tuple[int, int]:
-    """Factor n = n1 * n2 with n1 <= n2 and n1 + n2 least: the cheapest Kronecker transform of size n.
+def kronecker_split(n: int, blocks: int = 1) -> tuple[int, int]:
+    """Factor n = n1 * n2 with n1 + n2 least: the cheapest Kronecker transform of size n; n1 <= n2 where it can be.
 
     Any n >= 1 has one; a prime gives (1, n). 576 -> (24, 24), 1536 -> (32, 48), 11008 -> (86, 128).
+
+    Args:
+        blocks: n1 is a multiple of it, as it divides n: 1536 in 16 blocks -> (32, 48), 11008 in 4 -> (172, 64).
     """
-    n1 = next(a for a in range(math.isqrt(n), 0, -1) if n % a == 0)
-    return n1, n // n1
+    divisors = (d for d in range(1, math.isqrt(n // blocks) + 1) if n // blocks % d == 0)
+    sizes = ((blocks * a, n // (blocks * a)) for d in divisors for a in (d, n // blocks // d))
+    return min(sizes, key=lambda size: (sum(size), size))

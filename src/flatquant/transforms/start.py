@@ -8,7 +8,15 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from flatquant.spec import TransformSpec
-from flatquant.transforms.factor import DirectFactor, Factor, FixedFactor, OrthogonalFactor, ProductFactor, SVDFactor
+from flatquant.transforms.factor import (
+    BlockFactor,
+    DirectFactor,
+    Factor,
+    FixedFactor,
+    OrthogonalFactor,
+    ProductFactor,
+    SVDFactor,
+)
 from flatquant.transforms.hadamard import hadamard, largest_hadamard_divisor
 from flatquant.transforms.kronecker import kronecker_split
 from flatquant.transforms.masked import MaskedFactor
@@ -37,6 +45,13 @@ def make_masked(spec: TransformSpec, n: int, batch: tuple[int, ...] = ()) -> Mas
 
 
 FACTORS = {"inverse": DirectFactor, "svd": SVDFactor, "fixed": FixedFactor, "rotation": OrthogonalFactor}
+
+
+def make_left(spec: TransformSpec, n: int, generator: torch.Generator) -> Factor:
+    """An (n, n) factor as `make_factor` makes it; for several ranks, one for each of them on the diagonal."""
+    if spec.ranks == 1:
+        return make_factor(spec, n, generator)
+    return BlockFactor(make_factor(spec, n // spec.ranks, generator) for _ in range(spec.ranks))
 
 
 def make_factor(spec: TransformSpec, n: int, generator: torch.Generator) -> Factor:

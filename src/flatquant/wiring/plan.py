@@ -81,7 +81,7 @@ def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: G
         if qk or keys or values or offset:  # what is cached is attended to: the site's factors run before the cache
             own = sites[arch.latent]
             latent = replace(latent, left=own.left, right=own.right)
-            sites[arch.latent] = replace(own, left=False, right=False)
+            sites[arch.latent] = replace(own, left=False, right=False, ranks=1)
     return BlockPlan(
         sites=sites,
         head_dim=geometry.head_dim,
@@ -166,6 +166,7 @@ def _site(
         if rotated or any(part.kind != "diagonal" for part in parts):
             raise SpecError(f"{edge.site}: only a diagonal may come before a static scale")
     left, right = _online(edge, parts, quantised)
+    ranks = _ranks(edge, parts, n, geometry)
     return SitePlan(
         readers=edge.readers,
         shape=_shape(edge, parts, n, geometry),
@@ -176,7 +177,18 @@ def _site(
         codebook=codebook,
         rank=_rank(block, edge, recipe, n) if weights else 0,
         shift=_shift(block, edge, parts) if quantised else "none",
+        ranks=ranks if left else 1,
     )
+
+
+def _ranks(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> int:
+    """How many blocks the left factor has."""
+    ranks = max((part.ranks for part in parts), default=1)
+    heads = edge.passes == "per_head"
+    rows = geometry.heads if heads else n
+    if rows % ranks:
+        raise SpecError(f"{edge.site}: {rows} {'heads' if heads else 'channels'} do not divide over {ranks} ranks")
+    return ranks
 
 
 def _shift(block: nn.Module, edge: Edge, parts: Transforms) -> Literal["none", "norm", "online"]:
@@ -211,7 +223,8 @@ def _shape(edge: Edge, parts: Transforms, n: int, geometry: Geometry) -> tuple[i
         return geometry.heads, geometry.head_dim
     for part in parts:
         if part.kind == "kronecker":
-            return hadamard_split(n) if part.init == "hadamard" else kronecker_split(n)
+            split = hadamard_split if part.init == "hadamard" else kronecker_split
+            return split(n, part.ranks)
         if part.kind == "blocks":
             if n % part.size:
                 raise SpecError(

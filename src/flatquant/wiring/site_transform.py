@@ -21,6 +21,7 @@ from flatquant.transforms import (
     Transform,
     Written,
     make_factor,
+    make_left,
     make_masked,
 )
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
@@ -57,10 +58,10 @@ def make_transforms(
             case "kronecker" if edge.passes == "per_head":
                 # P1 mixes heads, online; P2 acts inside each head, where the writer applies it.
                 if plan.left:
-                    made.append(Kronecker(make_factor(spec, n1, generator), None))
+                    made.append(Kronecker(make_left(spec, n1, generator), None))
                 made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
             case "kronecker":
-                made.append(Kronecker(make_factor(spec, n1, generator), make_factor(spec, n2, generator)))
+                made.append(Kronecker(make_left(spec, n1, generator), make_factor(spec, n2, generator)))
             case "blocks" if edge.passes == "per_head":
                 made.append(Written(Kronecker(None, make_factor(spec, math.gcd(spec.size, n2), generator))))
             case "blocks":

@@ -1,6 +1,7 @@
 """`flatquant serve`, by the official client: one rank and two; and under load."""
 
 import asyncio
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,8 +45,10 @@ def check_logprobs(client: OpenAI, folder: Path) -> None:
 
 @pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.slow, id="1"), pytest.param(TWO_RANKS, id="2")])
 def test_the_api(quantised, options: tuple[str, ...]) -> None:
-    """By one rank, and by two."""
-    folder = quantised("qwen2")
+    """By one rank, and by two, which gather what attention writes, and transform parts of the other by themselves."""
+    recipe = recipes.flatquant("w4a16kv4")
+    apart = {"mlp_mid": recipe.for_ranks(2).transforms["mlp_mid"]}
+    folder = quantised("qwen2", dataclasses.replace(recipe, transforms={**recipe.transforms, **apart}))
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if options else {}
     with client_of(folder, *TEMPLATE, *options, **bound) as client:
         assert [model.id for model in client.models.list()] == ["model"]

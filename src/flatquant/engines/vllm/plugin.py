@@ -234,7 +234,10 @@ class LinearMethod(LinearMethodBase):
         device, rank, ranks = torch.device(current_platform.device_type), layer.tp_rank, layer.tp_size
         linears = [self.config.parts.linear(path, device, self.dtype) for path in self.paths]
         if ranks > 1 and isinstance(layer, RowParallelLinear):
-            linears = [columns_of(linear, tensor_model_parallel_all_gather, rank, ranks) for linear in linears]
+            found = site_of(self.config.parts.plan, self.paths[0])
+            assert found is not None
+            gather = tensor_model_parallel_all_gather
+            linears = [columns_of(linear, found[1], gather, rank, ranks) for linear in linears]
         elif ranks > 1:
             pairs = zip(linears, self.rows, strict=True)
             linears = [rows_of(linear, rows, rank, ranks) for linear, rows in pairs]

