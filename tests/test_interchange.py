@@ -275,6 +275,9 @@ def test_what_compressed_tensors_has_no_place_for(tmp_path: Path) -> None:
         (rtn("wmxfp4a8"), "weight-only"),
         (rtn("mxfp4,mlp_mid=a16"), "weight-only"),
         (rtn("mxfp4kv4"), "weight-only"),
+        (rtn("w4a16,lm_head=w8a8"), "its input in 16 bit"),
+        (rtn("w4a16,lm_head=w3a16"), "4 or 8 bits"),
+        (rtn("wmxfp4,lm_head=w8a16"), "beside integers only"),
         (rtn(Scheme.parse("mxfp4")), "--activation-clip none"),
     ):
         model, plan, _ = calibrated(tiny_llama(), recipe)

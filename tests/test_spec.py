@@ -21,6 +21,8 @@ from flatquant.spec import (
     DataSpec,
     EndToEndSpec,
     FitSpec,
+    HeadGrids,
+    HeadPlan,
     Plan,
     QuantSpec,
     Recipe,
@@ -69,9 +71,15 @@ def schemes(draw) -> tuple[str, dict[str, Any]]:
         else:
             both = [f"k{k2}"] * bool(k2) + [f"v{v2}"] * bool(v2)
             text += "".join(f",{block}.{part}" for part in ([*both] if draw(st.booleans()) else ["".join(both)]))
+    head = None
+    if draw(st.booleans()):
+        hw, hg, ha = draw(bits.filter(lambda b: b < 16)), draw(st.sampled_from([None, 2, 128])), draw(maybe_bits)
+        inputs = None if ha in (None, 16) else QuantSpec(bits=ha)
+        head = HeadGrids(weights=QuantSpec(bits=hw, group_size=hg), activations=inputs)
+        text += f",lm_head=w{hw}" + (f"g{hg}" if hg else "") + (f"a{ha}" if ha else "")
     drawn = {"weights": w, "activations": a, "keys": k, "values": v}
     means = {name: None if b == 16 else b for name, b in drawn.items()}
-    return text, {**means, "group": group, "overrides": overrides, "cache_overrides": cache_overrides}
+    return text, {**means, "group": group, "overrides": overrides, "cache_overrides": cache_overrides, "head": head}
 
 
 @given(schemes(), st.sampled_from(["none", "learned"]))
@@ -87,6 +95,7 @@ def test_a_scheme_means_what_it_says_and_says_what_it_means(drawn: tuple[str, di
             assert spec.group_size == (means["group"] if name == "weights" else None)
     assert scheme.overrides == means["overrides"]
     assert scheme.cache_overrides == means["cache_overrides"]
+    assert scheme.head == means["head"]
     assert Scheme.parse(str(scheme), clip=clip) == scheme
     assert Scheme.parse(text.upper().replace(",", " , "), clip=clip) == scheme
     assert from_dict(Scheme, json.loads(json.dumps(to_dict(scheme)))) == scheme
@@ -103,6 +112,8 @@ def test_a_scheme_means_what_it_says_and_says_what_it_means(drawn: tuple[str, di
         "w4a4kv4,attn_in=", "w4,0.attn_in=",  # an override of nothing
         "kv4,k8", "kv4,kv8", "kv4,0.", "kv4,0.k", "kv4,0.k9", "kv4,0.k1", "kv4,-1.k8", "kv4,0.k=8", "kv4,0.v4k4",
         "kv4,0.k8,0.k8", "kv4,0.k8,00.k4", "kv4,0.kv8,0.v4", "kv4,0.w8", "kv4,0.k8g32", "kv4,x.k8", "0.k8",
+        "w4,lm_head", "w4,lm_head=", "w4,lm_head=a8", "w4,lm_head=w16a8", "w4,lm_head=w9", "w4,lm_head=w1",
+        "w4,0.lm_head=w8", "w4,lm_head=w8,lm_head=w8", "w4,lm_head=nvfp4", "w4,lm_head=w8kv8", "lm_head=w8",
     ],
 )  # fmt: skip
 def test_other_text_is_refused_in_one_line(text: str) -> None:
@@ -110,6 +121,21 @@ def test_other_text_is_refused_in_one_line(text: str) -> None:
         Scheme.parse(text)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) > 10
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        {"readers": ("lm_head",), "weights": None},
+        {"readers": ("lm_head", "other")},
+        {"readers": ("lm_head",), "right": True},
+        {"readers": ("lm_head",), "weights": QuantSpec(bits=8, clip="learned")},
+        {"readers": ("lm_head",), "activations": QuantSpec(bits=4, kind="nvfp4")},
+    ],
+)
+def test_an_output_layer_is_one_plain_linear(site: dict) -> None:
+    with pytest.raises(SpecError, match="output layer"):
+        HeadPlan(site=SitePlan(**{"shape": (1, 8), "weights": QuantSpec(bits=8), **site}))
 
 
 def test_the_more_specific_override_wins() -> None:

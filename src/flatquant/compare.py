@@ -353,7 +353,7 @@ def _flops(made: api.Quantized) -> int:
 
 def _looked_up(model: Any) -> Tensor:
     """The input embedding, of which a token reads one row; empty if it is the output embedding too."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
     return embedding[:0] if head is embedding else embedding
 
 

@@ -109,6 +109,7 @@ def main() -> None:
     for module in (sites, products, caching):
         module.early = lambda x, tokens, programs=0: CAPABILITY >= 90 and (tokens == 1 or 0 < programs < tokens)
     kv_cache = importlib.import_module("flatquant.ops.kv_cache")
+    head = importlib.import_module("flatquant.ops.int8_linear.triton")
     heads_of, store_of = kv_cache.Heads, kv_cache.Store
     found: dict[str, Usage] = {}
 
@@ -181,6 +182,14 @@ def main() -> None:
     sums, x_scale, scale = meta(80, 64, dtype=torch.int32), *(meta(n, dtype=torch.float32) for n in (80, 64))
     products.scaled(sums, x_scale, scale, None, meta(80, 64), torch.bfloat16)
     found["scaled"] = kernel.found[-1]
+
+    for name, tokens in (("vector", 1), ("few", 16), ("few", 64)):
+        kernel = record(head, f"_{name}")
+        getattr(head, name)(
+            meta(tokens, 4096), meta(128256, 4096, dtype=torch.uint8), meta(128256, dtype=torch.float32), None
+        )
+        found[f"{name}8 {tokens}"] = kernel.found[-1]
+        setattr(head, f"_{name}", kernel.kernel)
 
     pair = meta(2, 128, 128)
     back = meta(8, 128, 128, dtype=torch.float32)

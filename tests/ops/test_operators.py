@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flatquant.ops import int4_linear
 from flatquant.ops.int4_linear import reference as product
+from flatquant.ops.int8_linear import reference as head
 from flatquant.ops.kron_quantize import Form, Site
 from flatquant.ops.kron_quantize import reference as site_reference
 from flatquant.ops.pack.reference import pack_bits
@@ -102,6 +103,18 @@ def test_int4_linear_is_an_operator(
     torch.library.opcheck(torch.ops.flatquant.int4_linear, args, test_utils=(*schema, *checks))
     if not CUDA:
         assert torch.equal(torch.ops.flatquant.int4_linear(*args), product.int4_linear(*args[:-1]))
+
+
+@settings(deadline=None, max_examples=6)
+@given(tokens=st.sampled_from((1, 2, 65)), bias=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+def test_int8_linear_is_an_operator(tokens: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, b = torch.randn(tokens, 32, generator=g).to(DEVICE, dtype), torch.randn(48, generator=g).to(DEVICE)
+    packed = torch.randint(0, 256, (48, 32), generator=g).to(DEVICE, torch.uint8)
+    args = (x, packed, (torch.rand(48, generator=g) + 0.1).to(DEVICE), b if bias else None)
+    torch.library.opcheck(torch.ops.flatquant.int8_linear, args)
+    if not CUDA:
+        assert torch.equal(torch.ops.flatquant.int8_linear(*args), head.int8_linear(*args))
 
 
 def test_the_operator_says_which_inputs_go_together() -> None:

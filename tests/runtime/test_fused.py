@@ -95,6 +95,9 @@ CONFIGS = {
 }
 
 
+SPECIAL = ("without transforms", "a large bias", "an output layer in 8 bits")
+
+
 def quantised(config, scheme: str = "w4a4kv4", method: str = "flatquant", bias: float = 0.0) -> PreTrainedModel:
     """A tiny model on its integers, packed; `bias` is added to that of a key channel."""
     model = randomised(config)
@@ -104,21 +107,22 @@ def quantised(config, scheme: str = "w4a4kv4", method: str = "flatquant", bias: 
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
     made = recipe(method, scheme, "reference").tuned(samples=4, seqlen=16, epochs=1, batch_size=2)
     calibrate(model, made, tokens, device=torch.device("cpu"), dtype=torch.float32)
-    for block in model.model.layers:
-        for name, module in list(block.named_modules()):
-            if isinstance(module, FrozenLinear):
-                parent, _, leaf = name.rpartition(".")
-                setattr(block.get_submodule(parent), leaf, PackedLinear.of(module))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FrozenLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, PackedLinear.of(module))
     return model.eval().requires_grad_(False).to(DEVICE)
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, "without transforms", "a large bias"])
+@pytest.fixture(scope="module", params=[*CONFIGS, *SPECIAL])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     match request.param:
         case "without transforms":
             made = quantised(CONFIGS["llama"], method="rtn")
         case "a large bias":
             made = quantised(CONFIGS["qwen2"], bias=50.0)
+        case "an output layer in 8 bits":
+            made = quantised(CONFIGS["granite"], "w4a4kv4,lm_head=w8a16")
         case name:
             made = quantised(CONFIGS[name])
     fused.attach(made, (DEVICE,))
@@ -266,6 +270,8 @@ def test_nothing_is_held_twice(model: PreTrainedModel) -> None:
     runtime = fused.runtime(model)
     assert runtime is not None
     joined = {p.packed.untyped_storage().data_ptr() for b in runtime.blocks for p in b.products.values()}
+    if isinstance(runtime.head, kernels.OutputLayer):
+        joined.add(runtime.head.packed.untyped_storage().data_ptr())
     held = {m.packed.untyped_storage().data_ptr() for m in model.modules() if isinstance(m, PackedLinear)}
     assert joined == held
 
@@ -281,6 +287,8 @@ def test_nothing_is_held_twice(model: PreTrainedModel) -> None:
         ("w4a4k8v4", "rtn", "asymmetric 4-bit grids"),
         ("w4a4kv4,1.k8", "rtn", "block 1 are not on asymmetric 4-bit grids"),
         ("w4a4kv4", "svdquant", "BranchedLinear"),
+        ("w4a4kv4,lm_head=w8a8", "flatquant", "its output layer is rounded otherwise than to 8 bits"),
+        ("w4a4kv4,lm_head=w8g32a16", "flatquant", "its output layer is rounded otherwise than to 8 bits"),
     ],
 )
 def test_a_model_without_kernels_runs_and_says_why_once(scheme: str, method: str, reason: str) -> None:

@@ -261,7 +261,7 @@ def decoding(runtime: fused.Fused, batch: int, prompt: int) -> Callable[[], Tens
     cache.room.advance(prompt)
 
     def step() -> Tensor:
-        logits = runtime.head(runtime.hidden(ids, ids + prompt, cache, {}))
+        logits = runtime.logits(runtime.hidden(ids, ids + prompt, cache, {}))
         cache.room.advance(1)
         cache.room.rewind(prompt)
         return logits

@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flatquant import distributed
@@ -189,6 +189,28 @@ class _Sizes:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """Bytes of a rounded output layer."""
+
+    rounded: int = 0  # an integer a byte
+    packed: int = 0
+    replaced: int = 0  # of the matrix that is gone then: none where it is the embeddings
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, plan: Plan) -> _Head:
+        if plan.head is None:
+            return cls()
+        weight, spec = submodule(model, plan.head.path).weight, plan.head.weights
+        assert isinstance(weight, Tensor)
+        grids = 4 * weight.numel() // (spec.group_size or weight.shape[1])
+        return cls(
+            rounded=weight.numel() + grids,
+            packed=weight.numel() * spec.bits // 8 + grids,
+            replaced=0 if plan.head.tied else weight.nbytes,
+        )
+
+
 def linear_weights(block: nn.Module, plan: BlockPlan) -> list[int]:
     """Weights of the linears at every site of a block."""
     rows = [
@@ -331,6 +353,7 @@ class _Count:
         self.fragments = 1.0 if streamed else _FRAGMENTS  # `return_freed_memory`
         self.dtype_changes = device.type == "cuda" or any(p.dtype != dtype for p in parameters)
         self.ends = whole - sum(s.stored for s in self.sizes)
+        self.head = _Head.of(model, plan)
         self.fused = device.type == "cuda"
         self.copies = _FUSED if self.fused else _EAGER
         fit = recipe.fit if recipe.fit is not None and recipe.fit.epochs else None
@@ -360,14 +383,15 @@ class _Count:
         kept = self._streams(side_by_side) * self._stream
         peak = self._peak(windows, side_by_side, recompute) + (kept if place == "device" else 0)
         packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
-        host = self.base + self.ends + self._beginnings + (kept if place == "host" else 0)
+        host = self.base + self.ends + self.head.rounded + self._beginnings + (kept if place == "host" else 0)
+        ends = self.ends + self.head.packed - self.head.replaced
         # The file's pages stay in memory until the last of the model's own tensors is gone.
         blocks = sum(s.stored for s in self.sizes) + rounded
         host += 2 * max(s.stored for s in self.sizes) if self.streamed else blocks
         return Estimate(
             device=int(peak),
             host=int(host + (self.rotation if self.fused else max(self.fragments * peak, self.rotation))),
-            disk=int(packed + rounded + self.ends + (kept if place == "disk" else 0)),
+            disk=int(packed + rounded + ends + (kept if place == "disk" else 0)),
             place=place,
             windows=windows,
             side_by_side=side_by_side,

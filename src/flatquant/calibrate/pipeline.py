@@ -62,6 +62,7 @@ from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.fitted import FitBlock, InputStatistics, observing, unrounded_weights
 from flatquant.wiring.fold import fold_block
+from flatquant.wiring.head import round_head, with_head
 from flatquant.wiring.plan import make_plan, takes_mean
 from flatquant.wiring.residual import residual_factor, rotate_ends
 from flatquant.wiring.wrap import wrap_block
@@ -122,7 +123,8 @@ def calibrate(
     witness: Witness | None = None,
     held_out: Windows | None = None,
 ) -> tuple[Plan, Report]:
-    """Quantise `model` in place: its blocks end up with frozen linears, its attention with the quantised cache seam.
+    """Quantise `model` in place: its blocks end up with frozen linears, its attention with the quantised cache seam,
+    its output layer with a frozen linear if the scheme has a grid for it.
 
     Args:
         tokens: calibration windows, int64, (N, T), or samples with images; None for recipes that need none.
@@ -150,7 +152,7 @@ def calibrate(
     assert isinstance(blocks, nn.ModuleList)
     open_experts(blocks)
     blocks.requires_grad_(False)  # only transforms, scales and clips are fitted
-    plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
+    plan = with_head(make_plan(recipe, arch, Geometry.of(model.config), blocks), recipe.scheme, model)
     if recipe.needs_data and tokens is None:
         raise CalibrationError(f"the recipe {recipe.name} needs calibration text")
     if isinstance(tokens, Samples):
@@ -337,6 +339,11 @@ class _Run:
         self.report.blocks = [note for _, note in sorted(self.notes.items())]
         if self.residual is not None:
             rotate_ends(self.model, self.arch, self.residual)
+        if self.plan.head is not None:
+            with self.clock("solve"):
+                round_head(self.model, self.plan.head, self.device)
+            if self.witness is not None:
+                self.witness.see_head(self.model, self.residual)
         if self.device.type == "cuda":
             self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
         return self.report

@@ -25,7 +25,7 @@ from flatquant.modules import cast, in_float32
 from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
-from flatquant.runtime.linear import FrozenSite
+from flatquant.runtime.linear import FrozenSite, SiteLinear
 from flatquant.spec import BlockPlan
 from flatquant.transforms import Factor
 from flatquant.wiring.arch import Arch, logits, submodule
@@ -70,7 +70,10 @@ class Witness:
         alone: by block, and by name of a part, what rounding this part alone changes in the block's output, relative
             to it, on the original's inputs. None for a block that an earlier run rounded and did not look at.
         ends: final norm and output embedding of the original model.
+        rounded_ends: those of the quantised model where its output layer is rounded, else None.
     """
+
+    rounded_ends: Ends | None = None
 
     def __init__(self, windows: Windows) -> None:
         self.windows = windows
@@ -142,6 +145,20 @@ class Witness:
         self.quantised = through(block, self.calls[index], self.quantised, together=self.together)
         self.errors.append(_or_infinite(float(relative(self._sampled(self.quantised), self._samples[index + 1]))))
         self.alone.append(alone)
+
+    def see_head(self, model: PreTrainedModel, basis: Factor | None) -> None:
+        """Look at a model whose output layer is rounded.
+
+        Args:
+            basis: that its residual stream is in.
+        """
+        self.rounded_ends = Ends(model, self._arch, basis)
+
+    @property
+    def heads(self) -> tuple[Head, Head]:
+        """The original's head and the quantised model's, on hidden states in the original basis."""
+        original = self.ends.head(self.device, self.dtype)
+        return original, original if self.rounded_ends is None else self.rounded_ends.head(self.device, self.dtype)
 
     def _each_alone(self, index: int, block: nn.Module, plan: BlockPlan) -> Tensor:
         """What a block makes of the original's inputs without any grid, and with each of its grids alone.
@@ -262,16 +279,36 @@ def through(block: nn.Module, call: BlockCall, hidden: Tensor, *, together: int 
 class Ends:
     """Final norm and output embedding of a model, as they are now."""
 
-    def __init__(self, model: PreTrainedModel, arch: Arch) -> None:
+    def __init__(self, model: PreTrainedModel, arch: Arch, basis: Factor | None = None) -> None:
+        """
+        Args:
+            basis: of the model's residual stream, where hidden states are given in the original one.
+        """
         output = model.get_output_embeddings()
-        assert isinstance(output, nn.Linear)
-        self.config = model.config
+        assert isinstance(output, nn.Linear | SiteLinear)
+        self.config, self.basis = model.config, basis
         self.norm = copy.deepcopy(submodule(model, arch.final_norm))
-        self.weight, self.bias = output.weight, output.bias  # a rotation of the residual stream puts others there
+        self.rounded = output if isinstance(output, SiteLinear) else None
+        # As they are now: a rotation of the residual stream puts others into the module.
+        self.weight, self.bias = (None, None) if isinstance(output, SiteLinear) else (output.weight, output.bias)
 
     def head(self, device: torch.device, dtype: torch.dtype) -> Head:
         """(.., h) -> (.., V), float32, with products in `dtype`."""
         norm = copy.deepcopy(self.norm).to(device).float()
+        turn = None if self.basis is None else self.basis.matrix().to(device)
+        output = self._output(device, dtype)
+
+        def head(x: Tensor) -> Tensor:
+            x = x if turn is None else x @ turn.to(x.dtype)
+            return logits(self.config, output(norm(x).to(dtype))).float()
+
+        return head
+
+    def _output(self, device: torch.device, dtype: torch.dtype) -> Head:
+        """The output layer.  # (.., h) -> (.., V)"""
+        if self.rounded is not None:
+            return copy.deepcopy(self.rounded).to(device)
+        assert self.weight is not None
         weight = self.weight.to(device, dtype)  # (V, h)
         bias = None if self.bias is None else self.bias.to(device, dtype)
-        return lambda x: logits(self.config, F.linear(norm(x).to(dtype), weight, bias)).float()
+        return lambda y: F.linear(y, weight, bias)

@@ -228,6 +228,7 @@ def _quantised_rows(report: dict[str, Any], plan: Plan) -> dict[str, str]:
     rows = {
         "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in {**seconds, "total": timing["total"]}.items()),
         "memory": _memory(timing),
+        **output_layer_row(sizes["output_layer"]),
         **unquantised_rows(sizes["unquantised_bytes"], left_in_16_bit(plan), untied=sizes["untied"]),
     }
     experts = [block["experts"] for block in report["blocks"] if "experts" in block]
@@ -249,6 +250,14 @@ def _memory(timing: dict[str, Any]) -> str:
         if peak is not None:
             parts.append(f"{megabytes(peak)} {where} (estimate {megabytes(expected)})")
     return ", ".join(parts)
+
+
+def output_layer_row(found: Mapping[str, Any] | None) -> dict[str, str]:
+    """A rounded output layer, and what it costs where it was the embeddings."""
+    if not found:
+        return {}
+    copied = ", a copy of the embeddings, which stay in 16 bit" if found["tied"] else ""
+    return {"output layer": f"{found['grids']}, {megabytes(found['bytes'])}{copied}"}
 
 
 def unquantised_rows(sizes: Mapping[str, int], without: Sequence[str], *, untied: bool) -> dict[str, str]:

@@ -62,11 +62,14 @@ Bring = Callable[[int], AbstractContextManager[nn.Module]]
 @torch.no_grad()
 def verdict(witness: Witness) -> dict[str, Any]:
     """What the witness saw, JSON-ready: `word`, `kl`, `top1`, `perplexity`, `windows`, `seqlen`, `bounds`, and by block
-    the error of its outputs (`blocks`) and what rounding each of its parts changes alone (`alone`).
+    the error of its outputs (`blocks`) and what rounding each of its parts changes alone (`alone`). Where the output
+    layer is rounded, `head` is the KL that this alone makes.
     """
-    kl, top1, original, quantised = _distance(
-        witness.ends.head(witness.device, witness.dtype), witness.original, witness.quantised, witness.ids
-    )
+    heads = witness.heads
+    kl, top1, original, quantised = _distance(heads, witness.original, witness.quantised, witness.ids)
+    rounded = {}
+    if witness.rounded_ends is not None:
+        rounded["head"] = _distance(heads, witness.original, witness.original, witness.ids)[0]
     return {
         "word": word(kl),
         "kl": kl,
@@ -77,19 +80,21 @@ def verdict(witness: Witness) -> dict[str, Any]:
         "bounds": dict(BOUNDS),
         "blocks": [_finite(error) for error in witness.errors],
         "alone": [a and {name: _finite(error) for name, error in a.items()} for a in witness.alone],
+        **rounded,
     }
 
 
 def _distance(
-    head: Head, before: Tensor, after: Tensor, windows: Tensor
+    heads: tuple[Head, Head], before: Tensor, after: Tensor, windows: Tensor
 ) -> tuple[float | None, float, float | None, float | None]:
-    """KL, top-1 agreement, and both perplexities.  # of two (N, T, h), and (N, T)"""
+    """KL, top-1 agreement, and both perplexities, of two models' heads and hidden states.  # (N, T, h), and (N, T)"""
     kl = same = 0.0
     nll = [0.0, 0.0]
     for p_hidden, q_hidden, ids in zip(before, after, windows.to(before.device), strict=True):  # (T, h), (T,)
         for start in range(0, len(ids), CHUNK):
             rows = slice(start, start + CHUNK)
-            p, q = (head(hidden[rows]).log_softmax(-1) for hidden in (p_hidden, q_hidden))  # (C, V)
+            pairs = zip(heads, (p_hidden, q_hidden), strict=True)
+            p, q = (head(hidden[rows]).log_softmax(-1) for head, hidden in pairs)  # (C, V)
             kl += float((p.exp() * (p - q)).sum(-1).double().sum())
             same += float((p.argmax(-1) == q.argmax(-1)).sum())
             following = ids[start + 1 : start + 1 + len(p)]
@@ -250,7 +255,7 @@ class _Walks:
             replace(call.to(device), basis=seen.basis) for call, seen in zip(calls, witness.calls, strict=True)
         ]
         self.first, self.original = witness.first[:1, :tokens], witness.original[:1, :tokens]
-        self.head = witness.ends.head(device, witness.dtype)
+        self.heads = witness.heads
         self.plan, self.bring = plan, bring
         self.done, self.most = 0, (1 + 2 * len(KINDS)) * len(self.calls)
         self.progress = progress or (lambda *_: None)
@@ -274,7 +279,7 @@ class _Walks:
         return [self._kl(hidden) for hidden in found]
 
     def _kl(self, hidden: Tensor) -> float:
-        kl = _distance(self.head, self.original, hidden, self.windows)[0]
+        kl = _distance(self.heads, self.original, hidden, self.windows)[0]
         return math.inf if kl is None else kl
 
     def smallest(

@@ -22,6 +22,8 @@ from flatquant.runtime.linear import FrozenSite, IntegerLinear
 from flatquant.spec import Plan, QuantSpec
 from flatquant.wiring.arch import submodule
 
+_INTEGERS = "pack-quantized"  # their name of the format
+
 
 @torch.no_grad()
 def export_compressed(
@@ -36,7 +38,7 @@ def export_compressed(
 
     Raises:
         ModelError: the model has online transforms, grids that differ, or experts; or grids for more than weights, but
-            for FP4 activations beside FP4 weights.
+            for FP4 activations beside FP4 weights. Of an output layer, it takes weights of 4 or 8 bits beside integers.
         ArtifactError: something is in the way of `output`.
     """
     check_output(output)
@@ -45,9 +47,9 @@ def export_compressed(
     state = {n: t for n, t in model.state_dict().items() if not n.endswith(ours)}
     for name, linear in model.named_modules():
         if isinstance(linear, IntegerLinear):
-            weight = linear.qweight()
-            state[f"{name}.weight_packed"] = _packed_words(weight.values, spec.bits)
-            parts = 1 if spec.group_size is None else spec.group_size // _their_group(spec.group_size)
+            weight, group = linear.qweight(), linear.spec.group_size
+            state[f"{name}.weight_packed"] = _packed_words(weight.values, linear.spec.bits)
+            parts = 1 if group is None else group // _their_group(group)
             state[f"{name}.weight_scale"] = weight.scale.to(model.dtype).repeat_interleave(parts, dim=-1)
             state[f"{name}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
         elif isinstance(linear, CodeLinear):
@@ -59,7 +61,7 @@ def export_compressed(
     theirs = FORMATS.get(spec.kind)
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized" if theirs is None else theirs.name,
+        "format": _INTEGERS if theirs is None else theirs.name,
         "quantization_status": "compressed",
         "ignore": ignored,
         "config_groups": {
@@ -68,7 +70,8 @@ def export_compressed(
                 "input_activations": _their_activations(plan, spec.kind),
                 "output_activations": None,
                 "weights": _their_weights(spec),
-            }
+            },
+            **_their_head(plan),
         },
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -86,6 +89,15 @@ def export_compressed(
     return [] if spec.kind in FORMATS else _lacking(model, plan, spec)
 
 
+def _their_head(plan: Plan) -> dict[str, Any]:
+    """What compressed-tensors is told of a rounded output layer, by the layer's name, which goes before its class."""
+    if plan.head is None:
+        return {}
+    none = {"input_activations": None, "output_activations": None}
+    weights = _their_weights(plan.head.weights)
+    return {"group_1": {"targets": [plan.head.path], "format": _INTEGERS, "weights": weights, **none}}
+
+
 def _their_group(group: int) -> int:
     """The largest group of 128, 64 and 32 columns that divides ours, or ours. vLLM's kernels for GPUs take no others,
     and a group has to divide a rank's columns."""
@@ -94,7 +106,7 @@ def _their_group(group: int) -> int:
 
 def _lacking(model: PreTrainedModel, plan: Plan, spec: QuantSpec) -> list[str]:
     """What vLLM's kernel for integers on a CPU (0.32, `CPUWNA16LinearKernel`) does not take, one line each."""
-    found = []
+    found = ["vLLM was not tried with a rounded output layer"] if plan.head is not None else []
     if spec.bits != 4:
         found.append(f"vLLM has no kernel for weights of {spec.bits} bits on a CPU")
     block = submodule(model, f"{plan.blocks_path}.0")
@@ -145,6 +157,8 @@ def _their_tensors(spec: QuantSpec, weight: Codes, site: FrozenSite) -> dict[str
 
 
 def _one_weight_grid(plan: Plan) -> QuantSpec:
+    if plan.head is not None and (plan.head.weights.bits not in (4, 8) or plan.head.site.activations is not None):
+        raise ModelError("compressed-tensors takes an output layer of 4 or 8 bits here, with its input in 16 bit")
     specs, inputs = set(), set()
     for block in plan.blocks:
         if any(len(site.groups) > 1 for site in block.sites.values()):
@@ -181,6 +195,8 @@ def _one_weight_grid(plan: Plan) -> QuantSpec:
     (spec, *others) = specs
     if others or spec is None or not spec.symmetric or spec.bits not in (4, 8):
         raise ModelError("compressed-tensors takes one symmetric grid of 4 or 8 bits, or one format, for all weights")
+    if plan.head is not None and spec.kind in FORMATS:
+        raise ModelError("compressed-tensors takes an output layer in integers beside integers only here")
     return spec
 
 

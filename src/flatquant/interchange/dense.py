@@ -42,6 +42,7 @@ def export_dense(
     check_output(output)
     grids = [s.activations for b in plan.blocks for s in b.sites.values()]
     grids += [grid for b in plan.blocks for grid in (b.keys, b.values)]
+    grids += [plan.head.site.activations] if plan.head else []
     if any(grids) and not weights_only:
         raise ModelError(
             "an ordinary checkpoint cannot round activations, keys and values; with --weights-only it is written "
@@ -72,6 +73,10 @@ def export_dense(
                 state[f"{prefix}{path}.weight"] = weight.to(model.dtype)
                 if linear.bias is not None:
                     state[f"{prefix}{path}.bias"] = linear.bias.to(model.dtype)
+    if plan.head is not None:
+        rounded = submodule(model, plan.head.path)
+        assert isinstance(rounded, SiteLinear)
+        state[f"{plan.head.path}.weight"] = rounded.plain().to(model.dtype)
     keep_dtypes(plain)
     wanted = plain.state_dict()
     owners = {n: submodule(plain, n.rpartition(".")[0]) for n in wanted}

@@ -313,6 +313,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
         "KL divergence from the original, nats per token (0: the same)": told(kl),
         "of next tokens are the original's": f"{found['top1']:.1%}",
     }
+    if "head" in found:
+        cards["KL that rounding the output layer alone makes"] = told(found["head"])
     packed = found.get("packed")
     if packed:
         same = "to the last bit" if packed["equal"] else f"to a KL of {told(packed['kl'])}"

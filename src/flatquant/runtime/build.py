@@ -23,7 +23,7 @@ from flatquant.runtime.codes import CodeLinear, FrozenCodes, PackedCodes
 from flatquant.runtime.experts import is_stacked, open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
-from flatquant.spec import BlockPlan, CodebookSpec, QuantSpec, SitePlan
+from flatquant.spec import BlockPlan, CodebookSpec, HeadPlan, QuantSpec, SitePlan
 
 SITES_SLOT = "flatquant"  # a block's attribute that holds its `FrozenSite`s by name
 
@@ -46,16 +46,7 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
         site = _site(site_plan)
         sites[name] = site
         for path in site_plan.readers:
-            linear = _get(block, path)
-            n1, n2 = site_plan.shape
-            if not isinstance(linear, nn.Linear) or linear.in_features != n1 * n2:
-                raise ArtifactError(
-                    f"the plan does not fit the model: {path!r} is no linear layer of {n1} x {n2} inputs"
-                )
-            parent, _, leaf = path.rpartition(".")
-            inner = _linear(linear, site, site_plan, packed)
-            up = _empty(linear.out_features, site_plan.rank, dtype=torch.float16) if site_plan.rank else None
-            setattr(_get(block, parent), leaf, inner if up is None else BranchedLinear(inner, up))
+            _replace(block, path, site, site_plan, packed)
     setattr(block, SITES_SLOT, sites)
     share_inputs(block)
     if plan.attended:
@@ -74,6 +65,27 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
             latent.rotary if latent else None,
         )
         seams.attach(_get(block, attention), key_value)
+
+
+def install_head(model: nn.Module, plan: HeadPlan, *, packed: bool) -> None:
+    """Replace a model's output layer by an empty serving one. Its site holds no tensor and is registered nowhere.
+
+    Raises:
+        ArtifactError: the plan names a module that the model lacks.
+    """
+    _replace(model, plan.path, _site(plan.site), plan.site, packed)
+
+
+def _replace(root: nn.Module, path: str, site: FrozenSite, plan: SitePlan, packed: bool) -> None:
+    """Put an empty serving linear in the place of one that reads a site."""
+    linear = _get(root, path)
+    n1, n2 = plan.shape
+    if not isinstance(linear, nn.Linear) or linear.in_features != n1 * n2:
+        raise ArtifactError(f"the plan does not fit the model: {path!r} is no linear layer of {n1} x {n2} inputs")
+    parent, _, leaf = path.rpartition(".")
+    inner = _linear(linear, site, plan, packed)
+    up = _empty(linear.out_features, plan.rank, dtype=torch.float16) if plan.rank else None
+    setattr(_get(root, parent), leaf, inner if up is None else BranchedLinear(inner, up))
 
 
 def _check_experts(block: nn.Module, planned: int) -> None:

@@ -29,7 +29,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from flatquant.errors import ArtifactError, SpecError, one_line
 from flatquant.formats import kinds as storage
 from flatquant.quantizers.choose import empty
-from flatquant.spec import BlockPlan, Plan, QuantSpec, SitePlan, from_dict, to_dict
+from flatquant.spec import BlockPlan, HeadGrids, Plan, QuantSpec, SitePlan, from_dict, to_dict
 
 METHOD = "flatquant"
 FORMAT_VERSION = 1
@@ -274,7 +274,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         if block not in kinds:
             kinds.append(block)
         blocks.append(kinds.index(block))
-    return {"blocks_path": plan.blocks_path, "attention": plan.attention, "kinds": to_dict(kinds), "blocks": blocks}
+    data = {"blocks_path": plan.blocks_path, "attention": plan.attention, "kinds": to_dict(kinds), "blocks": blocks}
+    return data | ({} if plan.head is None else {"head": to_dict(plan.head)})
 
 
 def plan_from_json(data: Any) -> Plan:
@@ -284,8 +285,8 @@ def plan_from_json(data: Any) -> Plan:
         ArtifactError: not such a plan.
     """
     where = f"{CONFIG_FILE} is damaged: plan"
-    if not isinstance(data, dict) or set(data) != {"blocks_path", "attention", "kinds", "blocks"}:
-        raise ArtifactError(f"{where} has other entries than blocks_path, attention, kinds, blocks")
+    if not isinstance(data, dict) or set(data) - {"head"} != {"blocks_path", "attention", "kinds", "blocks"}:
+        raise ArtifactError(f"{where} has other entries than blocks_path, attention, kinds, blocks, head")
     kinds, blocks = data["kinds"], data["blocks"]
     if not isinstance(kinds, list) or not isinstance(blocks, list):
         raise ArtifactError(f"{where}: kinds and blocks are lists")
@@ -294,10 +295,10 @@ def plan_from_json(data: Any) -> Plan:
     try:
         read = [from_dict(BlockPlan, kind) for kind in kinds]
         paths = {key: data[key] for key in ("blocks_path", "attention")}
-        plan = from_dict(Plan, {**paths, "blocks": []})
+        plan = from_dict(Plan, {**paths, "blocks": [], "head": data.get("head")})
     except SpecError as error:
         raise ArtifactError(f"{where}: {one_line(error)}") from error
-    return Plan(blocks_path=plan.blocks_path, attention=plan.attention, blocks=tuple(read[i] for i in blocks))
+    return replace(plan, blocks=tuple(read[i] for i in blocks))
 
 
 def _grid_tensors(spec: QuantSpec | None) -> list[str]:
@@ -331,6 +332,8 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
                 kinds[attention + side] = "transforms"
         for name, spec in (("keys", block.keys), ("values", block.values)):
             kinds |= {f"{attention}{name}.{n}": "transforms" for n in _grid_tensors(spec)}
+    if plan.head is not None:
+        kinds |= {f"{plan.head.path}.{part}": kind for part, kind in _reader_kinds(plan.head.site).items()}
     return kinds
 
 
@@ -356,6 +359,20 @@ def unquantised_bytes(sizes: Mapping[str, tuple[int, int]], plan: Plan) -> dict[
             kind = sites.get(name) or _role(name, dimensions, plan.blocks_path)
             found[kind] = found.get(kind, 0) + nbytes
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def output_layer(sizes: Mapping[str, int], plan: Plan) -> dict[str, Any] | None:
+    """A rounded output layer: `grids` as schemes have them, `bytes`, and whether it is a copy of embeddings that stay
+    in 16 bit (`tied`). None where it is not rounded.
+
+    Args:
+        sizes: bytes of all stored tensors by name.
+    """
+    if plan.head is None:
+        return None
+    nbytes = sum(size for name, size in sizes.items() if name.startswith(f"{plan.head.path}."))
+    grids = HeadGrids(weights=plan.head.weights, activations=plan.head.site.activations)
+    return {"grids": str(grids), "bytes": nbytes, "tied": plan.head.tied}
 
 
 def _role(name: str, dimensions: int, blocks_path: str) -> str:

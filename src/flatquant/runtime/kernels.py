@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flatquant.modules import joined
-from flatquant.ops import int4_linear
+from flatquant.ops import int4_linear, int8_linear
 from flatquant.ops.kron_quantize import Form, Site
 from flatquant.quantizers import Dynamic
 from flatquant.runtime.linear import FrozenSite, PackedLinear
@@ -61,6 +61,35 @@ class Product:
                 m.bias = bias[rows]
             at = rows.stop
         return cls(packed, scale, bias if bias is None or factor == 1 else bias * factor, factor)
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """An output layer with weights of 8 bits, and its input in 16."""
+
+    packed: Tensor  # uint8, (o, n)
+    scale: Tensor  # float32, (o,)
+    bias: Tensor | None  # (o,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(.., n) -> (.., o)"""
+        y = int8_linear.int8_linear(x.reshape(-1, x.shape[-1]), self.packed, self.scale, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @classmethod
+    def of(cls, linear: PackedLinear) -> OutputLayer:
+        """
+        Raises:
+            Unsupported: kernels do not take it.
+        """
+        if linear.spec.bits != 8 or linear.scale.shape[1] != 1 or linear.site.activations is not None:
+            raise Unsupported(
+                "its output layer is rounded otherwise than to 8 bits with one scale a row and inputs in 16 bit"
+            )
+        reason = int8_linear.unsupported(len(linear.packed), linear.n, linear.packed.device)
+        if reason is not None:
+            raise Unsupported(f"there is no kernel for {reason} (the output layer)")
+        return cls(linear.packed, linear.scale[:, 0].contiguous(), linear.bias)
 
 
 def packed_linear(module: nn.Module, where: str) -> PackedLinear:

@@ -7,12 +7,23 @@ machine that has none. Three layers:
 - `grids`: *what one grid looks like*, `QuantSpec`; *which grids a model gets*, `Scheme`;
 - `parts`: *what a method is made of*, `TransformSpec`, `FitSpec`, `EndToEndSpec`, `SolverSpec`, `DataSpec`; `recipe`
   joins them in `Recipe`;
-- `plans`: *what sits where in one concrete model*, `SitePlan`, `BlockPlan`, `Plan` - all that serving needs besides
-  tensors.
+- `plans`: *what sits where in one concrete model*, `SitePlan`, `BlockPlan`, `HeadPlan`, `Plan` - all that serving
+  needs besides tensors.
 """
 
 from flatquant.spec.convert import from_dict, to_dict
-from flatquant.spec.grids import CLIP_STARTS, CUT_SITES, SITES, CacheBits, Clip, QuantSpec, Scheme, SiteBits
+from flatquant.spec.grids import (
+    CLIP_STARTS,
+    CUT_SITES,
+    HEAD,
+    SITES,
+    CacheBits,
+    Clip,
+    HeadGrids,
+    QuantSpec,
+    Scheme,
+    SiteBits,
+)
 from flatquant.spec.parts import (
     BranchSpec,
     CodebookSpec,
@@ -24,13 +35,24 @@ from flatquant.spec.parts import (
     Transforms,
     TransformSpec,
 )
-from flatquant.spec.plans import BlockPlan, KeyOffset, LatentPlan, Pairing, Plan, SitePlan, by_expert, is_experts
+from flatquant.spec.plans import (
+    BlockPlan,
+    HeadPlan,
+    KeyOffset,
+    LatentPlan,
+    Pairing,
+    Plan,
+    SitePlan,
+    by_expert,
+    is_experts,
+)
 from flatquant.spec.recipe import DATA_STARTS, LARGEST_SEED, Recipe
 
 __all__ = [
     "CLIP_STARTS",
     "CUT_SITES",
     "DATA_STARTS",
+    "HEAD",
     "LARGEST_SEED",
     "SITES",
     "BlockPlan",
@@ -41,6 +63,8 @@ __all__ = [
     "DataSpec",
     "EndToEndSpec",
     "FitSpec",
+    "HeadGrids",
+    "HeadPlan",
     "KeyOffset",
     "LatentPlan",
     "Pairing",

@@ -15,6 +15,7 @@ from flatquant.spec.convert import check
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
 # Of which each rank of tensor parallelism holds a part: their linears are cut by columns.
 CUT_SITES = ("attn_out", "mlp_mid")
+HEAD = "lm_head"  # what schemes call the output layer, whatever a family calls it
 
 Clip = Literal["none", "learned", "fixed", "search"]
 # Where learned clips start, at 2, 3, .. 8 bits: 4.0 is the papers', of which 6 bits and more would be worse than plain
@@ -174,6 +175,28 @@ class CacheBits:
         return (f"k{self.keys}" if self.keys else "") + (f"v{self.values}" if self.values else "")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadGrids:
+    """Grids of the output layer, whose weights are rounded to the nearest and whose input has no transform.
+
+    Integers, symmetric, without a clip: one scale a row or group, and one a token.
+    """
+
+    weights: QuantSpec
+    activations: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        for spec in (self.weights, self.activations):
+            if spec is not None:
+                plain = QuantSpec(bits=spec.bits, group_size=spec.group_size)
+                check(spec == plain, f"{HEAD}: symmetric integers without a clip, one scale a row, group or token")
+        check(self.activations is None or self.activations.group_size is None, f"{HEAD}: groups are for weights only")
+
+    def __str__(self) -> str:
+        group = f"g{self.weights.group_size}" if self.weights.group_size else ""
+        return f"w{self.weights.bits}{group}a{self.activations.bits if self.activations else 16}"
+
+
 def _cache() -> str:
     """What a scheme says of keys and values, as a pattern: bits or a format, for both or for each."""
     name = "|".join(formats.names())
@@ -196,6 +219,24 @@ def _override() -> re.Pattern[str]:
     return re.compile(rf"(?:(?P<block>\d+)\.)?(?P<site>{'|'.join(SITES)})={_linear()}")
 
 
+_OUTPUT = re.compile(rf"{HEAD}=(?:w(?P<w>\d+)(?:g(?P<g>\d+))?)?(?:a(?P<a>\d+))?")
+
+
+def _read_head(text: str, part: str, m: re.Match[str]) -> HeadGrids:
+    """What a part of a scheme's text says of the output layer.
+
+    Raises:
+        SpecError: its weights have no grid.
+    """
+    bits = {name: None if m[name] in (None, "16") else int(m[name]) for name in "wa"}
+    check(bits["w"] is not None, f"scheme {text!r}: {part!r} gives no bits of weights; use {HEAD}=w8a16 or {HEAD}=w8a8")
+    assert bits["w"] is not None
+    return HeadGrids(
+        weights=QuantSpec(bits=bits["w"], group_size=int(m["g"]) if m["g"] else None),
+        activations=QuantSpec(bits=bits["a"]) if bits["a"] else None,
+    )
+
+
 def _storage(m: re.Match[str], both: str, letter: str) -> int | str | None:
     """What a part of a scheme's text says of one of two tensors: bits, or the name of a format."""
     found = m[both] or m[letter]
@@ -208,6 +249,7 @@ class Scheme:
 
     `overrides` maps `site` or `block.site` (`mlp_mid`, `11.mlp_mid`) to other bits; the more specific key wins.
     `cache_overrides` maps a block (`11`) to other bits of its keys and values.
+    `head` are the grids of the output layer, which otherwise stays in 16 bit. Embeddings always do.
     `clip` is that of grids which only an override switches on. `clip_starts` are those of learned clips by their bits,
     2 to 8 (see `QuantSpec.clip_start`).
 
@@ -225,6 +267,7 @@ class Scheme:
     clip: Literal["none", "learned"] = "none"
     clip_starts: tuple[float, ...] = CLIP_STARTS
     key_offset: Literal["auto", "none", "bias", "mean"] = "auto"
+    head: HeadGrids | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check(
@@ -257,7 +300,7 @@ class Scheme:
     def parse(
         cls, text: str, *, clip: Literal["none", "learned"] = "learned", clip_starts: tuple[float, ...] = CLIP_STARTS
     ) -> Self:
-        """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8,0.k8,1.kv16`.
+        """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8,0.k8,1.kv16,lm_head=w8a16`.
 
         Left-out parts and 16 stay in 16 bit. Weights and activations are symmetric, keys and values asymmetric.
         A format's name may stand for bits, and alone for those of weights and activations: with a format F, `F`,
@@ -283,7 +326,7 @@ class Scheme:
                 spec = dataclasses.replace(spec, group_size=int(group))
             return _with_clip(spec, clip, clip_starts)
 
-        overrides, cache_overrides = _read_overrides(text, rest)
+        overrides, cache_overrides, output = _read_overrides(text, rest)
         return cls(
             weights=grid(_storage(m, "both", "w"), symmetric=True, group=m["g"]),
             activations=grid(_storage(m, "both", "a"), symmetric=True),
@@ -293,6 +336,7 @@ class Scheme:
             cache_overrides=cache_overrides,
             clip=clip,
             clip_starts=clip_starts,
+            head=output,
         )
 
     def with_clips(self, *, weights: Clip, activations: float = 1.0, cache: float = 1.0, up_to: int = 8) -> Self:
@@ -328,7 +372,8 @@ class Scheme:
         pair = w if w == a and self.weights and self.weights.format else f"w{w}{group}a{a}"
         text = pair + (f"kv{k}" if k == v else f"k{k}v{v}")
         text += "".join(f",{key}={bits}" for key, bits in self.overrides.items())
-        return text + "".join(f",{block}.{bits}" for block, bits in self.cache_overrides.items())
+        text += "".join(f",{block}.{bits}" for block, bits in self.cache_overrides.items())
+        return text + (f",{HEAD}={self.head}" if self.head else "")
 
     def named(self, tensors: Literal["weights", "activations", "keys", "values"]) -> set[str]:
         """The names of all formats that these tensors have somewhere."""
@@ -391,14 +436,17 @@ def _is_number(text: str) -> bool:
     return text.isdecimal() and text == str(int(text))
 
 
-def _read_overrides(text: str, parts: Sequence[str]) -> tuple[dict[str, SiteBits], dict[str, CacheBits]]:
-    """What follows the first comma of a scheme's text: bits of sites, and of blocks' keys and values.
+def _read_overrides(
+    text: str, parts: Sequence[str]
+) -> tuple[dict[str, SiteBits], dict[str, CacheBits], HeadGrids | None]:
+    """What follows the first comma of a scheme's text: bits of sites, of blocks' keys and values, and of the head.
 
     Raises:
         SpecError: a part of no such form or without bits, or a tensor named twice.
     """
     sites: dict[str, SiteBits] = {}
     caches: dict[str, dict[str, int | str]] = {}
+    head: HeadGrids | None = None
     cached = re.compile(rf"(?P<block>\d+)\.{_cache()}")
     for part in parts:
         site, cache = _override().fullmatch(part), cached.fullmatch(part)
@@ -414,10 +462,14 @@ def _read_overrides(text: str, parts: Sequence[str]) -> tuple[dict[str, SiteBits
                 if bits := _storage(cache, "kv", letter):
                     check(name not in given, f"scheme {text!r}: {name} of block {int(cache['block'])} are given twice")
                     given[name] = bits
+        elif (output := _OUTPUT.fullmatch(part)) is not None:
+            check(head is None, f"scheme {text!r}: {HEAD} is given twice")
+            head = _read_head(text, part, output)
         else:
             check(
                 False,
                 f"scheme {text!r}: {part!r} is neither [block.]site=w<bits>a<bits> with one of the sites "
-                f"{', '.join(SITES)}, nor block.k<bits>v<bits> for the keys and values of one block",
+                f"{', '.join(SITES)}, nor block.k<bits>v<bits> for the keys and values of one block, "
+                f"nor {HEAD}=w<bits>a<bits> with integers",
             )
-    return sites, {block: CacheBits(**given) for block, given in caches.items()}
+    return sites, {block: CacheBits(**given) for block, given in caches.items()}, head

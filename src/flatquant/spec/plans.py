@@ -152,9 +152,51 @@ class BlockPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadPlan:
+    """The output layer on a grid.
+
+    Attributes:
+        site: its input, as the model gives it, on the grid of activations. The one reader's path is relative to the
+            model.
+        tied: the layer was the embedding matrix, which stays as it was: the rounded one is a copy.
+    """
+
+    site: SitePlan
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        plain = SitePlan(
+            readers=self.site.readers,
+            shape=self.site.shape,
+            weights=self.site.weights,
+            activations=self.site.activations,
+        )
+        check(plain == self.site and len(plain.readers) == 1, "an output layer is one linear without a transform")
+        check(plain.weights is not None, "an output layer in 16 bit is not planned")
+        for spec in (plain.weights, plain.activations):
+            uniform = spec is None or (spec.kind, spec.scope, spec.clip) == ("uniform", "row", "none")
+            check(uniform, "an output layer has integers with one scale a row, group or token")
+
+    @property
+    def path(self) -> str:
+        """Of the linear, in the model."""
+        return self.site.readers[0]
+
+    @property
+    def weights(self) -> QuantSpec:
+        """Their grid."""
+        assert self.site.weights is not None
+        return self.site.weights
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What serving needs to know besides tensors. `blocks_path` names the module list, e.g. `model.layers`."""
+    """What serving needs to know besides tensors.
+
+    `blocks_path` names the module list, e.g. `model.layers`; `head` is None where the output layer is in 16 bit.
+    """
 
     blocks_path: str
     attention: str
     blocks: tuple[BlockPlan, ...]
+    head: HeadPlan | None = field(default=None, metadata={"later": True})

@@ -17,7 +17,7 @@ from flatquant.models import WRAPPERS, auto_class, kept_dtype
 from flatquant.runtime import fused
 from flatquant.runtime.artifact.adopt import Origin, adopt
 from flatquant.runtime.artifact.write import FOREIGN, tied_names
-from flatquant.runtime.build import install
+from flatquant.runtime.build import install, install_head
 from flatquant.runtime.folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -113,7 +113,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def furnish(folder: Folder, model: PreTrainedModel, tied: set[str], stored: Mapping[str, StoredTensor]) -> None:
-    """Put empty serving modules into a model's blocks, where the folder's plan says so.
+    """Put empty serving modules into a model where the folder's plan says so: blocks, output layer.
 
     Args:
         tied: names of tensors that are others under a second name, and are not stored.
@@ -130,6 +130,8 @@ def furnish(folder: Folder, model: PreTrainedModel, tied: set[str], stored: Mapp
         raise ArtifactError(f"the plan does not fit the model: {path} is no list of its blocks")
     for module, block in zip(modules, folder.plan.blocks, strict=True):
         install(module, folder.plan.attention, block, packed=True)
+    if folder.plan.head is not None:
+        install_head(model, folder.plan.head, packed=True)
     _compare(folder, model, tied, stored)
 
 

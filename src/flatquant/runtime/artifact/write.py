@@ -38,6 +38,7 @@ from flatquant.runtime.folder import (
     Folder,
     content_hash,
     json_bytes,
+    output_layer,
     plan_to_json,
     unquantised_bytes,
 )
@@ -189,6 +190,12 @@ def unquantised(model: nn.Module, plan: Plan) -> dict[str, int]:
     """`unquantised_bytes` of a quantised model in memory, as it would be stored."""
     pending = _pending(model, lambda name: model.state_dict()[name])
     return unquantised_bytes({name: (len(t.shape), t.nbytes) for name, t in pending.items()}, plan)
+
+
+def output_layer_of(model: nn.Module, plan: Plan) -> dict[str, Any] | None:
+    """`output_layer` of a quantised model in memory, as it would be stored."""
+    pending = _pending(model, lambda name: model.state_dict()[name])
+    return output_layer({name: t.nbytes for name, t in pending.items()}, plan)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -19,7 +19,8 @@ from flatquant.runtime.fused.lock import device_lock
 from flatquant.runtime.fused.step import Step
 from flatquant.runtime.fused.take import block_of, norm_of
 from flatquant.runtime.fused.watch import Modules
-from flatquant.runtime.kernels import Unsupported
+from flatquant.runtime.kernels import OutputLayer, Unsupported
+from flatquant.runtime.linear import PackedLinear
 from flatquant.runtime.packedcache import PackedCache, Room, stream_of
 
 _ROPES = ("default", "linear", "llama3", "yarn")  # of which angles depend on positions alone
@@ -60,7 +61,7 @@ class Fused:
         self.rotary = base.rotary_emb
         self.norm = norm_of(base.norm, family)
         head: Any = model.get_output_embeddings()
-        self.head: nn.Linear = head
+        self.head: nn.Linear | OutputLayer = OutputLayer.of(head) if isinstance(head, PackedLinear) else head
         self.embedded = getattr(config, "embedding_multiplier", 1.0)
         self.divided = getattr(config, "logits_scaling", 1.0)
         turns = config.layer_types if isinstance(ropes, dict) else [None] * len(base.layers)
