@@ -137,6 +137,27 @@ class Site(nn.Module, ABC):
             x: (rows, n).
         """
 
+    @abstractmethod
+    def product(
+        self,
+        experts: Sequence[Sequence[nn.Module]],
+        x: Tensor,
+        index: Tensor | slice,
+        counts: Sequence[int],
+    ) -> Tensor | None:
+        """What several experts make of rows of the transformed x, in one grouped product.
+
+        Args:
+            experts: of each, the linears that read this site.
+            x: (rows, n).
+            index: rows of x, those of an expert together, in the order of the experts.
+            counts: rows of each expert, 0 for one that none reach.
+
+        Returns:
+            The outputs of an expert's linears side by side, (rows of all, o); None where these linears are multiplied
+            one after another.
+        """
+
     def _once(self, name: str, x: Tensor, compute: Callable[[], T]) -> T:
         """What `compute` gives for x, computed once in a forward pass."""
         seen = self._seen(name, x)

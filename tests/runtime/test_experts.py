@@ -6,11 +6,13 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -21,8 +23,10 @@ from flatquant.calibrate.solve import solve_block
 from flatquant.calibrate.state import RunState
 from flatquant.cli import app
 from flatquant.errors import ArtifactError, ModelError
+from flatquant.ops import grouped_linear
 from flatquant.recipes import RECIPES, gptq, rtn
 from flatquant.report import FILE
+from flatquant.runtime import linear
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.experts import Experts, is_stacked, open_experts, stacked_again
 from flatquant.runtime.folder import content_hash
@@ -245,6 +249,91 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     resumed, _, again = calibrated(model, recipe, state=RunState(tmp_path, {"run": 1}, resume=True))
     assert same_bytes(resumed, whole)
     assert [b.get("experts") for b in again.blocks] == [b.get("experts") for b in report.blocks]
+
+
+# ------------------------------------------------------------------------------------------- grouped products
+
+# An expert that every token passes, biases and a clamp, no gate, matrices that lie transposed.
+GROUPED = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "nemotron_h", "llama4_text")
+
+
+def one_by_one(block: nn.Module) -> list[RemovableHandle]:
+    """Watch all experts' linears: then each is called."""
+    linears = [m for e in block.modules() if isinstance(e, Experts) for m in e.modules() if hasattr(m, "site")]
+    assert linears
+    return [linear.register_forward_hook(lambda *_: None) for linear in linears]
+
+
+def with_experts(model: nn.Module) -> list[tuple[int, nn.Module]]:
+    blocks = submodule(model, arch_of(model.config).blocks)
+    return [(i, b) for i, b in enumerate(blocks) if any(isinstance(m, Experts) for m in b.modules())]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_fit_s_experts_at_once_are_experts_one_after_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and all gradients, in float64."""
+    model = tiny_family(name, dtype=torch.float64)
+    _, fits = wrap(model, bare(BASES["inverse orthogonal"], Scheme.parse("w4a4")), noise=0.05)
+    monkeypatch.setattr(grouped_linear, "gains", lambda device: True)
+    monkeypatch.setattr(grouped_linear, "_FEW", 10**6)
+    products = counted(monkeypatch, grouped_linear, "padded")
+    tokens = tokens_for(model, 2, 9)
+    parameters = [p for fit in fits for ps in fit.parameters().values() for p in ps if p.requires_grad]
+
+    def run() -> list[Tensor]:
+        out = model(tokens, use_cache=False).logits
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), parameters, materialize_grads=True)]
+
+    with torch.enable_grad():
+        got = run()
+        assert len(products) == 2 * len(with_experts(model))
+        for _, block in with_experts(model):
+            one_by_one(block)
+        want = run()
+    assert len(products) == 2 * len(with_experts(model))  # and no more
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16", "w3g8a8", "w16a4", "wnvfp4a4", "w4a4,mlp_mid=w16a16"])
+def test_served_experts_at_once_are_experts_one_after_another(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen and packed; of integers, to the last bit."""
+    name = "gpt_oss" if scheme == "w4a4" else "mixtral"
+    model, plan, _ = calibrated(tiny_family(name, hidden_size=32, intermediate_size=48, head_dim=8), rtn(scheme))
+    save(model, plan, tmp_path / "model", recipe={}, report={}, scheme=scheme)
+    tokens = tokens_for(model, 2, 9)
+    for served in (model, load(tmp_path / "model")):
+        with torch.no_grad():
+            alone = served(tokens).logits
+        with monkeypatch.context() as patch:
+            for module in (grouped_linear, linear):
+                patch.setattr(module, "gains", lambda device: True)
+            patch.setattr(linear, "_TOGETHER", 2000)  # a few experts at a time
+            products = counted(patch, linear, "by_row" if name == "gpt_oss" else "grouped_linear")
+            products += counted(patch, linear, "grouped_int_linear")
+            with torch.no_grad():
+                together = served(tokens).logits
+                for _, block in with_experts(served):
+                    one_by_one(block)
+                assert torch.equal(served(tokens).logits, alone)
+        if scheme in ("w4a4", "w3g8a8"):
+            assert torch.equal(together, alone)
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def counted(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
+    """Calls of a function from now on."""
+    calls: list[None] = []
+    inner = getattr(module, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return inner(*args, **kwargs)
+
+    patch.setattr(module, name, counting)
+    return calls
 
 
 # ------------------------------------------------------------------------------------------------- the router

@@ -6,15 +6,16 @@ function of the same numbers, with a linear layer for each matrix, `experts.3.up
 transposed matrices, gate and up channel by channel, biases, or no gate.
 
 All experts read one tensor, and all their inner activations are one tensor, row upon row: a site transforms and rounds
-each of the two once, and every expert multiplies its rows of the result. Rows go from expert to expert, and back into
-the order of the tokens by one gather, so that sums have one order.
+each of the two once, and multiplies the rows of all experts by their weights (`Site.product`). Rows go from expert to
+expert, and back into the order of the tokens by one gather, so that sums have one order. Where a linear is watched, or
+of a kind that has no grouped product, experts run one after another.
 
-What was given up: grouped products. Experts run one after another, and the host waits for their numbers of rows.
+What was given up: the host waits for the experts' numbers of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -91,19 +92,34 @@ class Experts(nn.ModuleList):
 
     def _pass(self, x: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Rows of x through experts: row `tokens[i]` through expert `chosen[i]`, which ascends.  # (pairs, h)"""
-        ends = torch.searchsorted(chosen, torch.arange(len(self), device=chosen.device), right=True).tolist()
-        experts = cast(Iterable[Expert], self)
-        spans = [(e, slice(a, b)) for e, a, b in zip(experts, [0, *ends[:-1]], ends, strict=True) if a < b]
-        if not spans:
-            return x[:0]
-        inner = []
-        for expert, span in spans:
-            readers = [linear for name, linear in expert.named_children() if name != "down_proj"]
-            rows = _rows(readers[0], x, tokens[span])
-            inner.append(self.inner(*(linear(rows) for linear in readers)))
-        mid = torch.cat(inner)  # (pairs, I)
-        down = [(cast(nn.Module, expert.down_proj), span) for expert, span in spans]
-        return torch.cat([linear(_rows(linear, mid, span)) for linear, span in down])
+        counts = torch.bincount(chosen, minlength=len(self)).tolist()
+        first = cast(Expert, self[0])
+        up = [name for name, _ in first.named_children() if name != "down_proj"]
+        mid = self.inner(*self._outputs(up, x, tokens, counts))  # (pairs, I)
+        return self._outputs(["down_proj"], mid, slice(None), counts)[0]
+
+    def _outputs(self, names: list[str], x: Tensor, index: Tensor | slice, counts: list[int]) -> tuple[Tensor, ...]:
+        """What linears of these names make of rows of x, those of each expert of its own, by name."""
+        experts = [[expert.get_submodule(name) for name in names] for expert in self]
+        site = getattr(experts[0][0], "site", None)
+        if isinstance(site, Site) and not any(_watched(linear) for linears in experts for linear in linears):
+            together = site.product(experts, x, index, counts)
+            if together is not None:
+                return together.chunk(len(names), dim=-1)
+        found: list[tuple[Tensor, ...]] = []
+        start = 0
+        for linears, count in zip(experts, counts, strict=True):
+            span = slice(start, start + count)
+            start = span.stop
+            if count:
+                rows = _rows(linears[0], x, index[span] if isinstance(index, Tensor) else span)
+                found.append(tuple(linear(rows) for linear in linears))
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True)) if found else (x[:0],) * len(names)
+
+
+def _watched(linear: nn.Module) -> bool:
+    """Whether something wants a linear to be called: a hook, or what stands for its forward pass."""
+    return bool(linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear))
 
 
 def _rows(linear: nn.Module, x: Tensor, index: Tensor | slice) -> Tensor:

@@ -8,20 +8,25 @@ same integers, so a model in memory and its saved copy agree to the last bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatquant.modules import ExactBuffers, Site
-from flatquant.ops.int_linear import int_linear
+from flatquant.ops.grouped_linear import by_row, gains, grouped_linear
+from flatquant.ops.int_linear import grouped_int_linear, int_linear
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.ops.pack.reference import packed_width
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.spec import QuantSpec
 
+_TOGETHER = (
+    1 << 26
+)  # bytes of experts' stored weights that are numbers at a time: those of 4 bits take eight times as many
 _State = tuple[int, int]  # of a tensor: how often it was changed in place, and where its numbers lie
 
 
@@ -77,6 +82,28 @@ class FrozenSite(ExactBuffers, Site):
             self._keep("rows", part, (rows, None if low is None else low[index]))
         return part
 
+    def product(
+        self, experts: Sequence[Sequence[nn.Module]], x: Tensor, index: Tensor | slice, counts: Sequence[int]
+    ) -> Tensor | None:
+        """Weights are numbers while they are multiplied: those of some experts at a time, which rows reach."""
+        kinds = {type(linear) for linears in experts for linear in linears}
+        kind = next(iter(kinds))
+        if not gains(x.device) or len(kinds) > 1 or not issubclass(kind, IntegerLinear | NumberLinear):
+            return None
+        y = self(x)
+        y = y.rows(index) if isinstance(y, QTensor) else y[index]
+        reached = [i for i, count in enumerate(counts) if count]
+        together = max(1, _TOGETHER // sum(t.nbytes for linear in experts[0] for t in linear.buffers()))
+        parts, start = [], 0
+        for first in range(0, len(reached), together):
+            some = reached[first : first + together]
+            rows = slice(start, start + sum(counts[i] for i in some))
+            start = rows.stop
+            mine = y.rows(rows) if isinstance(y, QTensor) else y[rows]
+            these: Any = [experts[i] for i in some]
+            parts.append(kind.grouped(these, mine, [counts[i] for i in some], x.dtype))
+        return torch.cat(parts) if parts else None
+
     def _computed(self, x: Tensor) -> tuple[Tensor | QTensor, Tensor | None]:
         """What `forward` and `branch` give."""
         part = self._seen("rows", x)
@@ -97,6 +124,16 @@ class FrozenSite(ExactBuffers, Site):
         else:
             out = self.activations.quantize(y)
         return out, None if self.down is None else F.linear(y, self.down.to(y.dtype))
+
+
+def _stacked(experts: Sequence[Sequence[nn.Module]], name: str) -> Tensor:
+    """A buffer of linears: those of an expert row upon row, experts upon one another.  # (E, o, ..)"""
+    return torch.stack([torch.cat([linear.get_buffer(name) for linear in linears]) for linears in experts])
+
+
+def _known(bias: Tensor | None) -> Tensor:
+    assert bias is not None, "of one site's experts, all have biases or none"
+    return bias
 
 
 class Unpacked(ABC):
@@ -136,6 +173,21 @@ class SiteLinear(ExactBuffers, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """(.., n) -> (.., o)"""
 
+    @classmethod
+    @abstractmethod
+    def grouped(
+        cls, experts: Sequence[Sequence[Self]], y: Tensor | QTensor, counts: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """What linears of this stage make of rows of their site's output; see `Site.product`.  # (rows, o)"""
+
+    @staticmethod
+    def _biased(experts: Sequence[Sequence[SiteLinear]], y: Tensor, counts: Sequence[int]) -> Tensor:
+        """Outputs of all experts with their biases.  # (rows, o)"""
+        if experts[0][0].bias is None:
+            return y
+        biases = torch.stack([torch.cat([_known(linear.bias) for linear in linears]) for linears in experts])
+        return y + by_row(biases, counts).to(y.dtype)
+
 
 class NumberLinear(SiteLinear, ABC):
     """Multiplies the numbers that weights stand for; activations on a grid are multiplied as theirs."""
@@ -152,6 +204,14 @@ class NumberLinear(SiteLinear, ABC):
         if isinstance(y, QTensor):
             y = y.dequantize(x.dtype)
         return F.linear(y, self.numbers(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    @classmethod
+    def grouped(
+        cls, experts: Sequence[Sequence[Self]], y: Tensor | QTensor, counts: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        weight = torch.stack([torch.cat([linear.numbers(dtype) for linear in linears]) for linears in experts])
+        rows = y.dequantize(dtype) if isinstance(y, QTensor) else y
+        return cls._biased(experts, grouped_linear(rows, weight, counts), counts)
 
 
 class DenseLinear(NumberLinear):
@@ -195,6 +255,23 @@ class IntegerLinear(SiteLinear, ABC):
             return int_linear(y.values, y.scale, y.zero, w.values, w.scale, w.zero, self.bias, x.dtype)
         return F.linear(y, w.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
+    @classmethod
+    @abstractmethod
+    def _integers(cls, experts: Sequence[Sequence[Self]], scale: Tensor, zero: Tensor | None) -> QTensor:
+        """The weights of several experts, those of one row upon row.  # (E, o, n), with scales of (E, o, g)"""
+
+    @classmethod
+    def grouped(
+        cls, experts: Sequence[Sequence[Self]], y: Tensor | QTensor, counts: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        zero = None if experts[0][0].zero is None else _stacked(experts, "zero")
+        w = cls._integers(experts, _stacked(experts, "scale"), zero)
+        if isinstance(y, QTensor):
+            out = grouped_int_linear(y.values, y.scale, y.zero, w.values, w.scale, w.zero, counts)
+        else:
+            out = grouped_linear(y, w.dequantize(dtype), counts)
+        return cls._biased(experts, out, counts).to(dtype)
+
 
 class FrozenLinear(IntegerLinear, Unpacked):
     """Integers one per byte: the solver's output."""
@@ -208,6 +285,10 @@ class FrozenLinear(IntegerLinear, Unpacked):
 
     def qweight(self) -> QTensor:
         return QTensor(values=self.values, scale=self.scale, zero=self.zero, spec=self.spec)
+
+    @classmethod
+    def _integers(cls, experts: Sequence[Sequence[Self]], scale: Tensor, zero: Tensor | None) -> QTensor:
+        return QTensor(values=_stacked(experts, "values"), scale=scale, zero=zero, spec=experts[0][0].spec)
 
     def pack(self) -> Tensor:
         return self.qweight().packed()
@@ -243,6 +324,11 @@ class PackedLinear(IntegerLinear):
         """Pack a frozen linear."""
         w = linear.qweight()
         return cls(linear.site, w.packed(), w.scale, w.zero, linear.bias, w.spec, w.shape[-1])
+
+    @classmethod
+    def _integers(cls, experts: Sequence[Sequence[Self]], scale: Tensor, zero: Tensor | None) -> QTensor:
+        first = experts[0][0]
+        return QTensor.from_packed(_stacked(experts, "packed"), scale, zero, first.spec, first.n)
 
     def qweight(self) -> QTensor:
         """The weight. On a CPU its integers are kept one per byte from the first use on: unpacking costs more than all

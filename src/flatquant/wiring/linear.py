@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatquant.modules import Site, Trainable
+from flatquant.ops.grouped_linear import by_row, grouped_linear
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.quantizers import (
     ActivationLevels,
@@ -32,7 +33,18 @@ from flatquant.transforms import Diagonal, Factor, HeadDiagonal, HeadMatrices, I
 # beat the structured product's many passes: 8192 x 1536 x 1536 in half precision takes an H100 0.06 ms.
 DENSE_LIMIT = 2048
 
-_Operand = tuple[Tensor, Tensor | None]  # weight (o, n) and bias (o,) of one reader
+
+class _Operands:
+    """Q(W P^-T) of all readers, (sum of rows, n), with their biases, (sum of rows,)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
+        self.weight, self.bias = weight, bias
+        self._weights = weight.split(list(sizes))
+        self._biases = [None] * len(sizes) if bias is None else bias.split(list(sizes))
+
+    def of(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Those of one reader.  # (o, n), (o,)"""
+        return self._weights[index], self._biases[index]
 
 
 class HeadOutput(nn.Module):
@@ -247,20 +259,34 @@ class FitSite(Site):
             self._keep("rows", part, (y[index], operands))
         return part
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, list[_Operand]]:
-        """Q(x P), and Q(W P^-T) with the bias by reader."""
-        bias = self.transformed_bias()
-        biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
-        return self._quantised(x), list(zip(self._quantised_weight().split(self.sizes), biases, strict=True))
+    def product(
+        self, experts: Sequence[Sequence[nn.Module]], x: Tensor, index: Tensor | slice, counts: Sequence[int]
+    ) -> Tensor | None:
+        readers = [linear.index for linears in experts for linear in linears if isinstance(linear, FitLinear)]
+        each = len(experts[0])
+        if readers != list(range(readers[0], readers[0] + each * len(experts))) or not self._shares:
+            return None  # others stand between them, or would be computed for each reader
+        rows = sum(self.sizes[: readers[0]]), sum(self.sizes[readers[0] : readers[-1] + 1])
+        y, operands = self._once("operands", x, lambda: self._operands(x))
+        weight = operands.weight.narrow(0, *rows).unflatten(0, (len(experts), -1))  # (E, o, n)
+        out = grouped_linear(y[index], weight, counts)
+        if operands.bias is None:
+            return out
+        bias = operands.bias.narrow(0, *rows).unflatten(0, (len(experts), -1))
+        return out + by_row(bias, counts).to(out.dtype)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, _Operands]:
+        """Q(x P), and what readers multiply it by."""
+        return self._quantised(x), _Operands(self._quantised_weight(), self.transformed_bias(), self.sizes)
 
     def output(self, x: Tensor, index: int) -> Tensor:
         """The output of one reader: alone for some rows, which are its own, else with all others.  # (.., o)"""
         seen = self._seen("rows", x)
         if seen is None and not self.alone:
             return self(x)[index]
-        found: tuple[Tensor, list[_Operand]]
+        found: tuple[Tensor, _Operands]
         found = self._once("operands", x, lambda: self._operands(x)) if seen is None else seen.result
-        return F.linear(found[0], *found[1][index])
+        return F.linear(found[0], *found[1].of(index))
 
 
 class FitLinear(nn.Module):

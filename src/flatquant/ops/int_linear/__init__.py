@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from flatquant.ops.grouped_linear import by_row, grouped_linear
 from flatquant.ops.int_linear import reference
 
 _local = threading.local()
@@ -29,6 +31,30 @@ def int_linear(
     if weight.device.type == "cpu" and not weight.is_floating_point():
         weight = _room(weight).copy_(weight)
     return reference.int_linear(x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, out_dtype)
+
+
+def grouped_int_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+    counts: Sequence[int],
+) -> Tensor:
+    """`reference.int_linear` of rows and the weights of their group, without a bias; see `grouped_linear`.
+
+    Args:
+        x, x_scale, x_zero: rows of all groups, one group's behind another's, (P, n), (P, 1).
+        weight, weight_scale, weight_zero: (E, o, n), (E, o, g).
+        counts: rows of each group.
+
+    Returns:
+        float32, (P, o).
+    """
+    w = reference.multiplied(weight, weight_scale, weight_zero)
+    y = grouped_linear(reference.shifted(x, x_zero), w, counts) * x_scale.float()
+    return y * by_row(weight_scale[..., 0].float(), counts) if weight_scale.shape[-1] == 1 else y
 
 
 def _room(weight: Tensor) -> Tensor:

@@ -30,17 +30,28 @@ def int_linear(
     Returns:
         `out_dtype`, (.., o).
     """
-    x = x.float()
-    if x_zero is not None:
-        x = x - x_zero.float()
-    w = weight.float()
-    if weight_zero is not None:
-        w = (w.unflatten(-1, (weight_scale.shape[-1], -1)) - weight_zero.float()[..., None]).flatten(-2)
+    w = multiplied(weight, weight_scale, weight_zero)
+    y = (shifted(x, x_zero) @ w.mT) * x_scale.float()
     if weight_scale.shape[-1] == 1:
-        y = (x @ w.mT) * x_scale.float() * weight_scale.float().mT
-    else:
-        w = (w.unflatten(-1, (weight_scale.shape[-1], -1)) * weight_scale.float()[..., None]).flatten(-2)
-        y = (x @ w.mT) * x_scale.float()
+        y = y * weight_scale.float().mT
     if bias is not None:
         y = y + bias.float()
     return y.to(out_dtype)
+
+
+def shifted(x: Tensor, zero: Tensor | None) -> Tensor:
+    """Activations less their zero points.  # float32, (.., n)"""
+    return x.float() if zero is None else x.float() - zero.float()
+
+
+def multiplied(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Weights as the product takes them: less their zero points, and scaled where a row has several scales.
+
+    (.., o, n), and (.., o, g) twice -> float32, (.., o, n)
+    """
+    w = weight.float()
+    if zero is not None:
+        w = (w.unflatten(-1, (scale.shape[-1], -1)) - zero.float()[..., None]).flatten(-2)
+    if scale.shape[-1] == 1:
+        return w
+    return (w.unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]).flatten(-2)
