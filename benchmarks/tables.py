@@ -22,7 +22,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/experiments.md", "docs/benchmarks.md", "docs/runtime.md", "docs/families.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/experiments.md",
+    "docs/benchmarks.md",
+    "docs/runtime.md",
+    "docs/families.md",
+    "docs/scale.md",
+)
 # The original implementation in the same setting; see docs/experiments.md, "Fidelity to the paper".
 ORIGINAL_PERPLEXITY, ORIGINAL_SECONDS = 29.32, 842
 LABELS = {
@@ -363,6 +370,60 @@ def memory() -> list[str]:
     return lines
 
 
+def plan() -> list[str]:
+    """Hours of DeepSeek-V3's blocks on one GPU, and of all on several."""
+    found = read("plan-671b")["metrics"]
+    lines = [
+        "| blocks | weights of each | of which a token passes | an epoch | a fit | all of them |",
+        "|---" * 6 + "|",
+    ]
+    for row in found["blocks"]:
+        one = row["fit_seconds"] + row["full_precision_seconds"] + row["other_seconds"]
+        lines.append(
+            f"| {row['blocks']} | {row['weights'] / 1e9:.2f} billion | {row['passed'] / 1e9:.2f} billion | "
+            f"{row['epoch_seconds']:.0f} s | {row['fit_seconds'] / 60:.1f} min | {row['blocks'] * one / 3600:.1f} h |"
+        )
+    return lines
+
+
+def plan_hours() -> list[str]:
+    """The same on several GPUs, and the rates' check."""
+    found = read("plan-671b")["metrics"]
+    several = ", ".join(f"{hours:.1f} h on {n}" for n, hours in found["hours"].items())
+    check = found["check"]
+    return [
+        f"All blocks: {several}. The same rates give {check['planned']:.2f} s for an epoch of Llama-3-8B's shape, "
+        f"which took {check['measured']:.2f} s."
+    ]
+
+
+def plan_memory() -> list[str]:
+    """Device memory of a run by method and by the number of experts; host memory, files and traffic."""
+    found = read("plan-671b")["metrics"]
+    lines = ["| run | experts in a block | on the GPU | in host memory |", "|---" * 4 + "|"]
+    for name, m in found["memory"].items():
+        lines.append(f"| `{name}` | 256 | {m['device'] / 1e9:.0f} GB | {m['host'] / 1e9:.0f} GB |")
+    for experts, m in found["memory_by_experts"].items():
+        if experts != "256":
+            lines.append(f"| `flatquant` | {experts} | {m['device'] / 1e9:.0f} GB | {m['host'] / 1e9:.0f} GB |")
+    return lines
+
+
+def plan_bytes() -> list[str]:
+    """What is read and written once."""
+    found = read("plan-671b")["metrics"]
+    size, cache = found["bytes"], found["cache_bytes"]
+    rows = {
+        "read from a checkpoint in float8": f"{size['read'] / 1e9:.0f} GB",
+        "to the GPU in bfloat16, on each rank": f"{size['to_device'] / 1e9:.0f} GB",
+        "state: a byte a weight; sent to all other ranks": f"{size['state'] / 1e9:.0f} GB",
+        "packed folder": f"{size['written'] / 1e9:.0f} GB",
+        "cache of a token, 4 bits": f"{cache['packed'] / 1e3:.1f} kB",
+        "cache of a token, bfloat16": f"{cache['bfloat16'] / 1e3:.1f} kB",
+    }
+    return ["| what | size |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
+
+
 SHAPES = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B"}
 _PARTS = {  # of a block, by what their kernels' names begin with
     "products": ("nvjet", "_vector", "_few"),
@@ -554,6 +615,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "whole_models": whole_models,
     "transforms_cost": transforms_cost,
     "memory": memory,
+    "plan": plan,
+    "plan_hours": plan_hours,
+    "plan_memory": plan_memory,
+    "plan_bytes": plan_bytes,
     "where": where,
     "families": families,
     "engines": engines,
