@@ -137,7 +137,6 @@ class Site(nn.Module, ABC):
             x: (rows, n).
         """
 
-    @abstractmethod
     def product(
         self,
         experts: Sequence[Sequence[nn.Module]],
@@ -145,7 +144,7 @@ class Site(nn.Module, ABC):
         index: Tensor | slice,
         counts: Sequence[int],
     ) -> Tensor | None:
-        """What several experts make of rows of the transformed x, in one grouped product.
+        """What several experts make of rows of the transformed x, in one grouped product, for sites that have one.
 
         Args:
             experts: of each, the linears that read this site.
@@ -157,6 +156,7 @@ class Site(nn.Module, ABC):
             The outputs of an expert's linears side by side, (rows of all, o); None where these linears are multiplied
             one after another.
         """
+        return None
 
     def _once(self, name: str, x: Tensor, compute: Callable[[], T]) -> T:
         """What `compute` gives for x, computed once in a forward pass."""

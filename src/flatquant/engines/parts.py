@@ -17,7 +17,7 @@ the same bits as the modules.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -216,11 +216,6 @@ class Gathered(Site):
 
     def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
         return x[index]
-
-    def product(
-        self, experts: Sequence[Sequence[nn.Module]], x: Tensor, index: Tensor | slice, counts: Sequence[int]
-    ) -> Tensor | None:
-        return None
 
 
 class Own(Site):
