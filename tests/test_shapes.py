@@ -11,7 +11,13 @@ from flatquant.solvers.recursion import inverse_factor
 
 SRC = Path(__file__).parents[1] / "src" / "flatquant"
 MATHEMATICS = sorted(
-    [*(SRC / "transforms").glob("*.py"), *(SRC / "solvers").glob("*.py"), SRC / "formats" / "minifloat.py"]
+    [
+        *(SRC / "ops").glob("*/reference.py"),
+        *(SRC / "ops").glob("*/__init__.py"),
+        *(SRC / "transforms").glob("*.py"),
+        *(SRC / "solvers").glob("*.py"),
+        SRC / "formats" / "minifloat.py",
+    ]
     + [*(SRC / "quantizers").glob("*.py"), SRC / "qtensor.py", SRC / "rotary.py"]
 )
 

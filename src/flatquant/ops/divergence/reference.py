@@ -1,10 +1,11 @@
 """KL divergence between the distributions of two rows of logits."""
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 
-def kl_rows(teacher: Tensor, student: Tensor) -> Tensor:
+def kl_rows(teacher: Float[Tensor, "*batch V"], student: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
     """KL(softmax(teacher) || softmax(student)) of every row in nats, in float32; differentiable in the student.
 
     Args:

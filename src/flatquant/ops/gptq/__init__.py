@@ -1,6 +1,7 @@
 """GPTQ's recursion inside one block of columns; one kernel on CUDA."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flatquant.ops import HAS_TRITON
@@ -10,8 +11,13 @@ _WIDEST = 1024  # columns that fit a program
 
 
 def round_columns(
-    w: Tensor, u: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int
-) -> tuple[Tensor, Tensor]:
+    w: Float[Tensor, "o b"],
+    u: Float[Tensor, "b b"],
+    scale: Float[Tensor, "o b"],
+    zero: Float[Tensor, "o b"] | None,
+    low: int,
+    high: int,
+) -> tuple[Float[Tensor, "o b"], Float[Tensor, "o b"]]:
     """`reference.round_columns`, or its kernel."""
     if w.is_cuda and HAS_TRITON and w.dtype == torch.float32 and w.shape[1] <= _WIDEST:
         from flatquant.ops.gptq import triton

@@ -1,14 +1,20 @@
 """GPTQ's recursion inside one block of columns; the rows are independent of one another."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flatquant.ops.quantize.reference import quantize
 
 
 def round_columns(
-    w: Tensor, u: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int
-) -> tuple[Tensor, Tensor]:
+    w: Float[Tensor, "o b"],
+    u: Float[Tensor, "b b"],
+    scale: Float[Tensor, "o b"],
+    zero: Float[Tensor, "o b"] | None,
+    low: int,
+    high: int,
+) -> tuple[Float[Tensor, "o b"], Float[Tensor, "o b"]]:
     """Round columns from left to right, each column's error pushed onto those to its right (arXiv 2210.17323, eq. 2-3).
 
     Args:

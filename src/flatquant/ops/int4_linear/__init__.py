@@ -7,6 +7,7 @@ piece serves all products of a stream, one after another; it is kept as long as 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int32, Shaped, UInt8
 from torch import Tensor
 
 from flatquant.ops import HAS_TRITON, operator
@@ -49,21 +50,21 @@ def scratch_bytes(o: int, n: int) -> int:
     return _COUNTERS + max(o * n, _SUMS)
 
 
-def scratch(size: int, device: torch.device) -> Tensor | None:
+def scratch(size: int, device: torch.device) -> UInt8[Tensor, " _"] | None:
     """Scratch of so many bytes; None on a CPU, which needs none.  # uint8"""
     return torch.zeros(size, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
 
 def int4_linear(
-    x: Tensor,
-    x_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Shaped[Tensor, "tokens n"],
+    x_scale: Float[Tensor, "tokens 1"],
+    packed: UInt8[Tensor, "o bytes"],
+    scale: Float[Tensor, " o"],
+    bias: Float[Tensor, " o"] | None,
+    residual: Float[Tensor, "tokens o"] | None,
     dtype: torch.dtype,
-    scratch: Tensor | None = None,
-) -> Tensor:
+    scratch: UInt8[Tensor, " _"] | None = None,
+) -> Float[Tensor, "tokens o"]:
     """`reference.int4_linear`, or its kernels; x in the form that `form` names.
 
     Args:
@@ -111,7 +112,9 @@ def _run(
     return (y if residual is None else y + residual).to(dtype)
 
 
-def cut(scratch: Tensor | None, tokens: int, n: int, o: int) -> tuple[Tensor, Tensor]:
+def cut(
+    scratch: UInt8[Tensor, " _"] | None, tokens: int, n: int, o: int
+) -> tuple[Int32[Tensor, " _"], UInt8[Tensor, " _"]]:
     """Counters, int32, and the rest, bytes, of scratch.
 
     Raises:

@@ -4,6 +4,7 @@ Weights are unsigned fields u = w + 8, two a byte, the even index in the low nib
 """
 
 import torch
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from flatquant.ops.int_linear.reference import int_linear
@@ -13,14 +14,14 @@ FEW = 64  # tokens up to which kernels read weights packed
 
 
 def int4_linear(
-    x: Tensor,
-    x_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Shaped[Tensor, "tokens n"],
+    x_scale: Float[Tensor, "tokens 1"],
+    packed: UInt8[Tensor, "o bytes"],
+    scale: Float[Tensor, " o"],
+    bias: Float[Tensor, " o"] | None,
+    residual: Float[Tensor, "tokens o"] | None,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Float[Tensor, "tokens o"]:
     """Multiply 4-bit integers.
 
     Args:
@@ -44,7 +45,7 @@ def int4_linear(
     return (y if residual is None else y + residual.float()).to(dtype)
 
 
-def expand(packed: Tensor, dtype: torch.dtype) -> Tensor:
+def expand(packed: UInt8[Tensor, "o bytes"], dtype: torch.dtype) -> Shaped[Tensor, "o n"]:
     """Weights at a byte each: float8 (e4m3), in which -8..7 are exact, or int8 with even channels before odd ones.
 
     (o, n / 2) -> (o, n)

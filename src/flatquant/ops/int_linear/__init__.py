@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from flatquant.ops.grouped_linear import by_row, grouped_linear
@@ -15,15 +16,15 @@ _local = threading.local()
 
 
 def int_linear(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero: Tensor | None,
-    bias: Tensor | None,
+    x: Shaped[Tensor, "*batch n"],
+    x_scale: Float[Tensor, "*batch 1"],
+    x_zero: Shaped[Tensor, "*batch 1"] | None,
+    weight: Shaped[Tensor, "o n"],
+    weight_scale: Float[Tensor, "o groups"],
+    weight_zero: Shaped[Tensor, "o groups"] | None,
+    bias: Float[Tensor, " o"] | None,
     out_dtype: torch.dtype,
-) -> Tensor:
+) -> Float[Tensor, "*batch o"]:
     """`reference.int_linear`; on a CPU, weights become floats in memory that every product uses again.
 
     Fresh memory for the floats of a large matrix costs more than filling it: each page of it has to be mapped first.

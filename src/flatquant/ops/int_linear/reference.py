@@ -5,19 +5,20 @@ dimensions up to 16,384, bits 4 x 4 up to 262,144. Weights with several scales p
 """
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
 def int_linear(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero: Tensor | None,
-    bias: Tensor | None,
+    x: Shaped[Tensor, "*batch n"],
+    x_scale: Float[Tensor, "*batch 1"],
+    x_zero: Shaped[Tensor, "*batch 1"] | None,
+    weight: Shaped[Tensor, "o n"],
+    weight_scale: Float[Tensor, "o groups"],
+    weight_zero: Shaped[Tensor, "o groups"] | None,
+    bias: Float[Tensor, " o"] | None,
     out_dtype: torch.dtype,
-) -> Tensor:
+) -> Float[Tensor, "*batch o"]:
     """Multiply quantised activations by quantised weights.
 
     Args:

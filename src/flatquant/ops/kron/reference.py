@@ -1,10 +1,13 @@
 """x (P1 (x) P2) without ever forming the product: 2 n (n1 + n2) operations a row instead of 2 n^2."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def kron_matmul(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def kron_matmul(
+    x: Float[Tensor, "*batch n"], left: Float[Tensor, "n1 n1"] | None, right: Float[Tensor, "n2 n2"] | None
+) -> Float[Tensor, "*batch n"]:
     """Multiply rows by a Kronecker product (FlatQuant, section 3.1, eq. 3: X' = P1^T X P2).
 
     Args:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import cast
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from flatquant.ops import HAS_TRITON, operator
@@ -138,22 +139,33 @@ def _fake(x: Tensor, other, left, right, ratios, n1: int, n2: int, bits: int, so
 operator("kron_quantize", _run, _fake)
 
 
-def plain(x: Tensor, site: Site, form: Form) -> tuple[Tensor, Tensor]:
+def plain(
+    x: Float[Tensor, "tokens n"], site: Site, form: Form
+) -> tuple[Shaped[Tensor, "tokens width"], Float[Tensor, "tokens 1"]]:
     """Integers of x and their scales.  # (T, n) -> (T, n) in `form`, (T, 1)"""
     return site(x, None, "plain", form)
 
 
-def norm(x: Tensor, gain: Tensor, eps: float, site: Site, form: Form) -> tuple[Tensor, Tensor]:
+def norm(
+    x: Float[Tensor, "tokens n"], gain: Float[Tensor, " n"], eps: float, site: Site, form: Form
+) -> tuple[Shaped[Tensor, "tokens width"], Float[Tensor, "tokens 1"]]:
     """Integers of the RMS norm of x, with gain (n,).  # (T, n) -> (T, n) in `form`, (T, 1)"""
     return site(x, gain, "norm", form, eps)
 
 
-def gate(x: Tensor, g: Tensor, site: Site, form: Form, activation: Activation = "silu") -> tuple[Tensor, Tensor]:
+def gate(
+    x: Float[Tensor, "tokens n"], g: Float[Tensor, "tokens n"], site: Site, form: Form, activation: Activation = "silu"
+) -> tuple[Shaped[Tensor, "tokens width"], Float[Tensor, "tokens 1"]]:
     """Integers of silu(g) x, or of another activation.  # (T, n), (T, n) -> (T, n) in `form`, (T, 1)"""
     return site(x, g, "gate" if activation == "silu" else "gelu", form)
 
 
-def merge(parts: Tensor, lse: Tensor, site: Site, form: Form) -> tuple[Tensor, Tensor]:
+def merge(
+    parts: Float[Tensor, "tokens heads parts head_dim"],
+    lse: Float[Tensor, "tokens heads parts"],
+    site: Site,
+    form: Form,
+) -> tuple[Shaped[Tensor, "tokens width"], Float[Tensor, "tokens 1"]]:
     """Integers of attention that was computed in parts.
 
     Args:

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from flatquant.ops.kron.reference import kron_matmul
@@ -15,7 +16,7 @@ from flatquant.ops.quantize.reference import quantize, row_grid
 Form = Literal["planes", "float8", "packed"]
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Float[Tensor, "*batch n"], gain: Float[Tensor, " n"], eps: float) -> Float[Tensor, "*batch n"]:
     """x / rms(x) * gain, in float32.  # (.., n)"""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
@@ -24,13 +25,17 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 Activation = Literal["silu", "gelu"]
 
 
-def gated(x: Tensor, gate: Tensor, activation: Activation = "silu") -> Tensor:
+def gated(
+    x: Float[Tensor, "*batch n"], gate: Float[Tensor, "*batch n"], activation: Activation = "silu"
+) -> Float[Tensor, "*batch n"]:
     """silu(gate) x, or GELU in its approximation by tanh, in float32 (arXiv 2002.05202).  # (.., n)"""
     g = gate.float()
     return (F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")) * x.float()
 
 
-def merged(parts: Tensor, lse: Tensor) -> Tensor:
+def merged(
+    parts: Float[Tensor, "tokens heads parts head_dim"], lse: Float[Tensor, "tokens heads parts"]
+) -> Float[Tensor, "tokens n"]:
     """Attention over all tokens from attention over parts of them (Flash-Decoding).
 
     Args:
@@ -45,8 +50,13 @@ def merged(parts: Tensor, lse: Tensor) -> Tensor:
 
 
 def kron_quantize(
-    x: Tensor, left: Tensor | None, right: Tensor | None, ratios: Tensor, bits: int, form: Form
-) -> tuple[Tensor, Tensor]:
+    x: Float[Tensor, "tokens n"],
+    left: Float[Tensor, "n1 n1"] | None,
+    right: Float[Tensor, "n2 n2"] | None,
+    ratios: Float[Tensor, "2"],
+    bits: int,
+    form: Form,
+) -> tuple[Shaped[Tensor, "tokens width"], Float[Tensor, "tokens 1"]]:
     """Transform rows, and put each on its own symmetric grid (FlatQuant, section 3.1 and figure 4).
 
     Args:

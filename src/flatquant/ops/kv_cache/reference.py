@@ -8,6 +8,7 @@ before is padding on the left) up to `length`, and of these the last `window`, w
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from flatquant.ops.kron_quantize.reference import rms_norm
@@ -77,7 +78,9 @@ class Shortage(NamedTuple):
     gaps: Tensor  # not 0 where a sequence's places are not one position apart, int32, (B,)
 
 
-def offset_matrix(m: Tensor, p: Tensor | None) -> Tensor:
+def offset_matrix(
+    m: Float[Tensor, "heads head_dim"], p: Float[Tensor, "head_dim head_dim"] | None
+) -> Float[Tensor, "heads head_dim head_dim"]:
     """B with [cos_j | sin_j] B = R_j m P: of R_j m, channel i is m_i cos - m_i' sin, channel i' is m_i' cos + m_i sin.
 
     Args:
@@ -94,7 +97,9 @@ def offset_matrix(m: Tensor, p: Tensor | None) -> Tensor:
     return whole if p is None else whole @ p
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(
+    x: Float[Tensor, "*batch head_dim"], cos: Float[Tensor, "*angles head_dim"], sin: Float[Tensor, "*angles head_dim"]
+) -> Float[Tensor, "*batch head_dim"]:
     """Rotary position embedding (arXiv 2104.09864) in the pairing of Llama: channel i with i + head_dim / 2."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
@@ -112,7 +117,15 @@ def _put(store: Store, x: Tensor, ratios: Tensor, at: int) -> Tensor:
     return (q - zero) * scale
 
 
-def append(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, values: Store, at: Tensor) -> Appended:
+def append(
+    qkv: Float[Tensor, "batch tokens n"],
+    cos: Float[Tensor, "_ tokens head_dim"],
+    sin: Float[Tensor, "_ tokens head_dim"],
+    heads: Heads,
+    keys: Store,
+    values: Store,
+    at: Integer[Tensor, "1"],
+) -> Appended:
     """Normalise queries and keys, turn them by their positions, transform them (FlatQuant, section 3.2); store keys and
     values.
 
@@ -141,15 +154,15 @@ def append(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, keys: Store, val
 
 
 def attend(
-    q: Tensor,
+    q: Float[Tensor, "batch queries head_dim"],
     keys: Store,
     values: Store,
-    last: Tensor,
-    start: Tensor,
+    last: Integer[Tensor, "1"],
+    start: Integer[Tensor, " batch"],
     window: int | None,
     scaling: float,
     short: Shortage | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, "batch queries parts head_dim"], Float[Tensor, "batch queries parts"]]:
     """Attention of one new token per sequence over its cache.
 
     Args:

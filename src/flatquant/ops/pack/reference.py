@@ -4,6 +4,7 @@ For 4 bits this is the usual nibble layout, even index in the low nibble; for 8 
 """
 
 import torch
+from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 
@@ -12,7 +13,7 @@ def packed_width(n: int, bits: int) -> int:
     return -(-n * bits // 8)
 
 
-def pack_bits(values: Tensor, bits: int) -> Tensor:
+def pack_bits(values: Integer[Tensor, "*batch n"], bits: int) -> UInt8[Tensor, "*batch bytes"]:
     """Pack unsigned `bits`-bit integers along the last dimension.
 
     Args:
@@ -36,7 +37,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     return (stream << torch.arange(8, dtype=torch.uint8, device=values.device)).sum(-1, dtype=torch.uint8)
 
 
-def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+def unpack_bits(packed: UInt8[Tensor, "*batch bytes"], bits: int, n: int) -> Integer[Tensor, "*batch {n}"]:
     """Undo `pack_bits`.  # uint8, or int32 for more than 8 bits, (.., n)"""
     if bits == 4:  # the bytes of (x | x << 4) & 0x0F0F are the two nibbles: runs on every forward pass, so no detours
         wide = packed.to(torch.int16, memory_format=torch.contiguous_format)

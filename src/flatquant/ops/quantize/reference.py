@@ -6,18 +6,21 @@ FlatQuant's transforms learn through the row and token maxima that set the scale
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 EPS = 1e-5
 
 
-def round_ste(x: Tensor) -> Tensor:
+def round_ste(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Round half to even with the identity as gradient."""
     return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
-def symmetric_grid(low: Tensor, high: Tensor, bits: int, eps: float = 0.0) -> Tensor:
+def symmetric_grid(
+    low: Float[Tensor, "*shape"], high: Float[Tensor, "*shape"], bits: int, eps: float = 0.0
+) -> Float[Tensor, "*shape"]:
     """Scale of the symmetric grid that covers [low, high]; 1 where the range is empty.
 
     Args:
@@ -32,7 +35,7 @@ def symmetric_grid(low: Tensor, high: Tensor, bits: int, eps: float = 0.0) -> Te
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def signed_grid(low: Tensor, high: Tensor, bits: int) -> Tensor:
+def signed_grid(low: Float[Tensor, "*shape"], high: Float[Tensor, "*shape"], bits: int) -> Float[Tensor, "*shape"]:
     """Scale, of either sign, of the grid that has the end of largest magnitude at -2^(b-1); 1 where the range is empty.
 
     Args:
@@ -42,7 +45,9 @@ def signed_grid(low: Tensor, high: Tensor, bits: int) -> Tensor:
     return torch.where(scale != 0, scale, torch.ones_like(scale))
 
 
-def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def asymmetric_grid(
+    low: Float[Tensor, "*shape"], high: Float[Tensor, "*shape"], bits: int
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Scale and integer zero point of the grid 0 .. 2^b-1 that covers [min(low, 0), max(high, 0)].
 
     An empty range becomes [-1, 1]. The zero point has a straight-through gradient.
@@ -59,7 +64,9 @@ def _divided(x: Tensor, levels: int) -> Tensor:
     return x / torch.full_like(x, levels)
 
 
-def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+def quantize(
+    x: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero: Float[Tensor, "..."] | None, low: int, high: int
+) -> Float[Tensor, "..."]:
     """Integers (as x's dtype) `clamp(round(x / scale) + zero, low, high)`; scale and zero broadcast against x."""
     q = torch.round(x / scale)
     return (q if zero is None else q + zero).clamp_(low, high)
@@ -110,7 +117,9 @@ def _sum_to(value: Tensor, like: Tensor) -> Tensor:
     return value.sum(dim=dims, keepdim=True) if dims else value
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+def fake_quantize(
+    x: Float[Tensor, "*shape"], scale: Float[Tensor, "..."], zero: Float[Tensor, "..."] | None, low: int, high: int
+) -> Float[Tensor, "*shape"]:
     """Round to the grid and back, differentiable in x, scale and zero (straight-through).
 
     Args:
@@ -121,7 +130,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high:
     return _FakeQuantize.apply(x, scale, zero, low, high)  # type: ignore[return-value]
 
 
-def fake_quantize_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> Tensor:
+def fake_quantize_rows(
+    x: Float[Tensor, "*batch n"], low_ratio: Float[Tensor, "..."], high_ratio: Float[Tensor, "..."], low: int, high: int
+) -> Float[Tensor, "*batch n"]:
     """Round every row to a grid found from the row, and back, differentiable in x and the ratios.
 
     The row's range, with 0 inside, is multiplied by the ratios end by end; the grid covers that range (FlatQuant,
@@ -136,7 +147,9 @@ def fake_quantize_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: in
     return fake_quantize(x, scale, zero, low, high)
 
 
-def row_grid(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> tuple[Tensor, Tensor | None]:
+def row_grid(
+    x: Float[Tensor, "*batch n"], low_ratio: Float[Tensor, "..."], high_ratio: Float[Tensor, "..."], low: int, high: int
+) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"] | None]:
     """Scale and zero point (None if symmetric) of every row; see `fake_quantize_rows`.  # (.., 1)"""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     bits = high.bit_length() + (low < 0)
@@ -147,7 +160,9 @@ def row_grid(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: i
     return asymmetric_grid(bottom, top, bits)
 
 
-def clamp_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor) -> Tensor:
+def clamp_rows(
+    x: Float[Tensor, "*batch n"], low_ratio: Float[Tensor, "..."], high_ratio: Float[Tensor, "..."]
+) -> Float[Tensor, "*batch n"]:
     """Cut every row to its own range times the ratios, end by end.
 
     Args:
@@ -157,7 +172,9 @@ def clamp_rows(x: Tensor, low_ratio: Tensor, high_ratio: Tensor) -> Tensor:
     return x.clamp(x.amin(-1, keepdim=True) * low_ratio, x.amax(-1, keepdim=True) * high_ratio)
 
 
-def fake_quantize_clamped(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low: int, high: int) -> Tensor:
+def fake_quantize_clamped(
+    x: Float[Tensor, "*batch n"], low_ratio: Float[Tensor, "..."], high_ratio: Float[Tensor, "..."], low: int, high: int
+) -> Float[Tensor, "*batch n"]:
     """Cut every row as `clamp_rows` does, then round it to the grid that covers what is left, and back; differentiable.
 
     This is learned weight clipping (OmniQuant's LWC, in FlatQuant's form): other than for activations, 0 need not lie
@@ -173,7 +190,9 @@ def fake_quantize_clamped(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, low:
     return fake_quantize(x, scale, zero, low, high)
 
 
-def covering_grid(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor | None]:
+def covering_grid(
+    x: Float[Tensor, "*batch n"], low: int, high: int
+) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"] | None]:
     """Scale and zero point (None if symmetric) of the grid that covers every row; see `fake_quantize_clamped`.
 
     Args:
