@@ -153,6 +153,20 @@ def sum_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
     return loss
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in float32 if there are several; the same bits on all. Every rank calls it.
+
+    Raises:
+        RankError: a rank has ended.
+    """
+    if size() == 1:
+        return tensor
+    total = tensor.float().contiguous()
+    with _reaching():
+        dist.all_reduce(total)
+    return total
+
+
 def _sum(tensors: Sequence[Tensor]) -> None:
     """Sums over ranks, in place; small tensors together."""
     bucket: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Adam in 4 bytes a weight: rounding is right on average, moments are known to a share of themselves, and steps are
+"""Adam in 5 bytes a weight: rounding is right on average, moments are known to a share of themselves, and steps are
 nearly those of Adam in float32."""
 
 import math
@@ -20,7 +20,8 @@ from flatquant.ops.adam.reference import (
     decoded_second,
     encoded_first,
     encoded_second,
-    moments,
+    fresh_state,
+    joined,
     noise,
     rounded,
 )
@@ -31,17 +32,20 @@ except ImportError:
     fused = None
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ALL = torch.arange(1 << 16)  # every chance there is
+ALL = torch.arange(1 << 8)  # every chance there is
 SHARES = (torch.arange(1 << 12).float() + 0.5) / (1 << 12)
 
 
 @settings(deadline=None, max_examples=30)
 @given(x=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False))
 def test_weights_are_rounded_to_a_neighbour_and_right_on_average(x: float) -> None:
-    found = rounded(torch.full((len(ALL),), x), ALL).double()
+    p, rest = rounded(torch.full((len(ALL),), x), ALL)
+    whole = joined(p, rest)
+    assert torch.equal(p, whole.to(torch.bfloat16)) or (rest == -128).any()  # of two as near, any
+    found = whole.double()
     ends = found.amin(), found.amax()
     assert ends[0] <= x <= ends[1]
-    assert float(ends[1] - ends[0]) <= 2**-7 * abs(x)
+    assert float(ends[1] - ends[0]) <= 2**-15 * abs(x)
     assert float(found.mean()) == pytest.approx(x, rel=1e-12)
 
 
@@ -116,7 +120,7 @@ def test_steps_are_nearly_those_of_adam() -> None:
     n = 1 << 13
     p, direction = weights(n)
     exact = torch.nn.Parameter(p.float())
-    adam, state = torch.optim.Adam([exact], lr=2e-3), moments(p)
+    adam, state = torch.optim.Adam([exact], lr=2e-3), fresh_state(p)
     start = p.float()
     g = torch.Generator().manual_seed(1)
     for _ in range(60):
@@ -133,9 +137,9 @@ def test_steps_are_nearly_those_of_adam() -> None:
 @pytest.mark.parametrize("n", [1, 255, 256, 1000, (1 << 16) + 300])
 def test_it_holds_four_bytes_a_weight_and_changes_nothing_when_held(n: int) -> None:
     p, grad = weights(n)
-    state = moments(p)
+    state = fresh_state(p)
     size = p.nbytes + sum(t.nbytes for t in state.values())
-    assert size == 4 * n + 8 * -(-n // BLOCK) + 4
+    assert size == 5 * n + 8 * -(-n // BLOCK) + 4
     reference.adam_step(p, grad, state, eps=1e-8, key=0, **scalars())
     before = [t.clone() for t in (p, *state.values())]
     reference.adam_step(p, grad.fill_(torch.nan), state, eps=1e-8, key=0, **scalars(hold=1.0))
@@ -144,7 +148,7 @@ def test_it_holds_four_bytes_a_weight_and_changes_nothing_when_held(n: int) -> N
 
 def test_no_gradient_moves_nothing() -> None:
     p, grad = weights(512)
-    state, before = moments(p), p.clone()
+    state, before = fresh_state(p), p.clone()
     reference.adam_step(p, torch.zeros_like(grad), state, eps=1e-8, key=0, **scalars())
     assert torch.equal(p, before)
     assert not state["exp_avg"].any()
@@ -156,7 +160,7 @@ def test_a_kernel_takes_billions() -> None:
     """Offsets beyond 2^31."""
     n = (1 << 31) + 512
     p = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
-    state = moments(p)
+    state = fresh_state(p)
     assert fused is not None
     fused.adam_step(p, torch.ones_like(p), state, eps=1e-8, key=0, **scalars())
     assert float(p[-1]) == pytest.approx(-1e-2, rel=1e-2)
@@ -177,12 +181,12 @@ def test_the_kernel_is_the_reference(n: int, key: int, dtype: torch.dtype, seed:
     assert fused is not None
     results: list[list[Tensor]] = []
     for run in (reference.adam_step, fused.adam_step):
-        own, state = p.clone(), moments(p)
+        own, state = p.clone(), fresh_state(p)
         arguments: dict[str, Any] = {"eps": 1e-8, "key": key, **scalars()}
         for _ in range(3):
             run(own, grad, state, **arguments)
         results.append([own, *state.values()])
-    names = ("p", *moments(p))
+    names = ("p", *fresh_state(p))
     for name, want, got in zip(names, *results, strict=True):
         want, got = want.double(), got.double()
         if name in ("exp_avg", "exp_avg_sq"):
@@ -191,6 +195,8 @@ def test_the_kernel_is_the_reference(n: int, key: int, dtype: torch.dtype, seed:
         elif name == "p":
             assert (want != got).sum() <= 1 + 0.01 * n
             torch.testing.assert_close(got, want, rtol=2**-6, atol=1e-3)
+        elif name == "rest":  # the last place of a difference in float32 that was rounded otherwise
+            assert ((want - got).abs() > 1).sum() <= 1 + 0.01 * n
         else:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     (own, *state), before = results[1], [t.clone() for t in results[1]]

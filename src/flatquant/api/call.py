@@ -154,6 +154,7 @@ def quantize(
     writes = verdict and tokenizer is not None and checkpoint is None  # as `Run._writing` has it
     layout = None
     if distributed.leads():
+        earlier = recorded(place.state) if place is not None and resume else {}
         layout = estimate(
             model,
             plan,
@@ -163,7 +164,8 @@ def quantize(
             dtype=dtype,
             limits=limits,
             streamed=checkpoint is not None,
-            windows=recorded(place.state).get("windows") if place is not None and resume else None,
+            windows=earlier.get("windows"),
+            memory=earlier.get("memory"),
             written=written,
             copied=writes and half and room_for_copy(model, limits),
         )

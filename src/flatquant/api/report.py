@@ -22,7 +22,7 @@ from flatquant.calibrate.memory import (
 )
 from flatquant.calibrate.pipeline import Report, measured
 from flatquant.runtime import artifact
-from flatquant.spec import Plan, to_dict
+from flatquant.spec import FitMemory, Plan, to_dict
 
 if TYPE_CHECKING:
     from flatquant.api.run import Run
@@ -43,6 +43,7 @@ def identity_of(run: Run, data: Mapping[str, Any] | None, model_hash: str) -> di
         "seed": run.seed,
         "dtype": named(run.dtype),
         "windows": run.layout.windows,
+        **({} if run.layout.memory is None else {"memory": run.layout.memory}),
         "device": run.device.type,
         "versions": versions,
     }
@@ -79,7 +80,7 @@ def report_of(
         "device": _device_name(run.device),
         "versions": {**identity["versions"], "python": platform.python_version()},
         "blocks": blocks,
-        "end_to_end": None if whole is None or not (whole.losses or whole.held_out) else _whole_fit(whole),
+        "end_to_end": None if whole is None else _whole_fit(whole, run.layout.memory),
         "sizes": {
             "original_bytes": original["bytes"],
             "quantised_bytes": stored_bytes(run.model),
@@ -105,10 +106,12 @@ def run_hash(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _whole_fit(fitted: FittedModel) -> dict[str, Any]:
-    """What a report says of an end-to-end fit."""
+def _whole_fit(fitted: FittedModel, memory: FitMemory | None) -> dict[str, Any] | None:
+    """What a report says of an end-to-end fit; None where nothing was fitted."""
+    if not (fitted.losses or fitted.held_out):
+        return None
     losses = fitted.losses
-    found: dict[str, Any] = {"before": _first(losses), "after": _last(losses), "losses": losses}
+    found: dict[str, Any] = {"before": _first(losses), "after": _last(losses), "losses": losses, "memory": memory}
     return found if fitted.held_out is None else found | measured(fitted)
 
 

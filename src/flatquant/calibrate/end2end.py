@@ -4,6 +4,8 @@ Block-wise reconstruction weighs every direction of a block's output alike; the 
 says. Nothing is added that costs at inference. The original's side is its last hidden states, kept from the block-wise
 pass: its logits are one product away. The other objective, cross entropy with the text, needs no original (SpinQuant).
 
+Where memory is short, weights are held in 5 bytes instead of 16 while they train (`EndToEndSpec.memory`).
+
 Several ranks divide the windows of every step and add up their gradients (data parallelism by all-reduce: every rank
 has all parameters and moments, `fully_shard` is not used). Sums then have another order, and the last bits differ.
 """
@@ -31,7 +33,7 @@ from flatquant.calibrate.optimise import Optimiser
 from flatquant.errors import CalibrationError, FitWarning
 from flatquant.modules import Bounded, Group, trainable_parameters
 from flatquant.ops.divergence import kl_rows
-from flatquant.spec import EndToEndSpec
+from flatquant.spec import EndToEndSpec, FitMemory
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.fitted import FitBlock
 
@@ -79,6 +81,8 @@ def fit_end_to_end(
     graph: bool = True,
     windows: int | None = None,
     recompute: bool = False,
+    memory: FitMemory = "full",
+    seed: int = 0,
     held_out: HeldOutModel | None = None,
     start: tuple[int, list[float], dict[str, Tensor], torch.dtype] | None = None,
     save: Callable[[int, list[float], dict[str, Tensor], torch.dtype], None] | None = None,
@@ -102,6 +106,8 @@ def fit_end_to_end(
         graph: on CUDA, replay steps from a CUDA graph.
         windows: of a batch that are worked on at a time; by default all.
         recompute: each block in the backward pass, instead of keeping what it has computed in the forward pass.
+        memory: how weights are held, see `EndToEndSpec`; they are in `stored_dtype` already.
+        seed: of the chance by which weights of a compact fit are rounded.
         save: keeps the state at the end, and every `SAVE_EVERY` steps unless that would slow the fit by more than a
             twentieth.
         progress: called with (steps done, steps).
@@ -109,7 +115,9 @@ def fit_end_to_end(
     Raises:
         CalibrationError: the divergence is not finite, in float32 too.
     """
-    if spec.weight_lr:
+    moves_weights = spec.moves_weights(memory)
+    consumes = moves_weights and memory == "compact"
+    if moves_weights:
         for fit in fits:
             fit.release_weights()
     roots = [root for fit in fits for root in fit.roots()]
@@ -170,6 +178,8 @@ def fit_end_to_end(
         share=len(ours) / spec.batch_size if distributed.size() > 1 else None,
         bounded=[m for root in roots for m in root.modules() if isinstance(m, Bounded)],
         around=lambda: shared_inverses(roots),
+        consumes=consumes,
+        seed=seed,
     )
     losses: list[float] = []
     done, numbers = 0, torch.arange(inputs.shape[0], device=inputs.device)
@@ -207,7 +217,8 @@ def fit_end_to_end(
             _widen(fits)
 
     def stepped(step: int) -> float:
-        rows = (cyclic(kept, step * spec.batch_size + ours.start, len(ours)) for kept in (numbers, inputs, targets))
+        count = max(len(ours), int(consumes))  # a rank without windows takes part in sums inside the backward pass
+        rows = (cyclic(kept, step * spec.batch_size + ours.start, count) for kept in (numbers, inputs, targets))
         value = optimiser.step(*rows)
         optimiser.join()
         return float(value)
@@ -252,6 +263,19 @@ def fit_end_to_end(
         how = f"is not ahead of plain rounding, {plain:.3g} nats per token," if behind else "made the model worse"
         warnings.warn(f"the end-to-end fit ({before:.3g} -> {after:.3g}) {how} {UNDONE}", FitWarning, stacklevel=2)
     return FittedModel(losses=losses, held_out=(before, after), plain=plain, undone=worse or behind)
+
+
+def stored_dtype(spec: EndToEndSpec, memory: FitMemory, model: torch.dtype) -> torch.dtype | None:
+    """What blocks' weights are stored in before an end-to-end fit; None for as they are.
+
+    Args:
+        model: the dtype of its tensors.
+    """
+    if memory == "full":
+        return None
+    if spec.moves_weights(memory):
+        return torch.bfloat16
+    return model if model.itemsize == 2 else None
 
 
 def _surely_less(losses: Tensor, others: Tensor) -> bool:

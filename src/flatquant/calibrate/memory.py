@@ -7,7 +7,8 @@ what it has when the run starts (Python, torch, transformers) is measured, not c
 wider attention, or a library that needs workspace, is off by that.
 
 Where a limit is short, in this order: blocks are computed again in an end-to-end fit's backward pass; fewer blocks side
-by side; activations in host memory, else in a file; a batch in parts. All but the last leave every bit as it is.
+by side; activations in host memory, else in a file; a batch in parts; weights in an end-to-end fit in 5 bytes instead
+of 16, if the recipe leaves that to us. All but the last two leave every bit as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from transformers import PreTrainedModel
 from flatquant import distributed
 from flatquant.calibrate.activations import Place
 from flatquant.errors import CalibrationError, SpecError
-from flatquant.spec import BlockPlan, Plan, Recipe
+from flatquant.ops.adam import BLOCK
+from flatquant.spec import BlockPlan, EndToEndSpec, FitMemory, Plan, Recipe
 from flatquant.wiring.arch import submodule
 from flatquant.wiring.plan import rotates_residual
 from flatquant.wiring.residual import ROWS
@@ -82,6 +84,7 @@ class Estimate:
         windows: of a batch that a fit works on at a time.
         side_by_side: blocks that are fitted at a time.
         recompute: an end-to-end fit computes each block again in the backward pass, and keeps nothing but its input.
+        memory: how an end-to-end fit holds the weights (`EndToEndSpec.memory`); None without one.
         streamed: whether one block's tensors are in memory at a time.
         shared: whether the device is the host.
         ranks: processes that divide the run; the bytes on device and host are those of one.
@@ -97,6 +100,7 @@ class Estimate:
     streamed: bool
     shared: bool
     recompute: bool = False
+    memory: FitMemory | None = None
     ranks: int = 1
     work: Mapping[str, float] = field(default_factory=dict)
 
@@ -108,11 +112,19 @@ class Estimate:
         memory = f"{_size(self.host)} in memory"
         if not self.shared:
             memory = f"{_size(self.device)} on the device, {_size(self.host)} in host memory"
+        weights = "" if self.memory in (None, "full") else f", {_HELD[self.memory]}"
         each = f" of each of {self.ranks} ranks" if self.ranks > 1 else ""
         return (
             f"estimate{each}, counted from shapes: {memory}, {_size(self.disk)} on disk; {blocks}"
-            f"{', streamed' if self.streamed else ''}, {batch}, activations {where}"
+            f"{', streamed' if self.streamed else ''}, {batch}, activations {where}{weights}"
         )
+
+
+_HELD: dict[FitMemory, str] = {
+    "full": "weights trained in float32",
+    "compact": "weights trained in 5 bytes each",
+    "transforms": "weights not trained",
+}
 
 
 def _size(size: int) -> str:
@@ -220,6 +232,25 @@ def linear_weights(block: nn.Module, plan: BlockPlan) -> list[int]:
     return [o * site.shape[0] * site.shape[1] for o, site in zip(rows, plan.sites.values(), strict=True)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightBytes:
+    """What an end-to-end fit keeps of each weight on the device, in bytes."""
+
+    stored: float
+    moments: float = 0.0  # and what else its optimiser keeps
+    gradient: float = 0.0  # of all weights at once
+
+    @classmethod
+    def of(cls, spec: EndToEndSpec, memory: FitMemory, model: torch.dtype) -> WeightBytes:
+        """Of weights that are held so; `model` is the dtype of its tensors."""
+        moves = spec.moves_weights(memory)
+        if memory == "full":
+            return cls(stored=4, moments=8 * moves, gradient=4 * moves)
+        if moves:
+            return cls(stored=2, moments=3 + 8 / BLOCK)
+        return cls(stored=min(4, model.itemsize))
+
+
 # Copies of a number that the backward pass of a fit keeps, and that its largest step makes besides. Fused: one kernel
 # rounds, products are in half precision.
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +285,7 @@ def estimate(
     streamed: bool = False,
     side_by_side: int | None = None,
     windows: int | None = None,
+    memory: FitMemory | None = None,
     written: int = 0,
     copied: bool = False,
 ) -> Estimate:
@@ -263,7 +295,7 @@ def estimate(
         shape: of the calibration tokens, (N, T); None for a recipe that reads none.
         dtype: of the fit's products.
         limits: what is not given is what is free now.
-        side_by_side, windows: fixed, where given.
+        side_by_side, windows, memory: fixed, where given.
         written: calibration windows that the model writes before anything else; no limit holds for that.
         copied: whether a float32 copy of the model writes the report's texts; nor for that.
 
@@ -291,8 +323,9 @@ def estimate(
         layout = count.with_text(layout, written) if written else layout
         return count.with_copy(layout) if copied else layout
 
+    memories: list[FitMemory | None] = count.memories if memory is None else [memory]
     if count.recomputes:
-        roomy = count.layout("device", parts[0], together[0], recompute=False)
+        roomy = count.layout("device", parts[0], together[0], recompute=False, memory=memories[0])
         # What is free is for others too, unless a limit says otherwise.
         share = 1 if (limits.device if on_gpu else limits.host) is not None else SPENT_ON_SPEED
         fits = _within(share * roomy.device, device_limit) if on_gpu else _within(share * roomy.host, host_limit)
@@ -300,12 +333,13 @@ def estimate(
             return with_text(roomy)
     least: Estimate | None = None
     # What is given up first varies fastest.
-    for w, place, k in product(parts, places, together):
-        if place != "device" and k != together[-1]:
-            continue  # blocks side by side read one another's rows: they would be brought twice
-        least = count.layout(place, w, k, recompute=count.recomputes)
-        if _within(least.device, device_limit) and _within(least.host, host_limit):
-            return with_text(least)
+    for held in memories:
+        for w, place, k in product(parts, places, together):
+            if place != "device" and k != together[-1]:
+                continue  # blocks side by side read one another's rows: they would be brought twice
+            least = count.layout(place, w, k, recompute=count.recomputes, memory=held)
+            if _within(least.device, device_limit) and _within(least.host, host_limit):
+                return with_text(least)
     assert least is not None
     # What is free is taken as a wish: an estimate must not stop a run that might go well.
     if not (_within(least.device, limits.device) and _within(least.host, limits.host)):
@@ -358,6 +392,10 @@ class _Count:
         self.copies = _FUSED if self.fused else _EAGER
         fit = recipe.fit if recipe.fit is not None and recipe.fit.epochs else None
         self.end_to_end = recipe.end_to_end if recipe.end_to_end is not None and recipe.end_to_end.steps else None
+        end = self.end_to_end
+        self.memories: list[FitMemory | None] = [None]
+        if end is not None:
+            self.memories = ["full", "compact"] if end.memory == "auto" else [end.memory]
         rounds = recipe.scheme.weights is not None
         self.recomputes = self.end_to_end is not None and self.end_to_end.checkpoint
         self.learned = recipe.solver.learned if rounds and recipe.solver.learns else None
@@ -378,12 +416,14 @@ class _Count:
             fill = full_step(shape[1], self.hidden) // self.batch
             self.together = max(1, min(MOST_TOGETHER, len(blocks), fill))
 
-    def layout(self, place: Place, windows: int, side_by_side: int, *, recompute: bool) -> Estimate:
+    def layout(
+        self, place: Place, windows: int, side_by_side: int, *, recompute: bool, memory: FitMemory | None
+    ) -> Estimate:
         """What the run needs, laid out so."""
         kept = self._streams(side_by_side) * self._stream
-        peak = self._peak(windows, side_by_side, recompute) + (kept if place == "device" else 0)
+        peak = self._peak(windows, side_by_side, recompute, memory) + (kept if place == "device" else 0)
         packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
-        host = self.base + self.ends + self.head.rounded + self._beginnings + (kept if place == "host" else 0)
+        host = self.base + self.ends + self.head.rounded + self._copied(memory) + (kept if place == "host" else 0)
         ends = self.ends + self.head.packed - self.head.replaced
         # The file's pages stay in memory until the last of the model's own tensors is gone.
         blocks = sum(s.stored for s in self.sizes) + rounded
@@ -398,6 +438,7 @@ class _Count:
             streamed=self.streamed,
             shared=not self.fused,
             recompute=recompute,
+            memory=memory,
             ranks=distributed.size(),
         )
 
@@ -416,11 +457,19 @@ class _Count:
         copy = 4 * whole // self.model.dtype.itemsize
         return replace(layout, host=max(layout.host, int(self.base + whole + copy)))
 
-    @property
-    def _beginnings(self) -> int:
-        """Weights as they were before an end-to-end fit that moves them, which may have to be undone."""
-        moves = self.end_to_end is not None and self.end_to_end.weight_lr
-        return 4 * sum(s.weights for s in self.sizes) if moves else 0
+    def _held(self, memory: FitMemory | None) -> WeightBytes:
+        """What is kept of each weight on the device while all blocks are there."""
+        if self.end_to_end is None or memory is None:
+            return WeightBytes(stored=4)
+        return WeightBytes.of(self.end_to_end, memory, self.model.dtype)
+
+    def _copied(self, memory: FitMemory | None) -> int:
+        """Of an end-to-end fit that moves weights, on the host: the weights before it, which may have to come back; and
+        from a GPU what a state is written from."""
+        if self.end_to_end is None or memory is None or not self.end_to_end.moves_weights(memory):
+            return 0
+        held = self._held(memory)
+        return int((held.stored + self.fused * (held.stored + held.moments)) * sum(s.weights for s in self.sizes))
 
     @property
     def _stream(self) -> int:
@@ -435,10 +484,11 @@ class _Count:
         rounded = self.sees_original + (side_by_side if self.learned is not None else 1) + 2 * q
         return max(side_by_side + 1 + q, rounded) + int(self.end_to_end is not None)
 
-    def _peak(self, windows: int, side_by_side: int, recompute: bool) -> float:
+    def _peak(self, windows: int, side_by_side: int, recompute: bool, memory: FitMemory | None) -> float:
         tokens = windows * (self.shape[1] if self.shape else 0)
         s = max(self.sizes, key=lambda s: s.weights)
-        resident = 4 * sum(b.weights for b in self.sizes) if self.all_blocks else 0
+        weights, held = sum(b.weights for b in self.sizes), self._held(memory)
+        resident = held.stored * weights if self.all_blocks else 0
         fold = 12 * s.weights + 22 * s.largest  # float64, a site at a time
         solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.hessian else 0)
         passes = tokens * self.item * (2 * s.inputs + s.outputs)
@@ -447,13 +497,17 @@ class _Count:
         learn = self._learning(s, tokens) if self.learned is not None else 0
         end = 0
         if self.end_to_end is not None:
-            trained = 4 * sum(b.weights for b in self.sizes) if self.end_to_end.weight_lr else 0
             chain = len(self.sizes) * tokens * self.hidden * self.item
-            left = 0 if recompute else self.copies.saved * sum(self._kept(b, tokens) for b in self.sizes)
-            # Where the model ends, with both moments of AdamW; where its backward pass does, with gradients as well.
-            top = 2 * trained + self.copies.logits * tokens * self.vocab + left
-            bottom = 3 * trained + self._kept(s, tokens) + self._made(s)
-            end = chain + max(top, bottom)
+            narrow = held.stored < 4  # a step computes with a copy in float32
+            kept = [self._kept(b, tokens) + 4 * narrow * b.weights for b in self.sizes]
+            left = 0 if recompute else self.copies.saved * sum(kept)
+            gradients = held.gradient * weights
+            if held.moments and not held.gradient:  # of one site at a time, or of all where they add up
+                gradients = 2 * (weights if windows < self.end_to_end.batch_size else s.largest)
+            # Where the model ends, with both moments; where its backward pass does, with gradients as well.
+            top = self.copies.logits * tokens * self.vocab + left
+            bottom = gradients + max(kept) + self._made(s)
+            end = chain + held.moments * weights + max(top, bottom)
             if self.dtype_changes:
                 end += self.item * self.vocab * self.hidden  # the head's weight
         return resident + max(fold, solve + passes, learn, fit, end)

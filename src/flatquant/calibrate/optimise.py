@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from flatquant import distributed
 from flatquant.calibrate.cayley import CayleySGD
+from flatquant.calibrate.consuming import ConsumingAdam
 from flatquant.modules import Bounded, Group
 
 _foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
@@ -132,7 +133,11 @@ class Optimiser:
         bounded: settled after every step.
         around: gives a context that lasts through a part's forward and backward pass.
         share: that this rank's batches are of the whole batch, where ranks divide it. Objectives are then sums: their
-            gradients are added up over ranks, and losses averaged. Where other ranks have all of it, batches are empty.
+            gradients are added up over ranks, and losses averaged. Where other ranks have all of it, batches are empty;
+            if gradients are consumed, they are of some windows, which count for nothing.
+        consumes: weights, which are in bfloat16, move in the backward pass (`ConsumingAdam`). Several ranks then sum
+            their gradients inside of it, which no CUDA graph records.
+        seed: of the chance by which such weights are rounded.
     """
 
     def __init__(
@@ -153,19 +158,23 @@ class Optimiser:
         bounded: Sequence[Bounded] = (),
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
         share: float | None = None,
+        consumes: bool = False,
+        seed: int = 0,
     ) -> None:
+        assert not (consumes and (relative or weight_decay))
         self.bounded, self.around, self.share = bounded, around, share
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"
         self.groups: list[tuple[dict[str, Any], float, float]] = []  # with the rate at the start and at the end
-        moved, turned, signed = [], [], []
+        moved, turned, signed, consumed = [], [], [], []
         for name, unit, ps in _in_units(parameters):
             if ps:
                 rate, floor = rates[name] * unit, floors[name] * unit
                 group = {"params": ps, "lr": torch.tensor(rate, device=device)}
                 self.groups.append((group, rate, floor))
-                (turned if name == "rotation" else signed if name == "rounding" else moved).append(group)
+                own = {"rotation": turned, "rounding": signed} | ({"weight": consumed} if consumes else {})
+                own.get(name, moved).append(group)
         self.optimisers: list[torch.optim.Optimizer] = []
         if moved:
             self.optimisers.append(
@@ -175,11 +184,15 @@ class Optimiser:
             self.optimisers.append(CayleySGD(turned))
         if signed:
             self.optimisers.append(SignSGD(signed))
+        self.consuming = ConsumingAdam(consumed, eps=eps, seed=seed) if consumed else None
+        # What has a gradient after a backward pass.
+        self.plain = [p for p in self.parameters if self.consuming is None or p not in self.consuming.state]
         self.steps, self.warmup, self.schedule = steps, warmup, schedule
         self.loss_fn = loss_fn
         self.splits, self.relative = splits, relative
-        # A rank without a share has no gradients that a record could hold.
-        self.stream = torch.cuda.Stream(device) if graph and on_gpu and share != 0 else None
+        # A rank without a share has no gradients that a record could hold; nor is a sum over ranks recorded.
+        recordable = share is None or (share != 0 and self.consuming is None)
+        self.stream = torch.cuda.Stream(device) if graph and on_gpu and recordable else None
         self.recorder: Recorder | None = None if self.stream is None else GraphRecorder(self.stream)
         self.recorded: _Recorded | None = None
         self.static: tuple[Tensor, ...] = ()
@@ -187,6 +200,7 @@ class Optimiser:
         self.skipped = torch.zeros((), device=device)  # 1 where this step's loss or gradients are not finite
         self.fused = on_gpu
         self.reproducible = True
+        self.rehearsed = self.consuming is None
         self.done = 0
         self.eager = 0
 
@@ -199,13 +213,16 @@ class Optimiser:
         if not len(batch[0]):
             return torch.zeros_like(self.static_loss)
         total = last = None
-        for part in zip(*(b.chunk(self.splits) for b in batch), strict=True):
+        for number, part in enumerate(zip(*(b.chunk(self.splits) for b in batch), strict=True), start=1):
             with self.around():
                 objective, loss = self.loss_fn(*part)
                 loss = loss.detach()
                 if last is not None:
                     self._rescale(last, loss)  # from parts of the last loss to parts of this one
-                objective.backward()
+                if self.consuming is None:
+                    objective.backward()
+                else:
+                    self._consume(self.consuming, objective, loss, last=number == self.splits)
             last = loss if last is None else torch.where(loss > 0, loss, last)
             total = loss if total is None else total + loss
         assert last is not None
@@ -214,6 +231,29 @@ class Optimiser:
             return total
         self._rescale(last, total)
         return total / self.splits
+
+    def _consume(self, consuming: ConsumingAdam, objective: Tensor, loss: Tensor, *, last: bool) -> None:
+        """The backward pass of a batch's part; weights move in that of the last part."""
+        counts = 0.0 if self.share == 0 else 1.0
+        factor = torch.where(torch.isfinite(loss), counts, torch.nan)  # then no gradient is finite, on any rank
+        if last:
+            consuming.begin()
+        try:
+            (objective * factor).backward()
+        finally:
+            consuming.end()
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Let backward passes move nothing."""
+        if self.consuming is None:
+            yield
+            return
+        self.consuming.hold.fill_(1.0)
+        try:
+            yield
+        finally:
+            self.consuming.hold.zero_()
 
     def _rescale(self, last: Tensor, loss: Tensor) -> None:
         """Turn gradients of objectives relative to one loss into relative to another; zero has no gradients."""
@@ -230,6 +270,11 @@ class Optimiser:
         if self.reproducible:
             try:
                 with deterministic():
+                    if not self.rehearsed:  # what moves weights must not end halfway
+                        with self._holding():
+                            self._gradients(*batch)
+                        self._forget_gradients()
+                        self.rehearsed = True
                     return self._gradients(*batch)
             except RuntimeError as error:
                 if "deterministic" not in str(error):
@@ -241,14 +286,15 @@ class Optimiser:
 
     def _added_up(self, loss: Tensor) -> Tensor:
         """The loss of the whole batch; gradients of all ranks are left with the parameters."""
-        return loss if self.share is None else distributed.sum_gradients(self.parameters, self.share * loss)
+        return loss if self.share is None else distributed.sum_gradients(self.plain, self.share * loss)
 
     def _norms(self) -> Tensor:
-        """Of every gradient there is.  # float32, (gradients,)"""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not gradients:
+        """Of every gradient there is, or was and is consumed.  # float32, (gradients,)"""
+        gradients = [p.grad for p in self.plain if p.grad is not None]
+        consumed = [] if self.consuming is None else list(self.consuming.norms)
+        if not gradients and not consumed:
             return torch.zeros(1, device=self.skipped.device)
-        return torch.stack([n.float() for n in _foreach_norm(gradients)])
+        return torch.stack([n.float() for n in (*(_foreach_norm(gradients) if gradients else ()), *consumed)])
 
     @torch.no_grad()
     def _update(self, loss: Tensor) -> Tensor:
@@ -269,8 +315,12 @@ class Optimiser:
         self._forget_gradients()
         return loss
 
+    @property
+    def _all(self) -> list[torch.optim.Optimizer]:
+        return [*self.optimisers, *(() if self.consuming is None else (self.consuming,))]
+
     def _forget_gradients(self) -> None:
-        for optimiser in self.optimisers:
+        for optimiser in self._all:
             optimiser.zero_grad(set_to_none=True)
 
     def step(self, *batch: Tensor) -> Tensor:
@@ -320,12 +370,13 @@ class Optimiser:
         def update() -> None:
             self.static_loss.copy_(self._update(self.static_loss))
 
-        gradients()
-        want, norms = self.static_loss.clone(), self._norms()
-        self._forget_gradients()
-        replay = recorder(gradients)
-        self.static_loss.fill_(torch.nan)  # what a replay that does nothing would leave is no loss
-        replay()
+        with self._holding():
+            gradients()
+            want, norms = self.static_loss.clone(), self._norms()
+            self._forget_gradients()
+            replay = recorder(gradients)
+            self.static_loss.fill_(torch.nan)  # what a replay that does nothing would leave is no loss
+            replay()
         why = _difference(want, self.static_loss, norms, self._norms())
         if why:
             self._forget_gradients()
@@ -345,13 +396,13 @@ class Optimiser:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of parameters and moments, by position: all that the next step depends on."""
+        """Parameters and moments on the host, by position: all that the next step depends on, until it is taken."""
         out = {}
         for i, p in enumerate(self.parameters):
-            out[f"{i}.value"] = p.detach().cpu().clone()
-            for optimiser in self.optimisers:
+            out[f"{i}.value"] = p.detach().cpu()
+            for optimiser in self._all:
                 for name, moment in optimiser.state.get(p, {}).items():
-                    out[f"{i}.{name}"] = moment.detach().cpu().clone()
+                    out[f"{i}.{name}"] = moment.detach().cpu()
         return out
 
     @torch.no_grad()
@@ -360,6 +411,9 @@ class Optimiser:
         self.done = done
         for i, p in enumerate(self.parameters):
             p.copy_(state[f"{i}.value"])
+            if self.consuming is not None and p in self.consuming.state:
+                self.consuming.load(p, {n: state[f"{i}.{n}"] for n in self.consuming.state[p]})
+                continue
             moments = {n: state[f"{i}.{n}"].to(p.device, copy=True) for n in MOMENTS if f"{i}.{n}" in state}
             if moments:
                 self.optimisers[0].state[p] = moments
@@ -375,7 +429,8 @@ def _in_units(
     for name, ps in parameters.items():
         if name == "weight":
             for p in ps:
-                yield name, float(p.detach().norm()) / math.sqrt(p.numel()), [p]
+                size = torch.linalg.vector_norm(p.detach(), dtype=torch.promote_types(p.dtype, torch.float32))
+                yield name, float(size) / math.sqrt(p.numel()), [p]
         else:
             yield name, 1.0, ps
 

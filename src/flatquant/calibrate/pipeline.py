@@ -42,9 +42,18 @@ from flatquant.calibrate.blockwise import (
     wide,
 )
 from flatquant.calibrate.capture import BlockCall, Observer, capture, run_block
-from flatquant.calibrate.end2end import FittedModel, HeldOutModel, fit_end_to_end
+from flatquant.calibrate.end2end import FittedModel, HeldOutModel, fit_end_to_end, stored_dtype
 from flatquant.calibrate.gradients import output_hessians
-from flatquant.calibrate.memory import Estimate, Limits, capped, check_streamable, estimate, full_step, splits
+from flatquant.calibrate.memory import (
+    Estimate,
+    Limits,
+    WeightBytes,
+    capped,
+    check_streamable,
+    estimate,
+    full_step,
+    splits,
+)
 from flatquant.calibrate.optimise import deterministic
 from flatquant.calibrate.rounding import learn_rounding
 from flatquant.calibrate.samples import Samples, Windows
@@ -57,7 +66,7 @@ from flatquant.modules import cast, in_float32
 from flatquant.progress import Progress
 from flatquant.runtime.build import install
 from flatquant.runtime.experts import Experts, open_experts
-from flatquant.spec import EndToEndSpec, Plan, QuantSpec, Recipe, RoundingSpec
+from flatquant.spec import EndToEndSpec, FitMemory, Plan, QuantSpec, Recipe, RoundingSpec
 from flatquant.wiring.arch import Geometry, logits, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.fitted import FitBlock, InputStatistics, observing, unrounded_weights
@@ -265,6 +274,7 @@ class _Run:
         self.clock = Clock(seconds=self.report.seconds, device=device)
         self.kept = set(distributed.broadcast(({}, [] if state is None else state.names()))[1])  # by an earlier run
         self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
+        self.memory: FitMemory = layout.memory or "full"
         self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
         solver, rounds = recipe.solver, recipe.scheme.weights is not None
         self.learned = solver.learned if rounds and solver.learns else None
@@ -279,7 +289,7 @@ class _Run:
             torch.cuda.reset_peak_memory_stats(self.device)
             if self.end_to_end is not None:
                 check_room(
-                    resident_bytes(self.blocks, self.end_to_end, self.recipe.scheme.weights),
+                    resident_bytes(self.blocks, self.end_to_end, self.memory, self.recipe.scheme.weights),
                     torch.cuda.mem_get_info(self.device)[0],
                 )
         seams.use_attention(self.model, self.plan.attention)
@@ -305,7 +315,7 @@ class _Run:
                         self._observe(w.fit, w.call, w.inputs, keep=False)
             wrapped = [self._without_streams(w) for w in wrapped]
             if self.end_to_end is not None:
-                fits += [w.fit for w in wrapped]
+                fits += [self._stored(w.fit) for w in wrapped]
             else:
                 first = None
                 if not self.quantised_stream:  # no block waits for another: all ranks round theirs at a time
@@ -347,6 +357,14 @@ class _Run:
         if self.device.type == "cuda":
             self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
         return self.report
+
+    def _stored(self, fit: FitBlock | None) -> FitBlock | None:
+        """A block that waits for the end-to-end fit, its weights as that holds them."""
+        assert self.end_to_end is not None
+        dtype = stored_dtype(self.end_to_end, self.memory, self.model_dtype)
+        if fit is not None and dtype is not None:
+            fit.store_weights(dtype)
+        return fit
 
     def _observe(self, fit: FitBlock, call: BlockCall, inputs: Kept, *, keep: bool = True) -> Kept:
         """Show static scales of activations what they are to cover; the block's outputs, if they are to be kept."""
@@ -592,8 +610,8 @@ class _Run:
             start = (note["step"], note["losses"], tensors, getattr(torch, note["dtype"]))
 
         def save(step: int, losses: list[float], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-            if self.state is not None:
-                self.state.save(END_TO_END, tensors, {"step": step, "losses": losses, "dtype": named(dtype)})
+            assert self.state is not None
+            self.state.save(END_TO_END, tensors, {"step": step, "losses": losses, "dtype": named(dtype)})
 
         kept, held_targets = self.held_out, None if self.held_out is None else self.held_out.original
         if spec.objective == "cross_entropy":
@@ -616,9 +634,11 @@ class _Run:
                 graph=self.graph,
                 windows=self.layout.windows,
                 recompute=self.layout.recompute,
+                memory=self.memory,
+                seed=self.seed,
                 held_out=held_out,
                 start=start,
-                save=save,
+                save=None if self.state is None else save,
                 progress=partial(self.progress, "end to end"),
             )
 
@@ -794,14 +814,18 @@ class _Run:
         )
 
 
-def resident_bytes(blocks: list[nn.Module], spec: EndToEndSpec, grid: QuantSpec | None = None) -> int:
+def resident_bytes(
+    blocks: list[nn.Module], spec: EndToEndSpec, memory: FitMemory, grid: QuantSpec | None = None
+) -> int:
     """What an end-to-end fit keeps on the device besides activations: weights; trained, with gradient and moments.
 
     A weight whose code a fit chooses has a position that trains.
     """
-    weights = sum(p.numel() for block in blocks for p in block.parameters())
-    codes = grid is not None and grid.is_fitted
-    return weights * ((16 if spec.weight_lr else 4) + 16 * codes)
+    parameters = [p for block in blocks for p in block.parameters()]
+    weights, codes = sum(p.numel() for p in parameters), grid is not None and grid.is_fitted
+    dtype = parameters[0].dtype
+    held = WeightBytes.of(spec, memory, dtype)
+    return int(weights * (held.stored + held.moments + held.gradient + 16 * codes))
 
 
 def check_room(needed: int, free: int) -> None:

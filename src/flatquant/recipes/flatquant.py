@@ -45,8 +45,9 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
 
     `best` spends few epochs on block-wise reconstruction and then fits all blocks at once by KL divergence to the
     original, the weights included (quantisation-aware distillation, arXiv 2601.20088), at the same cost of inference
-    (docs/experiments.md, "What the `best` preset is made of"). It keeps all blocks on the device: 16 bytes a weight.
-    Its text is a mixture, since a fit that moves weights learns what one kind of text is like.
+    (docs/experiments.md, "What the `best` preset is made of"). It keeps all blocks on the device: 16 bytes a weight, or
+    5 where that is too much (`EndToEndSpec.memory`). Its text is a mixture, since a fit that moves weights learns what
+    one kind of text is like.
 
     `quick` sees too little text for block-wise reconstruction, which then fits noise: it starts from scales that
     balance second moments, Hadamard factors and clips near where they end, and spends its minutes on end-to-end steps
@@ -70,7 +71,7 @@ def flatquant(scheme: str | Scheme = "w4a4kv4", preset: str = "reference") -> Re
             scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
             transforms=transforms(BALANCED_SCALE),
             fit=FitSpec(epochs=1, batch_size=4, lr=5e-3, clip_lr=5e-2),
-            end_to_end=EndToEndSpec(steps=600, batch_size=4, lr=2e-3, clip_lr=2e-2, weight_lr=5e-4),
+            end_to_end=EndToEndSpec(steps=600, batch_size=4, lr=2e-3, clip_lr=2e-2, weight_lr=5e-4, memory="auto"),
             solver=SolverSpec(kind="rtn"),
             data=DataSpec(samples=384, seqlen=2048, text="wikitext2:1,c4:3"),
         )

@@ -64,6 +64,9 @@ class TransformSpec:
 
 Transforms = tuple[TransformSpec, ...]
 
+# How an end-to-end fit holds the weights; see `EndToEndSpec`.
+FitMemory = Literal["full", "compact", "transforms"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitSpec:
@@ -125,6 +128,10 @@ class EndToEndSpec:
             small, mostly noise when tokens are few.
         checkpoint: where memory is short, compute each block again in the backward pass: a third more time, and
             activations of one block in memory instead of all.
+        memory: how weights are held. `full`: in float32, with gradients and AdamW's moments, 16 bytes a weight in
+            training and 4 otherwise. `compact`: in 24 bits with moments of 8 bits, each weight's gradient freed as soon
+            as it has moved the weight, 5 bytes; weights that do not train in the model's own 16 bits. `transforms`: no
+            weight trains, whatever `weight_lr` says. `auto`: `full` where that fits in memory, else `compact`.
     """
 
     steps: int = 0
@@ -139,11 +146,16 @@ class EndToEndSpec:
     final_lr: float = 0.0
     eps: float = 1e-8
     checkpoint: bool = True
+    memory: Literal[FitMemory, "auto"] = later("full")
 
     def __post_init__(self) -> None:
         check(self.steps >= 0, f"end-to-end steps {self.steps}: at least 0")
         check(self.batch_size >= 1, f"end-to-end batch size {self.batch_size}: at least 1")
         check(self.lr > 0 and self.clip_lr > 0 and self.weight_lr >= 0, "learning rates must be positive")
+
+    def moves_weights(self, memory: FitMemory) -> bool:
+        """Whether weights train, where they are held so."""
+        return self.weight_lr > 0 and memory != "transforms"
 
 
 @dataclass(frozen=True, kw_only=True)

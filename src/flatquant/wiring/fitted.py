@@ -59,6 +59,11 @@ class FitBlock:
         for site in self.sites.values():
             site.joined.requires_grad_(True)
 
+    def store_weights(self, dtype: torch.dtype) -> None:
+        """Have the weights in another dtype; a step computes with copies in float32."""
+        for site in self.sites.values():
+            site.joined.store(dtype)
+
     def become_plain(self) -> bool:
         """Round as without a method: identities, whole ranges. False, and unchanged, where a part cannot."""
         parts = [m for root in self.roots() for m in root.modules()]

@@ -8,7 +8,7 @@ them and the site's current transform, so gradients reach the transform through 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -128,13 +128,27 @@ class Followed(nn.Module):
 
 
 class JoinedWeight(Trainable):
-    """The weights of a site's readers, row upon row; frozen until an end-to-end fit releases them."""
+    """The weights of a site's readers, row upon row; frozen until an end-to-end fit releases them.
+
+    Stored in 16 bits, they stay so where a block is put in float32. Folding, in float64, widens them.
+    """
 
     group = "weight"
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.value = nn.Parameter(value, requires_grad=False)
+
+    def store(self, dtype: torch.dtype) -> None:
+        """Have the weights in another dtype."""
+        self.value = nn.Parameter(self.value.detach().to(dtype), requires_grad=self.value.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        def keep(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out.to(t.dtype) if t.dtype.itemsize == 2 and out.dtype == torch.float32 else out
+
+        return super()._apply(keep, recurse)
 
 
 class FitSite(Site):
@@ -187,8 +201,9 @@ class FitSite(Site):
 
     @property
     def weight(self) -> Tensor:
-        """The original weights of all readers.  # float32 or float64, (sum of rows, n)"""
-        return self.joined.value
+        """The original weights of all readers; if they are stored in 16 bits, a copy.  # float32 or float64, (o, n)"""
+        value = self.joined.value
+        return value.to(torch.promote_types(value.dtype, torch.float32))
 
     def _transformed(self, x: Tensor) -> Tensor:
         """(x - d) P.  # (.., n)"""
@@ -236,7 +251,7 @@ class FitSite(Site):
             return self.grid()
         if self._has_outputs:
             # A row's scale gathers the gradients of all its weights: a sum that float16 may not hold.
-            with torch.autocast(self.weight.device.type, enabled=False):
+            with torch.autocast(self.joined.value.device.type, enabled=False):
                 return self.grid(self.transformed_weight())
         return self.grid.clamp_and_round(self._inverse_transformed())
 

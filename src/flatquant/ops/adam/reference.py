@@ -1,11 +1,14 @@
-"""Adam on weights in bfloat16, with moments in 8 bits, all rounded stochastically.
+"""Adam on weights of 24 bits, of which a model sees those of bfloat16, with moments in 8 bits, all rounded by chance.
+
+A step is a small share of a weight, less than bfloat16 can tell: rounded to that by chance, weights would walk at
+random further than the fit moves them. With 8 bits more, the walk is a sixteenth of that.
 
 Moments share a scale in blocks of 256 neighbours, their largest magnitude (8-bit Optimizers via Block-wise
 Quantization, arXiv 2110.02861). Their levels here are powers of two in even steps of the exponent: a moment is known to
 a share of itself, down to 2^-16 of its block's largest first moment and 2^-24 of its largest second one. A second
 moment decays by a thousandth a step, far less than a step of the levels: rounded to nearest it would never move. So
-moments, as weights (Revisiting BFloat16 Training, arXiv 2010.06192), are rounded up or down by chance, and right on
-average. Second moments below the least level are put on it: nothing is divided by less.
+moments, and weights (stochastic rounding: Revisiting BFloat16 Training, arXiv 2010.06192), are rounded up or down by
+chance, and right on average. Second moments below the least level are put on it: nothing is divided by less.
 
 Chance is a hash of the element's number, the number of the step and a key, so that a step that is repeated has the same
 bits.
@@ -26,18 +29,19 @@ _CHUNK = 1 << 16  # elements at a time, for what they need in float32
 _BITS = 0xFFFFFFFF
 
 
-def moments(p: Tensor) -> dict[str, Tensor]:
-    """The state of a weight before its first step: codes of the moments, scales of their blocks, steps done.
+def fresh_state(p: Tensor) -> dict[str, Tensor]:
+    """Of a weight before its first step: what bfloat16 leaves of it, codes and scales of the moments, steps done.
 
     Args:
         p: of any shape, with N elements.
 
     Returns:
-        `exp_avg` int8 (N,), `exp_avg_sq` uint8 (N,), `exp_avg_scale` and `exp_avg_sq_scale` float32 (N / 256, rounded
-        up), `step` float32 ().
+        `rest` int8 (N,), in units of a 256th of the last place of p; `exp_avg` int8 and `exp_avg_sq` uint8 (N,);
+        `exp_avg_scale` and `exp_avg_sq_scale` float32 (N / 256, rounded up); `step` float32 ().
     """
     n, blocks = p.numel(), -(-p.numel() // BLOCK)
     return {
+        "rest": torch.zeros(n, dtype=torch.int8, device=p.device),
         "exp_avg": torch.zeros(n, dtype=torch.int8, device=p.device),
         "exp_avg_sq": torch.zeros(n, dtype=torch.uint8, device=p.device),
         "exp_avg_scale": torch.zeros(blocks, device=p.device),
@@ -55,7 +59,7 @@ def adam_step(
     Args:
         p: bfloat16, contiguous.
         grad: of p's shape, in any floating dtype, finite unless held.
-        state: as `moments` made it; changed in place.
+        state: as `fresh_state` made it; changed in place.
         lr, hold: scalars on p's device.
         key: of the chance by which is rounded.
     """
@@ -80,10 +84,12 @@ def _moved(
     first = BETA1 * decoded_first(old["exp_avg"], old["exp_avg_scale"]) + (1 - BETA1) * g
     second = BETA2 * decoded_second(old["exp_avg_sq"], old["exp_avg_sq_scale"]) + (1 - BETA2) * g * g
     denominator = (second / (1 - BETA2**step)).sqrt() + eps
-    moved = old["p"].float() - lr * (first / (1 - BETA1**step)) / denominator
+    moved = joined(old["p"], old["rest"]) - lr * (first / (1 - BETA1**step)) / denominator
     first_scale, second_scale = (_blocks(x).abs().amax(-1) for x in (first, second))
+    p, rest = rounded(moved, a & 0xFF)
     return {
-        "p": rounded(moved, a & 0xFFFF),
+        "p": p,
+        "rest": rest,
         "exp_avg": encoded_first(first, _of_block(first_scale, n), _share(a >> 16)),
         "exp_avg_sq": encoded_second(second, _of_block(second_scale, n), _share(b >> 16)),
         "exp_avg_scale": first_scale,
@@ -91,14 +97,23 @@ def _moved(
     }
 
 
-def rounded(x: Tensor, chance: Tensor) -> Tensor:
-    """float32 to one of the two nearest bfloat16, to the farther one as often as it is near.
+def rounded(x: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 to one of the two nearest numbers of 24 bits, to the farther one as often as it is near.
 
     Args:
-        chance: int64 from 0 to 2^16 - 1, evenly distributed.
+        chance: int64 from 0 to 255, evenly distributed.
+
+    Returns:
+        The nearest bfloat16 and, as int8, how far that is from it, in units of a 256th of its last place.
     """
-    bits = x.view(torch.int32) + chance.to(torch.int32)
-    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+    bits = (x.view(torch.int32) + chance.to(torch.int32)) >> 8
+    high = (bits + 128) >> 8
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 8)).to(torch.int8)
+
+
+def joined(p: Tensor, rest: Tensor) -> Tensor:
+    """What `rounded` has taken apart.  # float32"""
+    return ((p.view(torch.int16).to(torch.int32) << 16) + (rest.to(torch.int32) << 8)).view(torch.float32)
 
 
 def decoded_first(codes: Tensor, scale: Tensor) -> Tensor:
