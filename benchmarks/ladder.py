@@ -56,6 +56,8 @@ PRESETS = {"reference": ("flatquant", "reference"), "best": ("flatquant", "best"
 RUNGS = ("rtn", "quarot", "spinquant", "reference", "best")
 SCHEMES = ("w4a4kv4", "w4a16", "w16a16kv4")
 
+Summary = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -141,6 +143,7 @@ def measure(
     *,
     again: bool = False,
     prepare: Callable[[Recipe], Recipe] = lambda made: made,
+    summary: Summary | None = None,
 ) -> None:
     """Make the rows that `path` does not hold yet by these settings, or all of them `again`.
 
@@ -148,6 +151,7 @@ def measure(
         base: settings of all rows; the seed is each job's own.
         load: gives the original anew.
         prepare: changes every recipe.
+        summary: of the rows; by default `summary`.
     """
     shared = measured_by(base)
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +169,7 @@ def measure(
             row = {**known, **measured(bench, job, prepare), "original": bench.original(), "commit": commit()}
             shown = ("rung", "scheme", "seed", "perplexity", "divergence", "seconds", "error")
             print({name: row[name] for name in shown if name in row}, flush=True)
-            write(path, [*others(), row])  # of the file as other processes have left it
+            write(path, [*others(), row], summary)  # of the file as other processes have left it
 
 
 def measured(bench: Bench, job: Job, prepare: Callable[[Recipe], Recipe]) -> dict[str, Any]:
@@ -191,13 +195,13 @@ def measured_by(settings: Settings) -> dict[str, Any]:
     return found | {"texts": names, "tasks": list(settings.tasks), "calibration": calibration}
 
 
-def write(path: Path, samples: list[dict[str, Any]]) -> None:
+def write(path: Path, samples: list[dict[str, Any]], summarise: Summary | None = None) -> None:
     """The results file."""
     write_result(
         path,
         path.stem,
         seeds=sorted({s["seed"] for s in samples}),
-        metrics=summary(samples),
+        metrics=(summarise or summary)(samples),
         samples=samples,
     )
 
@@ -234,18 +238,15 @@ def brief(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "verdicts": [run["verdict"]["word"] for run in whole],
         "seconds": mean(lambda run: run["seconds"]),
         "peak_bytes": max(peaks, default=None),
+        "estimated_bytes": whole[0].get("estimated_bytes"),
         "bits_per_weight": whole[0]["bits_per_weight"],
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser, *, prefix: str, schemes: Sequence[str]) -> None:
+    """What every benchmark of rows by rung and scheme takes; the defaults of two of them."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2-135m")
-    known = ", ".join([*PRESETS, *sorted(RECIPES)])
-    parser.add_argument(
-        "--methods", nargs="+", default=list(RUNGS), metavar="RUNG", help=f"of {known}, with changes if any"
-    )
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME")
+    parser.add_argument("--schemes", nargs="+", default=list(schemes), metavar="SCHEME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--texts", nargs="*", default=[], metavar="FILE", help="to measure on, beside wikitext2 and c4")
     parser.add_argument("--only-texts", action="store_true", help="measure on the files alone")
@@ -259,13 +260,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--again", action="store_true", help="make rows that are there already")
     parser.add_argument("--out", default=str(RESULTS))
-    parser.add_argument("--prefix", default="ladder", help="of results files")
+    parser.add_argument("--prefix", default=prefix, help="of results files")
     parser.add_argument("--tiny", action="store_true", help="a dry run of two blocks that measures nothing")
-    args = parser.parse_args()
-    unknown = [rung for rung in args.methods if (name := rung.split(":")[0]) not in PRESETS and name not in RECIPES]
-    if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; known: {known}")
-    jobs = [Job(rung, scheme, seed) for seed in args.seeds for scheme in args.schemes for rung in args.methods]
+
+
+def run(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, rungs: Sequence[str], *, summary: Summary | None = None
+) -> None:
+    """Rows of these rungs, by what `add_options` has read."""
+    jobs = [Job(rung, scheme, seed) for seed in args.seeds for scheme in args.schemes for rung in rungs]
     named = () if args.only_texts else ("wikitext2", "c4")
     settings = Settings(
         model="",  # loaded here
@@ -282,7 +285,7 @@ def main() -> None:
     )
     if not settings.perplexity:
         parser.error("--only-texts needs --texts")
-    print(environment(), len(jobs), "rows a model", flush=True)
+    print(len(jobs), "rows a model", flush=True)
     for model in args.models:
         measure(
             jobs,
@@ -291,7 +294,23 @@ def main() -> None:
             Path(args.out) / f"{args.prefix}-{Path(model).name.removesuffix('.gguf').lower()}.json",
             again=args.again,
             prepare=tiny if args.tiny else lambda made: made,
+            summary=summary,
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ", ".join([*PRESETS, *sorted(RECIPES)])
+    parser.add_argument(
+        "--methods", nargs="+", default=list(RUNGS), metavar="RUNG", help=f"of {known}, with changes if any"
+    )
+    add_options(parser, prefix="ladder", schemes=SCHEMES)
+    args = parser.parse_args()
+    unknown = [rung for rung in args.methods if (name := rung.split(":")[0]) not in PRESETS and name not in RECIPES]
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; known: {known}")
+    print(environment(), flush=True)
+    run(parser, args, args.methods)
 
 
 if __name__ == "__main__":

@@ -298,6 +298,7 @@ class Bench:
             "seconds": timing["total"],
             "stages": timing["seconds"],
             "peak_bytes": peak,
+            "estimated_bytes": timing["estimate"]["device"],
             "bits_per_weight": found.bits_per_quantised_weight,
             "online_flops_per_token": _flops(made),
             "bytes_per_token": sum(found.bytes_by_kind.values()) - _looked_up(made.model).nbytes,
