@@ -103,10 +103,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def main() -> None:
-    sites, products, caching = (
-        importlib.import_module(f"flatquant.ops.{op}.triton") for op in ("kron_quantize", "int4_linear", "kv_cache")
+    sites, products, caching, paging = (
+        importlib.import_module(f"flatquant.ops.{op}.triton")
+        for op in ("kron_quantize", "int4_linear", "kv_cache", "paged_cache")
     )
-    for module in (sites, products, caching):
+    for module in (sites, products, caching, paging):
         module.early = lambda x, tokens, programs=0: CAPABILITY >= 90 and (tokens == 1 or 0 < programs < tokens)
     kv_cache = importlib.import_module("flatquant.ops.kv_cache")
     head = importlib.import_module("flatquant.ops.int8_linear.triton")
@@ -222,6 +223,14 @@ def main() -> None:
     )
     caching.attend(meta(1, 32, 128), *stores, place, place, None, 0.1, short, parts=8)
     found["attend, offset"] = kernel.found[-1]
+
+    paged_cache = importlib.import_module("flatquant.ops.paged_cache")
+    pages = paged_cache.stores_of(meta(64, 8, 16, paged_cache.place_bytes(128), dtype=torch.uint8))
+    batch = paged_cache.Batch(*(meta(*size, dtype=torch.int32) for size in ((2, 128), (2,), (3,))))
+    lacking = paged_cache.Short(meta(2, 32, 128, dtype=torch.float32), meta(2048, 128, dtype=torch.float32))
+    for name, less in (("paged", None), ("paged, offset", lacking)):
+        paging.decode(meta(2, 32, 128), *pages, batch, None, 0.1, less)
+        found[name] = kernel.found[-1]
     json.dump(found, sys.stdout)
 
 

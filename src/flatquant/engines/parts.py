@@ -41,7 +41,7 @@ from flatquant.runtime.kernels import KernelLinear, Product, kernel_site, packed
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
 from flatquant.seams import attached
-from flatquant.spec import Plan, SitePlan
+from flatquant.spec import Pairing, Plan, SitePlan
 
 Linear = SiteLinear | BranchedLinear
 
@@ -58,6 +58,30 @@ class Joined(nn.ModuleList):
         return torch.cat([linear(x) for linear in self], dim=-1)
 
 
+class Turning:
+    """A rotary embedding of transformers, at positions that an engine names."""
+
+    def __init__(self, rotary: nn.Module, kind: tuple[str, ...]) -> None:
+        """
+        Args:
+            kind: of layers that are turned by it, where the model has several.
+        """
+        self._rotary, self._kind = rotary, kind
+        self._tables: dict[tuple[int, torch.dtype, Pairing], Tensor] = {}
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """Cosines and sines of positions (T,).  # (1, T, r)"""
+        like = torch.empty(1, dtype=dtype, device=positions.device)
+        return Angles(*self._rotary(like, positions[None], *self._kind))
+
+    def table(self, length: int, dtype: torch.dtype, pairing: Pairing, device: torch.device) -> Tensor:
+        """Of positions 0, 1, .., one cosine and one sine a pair of channels; computed once.  # (length, r)"""
+        key = length, dtype, pairing
+        if key not in self._tables:
+            self._tables[key] = self(torch.arange(length, device=device), dtype).of_pairs(pairing)[0].contiguous()
+        return self._tables[key]
+
+
 class Parts:
     """The serving modules of one folder. Tensors are read when a part is asked for."""
 
@@ -70,6 +94,7 @@ class Parts:
         self._stored = folder.tensors()
         self._model = artifact.skeleton(folder, self._stored)
         self._held: Tensor | None = None
+        self._turning: dict[tuple[str, ...], Turning] = {}
 
     def linear(self, path: str, device: torch.device, dtype: torch.dtype) -> Linear:
         """A linear by its path in the model, with its site.
@@ -148,22 +173,19 @@ class Parts:
         self._fill(kv, f"{path}.flatquant_kv", device)
         return kv
 
-    def angles(self, block: int, device: torch.device) -> Callable[[Tensor, torch.dtype], Angles]:
-        """The model's own rotary embedding, as a block's attention is given it: of positions (T,) in a dtype."""
+    def angles(self, block: int, device: torch.device) -> Turning:
+        """The model's own rotary embedding, as a block's attention is given it; blocks of one kind share it."""
         config: Any = self._model.config
         rotary = getattr(self._model.base_model, "rotary_emb", None)
         if rotary is None:
             raise ModelError(
                 f"{config.model_type} has no rotary embedding where it is looked for; its keys have an offset"
             )
-        rotary = type(rotary)(config=config).to(device)  # the skeleton's is on the meta device
         several = "layer_type" in inspect.signature(rotary.forward).parameters
-        more = (config.layer_types[block],) if several else ()
-
-        def at(positions: Tensor, dtype: torch.dtype) -> Angles:
-            return Angles(*rotary(torch.empty(1, dtype=dtype, device=positions.device), positions[None], *more))
-
-        return at
+        kind = (config.layer_types[block],) if several else ()
+        if kind not in self._turning:  # the skeleton's rotary embedding is on the meta device
+            self._turning[kind] = Turning(type(rotary)(config=config).to(device), kind)
+        return self._turning[kind]
 
     def _filled(self, path: str, device: torch.device) -> Any:
         module = self._model.get_submodule(path)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from flatquant import recipes
+from flatquant.engines.vllm import cache
 from flatquant.engines.vllm.cache import PackedImpl
 from flatquant.engines.vllm.support import PACKED
 from flatquant.errors import ModelError
+from flatquant.ops.paged_cache import decode
 from flatquant.runtime.artifact import load
 from tests.engines.vllm.conftest import answers, largest_difference, served
 
@@ -16,6 +18,23 @@ pytestmark = pytest.mark.vllm
 
 BOUND = 1e-4  # as in test_vllm.py
 OPTIONS = {"kv_cache_dtype": PACKED, "block_size": 16}  # the longest prompt takes three pages
+
+
+@pytest.mark.parametrize("family, more", [("qwen2", {}), ("stablelm", {"qk_layernorm": False})])
+def test_one_new_token_at_a_time_as_on_cuda(quantised, family: str, more: dict[str, Any], monkeypatch) -> None:
+    """The operation that has a kernel there, and here its reference. Heads of StableLM are turned in part: without."""
+    calls: list[int] = []
+
+    def counted(q: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(len(q))
+        return decode(q, *args)
+
+    monkeypatch.setattr(cache, "KERNELS", {"cpu"})
+    monkeypatch.setattr(cache, "decode", counted)
+    folder = quantised(family, **more)
+    with served(folder, **OPTIONS) as llm:
+        assert largest_difference(llm, load(folder)) < BOUND
+    assert (max(calls, default=0) == 3) == (family == "qwen2")  # three requests are answered side by side
 
 
 @pytest.mark.parametrize(
@@ -34,8 +53,8 @@ def test_a_cache_of_integers_holds_what_a_wide_one_holds(quantised, family: str,
     def watch(vllm_model: torch.nn.Module) -> None:
         for module in vllm_model.modules():
             if isinstance(getattr(module, "impl", None), PackedImpl):
-                cache: Any = module.kv_cache
-                views[cache.data_ptr()] = cache
+                view: Any = module.kv_cache
+                views[view.data_ptr()] = view
 
     with served(folder, **OPTIONS, enable_prefix_caching=True, max_num_batched_tokens=16) as llm:
         llm.apply_model(watch)

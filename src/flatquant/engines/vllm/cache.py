@@ -7,7 +7,8 @@ less their offset, which attention gives back. So attention sees what a cache of
 
 Pages are vLLM's: it shares, frees and counts them, and prefix caching and chunked prefill are the scheduler's matter.
 
-What was given up: speed away from CUDA, where a request's places are unpacked for every new token.
+On CUDA a kernel computes the attention of requests with one new token. What was given up: speed elsewhere, where a
+request's places are unpacked whenever attention looks at them.
 """
 # pyright: reportMissingImports=false
 
@@ -29,16 +30,18 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import register_backend
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from flatquant.engines.parts import Turning
 from flatquant.engines.vllm.support import PACKED
 from flatquant.errors import ModelError
-from flatquant.ops.kv_cache import Store
-from flatquant.ops.paged_cache import Batch, attend, place_bytes, stores_of, write
+from flatquant.ops.kv_cache import Store, shortage
+from flatquant.ops.paged_cache import Batch, Short, attend, decode, place_bytes, stores_of, write
 from flatquant.qtensor import QTensor
-from flatquant.rotary import Angles
 from flatquant.runtime.keyvalue import FrozenKeyValue
 
+KERNELS = {"cuda"}  # types of devices where one new token's attention is the operation that has a kernel
 _NAME = "FLATQUANT"
 _PLACES = 16  # pages hold a multiple of it: so scales lie on multiples of four bytes
 
@@ -52,6 +55,7 @@ class PackedMetadata(AttentionMetadata):
     seq_lens: Tensor  # (R,)
     block_table: Tensor  # (R, M)
     slot_mapping: Tensor  # (T,)
+    singles: int  # how many requests, the first ones, have one new token each
 
 
 class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
@@ -59,6 +63,7 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -70,6 +75,7 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
             seq_lens=common.seq_lens[: common.num_reqs],
             block_table=common.block_table_tensor[: common.num_reqs],
             slot_mapping=common.slot_mapping,
+            singles=split_decodes_and_prefills(common, decode_threshold=1)[0],
         )
 
 
@@ -129,15 +135,26 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
         slots = batch.slot_mapping[new]
         write(keys, k, slots)
         write(values, v, slots)
-        requests = Batch(batch.block_table, batch.seq_lens, batch.query_start_loc)
-        output[new] = attend(q, keys, values, requests, self.window, self.scale, self.cap, basis.back(key.dtype))
+        singles = batch.singles if q.device.type in KERNELS and self.cap is None and basis.adds_to_scores else 0
+        if singles:
+            length = batch.block_table.shape[1] * keys.scale.shape[2]
+            short = basis.short(query[:singles], length)
+            ones = Batch(batch.block_table[:singles], batch.seq_lens[:singles], batch.query_start_loc[: singles + 1])
+            output[:singles] = decode(q[:singles], keys, values, ones, self.window, self.scale, short)
+        if singles < len(batch.seq_lens):
+            starts = batch.query_start_loc[singles:] - singles
+            rest = Batch(batch.block_table[singles:], batch.seq_lens[singles:], starts)
+            back = basis.back(key.dtype)
+            output[singles : new.stop] = attend(
+                q[singles:], keys, values, rest, self.window, self.scale, self.cap, back
+            )
         return output
 
 
 class PackedBasis(torch.nn.Module):
     """`FrozenKeyValue` on vLLM's layout, before and behind a cache of integers."""
 
-    def __init__(self, kv: FrozenKeyValue, angles: Callable[[Tensor, torch.dtype], Angles] | None) -> None:
+    def __init__(self, kv: FrozenKeyValue, angles: Turning | None) -> None:
         super().__init__()
         self.kv, self.angles = kv, angles
 
@@ -158,6 +175,32 @@ class PackedBasis(torch.nn.Module):
             return short.expand(-1, len(positions), -1)
 
         return at
+
+    @property
+    def adds_to_scores(self) -> bool:
+        """Whether `short` says what keys lack: all channels of a head are turned, in halves, or none."""
+        m = self.kv.key_offset
+        if m is None or self.angles is None:
+            return True
+        width = self.angles.table(1, m.dtype, self.kv.pairing, m.device).shape[1]
+        return self.kv.pairing == "halves" and width == m.shape[1]
+
+    def short(self, q: Tensor, length: int) -> Short | None:
+        """What stored keys at positions below `length` are short of in scores of queries before their basis.
+
+        Args:
+            q: (R, queries, head_dim).
+        """
+        m = self.kv.key_offset
+        if m is None:
+            return None
+        amounts = shortage(q.transpose(0, 1)[None], m)[0].transpose(0, 1).contiguous()
+        if self.angles is not None:
+            return Short(amounts, self.angles.table(length, q.dtype, self.kv.pairing, q.device))
+        half = q.shape[-1] // 2
+        return Short(
+            amounts, torch.tensor([1.0] * half + [0.0] * half, device=q.device).expand(length, -1).contiguous()
+        )
 
 
 def _stored(codes: Any) -> Store:

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from flatquant.ops import HAS_TRITON
 from flatquant.ops.kv_cache import reference
-from flatquant.ops.kv_cache.reference import STEPS, Appended, Heads, Shortage, Store, offset_matrix
+from flatquant.ops.kv_cache.reference import STEPS, Appended, Heads, Shortage, Store, offset_matrix, shortage
 
-__all__ = ["STEPS", "Appended", "Heads", "Shortage", "Store", "append", "attend", "offset_matrix"]
+__all__ = ["STEPS", "Appended", "Heads", "Shortage", "Store", "append", "attend", "offset_matrix", "shortage"]
 
 
 def append(

@@ -55,9 +55,7 @@ class Heads(NamedTuple):
         (B, queries, T, head_dim) -> float32 (B, queries, T, head_dim)
         """
         assert self.offset is not None
-        m = self.offset.repeat_interleave(self.queries // self.keys, dim=0)[:, None]
-        (a, b), (ma, mb) = q.float().chunk(2, dim=-1), m.chunk(2, dim=-1)
-        return torch.cat((a * ma + b * mb, b * ma - a * mb), dim=-1)
+        return shortage(q, self.offset)
 
 
 class Appended(NamedTuple):
@@ -76,6 +74,20 @@ class Shortage(NamedTuple):
     angles: Tensor  # cosines and sines of every place, one a pair of channels, float32, (B, S, head_dim)
     steps: Tensor  # the same of positions 0, 1, .., not scaled for long texts, (STEPS, head_dim)
     gaps: Tensor  # not 0 where a sequence's places are not one position apart, int32, (B,)
+
+
+def shortage(
+    q: Float[Tensor, "batch queries tokens head_dim"], m: Float[Tensor, "heads head_dim"]
+) -> Float[Tensor, "batch queries tokens head_dim"]:
+    """q R_j m per cosine and sine of a place j; see `Heads.shortage`.
+
+    Args:
+        q: turned and not yet transformed, (B, queries, T, head_dim).
+        m: (keys, head_dim).
+    """
+    m = m.repeat_interleave(q.shape[1] // len(m), dim=0)[:, None]
+    (a, b), (ma, mb) = q.float().chunk(2, dim=-1), m.chunk(2, dim=-1)
+    return torch.cat((a * ma + b * mb, b * ma - a * mb), dim=-1)
 
 
 def offset_matrix(

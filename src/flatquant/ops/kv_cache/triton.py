@@ -185,17 +185,39 @@ def _nibble(u, I: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def _cells(s, some, base, table_ptr, D: tl.constexpr, HK: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr):
+    """Where places s lie: offsets of their words of four integers, of their scales, of their zero points.
+
+    In one piece, `base` is a head's first place. In pages of `PAGE` places, each of `RUN` bytes for a head, it is the
+    head, and a table has a sequence's pages.
+    """
+    if PAGE == 0:
+        at = base + s
+        return at * (D // 4), at, at
+    else:
+        page = tl.load(table_ptr + s // PAGE, mask=some, other=0).to(tl.int64)
+        run = (page * HK + base) * RUN
+        place = s % PAGE
+        return run // 2 + place * (D // 4), run // 4 + place, run + place
+
+
+@triton.jit
 def _attend(
     q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, amount_ptr, angle_ptr, step_ptr, gap_ptr, out_ptr, lse_ptr,
-    last_ptr, start_ptr, window, scaling, S, PARTS, most, least, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr, SHORT: tl.constexpr, EARLY: tl.constexpr,
-    EMULATE: tl.constexpr,
+    last_ptr, start_ptr, table_ptr, window, scaling, S, PARTS, most, least, HK: tl.constexpr, G: tl.constexpr,
+    GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr, SHORT: tl.constexpr,
+    PAGE: tl.constexpr, RUN: tl.constexpr, EARLY: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
+    """In pages, S is how many a row of the table has, places are positions, and all sequences share their angles."""
     wait(EARLY)
     bh = tl.program_id(0)
     part = tl.program_id(1)
-    length = tl.load(last_ptr).to(tl.int32) + 1
-    first = tl.maximum(tl.load(start_ptr + bh // HK).to(tl.int32), length - window)
+    if PAGE == 0:
+        length = tl.load(last_ptr).to(tl.int32) + 1
+        first = tl.maximum(tl.load(start_ptr + bh // HK).to(tl.int32), length - window)
+    else:
+        length = tl.load(last_ptr + bh // HK).to(tl.int32) + 1
+        first = tl.maximum(length - window, 0)
     size = tl.maximum(tl.cdiv(tl.cdiv(length - first, most), B) * B, least)  # of the tokens alone, not of the room
     begin = first + part * size
     end = tl.minimum(begin + size, length)
@@ -211,23 +233,29 @@ def _attend(
     LOG2_E: tl.constexpr = 1.4426950408889634
     scaling *= LOG2_E
     base = bh.to(tl.int64) * S
+    if PAGE > 0:
+        table_ptr += (bh // HK).to(tl.int64) * S
+        base = (bh % HK).to(tl.int64)
     if SHORT:
         short = _shortage(amount_ptr + bh * G * D, g, scaling, G, D, H)
-        angle_ptr += (bh // HK).to(tl.int64) * S * D
-        if tl.load(gap_ptr + bh // HK) == 0:
+        apart = 1
+        if PAGE == 0:
+            angle_ptr += (bh // HK).to(tl.int64) * S * D
+            apart = tl.load(gap_ptr + bh // HK)
+        if apart == 0:
             top, total, zero, sums = _over(
-                kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr,
-                step_ptr, GP, D, W, H, B, "steps", EMULATE,
+                kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, table_ptr, qs, q_sum, begin, end, scaling, short,
+                angle_ptr, step_ptr, GP, D, W, H, B, "steps", HK, PAGE, RUN, EMULATE,
             )  # fmt: skip
         else:
             top, total, zero, sums = _over(
-                kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr,
-                step_ptr, GP, D, W, H, B, "places", EMULATE,
+                kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, table_ptr, qs, q_sum, begin, end, scaling, short,
+                angle_ptr, step_ptr, GP, D, W, H, B, "places", HK, PAGE, RUN, EMULATE,
             )  # fmt: skip
     else:
         top, total, zero, sums = _over(
-            kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, (), angle_ptr,
-            step_ptr, GP, D, W, H, B, "", EMULATE,
+            kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, table_ptr, qs, q_sum, begin, end, scaling, (),
+            angle_ptr, step_ptr, GP, D, W, H, B, "", HK, PAGE, RUN, EMULATE,
         )  # fmt: skip
     some = total > 0
     total = tl.where(some, total, 1.0)
@@ -240,9 +268,9 @@ def _attend(
 
 @triton.jit
 def _over(
-    kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, qs, q_sum, begin, end, scaling, short, angle_ptr, step_ptr,
-    GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr, ANGLES: tl.constexpr,
-    EMULATE: tl.constexpr,
+    kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, table_ptr, qs, q_sum, begin, end, scaling, short, angle_ptr,
+    step_ptr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr,
+    ANGLES: tl.constexpr, HK: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Attention over places begin to end: largest score, sums of weights, of weights times zero points, and of values.
 
@@ -268,20 +296,23 @@ def _over(
     totals, zeros = tl.zeros((GP, B), tl.float32), tl.zeros((GP, B), tl.float32)  # summed over B in the end
     # Zero points are bytes, which Triton does not load ahead of time by itself.
     s = begin + tl.arange(0, B)
-    k_next = tl.load(kz_ptr + base + s, mask=s < end, other=0)
-    v_next = tl.load(vz_ptr + base + s, mask=s < end, other=0)
+    _, _, byte = _cells(s, s < end, base, table_ptr, D, HK, PAGE, RUN)
+    k_next = tl.load(kz_ptr + byte, mask=s < end, other=0)
+    v_next = tl.load(vz_ptr + byte, mask=s < end, other=0)
     for s0 in range(begin, end, B):
         s = s0 + tl.arange(0, B)
         some = s < end
         k_zero, v_zero = k_next.to(tl.float32) + OFFSET, v_next.to(tl.float32) + OFFSET
-        k_next = tl.load(kz_ptr + base + s + B, mask=s + B < end, other=0)
-        v_next = tl.load(vz_ptr + base + s + B, mask=s + B < end, other=0)
-        cell = (base + s)[:, None] * (D // 4) + j[None, :]
+        _, _, byte = _cells(s + B, s + B < end, base, table_ptr, D, HK, PAGE, RUN)
+        k_next = tl.load(kz_ptr + byte, mask=s + B < end, other=0)
+        v_next = tl.load(vz_ptr + byte, mask=s + B < end, other=0)
+        word, at_scale, _ = _cells(s, some, base, table_ptr, D, HK, PAGE, RUN)
+        cell = word[:, None] + j[None, :]
         mask = some[:, None] & (j < D // 4)[None, :]
         k = tl.load(kp_ptr + cell, mask=mask, other=0)  # (B, W)
         v = tl.load(vp_ptr + cell, mask=mask, other=0)
-        k_scale = tl.load(ks_ptr + base + s, mask=some, other=0.0)
-        v_scale = tl.load(vs_ptr + base + s, mask=some, other=0.0)
+        k_scale = tl.load(ks_ptr + at_scale, mask=some, other=0.0)
+        v_scale = tl.load(vs_ptr + at_scale, mask=some, other=0.0)
         score = tl.dot(qs[0], tl.trans(_nibble(k, 0, dtype, EMULATE)), input_precision="ieee")
         for i in tl.static_range(1, 4):
             score = tl.dot(qs[i], tl.trans(_nibble(k, i, dtype, EMULATE)), score, input_precision="ieee")  # (GP, B)
@@ -414,14 +445,18 @@ def attend(
     lse = torch.empty((b, hq, parts), dtype=torch.float32, device=q.device)
     group = hq // hk
     _attend[(b * hk, parts)](
-        q, *_words(keys), *_words(values), *(short or (None,) * 4), out, lse, last, start,
-        s if window is None else window, scaling, s, parts, most, least,
-        HK=hk, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, W=max(16, triton.next_power_of_2(d // 4)),
-        H=max(16, triton.next_power_of_2(d // 2)),
-        B=block, SHORT=short is not None, EARLY=early(q, b), EMULATE=not q.is_cuda, launch_pdl=early(q, b),
-        num_warps=warps, num_stages=stages,
+        q, *_words(keys), *_words(values), *(short or (None,) * 4), out, lse, last, start, None,
+        s if window is None else window, scaling, s, parts, most, least, **sizes(group, hk, d),
+        B=block, SHORT=short is not None, PAGE=0, RUN=0, EARLY=early(q, b), EMULATE=not q.is_cuda,
+        launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
+
+
+def sizes(group: int, heads: int, d: int) -> dict[str, int]:
+    """Of heads, and of the tiles that hold them, for `_attend`."""
+    padded = {"GP": group, "W": d // 4, "H": d // 2}
+    return {"HK": heads, "G": group, "D": d} | {k: max(16, triton.next_power_of_2(n)) for k, n in padded.items()}
 
 
 def _words(store: Store) -> Store:

@@ -25,6 +25,13 @@ class Batch(NamedTuple):
     starts: Tensor  # of the requests' new tokens in the row, and the row's end, integers, (R + 1,)
 
 
+class Short(NamedTuple):
+    """What keys less an offset m lack in scores: q R_j m, as a sum over cosines and sines of the position j."""
+
+    amounts: Tensor  # `kv_cache.shortage` of the queries, float32, (T, queries, head_dim)
+    angles: Tensor  # of every position, cosines and then sines, one a pair of channels, (positions, head_dim)
+
+
 def place_bytes(head_dim: int) -> int:
     """Bytes of the key and the value of one token and head."""
     return 2 * (head_dim // 2 + 4 + 1)
@@ -121,3 +128,31 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float, ca
     scores = (rows.float() @ k.float().mT) * scaling
     scores = (cap * torch.tanh(scores / cap)).masked_fill(~seen, -torch.inf)
     return (scores.softmax(-1) @ v.float())[0].transpose(0, 1).to(q.dtype)
+
+
+def decode(
+    q: Tensor,
+    keys: Store,
+    values: Store,
+    batch: Batch,
+    window: int | None,
+    scaling: float,
+    short: Short | None = None,
+) -> Tensor:
+    """`attend` of requests with one new token each, where what keys lack is added to scores.
+
+    Args:
+        q: (R, queries, head_dim).
+    """
+    out = torch.empty_like(q)
+    for request, length in enumerate(batch.lengths.tolist()):
+        pages = batch.table[request, : -(-length // keys.scale.shape[2])].long()
+        groups = q.shape[1] // keys.scale.shape[1]
+        k, v = (read(store, pages)[:, :length].repeat_interleave(groups, dim=0) for store in (keys, values))
+        scores = (q[request].float()[:, None] @ k.mT)[:, 0]  # (queries, length)
+        if short is not None:
+            scores = scores + short.amounts[request] @ short.angles[:length].float().mT
+        if window is not None:
+            scores[:, : max(0, length - window)] = -torch.inf
+        out[request] = ((scores * scaling).softmax(-1)[:, None] @ v)[:, 0].to(q.dtype)
+    return out
