@@ -89,7 +89,7 @@ AGREES = 0.02  # how far logits may differ between two orders of sums, in bfloat
 
 def config_of(experts: int, *, tiny: bool) -> DeepseekV3Config:
     """Two blocks: without experts, and with so many."""
-    sizes = V3 | {"vocab_size": VOCABULARY} | (TINY if tiny else {})
+    sizes: dict[str, Any] = V3 | {"vocab_size": VOCABULARY} | (TINY if tiny else {})
     sizes |= {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": experts}
     return DeepseekV3Config(**sizes, max_position_embeddings=8192)
 
@@ -153,7 +153,7 @@ def times(model: Any, ids: Tensor, cache: Any, repeats: int = 6) -> dict[str, An
     return {"prompt_ms": medians(whole), "token_ms": medians(step), "cache_bytes": kept}
 
 
-def _tensors(cache: DynamicCache) -> Iterator[Tensor]:
+def _tensors(cache: Any) -> Iterator[Tensor]:
     for layer in cache.layers:
         yield from (layer.keys, layer.values)
 
@@ -288,7 +288,7 @@ def plan(measured: dict[str, Any], ranks: tuple[int, ...] = (1, 8)) -> dict[str,
 
 def empty(experts: int, blocks: int = 4) -> tuple[Any, nn.ModuleList]:
     """V3 without numbers, and its blocks: three without experts, the others with so many."""
-    sizes = V3 | {"n_routed_experts": experts, "num_hidden_layers": blocks}
+    sizes: dict[str, Any] = V3 | {"n_routed_experts": experts, "num_hidden_layers": blocks}
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(DeepseekV3Config(**sizes), dtype=torch.bfloat16)
     modules = submodule(model, arch_of(model.config).blocks)
