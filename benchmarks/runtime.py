@@ -105,7 +105,7 @@ def _calls(
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """A prompt, and a step of decoding after it for every batch, by name."""
     config = bench.config_of(shape, blocks)
-    runtime = bench.runtime_of(bench.packed_model(config, device, transform))
+    runtime = bench.runtime_of(bench.packed_model(config, device, transform, scheme=bench.shape_of(shape).scheme))
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
     yield "prefill", partial(bench.prefill, runtime, ids, runtime.new_cache(1, prompt))
     for batch in batches:
@@ -117,7 +117,9 @@ def _compile(shape: str, transform: str, what: str) -> None:
     """Run in a process of its own: what is compiled stays in Triton's cache."""
     device = torch.device("cuda")
     if what == _CHECKS:
-        bench.kernels_error(bench.runtime_of(bench.packed_model(bench.config_of(shape, 1), device, transform)))
+        scheme = bench.shape_of(shape).scheme
+        model = bench.packed_model(bench.config_of(shape, 1), device, transform, scheme=scheme)
+        bench.kernels_error(bench.runtime_of(model))
     else:
         dict(_calls(shape, transform, device, 1, 2048, _BATCHES))[what]()
     torch.cuda.synchronize()
@@ -148,6 +150,11 @@ def _profiled(call: Callable[[], Any], device: torch.device, repeats: int = 5) -
     return {"graph_ms": whole.median, "kernels": kernels[:20]}
 
 
+def tiny_shapes(args: argparse.Namespace) -> list[str]:
+    """Those of a dry run: the ones named, or one."""
+    return [shape for shape in args.shapes if bench.shape_of(shape).tiny] or ["tiny"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
@@ -158,6 +165,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=["llama-2-7b", "llama-3-8b"])
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="that compile")
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--name", default=NAME, help="of the results file")
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -170,7 +178,7 @@ def main() -> None:
             print(metrics["parity"], flush=True)
         elif part == "profile":
             sizes = {"blocks": 2, "prompt": 16, "batches": (1,)} if args.tiny else _PROFILED
-            for shape in ["tiny"] if args.tiny else args.shapes:
+            for shape in tiny_shapes(args) if args.tiny else args.shapes:
                 found = metrics.setdefault("profile", {})[shape] = profile(shape, device, **sizes)
                 for what, one in ((k, v) for k, v in found.items() if isinstance(v, dict)):
                     print(shape, what, f"{one['graph_ms']:.4f} ms")
@@ -180,16 +188,16 @@ def main() -> None:
             if part == "models" and device.type == "cuda":
                 compile_all(args.shapes, args.workers)
                 print("compiled", round(time.perf_counter() - start, 1), "s", flush=True)
-            shapes = [] if part == "sites" else ["tiny"] if args.tiny else args.shapes
+            shapes = [] if part == "sites" else tiny_shapes(args) if args.tiny else args.shapes
             for which in [[shape] for shape in shapes] or [[]]:
                 made, memory = bench.run(device, (part,), which, tiny=args.tiny)
                 for row in made:
                     print(row, row.ratio, flush=True)
                 rows += [row.json() for row in made]
                 metrics["memory"] |= memory
-                write_result(Path(args.out) / f"{NAME}.json", NAME, seeds=[0], metrics=metrics, samples=rows)
+                write_result(Path(args.out) / f"{args.name}.json", args.name, seeds=[0], metrics=metrics, samples=rows)
         print(part, round(time.perf_counter() - start, 1), "s", flush=True)
-        write_result(Path(args.out) / f"{NAME}.json", NAME, seeds=[0], metrics=metrics, samples=rows)
+        write_result(Path(args.out) / f"{args.name}.json", args.name, seeds=[0], metrics=metrics, samples=rows)
 
 
 if __name__ == "__main__":

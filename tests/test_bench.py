@@ -12,7 +12,7 @@ from flatquant import bench
 from flatquant.bench import timing, whole
 from flatquant.cli import app
 from flatquant.errors import SpecError
-from flatquant.ops import int4_linear, kron_quantize, kv_cache
+from flatquant.ops import int4_linear, int8_linear, kron_quantize, kv_cache
 from flatquant.runtime import fused
 
 CPU = torch.device("cpu")
@@ -48,6 +48,27 @@ def test_everything_tiny() -> None:
     # Two heads of 16 channels in two blocks: 8 bytes, a scale and a zero point, against 32 bytes.
     assert memory["tiny"]["cache"] == 2 * 2 * 2 * 16 * (8 + 4 + 1)
     assert memory["tiny"]["bf16_cache"] == 2 * 2 * 2 * 16 * 32
+
+
+@pytest.mark.parametrize("shape", [name for name, shape in bench.SHAPES.items() if shape.tiny and name != "tiny"])
+def test_other_shapes_tiny(shape: str) -> None:
+    rows, memory = bench.models(shape, CPU, prompt=16, batches=(1,))
+    assert len(rows) == 2 * len(bench.TRANSFORMS)
+    assert all(row.correct and row.ratio is not None for row in rows)
+    assert memory["weights"] < memory["bf16_weights"] / 2
+
+
+def test_an_output_layer_in_8_bits_is_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = bench.config_of("tiny-head8")
+    plain, rounded = (bench.packed_model(config, CPU, scheme=bench.shape_of(s).scheme) for s in ("tiny", "tiny-head8"))
+    sizes = [sum(t.nbytes for t in model.state_dict().values()) for model in (plain, rounded)]
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    assert sizes[0] - sizes[1] == vocabulary * hidden * (2 - 1) - 4 * vocabulary
+    assert bench.kernels_error(bench.runtime_of(rounded)) <= 1
+    right = int8_linear.int8_linear
+    monkeypatch.setattr(int8_linear, "int8_linear", lambda *args: right(*args) * 1.02)
+    assert bench.kernels_error(bench.runtime_of(rounded)) > 1
+    assert bench.kernels_error(bench.runtime_of(plain)) <= 1
 
 
 def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,9 @@ from flatquant.bench.kernels import (
     site_error,
     sites,
 )
+from flatquant.bench.shapes import SHAPES, Shape, config_of, shape_of
 from flatquant.bench.timing import Row, Times, copies, in_turn, measure, moves, release
-from flatquant.bench.whole import TRANSFORMS, config_of, decoding, models, packed_model, prefill, runtime_of
+from flatquant.bench.whole import TRANSFORMS, decoding, models, packed_model, prefill, runtime_of
 from flatquant.errors import SpecError
 
 SIZES = (4096, 5120, 8192, 11008, 14336, 18944, 28672)
@@ -33,11 +34,13 @@ TOKENS = (1, 16, 2048, 8192)
 __all__ = [
     "BLOCK_ERROR",
     "PRODUCT_ERROR",
+    "SHAPES",
     "SITE_ERROR",
     "SIZES",
     "TOKENS",
     "TRANSFORMS",
     "Row",
+    "Shape",
     "Times",
     "block_error",
     "config_of",
@@ -58,6 +61,7 @@ __all__ = [
     "release",
     "run",
     "runtime_of",
+    "shape_of",
     "site_error",
     "sites",
 ]

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from flatquant.bench.kernels import PRODUCT_ERROR, SITE_ERROR, in_order, relative_error, site_error
 from flatquant.ops import int4_linear, kron_quantize, kv_cache
 from flatquant.ops.int4_linear import reference as product_reference
+from flatquant.ops.int8_linear import reference as head_reference
 from flatquant.ops.kron_quantize import reference as site_reference
 from flatquant.ops.kv_cache import reference as cache_reference
 from flatquant.runtime import fused
+from flatquant.runtime.kernels import OutputLayer
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import FrozenSite
 
@@ -40,7 +42,8 @@ def kernels_error(runtime: fused.Fused) -> float:
                     (site_reference.merged(parts, lse), kron_quantize.merge(parts, lse, site, form)),
                 ]
             elif name == "mlp_mid":
-                calls = [(site_reference.gated(x, gate), kron_quantize.gate(x, gate, site, form))]
+                exact = site_reference.gated(x, gate, block.activation)
+                calls = [(exact, kron_quantize.gate(x, gate, site, form, block.activation))]
             else:
                 norm = block.norms[name == "mlp_in"]
                 exact = site_reference.rms_norm(x, norm.gain, norm.eps)
@@ -57,6 +60,11 @@ def kernels_error(runtime: fused.Fused) -> float:
             exact = product_reference.int4_linear(x, s, *weights, None, torch.float32)
             got = int4_linear.int4_linear(x, s, *weights, None, dtype, runtime.scratch)
             shares.append(relative_error(got, exact) / PRODUCT_ERROR)
+        if isinstance(runtime.head, OutputLayer):
+            head = runtime.head
+            x = torch.randn(tokens, head.packed.shape[1], device=device, dtype=dtype)
+            exact = head_reference.int8_linear(x.float(), head.packed, head.scale, head.bias)
+            shares.append(relative_error(head(x), exact) / PRODUCT_ERROR)
     return max(shares)
 
 
@@ -104,11 +112,13 @@ def block_error(model: PreTrainedModel, runtime: fused.Fused) -> float:
     for tokens in (48, 80):  # either side of where products change their kernel
         x = torch.randn(1, tokens, model.config.hidden_size, device=model.device, dtype=model.dtype)
         places = torch.arange(tokens, device=model.device)[None]
-        cos, sin = inner.rotary_emb(x, places)
+        cos, sin = runtime.angles(places, x.dtype)
         cache = runtime.new_cache(1, tokens)
         cache.room.turn(cos, sin, places)
-        got = runtime.blocks[0](x, cos, sin, runtime.first_angles, cache, cache.packed[0], {}, runtime.scratch)
-        given: dict[str, Any] = {"position_embeddings": (cos, sin), "attention_mask": None, "position_ids": places}
+        masks = runtime.masks(tokens, cache.room)
+        got = runtime.blocks[0](x, cos, sin, runtime.first_angles, cache, cache.packed[0], masks, runtime.scratch)
+        given: dict[str, Any] = {"position_embeddings": (cos, sin), "position_ids": places}
+        given["attention_mask"] = masks.get(runtime.blocks[0].window)
         truth = exact(x, **given)
         ratios.append(((got - truth).float().norm() / (inner.layers[0](x, **given) - truth).float().norm()).item())
     return max(ratios)

@@ -14,48 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from flatquant import seams
 from flatquant.bench.checks import BLOCK_ERROR, block_error, kernels_error
 from flatquant.bench.kernels import random_matrix
+from flatquant.bench.shapes import SCHEME, config_of, shape_of
 from flatquant.bench.timing import Row, Times, in_turn, made_row, measure, release
 from flatquant.calibrate.memory import free_device
-from flatquant.errors import SpecError
 from flatquant.recipes import flatquant
 from flatquant.runtime import fused
-from flatquant.runtime.build import install
+from flatquant.runtime.artifact import rebuild_buffers
+from flatquant.runtime.build import install, install_head
 from flatquant.spec import Scheme
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
+from flatquant.wiring.head import with_head
 from flatquant.wiring.plan import make_plan
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-    "llama-3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 128,
-    },
-}
 TRANSFORMS = ("kronecker", "hadamard", "none")
 _SDPA = "flatquant_bench"  # the baseline's attention, as transformers knows it
 _BACKENDS = {
@@ -65,42 +41,44 @@ _BACKENDS = {
 }
 
 
-def config_of(shape: str, layers: int | None = None) -> Any:
-    """The configuration of a Llama of the shape.
-
-    Raises:
-        SpecError: an unknown shape.
-    """
-    if shape not in SHAPES:
-        raise SpecError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    sizes: dict[str, Any] = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
-    return LlamaConfig(**sizes, max_position_embeddings=8192)
-
-
 @torch.no_grad()
 def packed_model(
-    config: Any, device: torch.device, transform: str = "kronecker", *, key_offset: bool = False
+    config: Any,
+    device: torch.device,
+    transform: str = "kronecker",
+    *,
+    key_offset: bool = False,
+    scheme: str = SCHEME,
 ) -> PreTrainedModel:
     """A W4A4KV4 model of random integers, with the fused runtime attached.
 
     Args:
+        scheme: with an output layer on a grid, or without.
         transform: "kronecker" everywhere; "hadamard" where QuaRot has it online, in front of o_proj and down_proj and
             on queries and keys; or "none".
         key_offset: keys are cached less a constant.
     """
     with torch.device("meta"):
         own = copy.deepcopy(config)  # which names the attention
-        model: Any = LlamaForCausalLM(own).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
+        model: Any = AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16)
     arch = arch_of(config)
     seams.use_attention(model, arch.reached)
-    scheme = replace(Scheme.parse("w4a4kv4"), key_offset="mean" if key_offset else "none")
-    plan = make_plan(flatquant(scheme), arch, Geometry.of(config), model.model.layers)
+    parsed = replace(Scheme.parse(scheme), key_offset="mean" if key_offset else "none")
+    plan = make_plan(flatquant(parsed), arch, Geometry.of(config), model.model.layers)
+    plan = with_head(plan, parsed, model)
     for block, block_plan in zip(model.model.layers, plan.blocks, strict=True):
         install(block, plan.attention, block_plan, packed=True)
-    model.to_empty(device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    if plan.head is not None:
+        install_head(model, plan.head, packed=True)
+        model.config.tie_word_embeddings = False
+    model.load_state_dict({n: torch.empty_like(t, device=device) for n, t in model.state_dict().items()}, assign=True)
+    model.tie_weights()
+    rebuild_buffers(model, device)
+    computed = {id(b) for m in model.modules() for n, b in m._buffers.items() if n in m._non_persistent_buffers_set}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         leaf = name.rpartition(".")[2]
+        if id(tensor) in computed:
+            continue
         if tensor.dtype == torch.uint8:
             tensor.random_(0, 256)
         elif leaf == "scale":
@@ -108,10 +86,10 @@ def packed_model(
         elif leaf == "ratio":
             tensor.fill_(0.95)
         elif "norm" in name:
-            tensor.fill_(1)
+            tensor.fill_(1 - arch.norm_offset)
         elif leaf in ("left", "right", "key_matrix", "query_matrix"):
             tensor.copy_(torch.linalg.qr(torch.randn_like(tensor)).Q)
-        elif "inv_freq" not in leaf:
+        else:
             tensor.normal_(0, 0.02)
     if transform != "kronecker":
         _replace_transforms(model, transform)
@@ -143,15 +121,16 @@ def models(
 ) -> tuple[list[Row], dict[str, int]]:
     """Prefill and decoding of a whole model against bfloat16, with transforms, with Hadamard ones, and without.
 
-    The baseline has whichever of PyTorch's attention kernels is fastest, without a mask, which none of these needs.
+    The baseline has whichever of PyTorch's attention kernels is fastest, without a mask. It sees all keys where a model
+    has windows (Gemma 3): there the ratio is not that of one model, and the check is what counts.
 
     Returns:
         The rows, and bytes of weights and cache.
     """
-    config = config_of(shape, layers)
+    config, scheme = config_of(shape, layers), shape_of(shape).scheme
     AttentionInterface.register(_SDPA, _attention)
     with device:  # random numbers are drawn where they are needed
-        baseline: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=_SDPA)
+        baseline: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=_SDPA)
     baseline = baseline.to(device).eval().requires_grad_(False)
     base_decode = {b: _base_decode(baseline, b, prompt, device) for b in batches}
     sizes = {"bf16_weights": sum(p.nbytes for p in baseline.parameters())}
@@ -166,7 +145,7 @@ def models(
         baseline, base = None, {}
         release(device)
 
-    packed = {transform: packed_model(config, device, transform) for transform in TRANSFORMS}
+    packed = {transform: packed_model(config, device, transform, scheme=scheme) for transform in TRANSFORMS}
     runtimes = {transform: runtime_of(model) for transform, model in packed.items()}
     errors = {t: max(kernels_error(r), block_error(packed[t], r) / BLOCK_ERROR) for t, r in runtimes.items()}
     right = {t: runtime for t, runtime in runtimes.items() if errors[t] <= 1}
@@ -188,7 +167,8 @@ def models(
         add("decode", b, base_decode[b], _in_turn_or_alone(steps, device))
     cache = runtimes["kronecker"].new_cache(1, prompt)
     cache.room.rewind(prompt)
-    sizes["weights"] = sum(t.nbytes for t in packed["kronecker"].state_dict().values())
+    held = {t.data_ptr(): t.nbytes for t in packed["kronecker"].state_dict().values()}  # tied ones once
+    sizes["weights"] = sum(held.values())
     sizes["cache"] = cache.nbytes()
     return rows, sizes
 
@@ -257,7 +237,8 @@ def decoding(runtime: fused.Fused, batch: int, prompt: int) -> Callable[[], Tens
             store.packed.random_(0, 256)
     ids = torch.zeros((batch, 1), dtype=torch.int64, device=runtime.device)
     places = torch.arange(prompt, device=runtime.device)[None]
-    cache.room.turn(*runtime.angles(places, torch.float32), places)
+    for kind, turn in enumerate(runtime.turns):
+        cache.room.turn(*runtime.angles(places, torch.float32, turn), places, kind)
     cache.room.advance(prompt)
 
     def step() -> Tensor:
@@ -269,11 +250,19 @@ def decoding(runtime: fused.Fused, batch: int, prompt: int) -> Callable[[], Tens
     return step
 
 
+def _windowless(config: Any) -> Any:
+    """A config whose caches keep all places: the baseline's attention has no mask, so that it sees all of them."""
+    config = copy.deepcopy(config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * len(config.layer_types)
+    return config
+
+
 def _base_decode(model: PreTrainedModel, batch: int, prompt: int, device: torch.device) -> tuple[str, Times] | None:
     """A step of decoding by the fastest attention; None where the memory of the GPU does not hold it."""
     found: dict[str, Times] = {}
     with contextlib.suppress(torch.OutOfMemoryError):
-        cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
+        cache = StaticCache(config=_windowless(model.config), max_cache_len=prompt + 1)
         ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         places = torch.full((batch, 1), prompt, dtype=torch.int64, device=device)
         model(ids, use_cache=True, **{seams.CACHE: cache})  # makes room

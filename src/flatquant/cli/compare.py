@@ -73,7 +73,7 @@ def _methods_table(rows: list[dict[str, Any]]) -> None:
 def bench(
     what: Annotated[str, typer.Argument(help="Comma-separated: sites, products, models.")] = "sites,products,models",
     shapes: Annotated[
-        str, typer.Option(help="Comma-separated: llama-2-7b, llama-3-8b, tiny.")
+        str, typer.Option(help="Comma-separated: llama-2-7b, llama-3-8b, qwen3-8b, gemma-3-1b, tiny and others.")
     ] = "llama-2-7b,llama-3-8b",
     device: Device = None,
     as_json: Json = False,
@@ -89,7 +89,7 @@ def bench(
             raise SpecError(f"nothing called {', '.join(sorted(unknown))} to time; known: sites, products, models")
         for name in names:
             benchmark.config_of(name)
-        tiny = names == ("tiny",)
+        tiny = all(benchmark.shape_of(name).tiny for name in names)
         if where.type != "cuda" and not tiny:
             raise SpecError("the runtime's kernels are for CUDA devices; --shapes tiny goes the same way on others")
         rows, memory = benchmark.run(where, parts, names, tiny=tiny)

@@ -72,11 +72,11 @@ class Fused:
         largest = max(product.scratch_bytes for block in self.blocks for product in block.products.values())
         self.scratch = int4_linear.scratch(largest, self.device)
         self._offset = any(block.heads.offset is not None for block in self.blocks)
-        self._turns = list(dict.fromkeys(block.turn for block in self.blocks))
+        self.turns = list(dict.fromkeys(block.turn for block in self.blocks))
         width = self.angles(torch.zeros(1, 1, dtype=torch.int64, device=self.device), torch.float32).cos.shape[-1]
         if width != self.blocks[0].heads.head_dim:
             raise Unsupported(f"{width} of {self.blocks[0].heads.head_dim} channels of a head are turned")
-        self._steps_of = {turn: self._first_angles(turn) for turn in self._turns}
+        self._steps_of = {turn: self._first_angles(turn) for turn in self.turns}
         self.first_angles = self._steps_of[self.blocks[0].turn]
         self.modules = Modules(model)  # last: products have become the linears' tensors
         self._lock = device_lock(self.device)
@@ -123,7 +123,7 @@ class Fused:
             head_dim=heads.head_dim,
             device=self.device,
             angles=self._offset,
-            turns=[self._turns.index(block.turn) for block in self.blocks],
+            turns=[self.turns.index(block.turn) for block in self.blocks],
         )
 
     def _first_angles(self, turn: str | None) -> Tensor:
@@ -145,8 +145,8 @@ class Fused:
         x = x if self.embedded == 1 else x * self.embedded
         # What is taken from a key and given back to a score must be the same: more than 16 bits of a large number.
         dtype = torch.float32 if self._offset else x.dtype
-        angles = {turn: self.angles(positions, dtype, turn) for turn in self._turns}
-        for kind, turn in enumerate(self._turns):
+        angles = {turn: self.angles(positions, dtype, turn) for turn in self.turns}
+        for kind, turn in enumerate(self.turns):
             cache.room.turn(*angles[turn], positions, kind)
         for block, layer in zip(self.blocks, cache.packed, strict=True):
             x = block(x, *angles[block.turn], self._steps_of[block.turn], cache, layer, masks, self.scratch)
