@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import BFloat16, Float, Float32, Int8, Int64, Shaped, UInt8
 from torch import Tensor
 
 BLOCK = 256  # neighbours with one scale
@@ -29,7 +30,7 @@ _CHUNK = 1 << 16  # elements at a time, for what they need in float32
 _BITS = 0xFFFFFFFF
 
 
-def fresh_state(p: Tensor) -> dict[str, Tensor]:
+def fresh_state(p: Float[Tensor, "*shape"]) -> dict[str, Tensor]:
     """Of a weight before its first step: what bfloat16 leaves of it, codes and scales of the moments, steps done.
 
     Args:
@@ -52,7 +53,14 @@ def fresh_state(p: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def adam_step(
-    p: Tensor, grad: Tensor, state: dict[str, Tensor], *, lr: Tensor, hold: Tensor, eps: float, key: int
+    p: BFloat16[Tensor, "*shape"],
+    grad: Float[Tensor, "*shape"],
+    state: dict[str, Tensor],
+    *,
+    lr: Float[Tensor, ""],
+    hold: Shaped[Tensor, ""],
+    eps: float,
+    key: int,
 ) -> None:
     """Move p against its gradient by a step of Adam, in place; where `hold` is not 0, change nothing.
 
@@ -97,7 +105,9 @@ def _moved(
     }
 
 
-def rounded(x: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
+def rounded(
+    x: Float32[Tensor, "*shape"], chance: Int64[Tensor, "*shape"]
+) -> tuple[BFloat16[Tensor, "*shape"], Int8[Tensor, "*shape"]]:
     """float32 to one of the two nearest numbers of 24 bits, to the farther one as often as it is near.
 
     Args:
@@ -111,18 +121,18 @@ def rounded(x: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 8)).to(torch.int8)
 
 
-def joined(p: Tensor, rest: Tensor) -> Tensor:
+def joined(p: BFloat16[Tensor, "*shape"], rest: Int8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """What `rounded` has taken apart.  # float32"""
     return ((p.view(torch.int16).to(torch.int32) << 16) + (rest.to(torch.int32) << 8)).view(torch.float32)
 
 
-def decoded_first(codes: Tensor, scale: Tensor) -> Tensor:
+def decoded_first(codes: Int8[Tensor, " n"], scale: Float[Tensor, " blocks"]) -> Float[Tensor, " n"]:
     """First moments: 0, or the sign times the scale times 2^((|code| - 127) / 8).  # float32, (n,)"""
     size = torch.exp2((codes.abs().float() - 1 - FIRST_LEVELS) * FIRST_GAP) * codes.sign()
     return size * _of_block(scale, len(codes))
 
 
-def encoded_first(x: Tensor, scale: Tensor, share: Tensor) -> Tensor:
+def encoded_first(x: Float[Tensor, " n"], scale: Float[Tensor, " n"], share: Float[Tensor, " n"]) -> Int8[Tensor, " n"]:
     """The codes of `decoded_first`, below the least level 0 or that.  # int8, (n,)
 
     Args:
@@ -136,12 +146,14 @@ def encoded_first(x: Tensor, scale: Tensor, share: Tensor) -> Tensor:
     return ((1 + FIRST_LEVELS + e + (up & (e < 0))) * x.sign()).to(torch.int8)
 
 
-def decoded_second(codes: Tensor, scale: Tensor) -> Tensor:
+def decoded_second(codes: UInt8[Tensor, " n"], scale: Float[Tensor, " blocks"]) -> Float[Tensor, " n"]:
     """Second moments: the scale times 2^(3 (code - 255) / 32).  # float32, (n,)"""
     return torch.exp2((codes.float() - SECOND_LEVELS) * SECOND_GAP) * _of_block(scale, len(codes))
 
 
-def encoded_second(x: Tensor, scale: Tensor, share: Tensor) -> Tensor:
+def encoded_second(
+    x: Float[Tensor, " n"], scale: Float[Tensor, " n"], share: Float[Tensor, " n"]
+) -> UInt8[Tensor, " n"]:
     """The codes of `decoded_second`, below the least level that.  # uint8, (n,)"""
     r = torch.where(scale > 0, x / scale, 0.0)
     e = (r.log2() / SECOND_GAP).floor().clamp(-SECOND_LEVELS, 0)
@@ -150,7 +162,9 @@ def encoded_second(x: Tensor, scale: Tensor, share: Tensor) -> Tensor:
     return (SECOND_LEVELS + e + (up & (e < 0))).to(torch.uint8)
 
 
-def noise(index: Tensor, step: Tensor, key: int) -> tuple[Tensor, Tensor]:
+def noise(
+    index: Int64[Tensor, " n"], step: Shaped[Tensor, ""], key: int
+) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
     """Two hashes of each element, 32 bits each.  # int64, (n,)
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from flatquant.ops.grouped_linear import reference
@@ -29,7 +30,9 @@ def gains(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_linear(
+    x: Float[Tensor, "rows n"], weight: Float[Tensor, "groups o n"], counts: Sequence[int]
+) -> Float[Tensor, "rows o"]:
     """`reference.grouped_linear`, in the way that suits the device, the dtype and the counts. Under autocast, in its
     dtype."""
     if torch.is_autocast_enabled(x.device.type):
@@ -39,13 +42,15 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
         return way(x, weight, counts)(x, weight, counts)
 
 
-def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
+def by_row(values: Shaped[Tensor, "groups ..."], counts: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
     """What each group has, for each of its rows.  # (E, ..) -> (P, ..)"""
     times = torch.tensor(counts).to(values.device, non_blocking=True)
     return values.repeat_interleave(times, 0, output_size=sum(counts))
 
 
-def way(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Callable[[Tensor, Tensor, Sequence[int]], Tensor]:
+def way(
+    x: Float[Tensor, "rows n"], weight: Float[Tensor, "groups o n"], counts: Sequence[int]
+) -> Callable[[Tensor, Tensor, Sequence[int]], Tensor]:
     """What computes these products."""
     if not gains(x.device):
         return reference.grouped_linear
@@ -62,7 +67,9 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def one(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+def one(
+    x: Float[Tensor, "rows n"], weight: Float[Tensor, "groups o n"], counts: Sequence[int]
+) -> Float[Tensor, "rows o"]:
     """By PyTorch's kernel."""
     assert _KERNEL is not None
     if not len(x):
@@ -72,7 +79,9 @@ def one(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     return _Dense.apply(y) if y.requires_grad else y
 
 
-def padded(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+def padded(
+    x: Float[Tensor, "rows n"], weight: Float[Tensor, "groups o n"], counts: Sequence[int]
+) -> Float[Tensor, "rows o"]:
     """As a batch of the groups that have rows."""
     reached = [group for group, count in enumerate(counts) if count]
     if not reached:

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_linear(
+    x: Float[Tensor, "rows n"], weight: Float[Tensor, "groups o n"], counts: Sequence[int]
+) -> Float[Tensor, "rows o"]:
     """Multiply rows by the matrix of their group.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flatquant.ops import HAS_TRITON, operator
@@ -25,7 +26,12 @@ def unsupported(o: int, n: int, device: torch.device) -> str | None:
     return f"a weight of {o} x {n} in 8 bits (multiples of 16 columns are needed)" if n % 16 else None
 
 
-def int8_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def int8_linear(
+    x: Float[Tensor, "tokens n"],
+    packed: UInt8[Tensor, "o n"],
+    scale: Float[Tensor, " o"],
+    bias: Float[Tensor, " o"] | None,
+) -> Float[Tensor, "tokens o"]:
     """`reference.int8_linear`, or its kernels."""
     return torch.ops.flatquant.int8_linear(x, packed, scale, bias)
 
@@ -40,7 +46,13 @@ def _run(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
     return (triton.vector if x.shape[0] == 1 else triton.few)(x, packed, scale, bias)
 
 
-def many(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int = ROWS) -> Tensor:
+def many(
+    x: Float[Tensor, "tokens n"],
+    packed: UInt8[Tensor, "o n"],
+    scale: Float[Tensor, " o"],
+    bias: Float[Tensor, " o"] | None,
+    rows: int = ROWS,
+) -> Float[Tensor, "tokens o"]:
     """The product, with weights as numbers in x's dtype, `rows` of them at a time."""
     parts = zip(packed.split(rows), scale.split(rows), strict=True)
     y = torch.cat([F.linear(x, reference.numbers(p, s, x.dtype)) for p, s in parts], dim=-1)

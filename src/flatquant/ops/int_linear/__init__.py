@@ -35,14 +35,14 @@ def int_linear(
 
 
 def grouped_int_linear(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero: Tensor | None,
+    x: Shaped[Tensor, "rows n"],
+    x_scale: Float[Tensor, "rows 1"],
+    x_zero: Shaped[Tensor, "rows 1"] | None,
+    weight: Shaped[Tensor, "groups o n"],
+    weight_scale: Float[Tensor, "groups o g"],
+    weight_zero: Shaped[Tensor, "groups o g"] | None,
     counts: Sequence[int],
-) -> Tensor:
+) -> Float[Tensor, "rows o"]:
     """`reference.int_linear` of rows and the weights of their group, without a bias; see `grouped_linear`.
 
     Args:

@@ -40,12 +40,14 @@ def int_linear(
     return y.to(out_dtype)
 
 
-def shifted(x: Tensor, zero: Tensor | None) -> Tensor:
+def shifted(x: Shaped[Tensor, "*batch n"], zero: Shaped[Tensor, "*batch 1"] | None) -> Float[Tensor, "*batch n"]:
     """Activations less their zero points.  # float32, (.., n)"""
     return x.float() if zero is None else x.float() - zero.float()
 
 
-def multiplied(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def multiplied(
+    weight: Shaped[Tensor, "*batch o n"], scale: Float[Tensor, "*batch o g"], zero: Shaped[Tensor, "*batch o g"] | None
+) -> Float[Tensor, "*batch o n"]:
     """Weights as the product takes them: less their zero points, and scaled where a row has several scales.
 
     (.., o, n), and (.., o, g) twice -> float32, (.., o, n)

@@ -72,7 +72,9 @@ def kron_quantize(
     return on_grid(y, y, ratios, bits, form)
 
 
-def on_grid(y: Tensor, ends: Tensor, ratios: Tensor, bits: int, form: Form) -> tuple[Tensor, Tensor]:
+def on_grid(
+    y: Float[Tensor, "tokens n"], ends: Float[Tensor, "tokens m"], ratios: Float[Tensor, "2"], bits: int, form: Form
+) -> tuple[Shaped[Tensor, "tokens width"], Float[Tensor, "tokens 1"]]:
     """Put each row on its own symmetric grid.
 
     Args:

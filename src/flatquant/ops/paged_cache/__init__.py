@@ -1,5 +1,6 @@
 """A cache of packed 4-bit keys and values in pages that requests share."""
 
+from jaxtyping import Float
 from torch import Tensor
 
 from flatquant.ops import HAS_TRITON
@@ -11,14 +12,14 @@ __all__ = ["Batch", "Short", "attend", "decode", "place_bytes", "stores_of", "wr
 
 
 def decode(
-    q: Tensor,
+    q: Float[Tensor, "tokens queries head_dim"],
     keys: Store,
     values: Store,
     batch: Batch,
     window: int | None,
     scaling: float,
     short: Short | None = None,
-) -> Tensor:
+) -> Float[Tensor, "tokens queries head_dim"]:
     """`reference.decode`, or its kernel, which takes heads of multiples of four channels."""
     if q.is_cuda and HAS_TRITON and q.shape[-1] % 4 == 0:
         from flatquant.ops.paged_cache import triton

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from flatquant.ops.kv_cache.reference import Store
@@ -37,7 +38,7 @@ def place_bytes(head_dim: int) -> int:
     return 2 * (head_dim // 2 + 4 + 1)
 
 
-def stores_of(cache: Tensor) -> tuple[Store, Store]:
+def stores_of(cache: UInt8[Tensor, "pages heads places bytes"]) -> tuple[Store, Store]:
     """Keys and values in a cache's memory, as views.
 
     Args:
@@ -57,7 +58,7 @@ def stores_of(cache: Tensor) -> tuple[Store, Store]:
     return store(k, k_scale, k_zero), store(v, v_scale, v_zero)
 
 
-def write(store: Store, new: Store, slots: Tensor) -> None:
+def write(store: Store, new: Store, slots: Integer[Tensor, " tokens"]) -> None:
     """Put keys, or values, of tokens into their places.
 
     Args:
@@ -71,14 +72,14 @@ def write(store: Store, new: Store, slots: Tensor) -> None:
         part[page, :, at] = values[some]
 
 
-def read(store: Store, pages: Tensor) -> Tensor:
+def read(store: Store, pages: Integer[Tensor, " pages"]) -> Float[Tensor, "heads places head_dim"]:
     """All places of some pages, one page after another.  # (p,) -> float32 (heads, p N, head_dim)"""
     found = Store(*(part[pages].transpose(0, 1).flatten(1, 2)[None] for part in store))
     return found.read(found.scale.shape[2])[0]
 
 
 def attend(
-    q: Tensor,
+    q: Float[Tensor, "tokens queries head_dim"],
     keys: Store,
     values: Store,
     batch: Batch,
@@ -86,7 +87,7 @@ def attend(
     scaling: float,
     cap: float | None = None,
     back: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+) -> Float[Tensor, "tokens queries head_dim"]:
     """Causal attention of new tokens over their requests' places, which hold their own keys and values already.
 
     Args:
@@ -131,14 +132,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float, ca
 
 
 def decode(
-    q: Tensor,
+    q: Float[Tensor, "tokens queries head_dim"],
     keys: Store,
     values: Store,
     batch: Batch,
     window: int | None,
     scaling: float,
     short: Short | None = None,
-) -> Tensor:
+) -> Float[Tensor, "tokens queries head_dim"]:
     """`attend` of requests with one new token each, where what keys lack is added to scores.
 
     Args:
