@@ -12,6 +12,7 @@ from flatquant.errors import ModelError, SpecError
 from flatquant.models import CacheShape
 from flatquant.recipes import flatquant, rtn
 from flatquant.runtime.experts import open_experts
+from flatquant.runtime.fused import FAMILIES as FUSED
 from flatquant.spec import SITES
 from flatquant.wiring.arch import Arch, Geometry, replace_submodule, submodule
 from flatquant.wiring.archs import ARCHS, LLAMA, arch_of
@@ -123,6 +124,16 @@ def test_a_cache_holds_by_the_config_what_it_holds_by_the_modules(name: str) -> 
     blocks = [(block, arch.of(block)) for block in submodule(model, arch.blocks).children()]
     attended = [geometry.at(block, kind) for block, kind in blocks if kind.attention is not None]
     assert not attended or CacheShape.of(model.config).numbers == attended[0].cached
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_families_are_wired_as_they_are_described(kind: str) -> None:
+    """Serving does not know the descriptions; what it repeats of them is the same."""
+    arch, fused = next(arch for arch in ARCHS if kind in arch.model_types), FUSED[kind]
+    assert fused.readers == {edge.site: edge.readers for edge in arch.edges}
+    assert list(fused.norms) == [edge.norm for edge in arch.edges if edge.norm is not None]
+    assert fused.norm_offset == arch.norm_offset
+    assert arch.rotary == "halves"
 
 
 def test_modules_are_replaced_at_any_depth() -> None:
