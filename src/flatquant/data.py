@@ -18,12 +18,10 @@ alone. A text is looked for in the folder that the environment variable FLATQUAN
 `datasets` library. `self` needs neither: the model writes it (`flatquant.writing`).
 """
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,19 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flatquant import writing
 from flatquant.errors import DataError
 from flatquant.mixture import SELF, Mixture, interleaved
+from flatquant.texts import C4_JOINED_DOCUMENTS, calibration_pieces, datasets_for, evaluation_text, file_of, files_at
 
 Progress = Callable[[int, int], None]
 
-_SUFFIXES = (".txt", ".raw", ".jsonl")
-_LOCAL = {
-    ("wikitext2", "calibration"): "wikitext-2-raw/wiki.valid.raw",
-    ("wikitext2", "evaluation"): "wikitext-2-raw/wiki.test.raw",
-    ("c4", "calibration"): "c4/c4-en-sample.jsonl",
-    ("c4", "evaluation"): "c4/c4-en-sample.jsonl",
-}
-_C4_EVALUATION_DOCUMENTS = 1100
-_C4_CALIBRATION_DOCUMENTS = 20_000  # few of them are as long as a window
-_C4_JOINED_DOCUMENTS = 5000
 _C4_WINDOWS = 256
 _SHORTEST_KEPT = 64  # tokens of a window that is kept back, where calibration takes longer ones
 
@@ -190,12 +179,12 @@ def _kept_shares(mixture: Mixture, kept: int) -> tuple[int, ...]:
 def _read(source: str, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int, kept: int) -> Part:
     """Windows of a text that is not written by the model."""
     generator = torch.Generator().manual_seed(seed)
-    pieces = _calibration_pieces(source)
+    pieces = calibration_pieces(source)
     if source == "c4":
         windows, rest = _inside(pieces, tokenizer, samples, seqlen, generator)
         if windows is not None:
             return Part(windows, _kept_documents(rest, tokenizer, seqlen, kept, generator), INSIDE)
-        pieces = pieces[:_C4_JOINED_DOCUMENTS]
+        pieces = pieces[:C4_JOINED_DOCUMENTS]
     tokens = _tokenize(tokenizer, "\n\n".join(piece.strip() for piece in pieces if piece.strip()))  # (tokens,)
     _check_length(tokens, seqlen, source)
     starts = torch.randint(len(tokens) - seqlen + 1, (samples,), generator=generator)  # (samples,)
@@ -277,11 +266,11 @@ def check_source(source: str | Path) -> None:
     for part in mixture.sources:
         if part.text == SELF:
             continue
-        file = _file_of(part.text, "calibration")
+        file = file_of(part.text, "calibration")
         if file is None:
-            _datasets(part.text)
+            datasets_for(part.text)
         else:
-            _files(file)
+            files_at(file)
     _check_apart(mixture)
 
 
@@ -289,8 +278,8 @@ def _check_apart(mixture: Mixture) -> None:
     """No file is of two texts, whose windows might then overlap."""
     seen: dict[Path, str] = {}
     for source in mixture.sources if len(mixture.sources) > 1 else ():
-        file = None if source.text == SELF else _file_of(source.text, "calibration")
-        for path in _files(file) if file is not None else ():
+        file = None if source.text == SELF else file_of(source.text, "calibration")
+        for path in files_at(file) if file is not None else ():
             other = seen.setdefault(path.resolve(), source.text)
             if other != source.text:
                 raise DataError(f"calibration texts {other} and {source.text} share {path.name}; leave one of them out")
@@ -316,7 +305,7 @@ def evaluation_windows(
     _check_sizes(seqlen=seqlen, windows=1 if windows is None else windows)
     if source == "self":
         raise DataError("a model is not evaluated on text it wrote itself; give wikitext2, c4 or a file")
-    tokens = _tokenize(tokenizer, _evaluation_text(source))  # (tokens,)
+    tokens = _tokenize(tokenizer, evaluation_text(source))  # (tokens,)
     _check_length(tokens, seqlen, source)
     count = len(tokens) // seqlen
     limit = _C4_WINDOWS if windows is None and source == "c4" else windows
@@ -341,126 +330,3 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     # verbose=False: no warning that the text is longer than the model's context; it is cut below that later
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
-
-
-# --------------------------------------------------------------------------------------------------------- texts
-
-
-def _calibration_pieces(source: str) -> list[str]:
-    """Lines or documents."""
-    file = _file_of(source, "calibration")
-    if file is None and source == "wikitext2":
-        return _wikitext("train")
-    if file is None:  # the documents after those that evaluation reads
-        return _c4(_C4_EVALUATION_DOCUMENTS, _C4_EVALUATION_DOCUMENTS + _C4_CALIBRATION_DOCUMENTS)
-    if source == "c4":
-        documents = _documents(file)
-        return documents[_evaluated(documents) :]
-    return [piece for path in _files(file) for piece in _documents(path)]
-
-
-def _evaluation_text(source: str | Path) -> str:
-    file = _file_of(source, "evaluation")
-    if file is None:
-        return _join_rows(_wikitext("test")) if source == "wikitext2" else " ".join(_c4(0, _C4_EVALUATION_DOCUMENTS))
-    if source == "c4":
-        documents = _documents(file)
-        return " ".join(documents[: _evaluated(documents)])
-    return "\n\n".join(_joined(path) for path in _files(file))
-
-
-def _evaluated(documents: Sequence[str]) -> int:
-    """How many documents of a C4 file are for evaluation: as published, and half of a file that is shorter."""
-    return min(_C4_EVALUATION_DOCUMENTS, -(-len(documents) // 2))
-
-
-def _joined(path: Path) -> str:
-    return " ".join(_documents(path)) if path.suffix == ".jsonl" else _join_rows(_documents(path))
-
-
-def _join_rows(rows: Sequence[str]) -> str:
-    return "\n\n".join(row if row.strip() else "" for row in rows)
-
-
-def _file_of(source: str | Path, use: str) -> Path | None:
-    """The local file or folder of a source; None: it has to be downloaded."""
-    relative = _LOCAL.get((str(source), use))
-    if relative is None:
-        path = Path(source).expanduser()
-        if not path.exists():
-            own = "" if use == "evaluation" else " self,"
-            raise DataError(f"no such text: {source}; give wikitext2, c4,{own} or a .txt, .raw or .jsonl file")
-        return path
-    root = os.environ.get("FLATQUANT_DATA")
-    if not root:
-        return None
-    path = Path(root).expanduser() / relative
-    if not path.is_file():
-        raise DataError(f"FLATQUANT_DATA has no {relative} (looked for {path}); put it there, or unset FLATQUANT_DATA")
-    return path
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-        if not files:
-            raise DataError(f"{path} holds no .txt, .raw or .jsonl file")
-        return files
-    if path.suffix not in _SUFFIXES:
-        raise DataError(f"{path} is of an unknown kind; give a .txt, .raw or .jsonl file")
-    return [path]
-
-
-def _documents(path: Path) -> list[str]:
-    """Lines with their newlines of a text file; the `text` fields of a .jsonl file."""
-    try:
-        with path.open(encoding="utf-8-sig") as stream:  # some editors write a byte order mark, which is no text
-            lines = list(stream)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}; it must be UTF-8 text") from error
-    if path.suffix != ".jsonl":
-        return lines
-    documents: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not a JSON object with a field 'text'") from error
-        if not isinstance(text, str):
-            raise DataError(f"{path}, line {number}: the field 'text' is not a string")
-        documents.append(text)
-    return documents
-
-
-def _wikitext(split: str) -> list[str]:
-    return _download("wikitext2", "Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)
-
-
-def _c4(first: int, last: int) -> list[str]:
-    files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    return _download("c4", "allenai/c4", data_files=files, split=f"validation[{first}:{last}]")
-
-
-def _datasets(source: str) -> Any:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports] - an extra
-    except ImportError as error:
-        raise DataError(
-            f"downloading {source} needs the datasets package: pip install datasets; or set FLATQUANT_DATA to a folder "
-            "that has the text, or calibrate with --calibration self"
-        ) from error
-    return datasets
-
-
-def _download(source: str, path: str, **arguments: object) -> list[str]:
-    datasets = _datasets(source)
-    try:
-        return list(datasets.load_dataset(path, **arguments)["text"])  # pyright: ignore
-    except Exception as error:  # datasets, the hub client and the network each raise types of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(
-            f"cannot download {source} ({reason}); set FLATQUANT_DATA to a folder that has the text, or calibrate with "
-            "--calibration self"
-        ) from error
