@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed import TCPStore
 
 from flatquant import api, cli, distributed, recipes, store
@@ -164,6 +166,36 @@ class Trials:
                 pairs = zip(alone["losses"], found["losses"], strict=True)
                 far[f"{name}, {ranks}"] = [abs(b - a) / a for a, b in pairs]
         return far
+
+    def consumed(self) -> dict[str, float]:
+        """How far weights that move in backward passes go from where one rank has them, as a share of their way.
+
+        `3` is of three ranks, one of which has no window; `alone` of one rank that sees a half of every batch.
+        """
+        from tests.calibrate.test_consuming import Problem, batch
+
+        file = self.work / "consumed.safetensors"
+
+        def ends(ranks: int, windows: int = 2) -> Tensor:
+            def body() -> None:
+                with distributed.joined(CPU):
+                    ours = distributed.share(2)
+                    problem = Problem(share=len(ours) / 2 if ranks > 1 else None)
+                    start = torch.cat([p.detach().float().flatten() for p in problem.weights])
+                    for step in range(6):
+                        parts = batch(step).chunk(2)
+                        rows = [parts[i] for i in ours][:windows] or [parts[0]]
+                        problem.optimiser.step(torch.cat(rows))
+                    end = torch.cat([p.detach().float().flatten() for p in problem.weights])
+                    if distributed.leads():
+                        save_file({"way": end - start}, file)
+
+            assert codes(start(ranks, body)) == [0] * ranks
+            return load_file(file)["way"]
+
+        whole = ends(1)
+        found = {"2": ends(2), "3": ends(3), "alone": ends(1, windows=1)}
+        return {name: float((way - whole).norm() / whole.norm()) for name, way in found.items()}
 
     def evaluated(self) -> list[dict[str, Any]]:
         """Perplexity of five windows and divergence from another model, on one, two and three ranks."""

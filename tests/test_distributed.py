@@ -71,6 +71,12 @@ def test_an_end_to_end_fit_is_that_of_one_rank_but_for_the_order_of_sums(place: 
         assert max(steps) < 0.2, name
 
 
+def test_weights_that_move_in_backward_passes_go_where_one_rank_has_them(place: Path) -> None:
+    """But for the last bits of gradients in bfloat16, which decide where one that is nearly 0 goes."""
+    far = found(place, "consumed")
+    assert far["2"] == far["3"] < 0.1 < 0.5 < far["alone"]
+
+
 def test_evaluation_is_divided_by_windows(place: Path) -> None:
     alone, *others = found(place, "evaluated")
     assert alone["windows"] == 5

@@ -18,7 +18,8 @@ from flatquant.calibrate.memory import Limits, WeightBytes
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.state import RunState
-from flatquant.errors import CalibrationError
+from flatquant.cli.options import recipe_of
+from flatquant.errors import CalibrationError, SpecError
 from flatquant.modules import GROUPS
 from flatquant.recipes import flatquant
 from flatquant.spec import DataSpec, EndToEndSpec, FitMemory, Recipe
@@ -32,7 +33,7 @@ from tests.tiny_models import tiny_llama
 class Problem:
     """Three weights in bfloat16 one after another, and a scale that has its gradient as usual."""
 
-    def __init__(self, *, splits: int = 1, seed: int = 0) -> None:
+    def __init__(self, *, splits: int = 1, seed: int = 0, share: float | None = None) -> None:
         g = torch.Generator().manual_seed(0)
         self.weights = [nn.Parameter(torch.randn(16, 16, generator=g).div(4).to(torch.bfloat16)) for _ in range(3)]
         self.scale = nn.Parameter(torch.ones(16))
@@ -45,6 +46,7 @@ class Problem:
             loss_fn=self.loss,
             graph=False,
             splits=splits,
+            share=share,
             consumes=True,
             seed=seed,
         )
@@ -325,3 +327,18 @@ def test_auto_takes_the_full_fit_where_it_fits_and_then_the_compact_one() -> Non
     assert chosen == sorted(chosen, reverse=True)  # never back
     assert laid_out("auto", roomy.device).device == roomy.device
     assert "weights trained in 5 bytes each" in str(laid_out("compact", roomy.device))
+
+
+# ------------------------------------------------------------------------------------------- the option
+
+
+def test_the_option_changes_how_weights_are_held() -> None:
+    arguments = ("w4a4kv4", "best", None, None, None, None, None, None, None)
+    assert recipe_of("flatquant", *arguments, weight_memory=None) == flatquant("w4a4kv4", "best")
+    made = recipe_of("flatquant", *arguments, weight_memory="compact")
+    assert made.end_to_end is not None
+    assert made.end_to_end.memory == "compact"
+    with pytest.raises(SpecError, match="'small' is not one of 'full', 'compact', 'transforms', 'auto'"):
+        recipe_of("flatquant", *arguments, weight_memory="small")
+    with pytest.raises(SpecError, match="no end-to-end fit: leave out --weight-memory"):
+        recipe_of("rtn", "w4a4", "reference", *arguments[2:], weight_memory="compact")

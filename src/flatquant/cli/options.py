@@ -33,6 +33,7 @@ def recipe_of(
     activation_clip: str | None = None,
     rounding_steps: int | None = None,
     ranks: int | None = None,
+    weight_memory: str | None = None,
 ) -> Recipe:
     """The method's recipe with what the options change; an option that would change nothing is an error."""
     from flatquant.recipes import recipe
@@ -68,6 +69,8 @@ def recipe_of(
     changed = _with_solver(base, solver, hessian, {n: v for n, v in settings.items() if v is not None})
     if rounding_steps is not None:
         changed = _with_learned_rounding(changed, rounding_steps).tuned(batch_size=batch_size)
+    if weight_memory is not None:
+        changed = _with_memory(changed, weight_memory)
     if not changed.needs_data and (data or calibration is not None):
         given = data if calibration is None else {**data, "calibration": calibration}
         raise SpecError(f"method {method} at {changed.scheme} reads no calibration text: leave out {_options(given)}")
@@ -120,6 +123,16 @@ def _with_learned_rounding(base: Recipe, steps: int) -> Recipe:
         raise SpecError(f"scheme {base.scheme} does not quantise weights: leave out --rounding-steps")
     learned = base.solver.learned or RoundingSpec()
     return replace(base, solver=replace(base.solver, learned=replace(learned, steps=steps)))
+
+
+def _with_memory(base: Recipe, memory: str) -> Recipe:
+    """The recipe whose end-to-end fit holds weights so."""
+    from flatquant.spec import EndToEndSpec, from_dict, to_dict
+
+    if base.end_to_end is None:
+        raise SpecError(f"method {base.name} has no end-to-end fit: leave out --weight-memory, or take --preset best")
+    made = from_dict(EndToEndSpec, to_dict(base.end_to_end) | {"memory": memory}, "end_to_end")
+    return replace(base, end_to_end=made)
 
 
 def _options(names: dict[str, Any]) -> str:

@@ -87,6 +87,13 @@ def quantize(
     rounding_steps: Annotated[
         int | None, typer.Option(help="Steps by which each block's rounding is then learned; 0 for none.")
     ] = None,
+    weight_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="How an end-to-end fit holds weights: full (16 bytes each), compact (5), transforms (does not train "
+            "them); auto takes compact where full does not fit."
+        ),
+    ] = None,
     key_offset: Annotated[
         str | None,
         typer.Option(help="A constant that cached keys leave out: auto (mean; without text, bias), none, bias, mean."),
@@ -147,6 +154,7 @@ def quantize(
             "weight_clip": weight_clip,
             "activation_clip": activation_clip,
             "rounding_steps": rounding_steps,
+            "weight_memory": weight_memory,
             "ranks": ranks,
         }
         named = not mistakes.found
