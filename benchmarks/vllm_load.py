@@ -58,7 +58,7 @@ def serving(folder: Path, *options: str, log: Path, **environment: str) -> Itera
     """`flatquant serve`, until it answers.
 
     Raises:
-        RuntimeError: it ended before it answered; with the end of its log.
+        RuntimeError: it ended before it answered, or did not answer for ten minutes; with the end of its log.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -70,12 +70,13 @@ def serving(folder: Path, *options: str, log: Path, **environment: str) -> Itera
         server = Server(f"http://127.0.0.1:{port}/v1", subprocess.Popen(command, env=env, stdout=out, stderr=out))
         client = OpenAI(base_url=server.url, api_key="none", timeout=120, max_retries=0)
         try:
-            for _ in range(240):
+            start = time.monotonic()
+            while True:
                 try:
                     client.models.list()
                     break
                 except OpenAIError:
-                    if server.process.poll() is not None:
+                    if server.process.poll() is not None or time.monotonic() > start + 600:
                         raise RuntimeError(log.read_text()[-3000:]) from None
                     time.sleep(1)
             yield server
