@@ -14,11 +14,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from flatquant import families, seams, spec
+from flatquant.engines import parts
 from flatquant.errors import FamilyError, ModelError, SpecError
 from flatquant.recipes import RECIPES, rtn
 from flatquant.runtime.artifact import load, save
 from flatquant.runtime.experts import open_experts
 from flatquant.runtime.kvcache import QuantizedCache
+from flatquant.runtime.linear import IntegerLinear
 from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, Recipe, Scheme, TransformSpec
 from flatquant.wiring import archs
@@ -381,9 +383,19 @@ def test_engines_are_those_that_take_a_method_s_model() -> None:
         "vptq",  # codebooks
     }
     assert all(row["fused"] == "w4a4kv4" for name, row in rows.items() if name not in without)
+    assert all(row["vllm"] == row["modules"] for row in rows.values())  # tests/engines/vllm serves every method
     assert families.engines("qwen3") == ("modules", "fused", "vllm")
     assert families.engines("gemma2") == ("modules", "vllm")
     assert families.engines("bloom") == ("modules",)
+    assert families.engines("stablelm") == ("modules", "vllm")
+    assert families.engines("stablelm", {"use_parallel_residual": True}) == ("modules",)
+
+
+def test_what_no_part_computes_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table asks the parts of engines, method by method."""
+    monkeypatch.setattr(parts, "Linear", IntegerLinear)
+    rows = {row["method"]: row["vllm"] for row in families.engines_table()}
+    assert {method for method, served in rows.items() if served == "-"} == {"direct", "svdquant", "vptq"}
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])

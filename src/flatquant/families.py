@@ -1,21 +1,23 @@
 """Which methods go with which families: found by planning every method on a small model of every family.
 
-And which engines serve what: the fused runtime is asked to take a small packed model apart, the tables of the others
-are read. Nothing here knows a method or a family. A method is tried at the schemes of `SCHEMES`; what it refuses on
+And which engines serve what: the fused runtime and the parts for other engines are asked to take a small packed model
+apart. Nothing here knows a method or a family. A method is tried at the schemes of `SCHEMES`; what it refuses on
 Llama too is the method's own limit, and says nothing about a family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from flatquant.engines import parts
 from flatquant.engines.vllm import support
-from flatquant.errors import FamilyError, SpecError
+from flatquant.errors import FamilyError, ModelError, SpecError
 from flatquant.models import quiet
 from flatquant.recipes import RECIPES
 from flatquant.runtime import fused
@@ -49,9 +51,14 @@ _SMALL = {
 ENGINES = ("modules", "fused", "vllm")
 
 
-def engines(kind: str) -> tuple[str, ...]:
-    """The engines that serve a family's models; the fused runtime those of `fused_methods` alone."""
-    served = {"modules": True, "fused": kind in fused.FAMILIES, "vllm": kind in support.FAMILIES}
+def engines(kind: str, fields: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, ...]:
+    """The engines that serve a family's models; `engines_table` has the methods of which they do.
+
+    Args:
+        fields: of a config, where a family has several kinds of blocks.
+    """
+    computed = all(fields.get(name, value) == value for name, value in support.WHEN.get(kind, {}).items())
+    served = {"modules": True, "fused": kind in fused.FAMILIES, "vllm": kind in support.FAMILIES and computed}
     return tuple(engine for engine in ENGINES if served[engine])
 
 
@@ -60,8 +67,10 @@ def engines_table() -> list[dict[str, str]]:
     rows, llama = [], _small("llama", {})
     for method in sorted(RECIPES):
         taken = [scheme for scheme in SCHEMES if _plan(method, scheme, llama) is not None]
-        kernels = [scheme for scheme in taken if _is_fused(method, scheme)]
-        named = {"modules": taken, "fused": kernels, "vllm": taken}
+        asked = {"modules": lambda model, plan: True, "fused": _is_fused, "vllm": _has_parts}
+        named = {
+            engine: [scheme for scheme in taken if _asked(takes, method, scheme)] for engine, takes in asked.items()
+        }
         rows.append({"method": method} | {engine: ", ".join(named[engine]) or "-" for engine in ENGINES})
     return rows
 
@@ -77,16 +86,30 @@ def _plan(method: str, scheme: str, model: nn.Module) -> Plan | None:
         return None
 
 
-def _is_fused(method: str, scheme: str) -> bool:
-    """Whether the fused runtime takes a small packed Llama apart."""
+def _asked(takes: Callable[[PreTrainedModel, Plan], bool], method: str, scheme: str) -> bool:
+    """Whether an engine takes a small packed Llama."""
     model = _small("llama", {})
     plan = _plan(method, scheme, model)
     assert plan is not None
     for block, planned in zip(submodule(model, plan.blocks_path).children(), plan.blocks, strict=True):
         install(block, plan.attention, planned, packed=True)
+    return takes(cast(PreTrainedModel, model), plan)
+
+
+def _is_fused(model: PreTrainedModel, plan: Plan) -> bool:
+    """Whether the fused runtime takes a model apart."""
     try:
-        fused.Fused(cast(PreTrainedModel, model))
+        fused.Fused(model)
     except Unsupported:
+        return False
+    return True
+
+
+def _has_parts(model: PreTrainedModel, plan: Plan) -> bool:
+    """Whether a model consists of what `engines.parts` gives other engines."""
+    try:
+        parts.check_parts(model, plan)
+    except ModelError:
         return False
     return True
 
@@ -122,7 +145,7 @@ def table() -> list[dict[str, str]]:
             found = _schemes(kind, arch)
             name = kind + "".join(f", {field}={value}" for field, value in arch.when.items())
             cells = {m: _cell(found[m], own[m]) for m in sorted(RECIPES)}
-            rows.append({"family": name, **cells, "engines": ", ".join(engines(kind))})
+            rows.append({"family": name, **cells, "engines": ", ".join(engines(kind, arch.when))})
     return sorted(rows, key=lambda row: row["family"])
 
 

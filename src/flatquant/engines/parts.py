@@ -89,10 +89,12 @@ class Parts:
         """
         Raises:
             ArtifactError: the config, the plan and the stored tensors do not fit one another.
+            ModelError: something in it is none of these parts.
         """
         self.folder, self.plan = folder, folder.plan
         self._stored = folder.tensors()
         self._model = artifact.skeleton(folder, self._stored)
+        check_parts(self._model, self.plan)
         self._held: Tensor | None = None
         self._turning: dict[tuple[str, ...], Turning] = {}
 
@@ -198,6 +200,20 @@ class Parts:
         names = {f"{path}.{name}" for name in module.state_dict()}
         state = artifact.read_tensors(self.folder, {n: self._stored[n] for n in names}, device)
         module.load_state_dict({name.removeprefix(f"{path}."): t for name, t in state.items()}, assign=True)
+
+
+def check_parts(model: nn.Module, plan: Plan) -> None:
+    """Raise ModelError unless all that a plan quantises in a model are parts that an engine can ask for."""
+    for index, block in enumerate(plan.blocks):
+        root = f"{plan.blocks_path}.{index}"
+        for path in (f"{root}.{reader}" for site in block.sites.values() for reader in site.readers):
+            linear = model.get_submodule(path)
+            if not isinstance(linear, Linear):
+                raise ModelError(f"{path} is a {type(linear).__name__}, which no engine takes")
+        if block.latent is not None:
+            raise ModelError(f"block {index} caches latent vectors, which no engine takes")
+        if block.attended and not isinstance(attached(model.get_submodule(f"{root}.{plan.attention}")), FrozenKeyValue):
+            raise ModelError(f"nothing is attached to {root}.{plan.attention}, whose keys and values the plan rounds")
 
 
 def site_of(plan: Plan, path: str) -> tuple[str, SitePlan] | None:

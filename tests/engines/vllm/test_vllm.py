@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
 
-from flatquant import recipes
+from flatquant import families, recipes
 from flatquant.engines.parts import Joined
 from flatquant.engines.vllm import plugin, register
 from flatquant.errors import ModelError
@@ -72,6 +72,17 @@ def test_families(quantised, family: str) -> None:
 )
 def test_schemes(quantised, recipe) -> None:
     folder = quantised("qwen2", recipe, tie_word_embeddings=False)
+    with served(folder) as llm:
+        assert largest_difference(llm, load(folder)) < BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(recipes.RECIPES))
+def test_methods(quantised, method: str) -> None:
+    """As the table of engines says."""
+    (schemes,) = (row["vllm"] for row in families.engines_table() if row["method"] == method)
+    assert "w4a16" in schemes
+    folder = quantised("llama", recipes.recipe(method, "w4a16"))
     with served(folder) as llm:
         assert largest_difference(llm, load(folder)) < BOUND
 

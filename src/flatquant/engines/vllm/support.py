@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "qwen3_moe": {},
 }
 # What a config has to say for that; vLLM's model of the family would compute something else.
-_WHEN = {"stablelm": {"use_parallel_residual": False, "qk_layernorm": False}}
+WHEN = {"stablelm": {"use_parallel_residual": False, "qk_layernorm": False}}
 
 
 def check_version(found: str | None) -> None:
@@ -107,7 +107,7 @@ def open_folder(path: str | Path) -> Folder:
     kind = folder.config.get("model_type")
     if kind not in FAMILIES:
         raise ModelError(f"{path} is a {kind}, which is not served by vLLM; served are {', '.join(FAMILIES)}")
-    for name, value in _WHEN.get(kind, {}).items():
+    for name, value in WHEN.get(kind, {}).items():
         if folder.config.get(name, value) != value:
             raise ModelError(f"{path} is a {kind} with {name}={folder.config[name]}, which vLLM does not compute")
     if folder.plan.head is not None:
