@@ -263,6 +263,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
     },
     "granitemoe": {**SPARSE, "attention_multiplier": 0.3, "residual_multiplier": 0.6, "logits_scaling": 3.0},
+    "mellum": {
+        **SPARSE,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_bias": True,
+    },
+    "hy_v3": {
+        **SPARSE,
+        "num_shared_experts": 1,
+        "mlp_layer_types": ["dense", "sparse"],
+        "enable_moe_fp32_combine": False,  # sums in float32 would hide what float64 shows
+    },
+    "solar_open": {**SPARSE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "flex_olmo": {**SPARSE, "attention_bias": True},
+    "cwm": {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+    "glm": {"attention_bias": True, "rope_parameters": PARTIAL},
+    "lfm2_moe": {
+        **SPARSE,
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        "num_dense_layers": 2,
+    },
     "llama4_text": {
         **SPARSE,
         "intermediate_size_mlp": 32,

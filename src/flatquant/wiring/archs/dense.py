@@ -15,7 +15,7 @@ MLP_UP = replace(MLP_IN, readers=("mlp.up_proj",))  # without a gate, no scale p
 MLP_DOWN = Edge(site="mlp_mid", readers=("mlp.down_proj",))
 
 LLAMA = Arch(
-    model_types=("llama", "mistral", "ministral", "ministral3", "qwen2", "granite", "smollm3", "seed_oss"),
+    model_types=("llama", "mistral", "ministral", "ministral3", "qwen2", "granite", "smollm3", "seed_oss", "cwm"),
     edges=(ATTN_IN, ATTN_OUT, MLP_IN, MLP_MID),
     residual=Residual(writers=("self_attn.o_proj", "mlp.down_proj")),
     scores=Scores(queries="self_attn.q_proj", keys="self_attn.k_proj"),
@@ -95,6 +95,8 @@ GLM4 = replace(  # norms behind attention and MLP too
     keys=LLAMA.keys,
     rotary="neighbours",
 )
+
+GLM = replace(GLM4, model_types=("glm",), residual=LLAMA.residual)  # without these norms
 
 STABLELM = replace(  # layer norms, which a rotation does not pass, and a rotary embedding of some channels
     LLAMA, model_types=("stablelm",), when={"use_parallel_residual": False}, residual=None, scores=None
@@ -204,6 +206,6 @@ FALCON = replace(  # one after the other, or both on one norm, or on a norm each
 )
 
 ARCHS = (
-    LLAMA, QWEN3, HUNYUAN, ERNIE, GEMMA1, GEMMA, UNGATED, APERTUS, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, STABLELM,
+    LLAMA, QWEN3, HUNYUAN, ERNIE, GEMMA1, GEMMA, UNGATED, APERTUS, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, GLM, STABLELM,
     STABLELM_PARALLEL, PARALLEL, COHERE2, PHI, STARCODER2, NEMOTRON, OPT, GPT_NEOX, BLOOM, FALCON,
 )  # fmt: skip

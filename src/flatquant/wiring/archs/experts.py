@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from flatquant.wiring.arch import Arch, Edge, Residual
-from flatquant.wiring.archs.dense import ERNIE, HUNYUAN, LLAMA, MLP_IN, MLP_MID, QWEN3
+from flatquant.wiring.archs.dense import ERNIE, HUNYUAN, LLAMA, MLP_IN, MLP_MID, OLMO2, QWEN3
 
 
 def mixture(arch: Arch, mlp: str, *routers: str, shared: str | None = None) -> Arch:
@@ -37,10 +37,16 @@ QWEN2_MOE = replace(
     others=(LLAMA,),  # some blocks have no experts
 )
 
-QWEN3_MOE = replace(mixture(QWEN3, "mlp", "gate"), model_types=("qwen3_moe", "olmoe", "minimax_m2"), others=(QWEN3,))
+QWEN3_MOE = replace(
+    mixture(QWEN3, "mlp", "gate"), model_types=("qwen3_moe", "olmoe", "minimax_m2", "mellum"), others=(QWEN3,)
+)
+
+FLEX_OLMO = replace(mixture(OLMO2, "mlp", "gate"), model_types=("flex_olmo",))
 
 GLM4_MOE = replace(
-    mixture(QWEN3, "mlp", "gate", shared="shared_experts"), model_types=("glm4_moe", "dots1"), others=(QWEN3,)
+    mixture(QWEN3, "mlp", "gate", shared="shared_experts"),
+    model_types=("glm4_moe", "dots1", "hy_v3", "solar_open"),
+    others=(QWEN3,),
 )
 
 HUNYUAN_MOE = replace(mixture(HUNYUAN, "mlp", "gate.wg", shared="shared_mlp"), model_types=("hunyuan_v1_moe",))
@@ -78,4 +84,4 @@ GPT_OSS = replace(  # sinks; what experts multiply is clamped, so no scale passe
 )
 GPT_OSS = replace(GPT_OSS, edges=(*GPT_OSS.edges[:3], Edge(site="mlp_mid", readers=GPT_OSS.edges[3].readers)))
 
-ARCHS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, HUNYUAN_MOE, ERNIE_MOE, GRANITE_MOE, LLAMA4, GPT_OSS)
+ARCHS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, FLEX_OLMO, GLM4_MOE, HUNYUAN_MOE, ERNIE_MOE, GRANITE_MOE, LLAMA4, GPT_OSS)

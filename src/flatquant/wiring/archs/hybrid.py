@@ -82,6 +82,13 @@ CONVOLUTION = replace(
     attention=None,
 )
 
+LFM2_MOE = replace(
+    mixture(LFM2, "feed_forward", "gate"),
+    model_types=("lfm2_moe",),
+    others=(mixture(CONVOLUTION, "feed_forward", "gate"), LFM2, CONVOLUTION),
+    example={"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 2},
+)
+
 LFM2 = replace(LFM2, others=(CONVOLUTION,))
 
 _MIXER = replace(LLAMA, scores=None, rotary="none", final_norm="model.norm_f")
@@ -175,4 +182,4 @@ GRANITE_HYBRID = replace(
     ),
 )
 
-ARCHS = (QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, LFM2, NEMOTRON_H, GRANITE_HYBRID)
+ARCHS = (QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, LFM2, LFM2_MOE, NEMOTRON_H, GRANITE_HYBRID)
