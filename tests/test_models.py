@@ -322,6 +322,23 @@ def test_gguf_race_is_won_by_the_first(gguf_file, cache, monkeypatch):
     assert (folder / "model.safetensors").is_file()
 
 
+def test_gguf_on_every_rank(gguf_file, monkeypatch):
+    """transformers writes models on the first rank alone; another one may be the first of its host."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)
+    folder = resolve(gguf_file)
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(folder))
+
+
+def test_a_cache_folder_that_is_no_model_is_made_anew(gguf_file):
+    folder = resolve(gguf_file)
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "tokenizer.json").touch()
+    assert resolve(gguf_file) == folder
+    assert load_model(gguf_file)[0].config.model_type == "llama"
+
+
 def test_not_a_gguf(tmp_path, cache):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"not at all")

@@ -56,10 +56,12 @@ def test_kernels_are_the_reference(tokens: int, o: int, n: int, bias: bool, dtyp
     few = partial(fused.few, columns=32)
     kernels = [few, fused.few] if tokens > 1 else [few, fused.vector, partial(fused.vector, rows=2, columns=32)]
     size = float((args[0].float().abs() @ (args[1].float() - 128).abs().mT * args[2]).max())
+    # Sums of n products in float32 grow apart with the root of n (Higham and Mary, 2019); then they are rounded.
+    apart = (n**0.5 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps) * size
     for kernel in (*kernels, partial(op.many, rows=5)):
         y = kernel(*args)
         assert y.dtype == dtype
-        torch.testing.assert_close(y, want, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps * size)
+        torch.testing.assert_close(y, want, rtol=2 * torch.finfo(dtype).eps, atol=apart)
 
 
 @given(o=st.integers(1, 9), n=st.integers(1, 40), seed=st.integers(0, 99))

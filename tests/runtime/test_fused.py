@@ -82,7 +82,7 @@ CONFIGS = {
         logits_scaling=3.0,
     ),
     "gemma3": Gemma3TextConfig(  # heads wider than the hidden size has room for
-        **{**SHAPE, "head_dim": 24, "num_key_value_heads": 1},
+        **{**SHAPE, "head_dim": 48, "num_key_value_heads": 1},
         query_pre_attn_scalar=20,
         sliding_window=5,
         layer_types=["sliding_attention", "full_attention"],
@@ -161,10 +161,12 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     they do when its embedding is rounded to 11 bits, and now and then by more than all of it; where it reads another
     text, by nine tenths at the median. An error is one of a token's place, in all rows.
     """
+    assert got.isfinite().all()
     size = want.norm(dim=-1)
     apart = ((got - want).norm(dim=-1) / size).masked_fill(size == 0, torch.nan)  # of padding, zeros are compared
     assert apart.nanmedian() <= 0.4, apart
-    assert apart.nanmedian(0).values.max() <= 0.6, apart
+    places = apart.nanmedian(0).values  # NaN of one that is padding in all rows
+    assert places[places.isfinite()].max() <= 0.6, apart
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from flatquant.errors import ModelError, first_line
@@ -53,8 +54,9 @@ def converted(file: Path) -> Path:
     if not digest:
         raise ModelError(f"{file} is not a GGUF file (it does not begin with 'GGUF'); fetch it again")
     target = _cache() / f"{file.stem}-{digest[:16]}-v{_CONVERSION}"
-    if target.is_dir():
+    if (target / "config.json").is_file():
         return target
+    shutil.rmtree(target, ignore_errors=True)  # without a config it is no model, whoever left it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
@@ -66,7 +68,7 @@ def converted(file: Path) -> Path:
         try:
             os.replace(work, target)
         except OSError:
-            if not target.is_dir():  # otherwise another process was faster, with the same result
+            if not (target / "config.json").is_file():  # otherwise another process was faster, with the same result
                 raise
     except ModelError:
         raise
@@ -85,7 +87,8 @@ def _write_converted(file: Path, folder: Path) -> None:
     """Dequantise a GGUF into `folder`: safetensors in float16, config, generation config, tokenizer.
 
     The weights go through `load_gguf_checkpoint` rather than `from_pretrained(gguf_file=)`. The latter wants
-    accelerate and marks the model as quantised, after which `save_pretrained` refuses it.
+    accelerate and marks the model as quantised, after which `save_pretrained` refuses it. That one is not used either:
+    of several processes of torch.distributed, it writes in the first alone.
     """
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -109,5 +112,13 @@ def _write_converted(file: Path, folder: Path) -> None:
         index = getattr(config, f"{role}_token_id", None)
         if isinstance(index, int):
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
-    model.save_pretrained(folder)
+    config.architectures, config.dtype = [type(model).__name__], "float16"
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    stored = dict(model.named_parameters())  # of tied ones, the first alone
+    stored |= {name: t for name, t in model.state_dict().items() if name in dict(model.named_buffers())}
+    save_file(
+        {name: t.detach().contiguous() for name, t in stored.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     tokenizer.save_pretrained(folder)
