@@ -31,6 +31,11 @@ def _unsupported(shape: tuple[int, int], left: bool, right: bool, bits: int, dev
     return triton.supports(shape, left, right, bits, triton.shared_memory(device))
 
 
+def _fused(shape: tuple[int, int], left: bool, right: bool, bits: int, device: torch.device) -> bool:
+    """Whether a kernel computes it."""
+    return device.type == "cuda" and _unsupported(shape, left, right, bits, device) is None
+
+
 @dataclass(frozen=True)
 class Site:
     """What happens to every row: transform, clip, grid.
@@ -52,8 +57,12 @@ class Site:
     operands: tuple[Tensor | None, Tensor | None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        fused = self.ratios.is_cuda and self.unsupported() is None
+        fused = _fused(self.shape, *self._given, self.bits, self.ratios.device)
         object.__setattr__(self, "operands", self.factors if fused else (self.left, self.right))
+
+    @property
+    def _given(self) -> tuple[bool, bool]:
+        return self.left is not None, self.right is not None
 
     @cached_property
     def factors(self) -> tuple[Tensor | None, Tensor | None]:
@@ -64,8 +73,7 @@ class Site:
 
     def unsupported(self) -> str | None:
         """Why there is no kernel for it, or None if there is one."""
-        given = self.left is not None, self.right is not None
-        return _unsupported(self.shape, *given, self.bits, self.ratios.device)
+        return _unsupported(self.shape, *self._given, self.bits, self.ratios.device)
 
     def __call__(
         self, x: Tensor, other: Tensor | None, source: str, form: Form, eps: float = 0.0
@@ -105,7 +113,7 @@ def _run(
     if (other is None) != (source == "plain"):
         raise ValueError(f"kron_quantize: {source!r} with{'out' if other is None else ''} a second tensor")
     shape, known = (n1, n2), cast(Form, form)
-    if x.is_cuda and _unsupported(shape, left is not None, right is not None, bits, x.device) is None:
+    if _fused(shape, left is not None, right is not None, bits, x.device):
         from flatquant.ops.kron_quantize import triton
 
         return triton.launch(x, other, source, shape, left, right, ratios, bits, known, eps)
