@@ -112,6 +112,16 @@ def best_again() -> list[str]:
     return lines
 
 
+def calibration_text() -> list[str]:
+    """What windows an end-to-end fit sees."""
+    rows = read("calibration-text-smollm2-135m")["metrics"]["rows"]
+    lines = ["| windows | KL, WikiText-2 | KL, C4 | KL, code | last losses | held out |", "|---" * 6 + "|"]
+    for name, row in rows.items():
+        texts = " | ".join(f"{value:.3f}" for value in row["kl"].values())
+        lines.append(f"| {name} | {texts} | {row['last']:.3f} | {row['held_out'][1]:.3f} |")
+    return lines
+
+
 def ablation() -> list[str]:
     """One change at a time, on a CPU."""
     result = read("ablation-small")
@@ -596,6 +606,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "quick": quick,
     "best": best,
     "best_again": best_again,
+    "calibration_text": calibration_text,
     "ablation": ablation,
     "calibration": calibration,
     "growth": growth,
