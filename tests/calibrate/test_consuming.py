@@ -73,6 +73,38 @@ def same(a: Problem, b: Problem) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def test_gradients_of_earlier_parts_alone_and_of_earlier_steps() -> None:
+    """A weight that only the first part of a batch uses moves; one whose gradient was NaN holds up no later step."""
+    first, second = (nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(2))
+    used: list[bool] = []
+
+    def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x @ first.float()
+        if used.pop(0):
+            y = y @ second.float()
+        value = y.square().mean()
+        return value * len(x), value
+
+    optimiser = Optimiser(
+        {"weight": [first, second]},
+        {"weight": 1e-1},
+        floors=dict.fromkeys(GROUPS, 0.0),
+        steps=4,
+        loss_fn=loss,
+        graph=False,
+        splits=2,
+        consumes=True,
+    )
+    used[:] = [True, False] * 2  # and the pass that looks for kernels
+    assert math.isfinite(optimiser.step(torch.ones(4, 4)))
+    assert bool((second != 1).all())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimiser, "loss_fn", lambda x: (second.float().mul(torch.nan).sum(), x.sum()))
+        assert math.isnan(optimiser.step(torch.ones(4, 4)))
+    used[:] = [False, False]
+    assert math.isfinite(optimiser.step(torch.ones(4, 4)))
+
+
 def test_the_loss_falls_and_one_gradient_exists_at_a_time() -> None:
     problem, alive = Problem(), []
     for weight in problem.weights:  # before ours, which free the gradient

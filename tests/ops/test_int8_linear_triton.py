@@ -64,6 +64,13 @@ def test_kernels_are_the_reference(tokens: int, o: int, n: int, bias: bool, dtyp
         torch.testing.assert_close(y, want, rtol=2 * torch.finfo(dtype).eps, atol=apart)
 
 
+def test_the_last_tokens_of_several_texts() -> None:
+    x, *rest = make(3 * 5, 7, 48, False, torch.float32, torch.Generator().manual_seed(0))
+    last = x.view(3, 5, 48)[:, -1:].reshape(-1, 48)
+    assert not last.is_contiguous()
+    torch.testing.assert_close(fused.few(last, *rest), reference.int8_linear(last, *rest), rtol=1e-5, atol=1e-3)
+
+
 @given(o=st.integers(1, 9), n=st.integers(1, 40), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=20)
 def test_bytes_are_those_of_packed_integers(o: int, n: int, seed: int) -> None:

@@ -31,14 +31,14 @@ class ConsumingAdam(torch.optim.Optimizer):
     Attributes:
         active: whether gradients are consumed. Otherwise they add up, as those of a batch's first parts do.
         hold: a scalar on the device; where it is not 0, gradients are consumed, and nothing moves.
-        norms: of the gradients that were consumed last, summed over ranks.  # float32, (parameters,)
+        norms: of the gradients that the last step consumed, summed over ranks.  # float32, (parameters,)
     """
 
     def __init__(self, params: Iterable[dict], *, eps: float, seed: int) -> None:
         super().__init__(params, {"lr": 1e-3})
         self.eps, self.seed = eps, seed
         self.active = False
-        owned = [(p, group) for group in self.param_groups for p in group["params"]]
+        self.owned = owned = [(p, group) for group in self.param_groups for p in group["params"]]
         device = owned[0][0].device
         self.hold, self.held = (torch.zeros((), device=device) for _ in range(2))
         self.norms = torch.zeros(len(owned), device=device)
@@ -57,10 +57,16 @@ class ConsumingAdam(torch.optim.Optimizer):
     def begin(self) -> None:
         """Called before the backward pass whose gradients, with those that have added up, are a step's."""
         self.active = True
+        self.norms.zero_()
         self.held.copy_(self.hold)
 
     def end(self) -> None:
-        """Called after that backward pass."""
+        """Called after that backward pass: gradients of earlier parts alone are left."""
+        for number, (p, group) in enumerate(self.owned):
+            self._consume(p, number, group["lr"])
+
+    def stop(self) -> None:
+        """Called after `end`, or where the backward pass has failed."""
         self.active = False
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ Two things can go wrong in a step, and are told apart. A graph may compute somet
 is captured, its loss and gradients are compared with those of an eager pass over the same batch and parameters, before
 anything is updated, and a graph that differs is dropped. And numbers may overflow: a step whose loss or gradients are
 not finite leaves parameters and moments as they are, and its loss is NaN. So the parameters stay good, and a fit can
-go on from them in a wider dtype.
+go on from them in a wider dtype. Weights that move in the backward pass (`consuming`) are the exception: those whose
+gradients came before the first that is not finite have moved.
 """
 
 from __future__ import annotations
@@ -240,8 +241,10 @@ class Optimiser:
             consuming.begin()
         try:
             (objective * factor).backward()
+            if last:
+                consuming.end()
         finally:
-            consuming.end()
+            consuming.stop()
 
     @contextmanager
     def _holding(self) -> Iterator[None]:
@@ -326,9 +329,9 @@ class Optimiser:
     def step(self, *batch: Tensor) -> Tensor:
         """One update on a batch; returns its loss, a scalar tensor that later steps do not overwrite.
 
-        The loss is NaN, and nothing has changed, where it or a gradient is not finite. With a graph, the step runs on a
-        stream of its own, so that several optimisers share a GPU side by side; `join` before reading losses or
-        parameters.
+        The loss is NaN, and nothing has changed but consumed weights, where it or a gradient is not finite. With a
+        graph, the step runs on a stream of its own, so that several optimisers share a GPU side by side; `join` before
+        reading losses or parameters.
         """
         self.done += 1
         if self.stream is None:

@@ -56,7 +56,6 @@ def converted(file: Path) -> Path:
     target = _cache() / f"{file.stem}-{digest[:16]}-v{_CONVERSION}"
     if (target / "config.json").is_file():
         return target
-    shutil.rmtree(target, ignore_errors=True)  # without a config it is no model, whoever left it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
@@ -69,7 +68,8 @@ def converted(file: Path) -> Path:
             os.replace(work, target)
         except OSError:
             if not (target / "config.json").is_file():  # otherwise another process was faster, with the same result
-                raise
+                shutil.rmtree(target, ignore_errors=True)  # without a config it is no model, whoever left it
+                os.replace(work, target)
     except ModelError:
         raise
     except ImportError as error:

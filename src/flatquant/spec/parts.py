@@ -130,7 +130,8 @@ class EndToEndSpec:
             activations of one block in memory instead of all.
         memory: how weights are held. `full`: in float32, with gradients and AdamW's moments, 16 bytes a weight in
             training and 4 otherwise. `compact`: in 24 bits with moments of 8 bits, each weight's gradient freed as soon
-            as it has moved the weight, 5 bytes; weights that do not train in the model's own 16 bits. `transforms`: no
+            as it has moved the weight, 5 bytes; it begins from weights rounded to bfloat16, which moves those of models
+            in float16 or float32. Weights that do not train are in the model's own 16 bits. `transforms`: no
             weight trains, whatever `weight_lr` says. `auto`: `full` where that fits in memory, else `compact`.
     """
 

@@ -60,7 +60,7 @@ def vector(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, rows: int = 8, columns: int = 512, warps: int = 4
 ) -> Tensor:  # fmt: skip
     """`reference.int8_linear` of one token.  # (1, n)"""
-    o, n = packed.shape
+    x, (o, n) = x.contiguous(), packed.shape
     y = torch.empty((1, o), dtype=x.dtype, device=x.device)
     _vector[(triton.cdiv(o, rows),)](
         x, packed, scale, bias, y, o, n, BIAS=bias is not None, R=rows,
@@ -74,7 +74,7 @@ def few(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, rows: int = 64, columns: int = 128, warps: int = 4
 ) -> Tensor:  # fmt: skip
     """`reference.int8_linear` of at most `FEW` tokens.  # (T, n)"""
-    o, n = packed.shape
+    x, (o, n) = x.contiguous(), packed.shape  # the last tokens of several texts lie apart
     tokens = x.shape[0]
     y = torch.empty((tokens, o), dtype=x.dtype, device=x.device)
     _few[(triton.cdiv(o, rows),)](

@@ -185,18 +185,18 @@ def _nibble(u, I: tl.constexpr, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _cells(s, some, base, table_ptr, D: tl.constexpr, HK: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr):
+def _cells(s, some, base, table_ptr, D: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr, APART: tl.constexpr):
     """Where places s lie: offsets of their words of four integers, of their scales, of their zero points.
 
-    In one piece, `base` is a head's first place. In pages of `PAGE` places, each of `RUN` bytes for a head, it is the
-    head, and a table has a sequence's pages.
+    In one piece, `base` is a head's first place. In pages of `PAGE` places, `APART` bytes from one to the next and each
+    of `RUN` bytes for a head, it is the head, and a table has a sequence's pages.
     """
     if PAGE == 0:
         at = base + s
         return at * (D // 4), at, at
     else:
         page = tl.load(table_ptr + s // PAGE, mask=some, other=0).to(tl.int64)
-        run = (page * HK + base) * RUN
+        run = page * APART + base * RUN
         place = s % PAGE
         return run // 2 + place * (D // 4), run // 4 + place, run + place
 
@@ -206,7 +206,7 @@ def _attend(
     q_ptr, kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, amount_ptr, angle_ptr, step_ptr, gap_ptr, out_ptr, lse_ptr,
     last_ptr, start_ptr, table_ptr, window, scaling, S, PARTS, most, least, HK: tl.constexpr, G: tl.constexpr,
     GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr, SHORT: tl.constexpr,
-    PAGE: tl.constexpr, RUN: tl.constexpr, EARLY: tl.constexpr, EMULATE: tl.constexpr,
+    PAGE: tl.constexpr, RUN: tl.constexpr, APART: tl.constexpr, EARLY: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """In pages, S is how many a row of the table has, places are positions, and all sequences share their angles."""
     wait(EARLY)
@@ -245,17 +245,17 @@ def _attend(
         if apart == 0:
             top, total, zero, sums = _over(
                 kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, table_ptr, qs, q_sum, begin, end, scaling, short,
-                angle_ptr, step_ptr, GP, D, W, H, B, "steps", HK, PAGE, RUN, EMULATE,
+                angle_ptr, step_ptr, GP, D, W, H, B, "steps", PAGE, RUN, APART, EMULATE,
             )  # fmt: skip
         else:
             top, total, zero, sums = _over(
                 kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, table_ptr, qs, q_sum, begin, end, scaling, short,
-                angle_ptr, step_ptr, GP, D, W, H, B, "places", HK, PAGE, RUN, EMULATE,
+                angle_ptr, step_ptr, GP, D, W, H, B, "places", PAGE, RUN, APART, EMULATE,
             )  # fmt: skip
     else:
         top, total, zero, sums = _over(
             kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, table_ptr, qs, q_sum, begin, end, scaling, (),
-            angle_ptr, step_ptr, GP, D, W, H, B, "", HK, PAGE, RUN, EMULATE,
+            angle_ptr, step_ptr, GP, D, W, H, B, "", PAGE, RUN, APART, EMULATE,
         )  # fmt: skip
     some = total > 0
     total = tl.where(some, total, 1.0)
@@ -270,7 +270,7 @@ def _attend(
 def _over(
     kp_ptr, ks_ptr, kz_ptr, vp_ptr, vs_ptr, vz_ptr, base, table_ptr, qs, q_sum, begin, end, scaling, short, angle_ptr,
     step_ptr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, H: tl.constexpr, B: tl.constexpr,
-    ANGLES: tl.constexpr, HK: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr, EMULATE: tl.constexpr,
+    ANGLES: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr, APART: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Attention over places begin to end: largest score, sums of weights, of weights times zero points, and of values.
 
@@ -296,17 +296,17 @@ def _over(
     totals, zeros = tl.zeros((GP, B), tl.float32), tl.zeros((GP, B), tl.float32)  # summed over B in the end
     # Zero points are bytes, which Triton does not load ahead of time by itself.
     s = begin + tl.arange(0, B)
-    _, _, byte = _cells(s, s < end, base, table_ptr, D, HK, PAGE, RUN)
+    _, _, byte = _cells(s, s < end, base, table_ptr, D, PAGE, RUN, APART)
     k_next = tl.load(kz_ptr + byte, mask=s < end, other=0)
     v_next = tl.load(vz_ptr + byte, mask=s < end, other=0)
     for s0 in range(begin, end, B):
         s = s0 + tl.arange(0, B)
         some = s < end
         k_zero, v_zero = k_next.to(tl.float32) + OFFSET, v_next.to(tl.float32) + OFFSET
-        _, _, byte = _cells(s + B, s + B < end, base, table_ptr, D, HK, PAGE, RUN)
+        _, _, byte = _cells(s + B, s + B < end, base, table_ptr, D, PAGE, RUN, APART)
         k_next = tl.load(kz_ptr + byte, mask=s + B < end, other=0)
         v_next = tl.load(vz_ptr + byte, mask=s + B < end, other=0)
-        word, at_scale, _ = _cells(s, some, base, table_ptr, D, HK, PAGE, RUN)
+        word, at_scale, _ = _cells(s, some, base, table_ptr, D, PAGE, RUN, APART)
         cell = word[:, None] + j[None, :]
         mask = some[:, None] & (j < D // 4)[None, :]
         k = tl.load(kp_ptr + cell, mask=mask, other=0)  # (B, W)
@@ -447,7 +447,7 @@ def attend(
     _attend[(b * hk, parts)](
         q, *_words(keys), *_words(values), *(short or (None,) * 4), out, lse, last, start, None,
         s if window is None else window, scaling, s, parts, most, least, **sizes(group, hk, d),
-        B=block, SHORT=short is not None, PAGE=0, RUN=0, EARLY=early(q, b), EMULATE=not q.is_cuda,
+        B=block, SHORT=short is not None, PAGE=0, RUN=0, APART=0, EARLY=early(q, b), EMULATE=not q.is_cuda,
         launch_pdl=early(q, b), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse

@@ -46,6 +46,7 @@ def decode(
         q.contiguous(), *(part for store in words for part in store), *lacking, out, lse, batch.lengths - 1, None,
         batch.table.contiguous(), room if window is None else window, scaling, batch.table.shape[1], parts, most, least,
         **dense.sizes(hq // hk, hk, d), B=block, SHORT=short is not None, PAGE=places, RUN=keys.zero.stride(1),
-        EARLY=early(q, r), EMULATE=not q.is_cuda, launch_pdl=early(q, r), num_warps=warps, num_stages=stages,
+        APART=keys.zero.stride(0), EARLY=early(q, r), EMULATE=not q.is_cuda, launch_pdl=early(q, r), num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
     return merged(out, lse).to(q.dtype).unflatten(-1, (hq, d))
