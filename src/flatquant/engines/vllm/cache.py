@@ -131,7 +131,8 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
         new = slice(batch.num_actual_tokens)
         basis: PackedBasis = layer.flatquant
         keys, values = stores_of(kv_cache)
-        q, k, v = basis(query[new], key[new], value[new], _positions(batch))
+        at = positions(batch.query_start_loc, batch.seq_lens, batch.num_actual_tokens)
+        q, k, v = basis(query[new], key[new], value[new], at)
         slots = batch.slot_mapping[new]
         write(keys, k, slots)
         write(values, v, slots)
@@ -211,12 +212,15 @@ def _stored(codes: Any) -> Store:
     return Store(*(part[0].transpose(0, 1) for part in parts))
 
 
-def _positions(batch: PackedMetadata) -> Tensor:
-    """Of a batch's tokens in their requests.  # int64, (T,)"""
-    starts, lengths = batch.query_start_loc, batch.seq_lens
-    token = torch.arange(batch.num_actual_tokens, device=starts.device)
-    request = torch.searchsorted(starts[1:].contiguous(), token, right=True)
-    return (lengths[request] - starts[request + 1] + token).long()
+def positions(starts: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    """Of a batch's tokens in their requests; those that pad the batch have any.  # int64, (T,)
+
+    Args:
+        starts, lengths: vLLM's `query_start_loc`, (R + 1,), and `seq_lens`, (R,).
+    """
+    token = torch.arange(tokens, device=starts.device)
+    request = torch.searchsorted(starts[1:].contiguous(), token, right=True).clamp(max=len(lengths) - 1)
+    return (lengths[request] - starts[request + 1] + token).clamp(min=0).long()
 
 
 @register_backend(_NAME)

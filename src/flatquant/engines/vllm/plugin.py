@@ -376,10 +376,7 @@ def _positions(layer: str, tokens: int, device: torch.device) -> Tensor:
     if not metadata:
         return torch.zeros(tokens, dtype=torch.long, device=device)
     batch = metadata[layer]
-    starts, lengths = batch.query_start_loc.to(device), batch.seq_lens.to(device)
-    token = torch.arange(tokens, device=device)
-    request = torch.searchsorted(starts[1:].contiguous(), token, right=True).clamp(max=len(lengths) - 1)
-    return (lengths[request] - starts[request + 1] + token).clamp(min=0)
+    return cache.positions(batch.query_start_loc.to(device), batch.seq_lens.to(device), tokens)
 
 
 def _before_attention(layer: Attention, args: tuple) -> tuple:
