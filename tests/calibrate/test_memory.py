@@ -8,8 +8,9 @@ import pytest
 import torch
 from benchmarks.memory import Case, measured
 
-from flatquant.calibrate import memory, pipeline
-from flatquant.calibrate.memory import Estimate, Limits, estimate, free_host_bytes, parse_bytes, splits
+from flatquant.calibrate import pipeline
+from flatquant.calibrate.memory import Estimate, Limits, estimate, free_host_bytes, machine, parse_bytes, splits
+from flatquant.calibrate.memory.run import LIBRARIES
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, SpecError
@@ -31,7 +32,7 @@ def model():
 @pytest.fixture(autouse=True)
 def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimates that this process's other tests do not change."""
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(machine, "resident_bytes", lambda: 0)
 
 
 def counted(model, recipe: Recipe, device: str = "cpu", dtype: torch.dtype = torch.float32, **options) -> Estimate:
@@ -263,7 +264,7 @@ def test_the_copy_that_writes_texts_is_counted(tokenizer: Any) -> None:
     whole = sum(p.nbytes for p in model.parameters())
     with TensorBytes() as tensors:
         quantize(model, rtn("w4a16"), tokenizer=tokenizer, device="cpu", notice=told.append)
-    want = told[0].host - memory._LIBRARIES
+    want = told[0].host - LIBRARIES
     if tokenizer is None:
         assert want < 3 * whole
     else:
@@ -278,7 +279,7 @@ def test_blocks_are_recomputed_where_keeping_them_takes_over_a_third_of_what_is_
     roomy = counted(model, recipe)
     assert not roomy.recompute
     for free, recompute in ((3 * roomy.host, False), (3 * roomy.host - 3, True)):
-        monkeypatch.setattr(memory, "free_host_bytes", lambda free=free: free)
+        monkeypatch.setattr(machine, "free_host_bytes", lambda free=free: free)
         assert counted(model, recipe, limits=Limits()).recompute == recompute
     least = counted(model, recipe, limits=Limits(host=roomy.host - 1))  # a limit is there to be used
     assert least.recompute

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flatquant.calibrate import end2end, memory
+from flatquant.calibrate import end2end
+from flatquant.calibrate.memory import choose
 from flatquant.calibrate.pipeline import calibrate, check_room, resident_bytes
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, ModelError, SpecError
@@ -42,7 +43,7 @@ def test_kl_divergence_of_tokens() -> None:
 def test_an_end_to_end_fit_lowers_the_divergence(
     model, recompute: bool, weight_lr: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "SPENT_ON_SPEED", 1 << 60 if recompute else 1)
+    monkeypatch.setattr(choose, "SPENT_ON_SPEED", 1 << 60 if recompute else 1)
     spec = EndToEndSpec(steps=24, batch_size=4, lr=3e-3, clip_lr=3e-2, weight_lr=weight_lr)
     recipe = quick("w3a4kv4", samples=8, seqlen=16)
     with_it, _, report = calibrated(model, dataclasses.replace(recipe, end_to_end=spec))
@@ -81,7 +82,7 @@ def test_recomputing_blocks_changes_nothing(model, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(end2end, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
     models = []
     for share, recomputed in ((1, False), (1 << 60, True)):
-        monkeypatch.setattr(memory, "SPENT_ON_SPEED", share)
+        monkeypatch.setattr(choose, "SPENT_ON_SPEED", share)
         models.append(calibrated(model, recipe)[0])
         assert bool(calls) == recomputed
     assert same_bytes(*models)
