@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from flatquant import api, cli, distributed, recipes, store
-from flatquant.calibrate import end2end, pipeline
+from flatquant.calibrate import end2end
 from flatquant.calibrate.blockwise import Fitted
+from flatquant.calibrate.pipeline import fit as stage
 from flatquant.errors import CalibrationError, RankError
 from flatquant.evaluate.job import Evaluation
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, SolverSpec
@@ -297,7 +298,7 @@ class Trials:
         result: dict[str, tuple[list[int], str]] = {}
 
         def raises(error: Exception) -> Callable[[], None]:
-            original = pipeline.fit_blocks
+            original = stage.fit_blocks
 
             def patched(*blocks: Any, **options: Any) -> list[Fitted]:
                 if os.environ["RANK"] == "1":
@@ -305,7 +306,7 @@ class Trials:
                 return original(*blocks, **options)
 
             def patch() -> None:
-                pipeline.fit_blocks = patched  # type: ignore[assignment]
+                stage.fit_blocks = patched  # type: ignore[assignment]
 
             return patch
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 import flatquant
 from flatquant import recipes
-from flatquant.calibrate import blockwise, end2end, pipeline
+from flatquant.calibrate import blockwise, end2end
 from flatquant.calibrate.activations import OnHost, cyclic
 from flatquant.calibrate.blockwise import safer
 from flatquant.calibrate.optimise import Optimiser
 from flatquant.calibrate.state import RunState
+from flatquant.calibrate.witness import Witness
 from flatquant.errors import CalibrationError, FitWarning
 from flatquant.recipes import RECIPES
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Scheme
@@ -181,12 +182,11 @@ def test_no_loss_is_a_result(method: str) -> None:
 def batches_of(monkeypatch: pytest.MonkeyPatch, samples: int, batch: int, epochs: int, steps: int) -> list[list[int]]:
     """Which windows every step sees: those of a block-wise fit, then those of an end-to-end fit."""
     seen: list[list[int]] = []
-    original = pipeline.cyclic if hasattr(pipeline, "cyclic") else cyclic
 
     def watched(kept: Tensor, start: int, count: int) -> Tensor:
         if kept.shape[0] == samples:
-            seen.append(original(torch.arange(samples), start, count).tolist())
-        return original(kept, start, count)
+            seen.append(cyclic(torch.arange(samples), start, count).tolist())
+        return cyclic(kept, start, count)
 
     for module in (blockwise, end2end):
         monkeypatch.setattr(module, "cyclic", watched)
@@ -317,14 +317,14 @@ def test_a_fit_behind_plain_rounding_gives_way_to_it(name: str, stage: str, monk
 def test_windows_held_out_of_a_text_are_not_those_of_the_verdict(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 900)
     seen: list[Tensor] = []
-    begin = pipeline.Witness.begin
+    begin = Witness.begin
 
-    def noting(self: pipeline.Witness, *args: object) -> None:
+    def noting(self: Witness, *args: object) -> None:
         seen.append(self.windows)
         begin(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.Witness, "begin", noting)
+        patch.setattr(Witness, "begin", noting)
         result = flatquant.quantize(
             tiny_llama(), quick("w4", seqlen=256), tmp_path / "text.txt", tokenizer=tiny_tokenizer(), device="cpu"
         )

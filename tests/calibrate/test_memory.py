@@ -8,10 +8,9 @@ import pytest
 import torch
 from benchmarks.memory import Case, measured
 
-from flatquant.calibrate import pipeline
 from flatquant.calibrate.memory import Estimate, Limits, estimate, free_host_bytes, machine, parse_bytes, splits
 from flatquant.calibrate.memory.run import LIBRARIES
-from flatquant.calibrate.pipeline import calibrate
+from flatquant.calibrate.pipeline import calibrate, run
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, SpecError
 from flatquant.recipes import flatquant, rtn
@@ -349,8 +348,8 @@ def test_a_run_that_writes_its_text_is_told_the_memory_for_it() -> None:
 def test_a_run_that_is_laid_out_by_a_limit_says_so_and_keeps_to_it(model, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = quick("w4a4kv4", samples=64, seqlen=64)
     made: list[str] = []
-    real = pipeline.room
-    monkeypatch.setattr(pipeline, "room", lambda *args: made.append(args[3]) or real(*args))
+    real = run.room
+    monkeypatch.setattr(run, "room", lambda *args: made.append(args[3]) or real(*args))
     limit = counted(model, recipe).host - 1
     plain, _, _ = calibrated(model, recipe)
     less, _, _ = calibrated(model, recipe, limits=Limits(host=limit))

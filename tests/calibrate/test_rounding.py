@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flatquant import load, quantize
-from flatquant.calibrate import pipeline
-from flatquant.calibrate.pipeline import calibrate
+from flatquant.calibrate.memory import Estimate
+from flatquant.calibrate.pipeline import calibrate, solved_name
 from flatquant.calibrate.rounding import RoundingLinear
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError
@@ -117,7 +117,7 @@ def test_the_same_run_gives_the_same_integers_and_goes_on_after_a_stop(tmp_path:
     with pytest.raises(Stopped):
         run(model, recipe, state=RunState(tmp_path / "run", {}, resume=False), progress=stop)
     state = RunState(tmp_path / "run", {}, resume=True)
-    assert [state.has(pipeline.solved_name(i)) for i in range(3)] == [True, False, False]
+    assert [state.has(solved_name(i)) for i in range(3)] == [True, False, False]
     got, again = run(model, recipe, state=state)
     assert equal(integers(got), integers(want))
     assert [n["learned_rounding"] for n in again] == [n["learned_rounding"] for n in notes]
@@ -161,9 +161,7 @@ def test_steps_that_overflow_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_splits_of_a_batch_give_the_same_rounding_but_for_ties() -> None:
     model = tiny_llama(layers=1)
-    layout = pipeline.Estimate(
-        device=0, host=0, disk=0, place="device", windows=1, side_by_side=1, streamed=False, shared=True
-    )
+    layout = Estimate(device=0, host=0, disk=0, place="device", windows=1, side_by_side=1, streamed=False, shared=True)
     whole, _ = run(model, learning(rtn("w3a16")))
     parts, _ = run(model, learning(rtn("w3a16")), layout=layout)
     for name, values in integers(whole).items():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from flatquant.calibrate import pipeline
+from flatquant.calibrate.pipeline import fit as stage
 from flatquant.calibrate.state import RunState
 from flatquant.errors import ModelError, SpecError
 from flatquant.interchange import export_compressed, export_dense
@@ -121,13 +121,13 @@ def test_the_loss_falls_and_the_result_beats_rounding(scheme: str, models: int) 
 def test_blocks_are_fitted_on_what_quantised_blocks_give(monkeypatch: pytest.MonkeyPatch) -> None:
     original = family("llama", dtype=torch.float32, **SHAPES["gqa"])
     seen = []
-    fit_blocks = pipeline.fit_blocks
+    fit_blocks = stage.fit_blocks
 
     def record(blocks, *args, **kwargs):
         seen.extend((b.inputs.clone(), b.targets.clone()) for b in blocks)
         return fit_blocks(blocks, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "fit_blocks", record)
+    monkeypatch.setattr(stage, "fit_blocks", record)
     recipe = small(epochs=1, samples=4, seqlen=12)
     model, _, _ = calibrated(original, recipe)
     tokens = tokens_for(original, 4, 12, seed=1)
@@ -224,13 +224,13 @@ def test_two_bit_weights_also_mind_the_original_on_quantised_inputs(monkeypatch:
     assert not small("w3a16").fit.both_targets  # type: ignore[union-attr]
     original = family("llama", dtype=torch.float32, **SHAPES["gqa"])
     seen = []
-    fit_blocks = pipeline.fit_blocks
+    fit_blocks = stage.fit_blocks
 
     def record(blocks, *args, **kwargs):
         seen.extend((b.inputs.clone(), b.targets.clone(), b.second.clone()) for b in blocks)
         return fit_blocks(blocks, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "fit_blocks", record)
+    monkeypatch.setattr(stage, "fit_blocks", record)
     recipe = small("w2a16", epochs=2, samples=4, seqlen=12)
     _, _, report = calibrated(original, recipe)
     inputs, targets, second = seen[0]
