@@ -69,7 +69,8 @@ def test_blocks_fitted_side_by_side_end_as_they_would_alone(model) -> None:
 def test_an_end_to_end_fit_that_has_no_room_is_refused(model) -> None:
     blocks = list(model.model.layers)
     weights = sum(p.numel() for block in blocks for p in block.parameters())
-    frozen, trained = (resident_bytes(blocks, EndToEndSpec(steps=1, weight_lr=rate), "full") for rate in (0.0, 1e-4))
+    specs = (EndToEndSpec(steps=1, weight_lr=rate) for rate in (0.0, 1e-4))
+    frozen, trained = (resident_bytes(blocks, spec, "full", torch.float32) for spec in specs)
     assert (frozen, trained) == (4 * weights, 16 * weights)
     check_room(trained, trained)
     with pytest.raises(CalibrationError, match=r"32\.0 GiB, and 8\.0 GiB are free; use --preset reference"):

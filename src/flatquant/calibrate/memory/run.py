@@ -175,6 +175,7 @@ class Count:
             gradients = held.gradient * weights
             if held.moments and not held.gradient:  # of one site at a time, or of all where they add up
                 gradients = 2 * (weights if windows < self.end_to_end.batch_size else s.largest)
+                gradients += 4 * s.largest * (distributed.size() > 1)  # ranks sum it in float32
             # Where the model ends, with both moments; where its backward pass does, with gradients as well.
             top = self.step.copies.logits * tokens * self.vocab + left
             bottom = gradients + max(kept) + self.step.made(s)

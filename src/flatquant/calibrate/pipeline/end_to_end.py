@@ -77,15 +77,17 @@ def fit_whole(
 
 
 def resident_bytes(
-    blocks: list[nn.Module], spec: EndToEndSpec, memory: FitMemory, grid: QuantSpec | None = None
+    blocks: list[nn.Module], spec: EndToEndSpec, memory: FitMemory, dtype: torch.dtype, grid: QuantSpec | None = None
 ) -> int:
     """What an end-to-end fit keeps on the device besides activations: weights; trained, with gradient and moments.
 
     A weight whose code a fit chooses has a position that trains.
+
+    Args:
+        dtype: the model's.
     """
     parameters = [p for block in blocks for p in block.parameters()]
     weights, codes = sum(p.numel() for p in parameters), grid is not None and grid.is_fitted
-    dtype = parameters[0].dtype
     held = WeightBytes.of(spec, memory, dtype)
     return int(weights * (held.stored + held.moments + held.gradient + 16 * codes))
 

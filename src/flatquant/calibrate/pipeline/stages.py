@@ -135,7 +135,7 @@ def _stages(run: Run) -> Report:
         torch.cuda.reset_peak_memory_stats(run.device)
         if run.end_to_end is not None:
             check_room(
-                resident_bytes(run.blocks, run.end_to_end, run.memory, run.recipe.scheme.weights),
+                resident_bytes(run.blocks, run.end_to_end, run.memory, run.model_dtype, run.recipe.scheme.weights),
                 torch.cuda.mem_get_info(run.device)[0],
             )
     seams.use_attention(run.model, run.plan.attention)
