@@ -372,5 +372,8 @@ def test_the_option_changes_how_weights_are_held() -> None:
     assert made.end_to_end.memory == "compact"
     with pytest.raises(SpecError, match="'small' is not one of 'full', 'compact', 'transforms', 'auto'"):
         recipe_of("flatquant", *arguments, weight_memory="small")
-    with pytest.raises(SpecError, match="no end-to-end fit: leave out --weight-memory"):
-        recipe_of("rtn", "w4a4", "reference", *arguments[2:], weight_memory="compact")
+    for preset, hint in (("reference", ", or take --preset best"), ("quick", ", or take --preset best")):
+        with pytest.raises(SpecError, match=f"trains no weights end to end: leave out --weight-memory{hint}$"):
+            recipe_of("flatquant", "w4a4", preset, *arguments[2:], weight_memory="compact")
+    with pytest.raises(SpecError, match=r"of rtn trains no weights end to end: leave out --weight-memory$"):
+        recipe_of("rtn", "w4a4", "best", *arguments[2:], weight_memory="compact")
