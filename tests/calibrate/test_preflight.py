@@ -192,7 +192,8 @@ def test_a_wrong_description_is_named_by_its_edge(
     name: str, site: str, change: Callable[[Arch], Arch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described(monkeypatch, change)
-    fails(tiny_family(name), rf"^preflight, block 0: {site}: .* moves the block's output by [\d.]+.*wiring/archs does not")
+    said = rf"^preflight, block 0: {site}: .* moves the block's output by [\d.]+.*wiring/archs does not describe"
+    fails(tiny_family(name), said)
 
 
 def test_a_writer_s_bias_left_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
