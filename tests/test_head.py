@@ -71,7 +71,9 @@ def test_a_model_has_a_rounded_layer_and_its_embeddings(name: str, tied: bool, t
     assert plan.head.tied == (head_of(original).weight is embeddings_of(original))
     assert torch.equal(embeddings_of(model), embeddings_of(original))
     ids = tokens_for(model, 2, 9)
-    torch.testing.assert_close(logits_of(model, ids), logits_of(rounded(original), ids), rtol=1e-5, atol=1e-5)
+    want = rounded(original)
+    want.set_attn_implementation("eager")  # older versions of transformers choose one that forgets Gemma 2's cap
+    torch.testing.assert_close(logits_of(model, ids), logits_of(want, ids), rtol=1e-5, atol=1e-5)
     loaded = reloaded(model, plan, recipes.rtn(ALONE), tmp_path / "out")
     assert isinstance(head_of(loaded), PackedLinear)
     assert not loaded.config.tie_word_embeddings
@@ -120,6 +122,7 @@ def test_the_verdict_measures_the_model_that_is_served(name: str, recipe: Any, t
     given = tokens_for(model, recipe.data.samples, recipe.data.seqlen, seed=1) if recipe.needs_data else None
     result = flatquant.quantize(copy.deepcopy(model), recipe, given, output=tmp_path / "out", held_out=held)
     assert result.verdict is not None
+    model.set_attn_implementation("eager")  # as above
     want = logits_of(model, held)
     assert result.verdict["kl"] == pytest.approx(divergence(want, logits_of(result.model, held)), rel=1e-3, abs=1e-6)
     assert result.verdict["packed"]["equal"]
