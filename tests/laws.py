@@ -321,3 +321,14 @@ def same_bytes(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return left.keys() == right.keys() and all(
         left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
     )
+
+
+def aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with every tensor at the beginning of memory of its own.
+
+    transformers' tensors lie in the memory of a file, and the last bits of some of torch's products (with a gate of one
+    row, say) depend on where a weight begins.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
