@@ -65,9 +65,9 @@ def test_an_end_to_end_fit_is_that_of_one_rank_but_for_the_order_of_sums(place: 
     assert len(far) == 6
     for name, steps in far.items():
         # The second loss has the first update in it. Later a weight may round the other way. A gradient in bfloat16
-        # has other last bits if ranks sum it: a thousandth of a step.
+        # has other last bits if ranks sum it.
         assert steps[0] < 1e-5, name
-        assert steps[1] < (1e-3 if "compact" in name else 1e-5), name
+        assert steps[1] < (1e-4 if "compact" in name else 1e-5), name
         assert max(steps) < 0.2, name
 
 
