@@ -116,9 +116,8 @@ def _write_converted(file: Path, folder: Path) -> None:
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    stored = dict(model.named_parameters())  # of tied ones, the first alone
-    stored |= {name: t for name, t in model.state_dict().items() if name in dict(model.named_buffers())}
-    save_file(
-        {name: t.detach().contiguous() for name, t in stored.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    parameters = dict(model.named_parameters())  # of tied ones, the first alone
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
+    stored = {name: t.contiguous() for name, t in model.state_dict().items() if name not in tied}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folder)
