@@ -24,9 +24,8 @@ from flatquant.qtensor import QTensor
 from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.spec import QuantSpec
 
-_TOGETHER = (
-    1 << 26
-)  # bytes of experts' stored weights that are numbers at a time: those of 4 bits take eight times as many
+# Bytes of experts' stored weights that are numbers at a time: those of 4 bits take eight times as many.
+_TOGETHER = 1 << 26
 _State = tuple[int, int]  # of a tensor: how often it was changed in place, and where its numbers lie
 
 

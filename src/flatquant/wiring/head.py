@@ -53,13 +53,14 @@ def round_head(model: PreTrainedModel, head: HeadPlan, device: torch.device) -> 
     output = submodule(model, head.path)
     assert isinstance(output, nn.Linear)
     grid = WeightGrid(head.weights)
-    parts = [grid.nearest(rows.to(device).float()) for rows in output.weight.detach().split(ROWS)]
     home = output.weight.device
-    state = {"values": torch.cat([part.values for part in parts]), "scale": torch.cat([part.scale for part in parts])}
+    parts = (grid.nearest(rows.to(device).float()) for rows in output.weight.detach().split(ROWS))
+    values, scales = zip(*((part.values.to(home), part.scale.to(home)) for part in parts), strict=True)
+    state = {"values": torch.cat(values), "scale": torch.cat(scales)}
     if output.bias is not None:
         state["bias"] = output.bias.detach()
     install_head(model, head, packed=False)
     rounded = submodule(model, head.path)
     assert isinstance(rounded, FrozenLinear)
-    rounded.load_state_dict({name: tensor.to(home) for name, tensor in state.items()}, assign=True)
+    rounded.load_state_dict(state, assign=True)
     model.config.tie_word_embeddings = False
