@@ -57,7 +57,7 @@ def varied(model: Any, windows: torch.Tensor, rate: float, generator: torch.Gene
     return torch.cat(out)
 
 
-def recipe(steps: int, model: Any) -> Recipe:
+def recipe(steps: int) -> Recipe:
     best = flatquant("w4a4kv4", "best")
     assert best.fit is not None
     assert best.end_to_end is not None
@@ -115,7 +115,7 @@ def main() -> None:
         start = time.perf_counter()
         _, report = calibrate(
             quantised,
-            recipe(2 if args.tiny else args.steps, model),
+            recipe(2 if args.tiny else args.steps),
             tokens,
             device=torch.device(args.device),
             dtype=torch.float16 if args.device == "cuda" else torch.float32,
