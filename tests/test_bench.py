@@ -14,6 +14,7 @@ from flatquant.cli import app
 from flatquant.errors import SpecError
 from flatquant.ops import int4_linear, int8_linear, kron_quantize, kv_cache
 from flatquant.runtime import fused
+from flatquant.runtime.linear import PackedLinear
 
 CPU = torch.device("cpu")
 
@@ -211,6 +212,15 @@ def test_the_command() -> None:
         assert any(part in done.stderr for part in message.split("|"))
     with pytest.raises(SpecError, match="known: llama-2-7b"):
         bench.config_of("gpt-5")
+
+
+def test_random_weights_have_a_mean_of_zero() -> None:
+    """A mean of half a step would add up over a token's channels, and one token's error be half of all."""
+    model = bench.packed_model(bench.config_of("tiny"), CPU)
+    packed = [m.qweight().values for m in model.modules() if isinstance(m, PackedLinear)]
+    values = torch.cat([p.flatten() for p in packed]).double()
+    assert values.mean().abs() <= 4 * values.std() / len(values) ** 0.5
+    assert (values.min(), values.max()) == (-7, 7)
 
 
 def _swapped(block: fused.Block) -> fused.Block:
