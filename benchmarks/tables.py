@@ -329,16 +329,16 @@ def attention() -> list[str]:
     return lines
 
 
-def whole_models() -> list[str]:
+def whole_models(shapes: dict[str, str], *files: str) -> list[str]:
     """Prefill and decoding of whole models: milliseconds, and how many times faster than bfloat16."""
     lines = ["| | sequences | bfloat16, ms | packed, ms | times faster |", "|---" * 5 + "|"]
-    for shape, label in SHAPES.items():
-        for row in _runtime_rows(shape):
-            if row["what"].endswith("kronecker"):
-                part = "prefill" if "prefill" in row["what"] else "decode"
-                sequences = 1 if part == "prefill" else row["tokens"]
-                times = f"{row['baseline_ms']:.2f} | {row['ms']:.2f} | {row['ratio']:.2f}"
-                lines.append(f"| {label}, {part} | {sequences} | {times} |")
+    rows = [row for file in files for row in read(file)["samples"] if row["what"].endswith("kronecker")]
+    for shape, label in shapes.items():
+        for row in (row for row in rows if row["what"].startswith(f"{shape} ")):
+            part = "prefill" if "prefill" in row["what"] else "decode"
+            sequences = 1 if part == "prefill" else row["tokens"]
+            times = f"{row['baseline_ms']:.2f} | {row['ms']:.2f} | {row['ratio']:.2f}"
+            lines.append(f"| {label}, {part} | {sequences} | {times} |")
     return lines
 
 
@@ -370,14 +370,68 @@ def _without_transforms(shape: str, row: dict[str, Any]) -> float:
     return row["baseline_ms"] / (row["ms"] - 32 * (sites - moved) / 1e3)
 
 
-def memory() -> list[str]:
+def memory(shapes: dict[str, str], *files: str) -> list[str]:
     """Bytes of weights and cache."""
     lines = ["| | weights, GiB | of bfloat16 | cache of 2,048 tokens, GiB | of bfloat16 |", "|---" * 5 + "|"]
-    for shape, m in read("runtime-h100")["metrics"]["memory"].items():
+    measured = {shape: m for file in files for shape, m in read(file)["metrics"]["memory"].items()}
+    for shape, label in shapes.items():
+        m = measured[shape]
         weights = f"{m['weights'] / 2**30:.2f} | {m['weights'] / m['bf16_weights']:.2f}"
         cache = f"{m['cache'] / 2**30:.2f} | {m['cache'] / m['bf16_cache']:.2f}"
-        lines.append(f"| {SHAPES[shape]} | {weights} | {cache} |")
+        lines.append(f"| {label} | {weights} | {cache} |")
     return lines
+
+
+def bounded_memory() -> list[str]:
+    """`best` by how its weights are held: KL divergence on every text, and the share of its gain that is lost."""
+    metrics = read("bounded-memory-smollm2-135m")["metrics"]
+    texts = list(metrics["rows"]["rtn/w4a4kv4"]["kl"])
+    head = [
+        "weights",
+        *(f"KL, {TEXTS[t]}" for t in texts),
+        "WikiText-2",
+        "C4",
+        "gain over `reference` lost",
+        "peak, GB",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = {"`reference`": metrics["rows"]["reference/w4a4kv4"]}
+    rows |= {f"`best`, {name}": row for name, row in metrics["memories"]["w4a4kv4"].items()}
+    for name, row in rows.items():
+        lost = ", ".join(f"{share:.0%}" for share in row["lost"]["reference"].values()) if "lost" in row else "-"
+        cells = [f"{row['kl'][t]:.3f}" for t in texts] + [f"{row['perplexity'][t]:.2f}" for t in NAMED]
+        lines.append(f"| {name} | {' | '.join(cells)} | {lost} | {row['peak_bytes'] / 1e9:.1f} |")
+    return lines
+
+
+def latent() -> list[str]:
+    """Two blocks of DeepSeek-V3's shape: milliseconds of each before and after, and bytes of its cache."""
+    (run,) = read("latent-h200")["samples"]
+    lines = ["| | a prompt, ms: dense, experts | a token, ms: dense, experts | cache, MB |", "|---" * 4 + "|"]
+    names = {
+        "original": "bfloat16",
+        "packed": "packed, experts in one product",
+        "one_after_another": "packed, one by one",
+    }
+    for key, name in names.items():
+        cells = [", ".join(f"{ms:.1f}" for ms in run[key][what]) for what in ("prompt_ms", "token_ms")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {run[key]['cache_bytes'] / 1e6:.2f} |")
+    return lines
+
+
+def latent_fit() -> list[str]:
+    """What the fit of the block with experts took, by the plan's rates and measured."""
+    (run,) = read("latent-h200")["samples"]
+    found = read("plan-671b")["metrics"]
+    tokens, steps = run["samples"] * run["seqlen"], run["samples"] // 4
+    (dense, experts), rates = found["blocks"], found["rates"]
+    weights = run["weights"] - dense["weights"]
+    planned = run["epochs"] * (tokens * experts["passed"] * rates["token"] + steps * weights * rates["step"])
+    peak, told = run["peak_device_bytes"] / 1e9, run["estimate"]["device"] / 1e9
+    return [
+        f"The fit of the block with {run['experts']} experts took {run['fits'][-1]:.1f} s; the plan's rates, "
+        f"of an H100, give {planned:.1f} s. Its peak was {peak:.0f} GB, where the estimate said {told:.0f} GB."
+    ]
 
 
 def plan() -> list[str]:
@@ -435,6 +489,12 @@ def plan_bytes() -> list[str]:
 
 
 SHAPES = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B"}
+NEWER = {
+    "qwen3-8b": "Qwen3-8B",
+    "qwen3-8b-head8": "Qwen3-8B, output layer in 8 bits",
+    "llama-3-8b-head8": "Llama-3-8B, output layer in 8 bits",
+    "gemma-3-1b": "Gemma 3 1B",
+}
 _PARTS = {  # of a block, by what their kernels' names begin with
     "products": ("nvjet", "_vector", "_few"),
     "weights to float8": ("_expand",),
@@ -542,22 +602,26 @@ def ladder(prefix: str, seconds: bool) -> list[str]:
 
 def fp4() -> list[str]:
     """Formats in blocks, by rung: perplexity, KL divergence, and how much of plain rounding's divergence is gone."""
-    head = ["model, scheme", "rung", *TEXTS.values(), *(f"KL, {text}" for text in TEXTS.values())]
+    named = [text if t in NAMED else f"{text}, times 16 bits" for t, text in TEXTS.items()]
+    head = ["model, scheme", "rung", *named, *(f"KL, {text}" for text in TEXTS.values())]
     head += ["less KL than rtn", "seconds", "peak, GB"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for model in LADDER:
         rows: dict[str, Any] = {}
         for file in sorted(RESULTS.glob(f"fp4*-{model}.json")):  # processes that shared no disk wrote one each
-            rows |= read(file.stem)["metrics"]["rows"]
+            found = read(file.stem)["metrics"]["rows"]
+            for name, row in found.items():  # compared with what was measured on the same texts
+                rows[name] = row | {"plain": found.get(f"rtn/{name.rpartition('/')[2]}", row)}
         for name, row in sorted(rows.items(), key=lambda item: item[0].rpartition("/")[2]):
             rung, _, scheme = name.rpartition("/")
             where = f"| {model}, `{scheme.removesuffix('kv16')}` | `{rung}` |"
             if "error" in row:
                 lines.append(f"{where} {row['error']} |{' |' * (len(head) - 3)}")
                 continue
-            plain, texts = rows.get(f"rtn/{scheme}", row)["kl"], [text for text in TEXTS if text in row["kl"]]
+            plain, texts = row["plain"]["kl"], [text for text in TEXTS if text in row["kl"]]
             less = statistics.mean(1 - row["kl"][text] / plain[text] for text in texts)
-            cells = [f"{row['perplexity'][t]:.2f}" if t in texts else "-" for t in TEXTS]
+            sizes = {t: row["perplexity"][t] / (1.0 if t in NAMED else row["original"][t]) for t in texts}
+            cells = [f"{sizes[t]:.2f}" if t in texts else "-" for t in TEXTS]
             cells += [f"{row['kl'][t]:.3f}" if t in texts else "-" for t in TEXTS]
             peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
             cells += [f"{less:.0%}", f"{row['seconds']:.0f}", peak]
@@ -623,9 +687,14 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "third_site": third_site,
     "few_tokens": few_tokens,
     "attention": attention,
-    "whole_models": whole_models,
+    "whole_models": partial(whole_models, SHAPES, "runtime-h100"),
+    "newer_models": partial(whole_models, NEWER, "runtime-qwen3-h200", "runtime-heads-h200"),
     "transforms_cost": transforms_cost,
-    "memory": memory,
+    "memory": partial(memory, SHAPES, "runtime-h100"),
+    "newer_memory": partial(memory, NEWER, "runtime-qwen3-h200", "runtime-heads-h200"),
+    "bounded_memory": bounded_memory,
+    "latent": latent,
+    "latent_fit": latent_fit,
     "plan": plan,
     "plan_hours": plan_hours,
     "plan_memory": plan_memory,
