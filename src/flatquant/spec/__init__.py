@@ -4,7 +4,7 @@ Every object here is a frozen, keyword-only dataclass that validates itself once
 dictionaries (`to_dict`, `from_dict`). Nothing here imports torch: a recipe can be written, read and compared on a
 machine that has none. Three layers:
 
-- `grids`: *what one grid looks like*, `QuantSpec`; *which grids a model gets*, `Scheme`;
+- `grids`: *what one grid looks like*, `QuantSpec`; `scheme`: *which grids a model gets*, `Scheme`;
 - `parts`: *what a method is made of*, `TransformSpec`, `FitSpec`, `EndToEndSpec`, `SolverSpec`, `DataSpec`; `recipe`
   joins them in `Recipe`;
 - `plans`: *what sits where in one concrete model*, `SitePlan`, `BlockPlan`, `HeadPlan`, `Plan` - all that serving
@@ -21,7 +21,6 @@ from flatquant.spec.grids import (
     Clip,
     HeadGrids,
     QuantSpec,
-    Scheme,
     SiteBits,
 )
 from flatquant.spec.parts import (
@@ -48,6 +47,7 @@ from flatquant.spec.plans import (
     is_experts,
 )
 from flatquant.spec.recipe import DATA_STARTS, LARGEST_SEED, Recipe
+from flatquant.spec.scheme import Scheme
 
 __all__ = [
     "CLIP_STARTS",

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from flatquant import formats
 from flatquant.spec.convert import check
-from flatquant.spec.grids import CUT_SITES, SITES, Scheme
+from flatquant.spec.grids import CUT_SITES, SITES
 from flatquant.spec.parts import BranchSpec, DataSpec, EndToEndSpec, FitSpec, SolverSpec, Transforms
+from flatquant.spec.scheme import Scheme
 
 LARGEST_SEED = 2**32 - 1  # that goes with everything that draws numbers
 # Where transforms start that need calibration text for it.
