@@ -42,6 +42,31 @@ def round_half_even(r):
 
 
 @triton.jit
+def covering(low, high, LEVELS: tl.constexpr):
+    """A range that holds 0, or [-1, 1] for an empty one, and the scale of the integers 0 .. LEVELS on it."""
+    empty = low == high
+    low = tl.where(empty, -1.0, low)
+    high = tl.where(empty, 1.0, high)
+    return low, high, tl.div_rn(high - low, tl.full(high.shape, LEVELS, tl.float32))
+
+
+@triton.jit
+def ratio(x, scale):
+    """x / scale as it is rounded by a division, which is many more instructions.  # (R, C), (R,)
+
+    With the rounded inverse of a divisor, the remainder of an approximate quotient corrects it to the nearest one
+    (Markstein, IBM J. Res. Dev. 34, 1990). A power of two keeps the inverse, and the remainder's last bits, among the
+    numbers that float32 has.
+    """
+    power = tl.where(scale < 2.0**-60, 2.0**66, 1.0)
+    x, scale = x * power[:, None], scale * power
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
+    near = x * inverse
+    rest = tl.fma(-near, tl.broadcast_to(scale[:, None], x.shape), x)
+    return tl.fma(rest, tl.broadcast_to(inverse, x.shape), near)
+
+
+@triton.jit
 def wait(EARLY: tl.constexpr):
     """Let the next kernel be launched, and wait for the one before; before this, constants alone may be read."""
     if EARLY:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.kv_cache.reference import Appended, Heads, Shortage, Store
-from flatquant.ops.triton import MAGIC, early, on_device, round_half_even, wait
+from flatquant.ops.triton import MAGIC, covering, early, on_device, ratio, round_half_even, wait
 
 _PROGRAMS = 528  # of prompts that an H100 does in two turns
 
@@ -26,29 +26,10 @@ def _grid(x, low_ratio, high_ratio):
     """Scale, zero point and integers of rows, 0 to 15.  # x: (R, C)"""
     low = tl.minimum(tl.min(x, axis=1), 0.0) * low_ratio
     high = tl.maximum(tl.max(x, axis=1), 0.0) * high_ratio
-    empty = low == high
-    low = tl.where(empty, -1.0, low)
-    high = tl.where(empty, 1.0, high)
-    scale = tl.div_rn(high - low, tl.full(high.shape, 15.0, tl.float32))
+    low, high, scale = covering(low, high, 15.0)
     zero = round_half_even(tl.div_rn(-low, scale))
-    q = round_half_even(_ratio(x, scale)) + zero[:, None]
+    q = round_half_even(ratio(x, scale)) + zero[:, None]
     return scale, zero, tl.minimum(tl.maximum(q, 0.0), 15.0)
-
-
-@triton.jit
-def _ratio(x, scale):
-    """x / scale as it is rounded by a division, which is many more instructions.  # (R, C), (R,)
-
-    With the rounded inverse of a divisor, the remainder of an approximate quotient corrects it to the nearest one
-    (Markstein, IBM J. Res. Dev. 34, 1990). A power of two keeps the inverse, and the remainder's last bits, among the
-    numbers that float32 has.
-    """
-    power = tl.where(scale < 2.0**-60, 2.0**66, 1.0)
-    x, scale = x * power[:, None], scale * power
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
-    near = x * inverse
-    rest = tl.fma(-near, tl.broadcast_to(scale[:, None], x.shape), x)
-    return tl.fma(rest, tl.broadcast_to(inverse, x.shape), near)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.quantize.reference import EPS
-from flatquant.ops.triton import on_device, round_half_even
+from flatquant.ops.triton import covering, on_device, round_half_even
 
 _TILE = 2048  # elements a program holds, where rows are short
 
@@ -44,10 +44,7 @@ def _grid(x, columns, low_ratio, high_ratio, EPS: tl.constexpr, LEVELS: tl.const
         scale = tl.where(scale > 0, scale, 1.0)
         zero = tl.zeros(scale.shape, tl.float32)
     else:
-        empty = low == high
-        low = tl.where(empty, -1.0, low)
-        high = tl.where(empty, 1.0, high)
-        scale = tl.div_rn(high - low, tl.full(high.shape, LEVELS, tl.float32))
+        low, high, scale = covering(low, high, LEVELS)
         zero = _round(tl.div_rn(-low, scale))
     return x_min, x_max, low, high, scale, zero
 
