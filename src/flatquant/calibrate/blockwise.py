@@ -20,9 +20,9 @@ from torch import Tensor
 
 from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.capture import BlockCall
-from flatquant.calibrate.optimise import Optimiser
+from flatquant.calibrate.optimise import Optimiser, rates_of
 from flatquant.errors import CalibrationError, FitWarning
-from flatquant.modules import Bounded, Group, Scheduled
+from flatquant.modules import Bounded, Scheduled
 from flatquant.spec import FitSpec
 from flatquant.transforms import shared_inverses
 from flatquant.wiring.fitted import FitBlock
@@ -305,11 +305,7 @@ def _optimiser(block: BlockFit, spec: FitSpec, dtype: torch.dtype, graph: bool, 
         loss = _loss(fit, call, dtype, windows, x, *targets)
         return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny), loss  # no error: nothing to learn, not NaN
 
-    rates: dict[Group, float] = {
-        "transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "rotation": spec.rotation_lr,
-        "code": spec.code_lr, "weight": spec.weight_lr,
-    }  # fmt: skip
-    floors: dict[Group, float] = {g: spec.final_lr * (spec.lr if g == "clip" else rate) for g, rate in rates.items()}
+    rates, floors = rates_of(spec)
     return Optimiser(
         fit.parameters(),
         rates,

@@ -29,9 +29,9 @@ from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.blockwise import UNDONE, autocast, grown, named, safer, wide
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.memory import splits
-from flatquant.calibrate.optimise import Optimiser
+from flatquant.calibrate.optimise import Optimiser, rates_of
 from flatquant.errors import CalibrationError, FitWarning
-from flatquant.modules import Bounded, Group, trainable_parameters
+from flatquant.modules import Bounded, trainable_parameters
 from flatquant.ops.divergence import kl_rows
 from flatquant.spec import EndToEndSpec, FitMemory
 from flatquant.transforms import shared_inverses
@@ -157,19 +157,11 @@ def fit_end_to_end(
         return loss * (_SHARES[spec.objective] * x.shape[0] * x.shape[1]), loss
 
     ours = distributed.share(spec.batch_size)  # windows of a batch
-    rates: dict[Group, float] = {
-        "transform": spec.lr,
-        "scale": spec.lr,
-        "clip": spec.clip_lr,
-        "weight": spec.weight_lr,
-        "code": spec.code_lr,
-        # A rotation's step does depend on the size of gradients: its rate undoes the sum.
-        "rotation": spec.rotation_lr / (_SHARES[spec.objective] * spec.batch_size * inputs.shape[1]),
-    }
+    rates, floors = rates_of(spec, _SHARES[spec.objective] * spec.batch_size * inputs.shape[1])
     optimiser = Optimiser(
         parameters,
         rates,
-        floors={g: spec.final_lr * (spec.lr if g == "clip" else rate) for g, rate in rates.items()},
+        floors=floors,
         steps=spec.steps,
         eps=spec.eps,
         loss_fn=loss_fn,

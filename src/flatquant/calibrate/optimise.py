@@ -16,7 +16,6 @@ gradients came before the first that is not finite have moved.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +28,9 @@ from torch import Tensor, nn
 from flatquant import distributed
 from flatquant.calibrate.cayley import CayleySGD
 from flatquant.calibrate.consuming import ConsumingAdam
+from flatquant.calibrate.deterministic import NoSuchKernel, deterministic
 from flatquant.modules import Bounded, Group
+from flatquant.spec import EndToEndSpec, FitSpec
 
 _foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 
@@ -74,24 +75,17 @@ class SignSGD(torch.optim.Optimizer):
                     p.sub_(p.grad.sign() * lr)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Choose kernels that give the same bits every time; attention's backward pass on CUDA has others.
+def rates_of(spec: FitSpec | EndToEndSpec, summed: float = 1.0) -> tuple[dict[Group, float], dict[Group, float]]:
+    """Learning rates by group, at the start and at the end.
 
-    Raises:
-        RuntimeError: torch meets an operation that has no such kernel.
+    Args:
+        summed: what gradients are multiplied by. A rotation's step depends on their size: its rate undoes that.
     """
-    # torch asks for this of cuBLAS, whose workspaces it could share between streams.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009 - a property pyright misses
-    torch.use_deterministic_algorithms(True)
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)  # noqa: B010
+    rates: dict[Group, float] = {
+        "transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "rotation": spec.rotation_lr / summed,
+        "code": spec.code_lr, "weight": spec.weight_lr,
+    }  # fmt: skip
+    return rates, {g: spec.final_lr * (spec.lr if g == "clip" else rate) for g, rate in rates.items()}
 
 
 class GraphRecorder:
@@ -279,10 +273,7 @@ class Optimiser:
                         self._forget_gradients()
                         self.rehearsed = True
                     return self._gradients(*batch)
-            except RuntimeError as error:
-                if "deterministic" not in str(error):
-                    raise
-                # A family may use an operation without such a kernel: fit it all the same. The first step shows it.
+            except NoSuchKernel:  # fit the family all the same; the first step shows it
                 self.reproducible = False
                 self._forget_gradients()
         return self._gradients(*batch)
@@ -450,10 +441,8 @@ def _difference(loss: Tensor, got: Tensor, norms: Tensor, got_norms: Tensor) -> 
     if len(got_norms) != len(norms):
         return f"it has {len(got_norms)} gradients, not {len(norms)}"
     finite = torch.isfinite(norms)
-    off, largest = (
-        (got_norms - norms)[finite].abs(),
-        norms[finite].amax() if bool(finite.any()) else norms.new_zeros(()),
-    )
+    off = (got_norms - norms)[finite].abs()
+    largest = norms[finite].amax() if bool(finite.any()) else norms.new_zeros(())
     if not bool((off <= SAME_NORMS * largest).all()):
         return f"a gradient's norm is off by {float(off.max()):.3g}, and the largest norm is {float(largest):.3g}"
     return ""

@@ -1,0 +1,37 @@
+"""Kernels that give the same bits every time, where torch has them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class NoSuchKernel(RuntimeError):
+    """An operation that torch has no deterministic kernel of."""
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Choose kernels that give the same bits every time; attention's backward pass on CUDA has others.
+
+    Raises:
+        NoSuchKernel: torch meets an operation that has none; a family may use one.
+    """
+    # torch asks for this of cuBLAS, whose workspaces it could share between streams.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009 - a property pyright misses
+    torch.use_deterministic_algorithms(True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" in str(error):
+            raise NoSuchKernel from error
+        raise
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)  # noqa: B010
