@@ -9,11 +9,10 @@ Every row is measured on the folder that was written and read back, not on what 
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,27 +23,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import __version__, api, evaluate, store
+from flatquant.calibrate.memory import forget_peak, peak_bytes, release
 from flatquant.data import evaluation_windows
 from flatquant.errors import FlatQuantError, SpecError
 from flatquant.models import load_model
 from flatquant.progress import Progress
 from flatquant.recipes import RECIPES, recipe
+from flatquant.report import comparison
 from flatquant.runtime import artifact
 from flatquant.spec import Recipe, Scheme
 from flatquant.wiring.arch import Geometry, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.cost import online_flops
-
-_COLUMNS = (
-    ("top-1", "top1", "{:.1%}"),
-    ("seconds", "seconds", "{:,.0f}"),
-    ("peak memory, MB", "peak_bytes", "{:,.0f}"),
-    ("bits per weight", "bits_per_weight", "{:.2f}"),
-    ("online FLOPs per token", "online_flops_per_token", "{:,.0f}"),
-    ("bytes per token, MB", "bytes_per_token", "{:,.2f}"),
-    ("KV bytes per token", "kv_bytes_per_token", "{:,.0f}"),
-)
-_MEGA = ("peak_bytes", "bytes_per_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +122,7 @@ def run(
     if not methods or not names:
         raise SpecError("nothing to compare; name at least one method and one scheme")
     if plot:
-        _matplotlib()
+        comparison.figure()
     with _claimed(output, settings.identity()):
         return _rows(Bench(settings, output, say), methods, names, output, plot)
 
@@ -274,7 +264,7 @@ class Bench:
         self.texts  # noqa: B018 - one that is missing or too short is an error before minutes are spent
         settings, label = self.settings, f"{parts.name} {parts.scheme}"
         folder = self.output / "models" / f"{parts.name}-{str(parts.scheme).replace(',', '+')}"
-        _reset_peak(self.device)
+        forget_peak(self.device)
         model, tokenizer = self._load()
         made = api.quantize(
             model,
@@ -289,7 +279,7 @@ class Bench:
             progress=lambda stage, done, total: self.say(f"{label}: {stage}", done, total),
             verdict=settings.verdict,  # every row is measured on test text too
         )
-        peak = _peak(self.device)
+        peak = peak_bytes(self.device)
         found = artifact.inspect(folder)
         timing = made.report["timing"]
         row = {
@@ -306,12 +296,12 @@ class Bench:
             "content_hash": found.content_hash,
         }
         del model, made
-        _free()
+        release(self.device)
         model = artifact.load(folder, device=self.device, dtype=self.dtype)
         quality = {**self._divergence(model, label), **self._tasks(model, tokenizer)}
         row = {"perplexity": self._perplexity(model, label), **quality, **row}
         del model
-        _free()
+        release(self.device)
         shutil.rmtree(folder, ignore_errors=True)
         return row
 
@@ -358,101 +348,9 @@ def _looked_up(model: Any) -> Tensor:
     return embedding[:0] if head is embedding else embedding
 
 
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _reset_peak(device: torch.device) -> None:
-    """Forget how much memory was in use before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
-
-
-def _peak(device: torch.device) -> int | None:
-    """Peak bytes since `_reset_peak`: of the GPU, or resident on the CPU where Linux says so."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
-
-
-# --------------------------------------------------------------------------------------------- outputs
-
-
 def write_outputs(result: dict[str, Any], output: Path, *, plot: bool) -> None:
     """`compare.json`, `compare.md` and, if asked for, `compare.png`."""
     store.write(output / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
-    store.write(output / "compare.md", markdown(result).encode())
+    store.write(output / "compare.md", comparison.markdown(result).encode())
     if plot:
-        draw(result, output / "compare.png")
-
-
-def cells(result: dict[str, Any]) -> list[list[str]]:
-    """The rows as text under a header; a row that was refused shows why, and is shorter."""
-    texts = list(result["original"].get("perplexity", {}))
-    header = ["scheme", "method", "calibrated on", *(f"perplexity, {t}" for t in texts)]
-    lines = [[*header, *(f"KL, {t}" for t in texts), *(title for title, _, _ in _COLUMNS)]]
-    for row in [{"scheme": "-", "method": "original", **result["original"]}, *result["rows"]]:
-        if "error" in row:
-            lines.append([row["scheme"], row["method"], row["error"]])
-            continue
-        line = [row["scheme"], row["method"], row.get("calibration") or "-"]
-        line += [f"{row['perplexity'][t]:.2f}" for t in texts]
-        line += [f"{row['divergence'][t]['kl']:.4f}" if "divergence" in row else "-" for t in texts]
-        for _, key, form in _COLUMNS:
-            value = row.get(key)
-            line.append("-" if value is None else form.format(value / 1e6 if key in _MEGA else value))
-        lines.append(line)
-    return lines
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """`cells` as a Markdown table."""
-    header, *rows = cells(result)
-    lines = [header, ["---"] * len(header), *(row + [""] * (len(header) - len(row)) for row in rows)]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise FlatQuantError(
-            "the plot needs matplotlib: pip install 'flatquant[plot]', or leave it out with --no-plot"
-        ) from error
-    return matplotlib.figure
-
-
-def draw(result: dict[str, Any], file: Path) -> None:
-    """Quality against cost: KL divergence over the bytes that one token reads, a colour a method, a marker a scheme.
-
-    Raises:
-        FlatQuantError: matplotlib is not there.
-    """
-    figure = _matplotlib().Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="MB read per token", ylabel="KL divergence from the original, nats per token")
-    rows = [row for row in result["rows"] if "error" not in row]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
-    for row in rows:
-        axes.scatter(
-            (row["bytes_per_token"] + row["kv_bytes_per_token"]) / 1e6,
-            row["kl"],
-            color=f"C{methods.index(row['method'])}",
-            marker="os^Dv*XP"[schemes.index(row["scheme"]) % 8],
-            label=f"{row['method']} {row['scheme']}",
-        )
-    if rows:
-        axes.set_yscale("log")
-        axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    with store.replacing(file) as temporary:
-        figure.savefig(temporary, dpi=150, format=file.suffix[1:])
+        comparison.draw(result, output / "compare.png")

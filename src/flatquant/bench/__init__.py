@@ -24,8 +24,9 @@ from flatquant.bench.kernels import (
     sites,
 )
 from flatquant.bench.shapes import SHAPES, Shape, config_of, shape_of
-from flatquant.bench.timing import Row, Times, copies, in_turn, measure, moves, release
+from flatquant.bench.timing import Row, Times, copies, in_turn, measure, moves
 from flatquant.bench.whole import TRANSFORMS, decoding, models, packed_model, prefill, runtime_of
+from flatquant.calibrate.memory import release
 from flatquant.errors import SpecError
 
 SIZES = (4096, 5120, 8192, 11008, 14336, 18944, 28672)

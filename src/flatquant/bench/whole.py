@@ -20,8 +20,8 @@ from flatquant import seams
 from flatquant.bench.checks import BLOCK_ERROR, block_error, kernels_error
 from flatquant.bench.kernels import random_matrix
 from flatquant.bench.shapes import SCHEME, config_of, shape_of
-from flatquant.bench.timing import Row, Times, in_turn, made_row, measure, release
-from flatquant.calibrate.memory import free_device
+from flatquant.bench.timing import Row, Times, in_turn, made_row, measure
+from flatquant.calibrate.memory import free_device, release
 from flatquant.recipes import flatquant
 from flatquant.runtime import fused
 from flatquant.runtime.artifact import rebuild_buffers

@@ -146,6 +146,7 @@ def compare(
     """Quantise a model by several methods and schemes, one row for each: quality, time, memory, size, cost."""
     with errors("interrupted; go on by repeating the command"):
         from flatquant import compare as comparison
+        from flatquant.report.comparison import cells
 
         where, kind = device_of(device), dtype_of(dtype)
         settings = comparison.Settings(
@@ -171,7 +172,7 @@ def compare(
     if as_json:
         print_json(result)
     elif not quiet:
-        header, *rows = comparison.cells(result)
+        header, *rows = cells(result)
         table = Table(title=model, title_justify="left")
         for title in header:
             table.add_column(title, overflow="fold")

@@ -17,6 +17,19 @@ _POINTS = 0.75  # in a px
 _ANCHORS = {"start": "left", "middle": "center", "end": "right"}
 
 
+def figure_class(what: str, way_out: str) -> Any:
+    """matplotlib's class of figures.
+
+    Raises:
+        FlatQuantError: matplotlib is not installed: what needs it, and the way out.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FlatQuantError(f"{what}: pip install 'flatquant[plot]', or {way_out}") from error
+    return Figure
+
+
 def png(figure: str, *, scale: float = 2.0) -> bytes:
     """A figure on white, as the bytes of a PNG file.
 
@@ -27,16 +40,12 @@ def png(figure: str, *, scale: float = 2.0) -> bytes:
     Raises:
         FlatQuantError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FlatQuantError(
-            "PNG figures need matplotlib: pip install 'flatquant[plot]', or leave them out with --no-png"
-        ) from None
+    figure_of = figure_class("PNG figures need matplotlib", "leave them out with --no-png")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     root = ET.fromstring(figure)
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
-    image = Figure(figsize=(width / 96, height / 96), dpi=96 * scale, facecolor=_PAPER)
+    image = figure_of(figsize=(width / 96, height / 96), dpi=96 * scale, facecolor=_PAPER)
     axes = image.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")

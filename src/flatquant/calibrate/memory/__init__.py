@@ -24,9 +24,12 @@ from flatquant.calibrate.memory.layout import (
 )
 from flatquant.calibrate.memory.limits import Limits, capped, parse_bytes
 from flatquant.calibrate.memory.machine import (
+    forget_peak,
     free_device,
     free_host_bytes,
+    peak_bytes,
     peak_resident_bytes,
+    release,
     resident_bytes,
     return_freed_memory,
 )
@@ -38,13 +41,16 @@ __all__ = [
     "capped",
     "check_streamable",
     "estimate",
+    "forget_peak",
     "free_device",
     "free_host_bytes",
     "full_step",
     "linear_weights",
     "needs_all_blocks",
     "parse_bytes",
+    "peak_bytes",
     "peak_resident_bytes",
+    "release",
     "resident_bytes",
     "return_freed_memory",
     "splits",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -31,6 +32,27 @@ def peak_resident_bytes() -> int | None:
     # On Linux this would count what the parent had when it started the process.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """Forget how much memory was in use before, on a GPU or of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak bytes since `forget_peak`: of the GPU, or resident on the CPU where Linux says so."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM") or None
+
+
+def release(device: torch.device) -> None:
+    """Give back what is no longer used."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _status(key: str) -> int:
