@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 HAS_TRITON = find_spec("triton") is not None
+
+
+def dispatched(reference: Callable[P, R], suits: Callable[..., bool]) -> Callable[P, R]:
+    """`reference`, or the kernel of the same name in the `triton.py` beside it.
+
+    Args:
+        suits: whether there is a kernel for these arguments, if Triton is installed.
+    """
+    home, name = reference.__module__.rpartition(".")[0], reference.__name__
+
+    @functools.wraps(reference)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
+        if HAS_TRITON and suits(*args, **kwargs):
+            triton: Any = importlib.import_module(f"{home}.triton")  # only where it is needed: it takes a second
+            return getattr(triton, name)(*args, **kwargs)
+        return reference(*args, **kwargs)
+
+    return chosen
+
 
 _library = torch.library.Library("flatquant", "FRAGMENT")
 
