@@ -23,10 +23,74 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, write_result
-from flatquant.quantizers.levels import ChannelLevels, LearnedLevels
+from flatquant.quantizers.levels import ChannelLevels
 
 WIDTH = 24
 VARIANTS = ("learned", "total error", "fixed")
+_FLOOR = 1e-8  # of levels
+
+
+class _Sign(torch.autograd.Function):
+    """sign(a) with sign(0) = 1; gradients pass where |a| <= 1."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a)
+        return torch.where(a >= 0, 1.0, -1.0).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (a,) = ctx.saved_tensors
+        return torch.where(a.abs() <= 1, grad, 0.0)
+
+
+class LearnedLevels(nn.Module):
+    """A weight as W = B v: K codes of +1 or -1 for every weight, K basis values for every output.
+
+    There is no full-precision weight. `levels` v (o, K) and `latent` A (o, n, K) are trained, B = sign(A); a code flips
+    when its latent crosses 0, which moves the quantised weight to another of the 2^K sums of +-v_k. Call `settle` after
+    every step. Weight decay belongs on the value of `forward`, not on the latents: it would drive them to 0, where
+    codes flip at random.
+    """
+
+    floor: Tensor  # (o, K)
+
+    def __init__(self, levels: Tensor, latent: Tensor) -> None:
+        super().__init__()
+        self.levels = nn.Parameter(levels)
+        self.latent = nn.Parameter(latent)
+        # Where a norm follows, nothing holds the scale of a row: left alone, its levels wander to 0 and stay there.
+        self.register_buffer("floor", (levels.detach() / 10).clamp(min=_FLOOR))
+
+    @classmethod
+    @torch.no_grad()
+    def from_weight(cls, w: Tensor, bits: int) -> LearnedLevels:
+        """Start at a full-precision weight, (o, n), by greedy residual binarisation.
+
+        v_k is the mean of |r|, b_k the sign of what is left, r; the latent is r / (2 v_k), so that it is as far from
+        flipping as the weight is from the threshold.
+        """
+        rest, levels, latents = w.clone(), [], []
+        for _ in range(bits):
+            v = rest.abs().mean(-1, keepdim=True).clamp(min=_FLOOR)  # (o, 1)
+            levels.append(v)
+            latents.append((rest / (2 * v)).clamp(-1, 1))
+            rest = rest - v * torch.where(rest >= 0, 1.0, -1.0)
+        return cls(torch.cat(levels, 1), torch.stack(latents, -1))
+
+    def forward(self) -> Tensor:
+        """The quantised weight.  # (o, n)"""
+        codes = _Sign.apply(self.latent)  # (o, n, K)
+        # A level's gradient is a sum over all weights: it is scaled, its value is not.
+        share = (self.latent.shape[1] * self.latent.shape[2]) ** -0.5
+        levels = self.levels * share + (self.levels * (1 - share)).detach()
+        return (codes * levels[:, None]).sum(-1)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """After a step: latents back into [-1, 1], where gradients reach them, levels above a tenth of their start."""
+        self.latent.clamp_(-1, 1)
+        self.levels.copy_(torch.maximum(self.levels, self.floor))
 
 
 class RoundedLevels(nn.Module):

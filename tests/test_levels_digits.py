@@ -7,8 +7,6 @@ pytest.importorskip("sklearn")
 
 from benchmarks import levels_digits
 
-from flatquant.quantizers.levels import LearnedLevels
-
 
 @pytest.fixture(scope="module")
 def start() -> tuple:
@@ -30,7 +28,7 @@ def test_a_network_of_few_levels_recognises_digits(start: tuple, bits: int, vari
         w = ours[index].weight()
         assert all(len(torch.unique((row * 1e5).round())) <= 2**bits for row in w)
         if variant != "fixed":
-            assert isinstance(ours[index].weight, LearnedLevels)
+            assert isinstance(ours[index].weight, levels_digits.LearnedLevels)
             assert (ours[index].weight.latent.abs() <= 1).all()
         seen = ours[index].activations(torch.rand(4, levels_digits.WIDTH, 3, 3))
         assert len(torch.unique(seen)) <= 2**bits

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from benchmarks.levels_digits import LearnedLevels
 from torch import Tensor
 
 from flatquant.quantizers import Dynamic
 from flatquant.quantizers.levels import (
     ActivationLevels,
     ChannelLevels,
-    LearnedLevels,
     WeightLevels,
     least_squares_levels,
 )
