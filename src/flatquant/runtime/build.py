@@ -5,21 +5,23 @@ Tensors come afterwards through `load_state_dict(assign=True)`; until then every
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from flatquant import seams
 from flatquant.codebook import Book, index_dtype
 from flatquant.errors import ArtifactError
-from flatquant.formats import codebooks, kinds
-from flatquant.formats.base import Codes, Format, Layout
+from flatquant.formats import kinds
+from flatquant.formats.base import Codes
 from flatquant.modules import share_inputs
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.quantizers.choose import empty
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
-from flatquant.runtime.codes import CodeLinear, FrozenCodes, PackedCodes
+from flatquant.runtime.codes import FrozenCodes, PackedCodes
 from flatquant.runtime.experts import is_stacked, open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
@@ -138,45 +140,36 @@ def _linear(linear: nn.Linear, site: FrozenSite, plan: SitePlan, packed: bool) -
     bias = _empty(o) if linear.bias is not None or plan.shift != "none" else None
     if spec is None:
         return DenseLinear(site, _empty(o, n, dtype=linear.weight.dtype), bias)
+    try:
+        layout = kinds.layout(spec, plan.codebook, o, n)
+    except ValueError as error:
+        raise ArtifactError(f"the plan does not fit the model: {error}") from error
+    tensors = {name: _empty(*part.shape, dtype=part.dtype) for name, part in layout.items()}
     if plan.codebook is not None:
-        return _codebook_linear(site, o, n, spec.bits, plan.codebook, bias, packed)
-    form = kinds.of(spec)
+        return _codebook_linear(site, n, spec.bits, plan.codebook, tensors, bias, packed)
+    stream, form = tensors.pop("packed"), kinds.of(spec)
     if form is not None:
-        return _code_linear(site, o, n, plan, form, bias, packed)
-    tensors = {name: _empty(*part.shape, dtype=part.dtype) for name, part in _layout(plan, o, n).items()}
+        if packed:
+            return PackedCodes(site, stream, tensors, bias, form, n)
+        return FrozenCodes(site, Codes(codes=_empty(o, n, dtype=torch.uint8), parts=tensors, format=form), bias)
     scale, zero = tensors["scale"], tensors.get("zero")
     if packed:
-        return PackedLinear(site, tensors["packed"], scale, zero, bias, spec, n)
+        return PackedLinear(site, stream, scale, zero, bias, spec, n)
     values = _empty(o, n, dtype=torch.int8 if spec.symmetric else torch.uint8)
     return FrozenLinear(site, QTensor(values=values, scale=scale, zero=zero, spec=spec), bias)
 
 
-def _layout(plan: SitePlan, o: int, n: int) -> Layout:
-    """The tensors that a reader's weights are stored as."""
-    assert plan.weights is not None
-    try:
-        return kinds.layout(plan.weights, plan.codebook, o, n)
-    except ValueError as error:
-        raise ArtifactError(f"the plan does not fit the model: {error}") from error
-
-
-def _code_linear(
-    site: FrozenSite, o: int, n: int, plan: SitePlan, form: Format, bias: Tensor | None, packed: bool
-) -> CodeLinear:
-    parts = {name: _empty(*part.shape, dtype=part.dtype) for name, part in _layout(plan, o, n).items()}
-    stream = parts.pop("packed")
-    if packed:
-        return PackedCodes(site, stream, parts, bias, form, n)
-    return FrozenCodes(site, Codes(codes=_empty(o, n, dtype=torch.uint8), parts=parts, format=form), bias)
-
-
 def _codebook_linear(
-    site: FrozenSite, o: int, n: int, bits: int, spec: CodebookSpec, bias: Tensor | None, packed: bool
+    site: FrozenSite,
+    n: int,
+    bits: int,
+    spec: CodebookSpec,
+    tensors: Mapping[str, Tensor],
+    bias: Tensor | None,
+    packed: bool,
 ) -> CodebookLinear:
     few = spec.outlier_columns(n)
     main_bits, residual_bits = spec.index_bits(bits)
-    layout = codebooks.layout(spec, bits, o, n)
-    tensors = {name: _empty(*part.shape, dtype=part.dtype) for name, part in layout.items()}
 
     def book(name: str, bits: int, columns: int) -> SiteBook:
         stream, entries = tensors[f"books.{name}.packed"], tensors[f"books.{name}.entries"]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from flatquant.codebook import Book, CodebookTensor
 from flatquant.modules import ExactBuffers
-from flatquant.ops.pack.reference import packed_width
 from flatquant.runtime.linear import FrozenSite, NumberLinear, Unpacked
 
 
@@ -47,11 +46,6 @@ class FrozenBook(SiteBook, Unpacked):
 
     def pack(self) -> Tensor:
         return self.book().packed()
-
-    @property
-    def packed_bytes(self) -> int:
-        rows, m = self.indices.shape
-        return rows * packed_width(m, self.bits)
 
 
 class PackedBook(SiteBook):

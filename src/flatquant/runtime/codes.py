@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from flatquant.formats.base import Codes, Format
-from flatquant.ops.pack.reference import packed_width
 from flatquant.runtime.linear import FrozenSite, NumberLinear, Unpacked
 
 
@@ -49,17 +48,13 @@ class FrozenCodes(CodeLinear, Unpacked):
     def __init__(self, site: FrozenSite, weight: Codes, bias: Tensor | None) -> None:
         super().__init__(site, weight.parts, bias, weight.format)
         self.register_buffer("codes", weight.codes)  # uint8, (o, n)
+        self.bits = weight.format.bits
 
     def qweight(self) -> Codes:
         return Codes(codes=self.codes, parts=self.parts, format=self.format)
 
     def pack(self) -> Tensor:
         return self.qweight().packed()
-
-    @property
-    def packed_bytes(self) -> int:
-        o, n = self.codes.shape
-        return o * packed_width(n, self.format.bits)
 
 
 class PackedCodes(CodeLinear):

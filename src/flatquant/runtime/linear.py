@@ -139,15 +139,17 @@ class Unpacked(ABC):
     """A module that keeps integers one per element in the buffer `loose`; stored, they are packed into bytes."""
 
     loose: ClassVar[str]
+    bits: int  # of an integer
 
     @abstractmethod
     def pack(self) -> Tensor:
         """What is stored instead, as the tensor `packed`.  # uint8"""
 
     @property
-    @abstractmethod
     def packed_bytes(self) -> int:
         """Size of what `pack` gives."""
+        rows, n = getattr(self, self.loose).shape
+        return rows * packed_width(n, self.bits)
 
 
 class SiteLinear(ExactBuffers, ABC):
@@ -281,6 +283,7 @@ class FrozenLinear(IntegerLinear, Unpacked):
     def __init__(self, site: FrozenSite, weight: QTensor, bias: Tensor | None) -> None:
         super().__init__(site, weight.scale, weight.zero, bias, weight.spec)
         self.register_buffer("values", weight.values)  # int8 | uint8, (o, n)
+        self.bits = weight.spec.bits
 
     def qweight(self) -> QTensor:
         return QTensor(values=self.values, scale=self.scale, zero=self.zero, spec=self.spec)
@@ -291,11 +294,6 @@ class FrozenLinear(IntegerLinear, Unpacked):
 
     def pack(self) -> Tensor:
         return self.qweight().packed()
-
-    @property
-    def packed_bytes(self) -> int:
-        o, n = self.values.shape
-        return o * packed_width(n, self.spec.bits)
 
 
 class PackedLinear(IntegerLinear):
