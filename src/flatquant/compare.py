@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import __version__, api, evaluate, store
@@ -32,7 +32,7 @@ from flatquant.recipes import RECIPES, recipe
 from flatquant.report import comparison
 from flatquant.runtime import artifact
 from flatquant.spec import Recipe, Scheme
-from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.arch import Geometry, blocks_at, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.cost import online_flops
 
@@ -337,8 +337,7 @@ class Bench:
 
 
 def _flops(made: api.Quantized) -> int:
-    blocks = submodule(made.model, made.plan.blocks_path)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_at(made.model, made.plan.blocks_path)
     return online_flops(made.plan, Geometry.of(made.model.config), blocks)
 
 

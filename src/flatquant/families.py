@@ -25,7 +25,7 @@ from flatquant.runtime.build import install
 from flatquant.runtime.experts import open_experts
 from flatquant.runtime.kernels import Unsupported
 from flatquant.spec import Plan, Recipe
-from flatquant.wiring.arch import Arch, Geometry, submodule
+from flatquant.wiring.arch import Arch, Geometry, blocks_at, submodule
 from flatquant.wiring.archs import ARCHS, LLAMA
 from flatquant.wiring.plan import make_plan
 
@@ -78,8 +78,7 @@ def engines_table() -> list[dict[str, str]]:
 def _plan(method: str, scheme: str, model: nn.Module) -> Plan | None:
     """The plan of a Llama, if the method takes the scheme."""
     config: Any = model.config
-    blocks = submodule(model, LLAMA.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_at(model, LLAMA.blocks)
     try:
         return make_plan(RECIPES[method](scheme), LLAMA, Geometry.of(config), blocks)
     except SpecError:

@@ -30,7 +30,7 @@ from flatquant.progress import Progress
 from flatquant.runtime.experts import open_experts
 from flatquant.runtime.linear import Unpacked
 from flatquant.spec import Plan, Recipe
-from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.arch import Geometry, blocks_at
 from flatquant.wiring.archs import arch_of
 
 
@@ -46,9 +46,7 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    blocks = submodule(model, arch_of(model.config, model).blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+    return blocks_at(model, arch_of(model.config, model).blocks)
 
 
 def check_finite(name: str, tensor: Tensor, blocks: str) -> None:

@@ -20,7 +20,7 @@ from flatquant.errors import DataError, one_line
 from flatquant.rotary import Angles, turned_back
 from flatquant.spec import KeyOffset, Pairing, by_expert, is_experts
 from flatquant.transforms import Factor
-from flatquant.wiring.arch import Arch, rotary_channels, submodule
+from flatquant.wiring.arch import Arch, blocks_at, rotary_channels, submodule
 from flatquant.wiring.fitted import InputStatistics
 
 _ROWS, _ROWS_A_CALL = 128, 32  # tokens of a site's input that are kept
@@ -128,8 +128,7 @@ def capture(
     Raises:
         DataError: the model does not take a sample.
     """
-    blocks = submodule(model, arch.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_at(model, arch.blocks)
     device = next(model.get_input_embeddings().parameters()).device
     hidden: Kept | None = None
     seen: list[list[BlockCall]] = []  # by window; of token ids, of the first

@@ -36,7 +36,7 @@ from flatquant.models import Checkpoint
 from flatquant.spec import Recipe, Scheme, Transforms, TransformSpec
 from flatquant.transforms import Factor, make_factor, shared_inverses
 from flatquant.transforms.factor import cayley
-from flatquant.wiring.arch import Arch, Geometry, submodule
+from flatquant.wiring.arch import Arch, Geometry, blocks_at, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.fitted import FitBlock
 from flatquant.wiring.fold import fold_block
@@ -81,8 +81,7 @@ def preflight(
     transforms = _at_random(recipe)
     if not transforms:
         return None
-    blocks = submodule(model, arch.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_at(model, arch.blocks)
     kinds: dict[object, int] = {}
     for index, block in enumerate(blocks):
         kinds.setdefault(_kind(block), index)

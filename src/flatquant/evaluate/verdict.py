@@ -39,6 +39,7 @@ from flatquant.grade import BOUNDS, is_bad, word
 from flatquant.models import check_ids
 from flatquant.quantizers import Dynamic
 from flatquant.spec import CacheBits, Plan, QuantSpec, Scheme, SiteBits
+from flatquant.wiring.arch import blocks_at
 from flatquant.wiring.archs import arch_of
 
 _BLAME_TOKENS = 256  # of one window
@@ -372,8 +373,7 @@ def packed_agrees(
     ids = cut(witness.windows, 1, _PACKED_TOKENS)
     arch, device, dtype = arch_of(model.config, model), witness.device, witness.dtype
 
-    modules = packed.get_submodule(plan.blocks_path)
-    assert isinstance(modules, nn.ModuleList)
+    modules = blocks_at(packed, plan.blocks_path)
 
     @contextmanager
     def loaded(index: int) -> Iterator[nn.Module]:

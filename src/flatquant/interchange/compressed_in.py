@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from flatquant import seams
@@ -23,7 +23,7 @@ from flatquant.runtime.artifact import Origin, adopt, rebuild_buffers
 from flatquant.runtime.build import install
 from flatquant.runtime.codes import CodeLinear
 from flatquant.spec import Plan, Recipe, Scheme, to_dict
-from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.arch import Geometry, blocks_at
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 
@@ -51,8 +51,7 @@ def import_compressed(path: Path) -> tuple[PreTrainedModel, Plan, Recipe, dict[s
     recipe = rtn(dataclasses.replace(Scheme.parse(scheme, clip="none"), key_offset="none"))
     model = _empty_model(path, config)
     arch = arch_of(model.config, model)
-    blocks = submodule(model, arch.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_at(model, arch.blocks)
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)
     seams.use_attention(model, plan.attention)
     for index, (block, block_plan) in enumerate(zip(blocks, plan.blocks, strict=True)):

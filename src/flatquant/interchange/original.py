@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flatquant import seams
@@ -25,7 +25,7 @@ from flatquant.runtime.artifact import Origin, adopt
 from flatquant.spec import Plan, Recipe, to_dict
 from flatquant.transforms import Compose, Diagonal, Kronecker, Written
 from flatquant.transforms.factor import DirectFactor, Factor
-from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.arch import Geometry, blocks_at
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.fitted import FitBlock
 from flatquant.wiring.fold import fold_block
@@ -51,8 +51,7 @@ def import_matrices(model: PreTrainedModel, path: Path, scheme: str = "w4a4kv4")
     matrices = read_matrices(path)
     recipe = _imported(flatquant(scheme))
     arch = arch_of(model.config, model)
-    blocks = submodule(model, arch.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_at(model, arch.blocks)
     if len(matrices) != len(blocks):
         raise ArtifactError(f"{path} has matrices for {len(matrices)} blocks, the model has {len(blocks)}")
     plan = make_plan(recipe, arch, Geometry.of(model.config), blocks)

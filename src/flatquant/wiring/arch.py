@@ -360,6 +360,18 @@ def expanded(block: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(out)
 
 
+def blocks_at(model: nn.Module, path: str) -> nn.ModuleList:
+    """The decoder blocks at a dotted path.
+
+    Raises:
+        ModelError: nothing is there, or something else.
+    """
+    blocks = submodule(model, path)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ModelError(f"{path} is a {type(blocks).__name__}, not a list of blocks")
+    return blocks
+
+
 def linear_at(root: nn.Module, path: str) -> nn.Linear:
     """The linear layer at a dotted path.
 

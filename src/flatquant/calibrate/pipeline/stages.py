@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from flatquant import distributed, seams
@@ -26,7 +25,7 @@ from flatquant.models import Checkpoint
 from flatquant.progress import Progress
 from flatquant.runtime.experts import open_experts
 from flatquant.spec import Plan, Recipe
-from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.arch import Geometry, blocks_at
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.fitted import FitBlock
 from flatquant.wiring.head import round_head, with_head
@@ -77,8 +76,7 @@ def calibrate(
         ModelError, SpecError: the recipe does not fit the model.
     """
     arch = arch_of(model.config, model)
-    blocks = submodule(model, arch.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_at(model, arch.blocks)
     open_experts(blocks)
     blocks.requires_grad_(False)  # only transforms, scales and clips are fitted
     plan = with_head(make_plan(recipe, arch, Geometry.of(model.config), blocks), recipe.scheme, model)
