@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, write_result
-from flatquant.quantizers.levels import ChannelLevels
+from flatquant.quantizers.levels import ascending, levels_of, nearest, solved, weights_of
 
 WIDTH = 24
 VARIANTS = ("learned", "total error", "fixed")
@@ -110,6 +110,56 @@ class RoundedLevels(nn.Module):
 
     def settle(self) -> None:
         pass
+
+
+class ChannelLevels(nn.Module):
+    """Activations after a ReLU on 2^K levels, the sums of K learned values; 0 is one, the largest is a clip.
+
+    One set of levels for all channels, so that a convolution stays one of integers, but fitted to the mean of the
+    *relative* errors of the channels. Every training step moves the levels a tenth of the way to the solution for the
+    batch's codes.
+
+    Args:
+        bits: K.
+        by_channel: weigh channels; without, the total error is minimised.
+        momentum: how much of the levels, and of the channels' power, a step keeps; 1 freezes what the first step found.
+    """
+
+    basis: Tensor  # (K,)
+    power: Tensor  # mean square of each channel, (C,); empty before the first step
+
+    def __init__(self, bits: int, *, by_channel: bool = True, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.by_channel, self.momentum = by_channel, momentum
+        self.register_buffer("basis", torch.zeros(bits))
+        self.register_buffer("power", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ..) on its levels; the gradient passes where 0 < x < the largest level."""
+        if self.training:
+            self._learn(x.detach())
+        values, _ = ascending(self.basis)
+        q = values[nearest(x.detach(), values)]
+        inside = (x > 0) & (x < values[-1])
+        return torch.where(inside, x, 0.0) + (q - torch.where(inside, x, 0.0)).detach()
+
+    @torch.no_grad()
+    def _learn(self, x: Tensor) -> None:
+        channels = x.transpose(0, 1).flatten(1).double().contiguous()  # (C, N)
+        power = channels.square().mean(1)
+        if self.power.numel():
+            if self.momentum == 1:
+                return
+            power = self.momentum * self.power.double() + (1 - self.momentum) * power
+        weights = weights_of(power, by_channel=self.by_channel)
+        if weights is None:
+            return
+        if not self.power.numel():
+            self.basis.copy_(levels_of(channels, weights, len(self.basis), bounded=False))
+        else:
+            target, _ = solved(self.basis, channels, weights)
+            self.basis.copy_(self.momentum * self.basis + (1 - self.momentum) * target)
+        self.power = power.to(self.basis.dtype)
 
 
 class Convolution(nn.Module):

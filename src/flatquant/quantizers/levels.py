@@ -140,7 +140,7 @@ def least_squares_levels(w: Float[Tensor, "rows n"], bits: int) -> Float[Tensor,
 class ActivationLevels(ExactBuffers):
     """Activations with signs on a token's largest magnitude times levels that all tokens of a site share.
 
-    One bit is the sign, the others choose among sums of `basis`, found as in `ChannelLevels`.
+    One bit is the sign, the others choose among sums of `basis`, found by `levels_of`.
     """
 
     basis: Tensor  # float32, (K - 1,)
@@ -151,12 +151,15 @@ class ActivationLevels(ExactBuffers):
         self.register_buffer("basis", basis)
 
     @classmethod
+    @torch.no_grad()
     def found(cls, spec: QuantSpec, rows: Tensor) -> ActivationLevels:
         """The levels for some tokens' activations, (tokens, n)."""
-        by_channel = spec.weigh == "channels"
-        levels = ChannelLevels(spec.bits - 1, by_channel=by_channel, momentum=1.0, bounded=True).to(rows.device)
-        levels(rows.float().abs() / _reach(rows.float()))
-        return cls(spec, levels.basis)
+        rows = rows.float()
+        channels = (rows.abs() / _reach(rows)).mT.double().contiguous()  # (n, tokens)
+        weights = weights_of(channels.square().mean(1), by_channel=spec.weigh == "channels")
+        if weights is None:
+            return cls(spec, torch.zeros(spec.bits - 1, device=rows.device))
+        return cls(spec, levels_of(channels, weights, spec.bits - 1, bounded=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """The nearest levels; the gradient passes straight through below the largest.  # x's shape and dtype"""
@@ -165,7 +168,7 @@ class ActivationLevels(ExactBuffers):
         u = wide / reach
         codes = (_signs(len(self.basis), wide) + 1) / 2  # (2^(K-1), K - 1)
         values = (codes @ self.basis.to(wide)).sort().values
-        q = values[torch.bucketize(u.detach().abs().contiguous(), (values[1:] + values[:-1]) / 2)] * u.detach().sign()
+        q = values[nearest(u.detach().abs().contiguous(), values)] * u.detach().sign()
         inside = torch.where(u.abs() < values[-1], u, 0.0)
         return (reach * (inside + (q - inside).detach())).to(x.dtype)
 
@@ -175,95 +178,66 @@ def _reach(x: Tensor) -> Tensor:
     return x.abs().amax(-1, keepdim=True).clamp(min=_FLOOR)
 
 
-class ChannelLevels(nn.Module):
-    """Activations after a ReLU on 2^K levels, the sums of K learned values; 0 is one, the largest is a clip.
+# Magnitudes on 2^K levels, the sums of some of K numbers; 0 is one, the largest is a clip. All channels share them, so
+# that products stay those of integers, but they can be fitted to the mean of the *relative* errors of the channels: a
+# least squares problem with the inverse power of each channel as weight.
 
-    One set of levels for all channels, so that a convolution stays one of integers, but fitted to the mean of the
-    *relative* errors of the channels: a weighted least squares problem with the inverse power of each channel as
-    weight. Every training step moves the levels a tenth of the way to its solution for the batch's codes.
+
+def weights_of(power: Tensor, *, by_channel: bool) -> Tensor | None:
+    """How much the error of each channel counts, of their mean squares, (C,); None where all are silent.
+
+    Without `by_channel`, the total error is what counts.
+    """
+    alive = power > _FLOOR
+    if not bool(alive.any()):
+        return None
+    weights = torch.where(alive, 1 / power.clamp(min=_FLOOR), 0.0) if by_channel else alive.double()
+    return weights / weights.sum()
+
+
+def levels_of(channels: Tensor, weights: Tensor, bits: int, *, bounded: bool) -> Tensor:
+    """K numbers for channels, float64, (C, N): the best of even levels up to several tops, each after some rounds.
 
     Args:
-        bits: K.
-        by_channel: weigh channels; without, the total error is minimised.
-        momentum: how much of the levels, and of the channels' power, a step keeps; 1 freezes what the first step found.
-        bounded: start with no more total error than even levels up to the largest value, which is plain rounding.
-            Relative errors let one channel be cut off for a small gain in each of many others, even the channel that
-            all outputs depend on.
+        bounded: no more total error than even levels up to the largest value have, which is plain rounding. Relative
+            errors let one channel be cut off for a small gain in each of many others, even the channel that all
+            outputs depend on.
     """
+    even, found = 2.0 ** torch.arange(bits, device=channels.device) / (2**bits - 1), []
+    for halvings in range(8):  # rounds find what is near alone
+        basis = (channels.max() / 2**halvings * even).float()
+        for _ in range(20):
+            target, errors = solved(basis, channels, weights)
+            found.append((float((weights * errors).sum()), float(errors.sum()), basis))
+            basis = target.float()
+    most = found[0][1] if bounded else float("inf")
+    return min((some for some in found if some[1] <= most), key=lambda some: some[0])[2]
 
-    basis: Tensor  # (K,)
-    codes: Tensor  # all of them, (2^K, K)
-    power: Tensor  # mean square of each channel, (C,); empty before the first step
 
-    def __init__(self, bits: int, *, by_channel: bool = True, momentum: float = 0.9, bounded: bool = False) -> None:
-        super().__init__()
-        self.bits, self.by_channel, self.momentum, self.bounded = bits, by_channel, momentum, bounded
-        self.register_buffer("basis", torch.zeros(bits))
-        self.register_buffer("power", torch.zeros(0))
-        codes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=bits)))
-        self.register_buffer("codes", codes, persistent=False)  # (2^K, K)
+def solved(basis: Tensor, channels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """argmin over u of sum_c w_c mean |x - B u|^2, the codes B as the levels are now, (K,), and every channel's error
+    now, (C,).
+    """
+    values, codes = ascending(basis)
+    chosen = nearest(channels, values.double())  # (C, N)
+    errors = (channels - values.double()[chosen]).square().mean(1)
+    counts = torch.zeros(len(values), dtype=torch.float64, device=channels.device)
+    sums = torch.zeros_like(counts)
+    each = weights[:, None].expand_as(channels) / channels.shape[1]
+    counts.index_add_(0, chosen.flatten(), each.flatten())
+    sums.index_add_(0, chosen.flatten(), (each * channels).flatten())
+    b = codes.double()
+    gram = b.mT @ (counts[:, None] * b) + _RIDGE * torch.eye(len(basis), dtype=torch.float64, device=b.device)
+    return torch.linalg.solve(gram, b.mT @ sums).clamp(min=_FLOOR), errors
 
-    def values(self) -> tuple[Tensor, Tensor]:
-        """Levels in ascending order, (2^K,), and their codes, (2^K, K)."""
-        values, order = (self.codes @ self.basis).sort()
-        return values, self.codes[order]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ..) on its levels; the gradient passes where 0 < x < the largest level."""
-        if self.training:
-            self._learn(x.detach())
-        values, _ = self.values()
-        q = values[self._nearest(x.detach(), values)]
-        inside = (x > 0) & (x < values[-1])
-        return torch.where(inside, x, 0.0) + (q - torch.where(inside, x, 0.0)).detach()
+def ascending(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The levels of K numbers in ascending order, (2^K,), and the codes that they are of, (2^K, K)."""
+    codes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=len(basis))), device=basis.device)
+    values, order = (codes @ basis).sort()
+    return values, codes[order]
 
-    def _nearest(self, x: Tensor, values: Tensor) -> Tensor:
-        return torch.bucketize(x, (values[1:] + values[:-1]) / 2)
 
-    @torch.no_grad()
-    def _learn(self, x: Tensor) -> None:
-        channels = x.transpose(0, 1).flatten(1).double().contiguous()  # (C, N)
-        power = channels.square().mean(1)
-        if self.power.numel():
-            if self.momentum == 1:
-                return
-            power = self.momentum * self.power.double() + (1 - self.momentum) * power
-        alive = power > _FLOOR
-        if not bool(alive.any()):
-            return
-        weights = torch.where(alive, 1 / power.clamp(min=_FLOOR), 0.0) if self.by_channel else alive.double()
-        weights = weights / weights.sum()
-        if not self.power.numel():
-            self._start(channels, weights)
-        else:
-            target, _ = self._solved(channels, weights)
-            self.basis.copy_(self.momentum * self.basis + (1 - self.momentum) * target)
-        self.power = power.to(self.basis.dtype)
-
-    def _start(self, channels: Tensor, weights: Tensor) -> None:
-        """The best of even levels up to several tops, each after some rounds: they find what is near alone."""
-        even, found = 2.0 ** torch.arange(self.bits, device=channels.device) / (2**self.bits - 1), []
-        for halvings in range(8):
-            self.basis.copy_(channels.max() / 2**halvings * even)
-            for _ in range(20):
-                target, errors = self._solved(channels, weights)
-                found.append((float((weights * errors).sum()), float(errors.sum()), self.basis.clone()))
-                self.basis.copy_(target)
-        most = found[0][1] if self.bounded else float("inf")
-        self.basis.copy_(min((some for some in found if some[1] <= most), key=lambda some: some[0])[2])
-
-    def _solved(self, channels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """argmin over u of sum_c w_c mean |x - B u|^2, the codes B as the levels are now, (K,), and every channel's
-        error now, (C,).
-        """
-        values, codes = self.values()
-        chosen = self._nearest(channels, values.double())  # (C, N)
-        errors = (channels - values.double()[chosen]).square().mean(1)
-        counts = torch.zeros(len(values), dtype=torch.float64, device=channels.device)
-        sums = torch.zeros_like(counts)
-        each = weights[:, None].expand_as(channels) / channels.shape[1]
-        counts.index_add_(0, chosen.flatten(), each.flatten())
-        sums.index_add_(0, chosen.flatten(), (each * channels).flatten())
-        b = codes.double()
-        gram = b.mT @ (counts[:, None] * b) + _RIDGE * torch.eye(self.bits, dtype=torch.float64, device=b.device)
-        return torch.linalg.solve(gram, b.mT @ sums).clamp(min=_FLOOR), errors
+def nearest(x: Tensor, values: Tensor) -> Tensor:
+    """Which of ascending values lie nearest."""
+    return torch.bucketize(x, (values[1:] + values[:-1]) / 2)
