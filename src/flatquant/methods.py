@@ -100,12 +100,12 @@ def _solver(found: Recipe) -> str:
 
 def _objective(found: Recipe) -> str:
     parts = []
-    if found.fit is not None and found.fit.epochs:
-        seen = ", quantised inputs" if found.fit.inputs == "quantised" else ""
-        parts.append(f"block outputs{seen}, {found.fit.epochs} epochs")
-    if found.end_to_end is not None and found.end_to_end.steps:
+    if (fit := found.block_fit) is not None:
+        seen = ", quantised inputs" if fit.inputs == "quantised" else ""
+        parts.append(f"block outputs{seen}, {fit.epochs} epochs")
+    if (whole := found.whole_fit) is not None:
         words = {"kl": "divergence", "cross_entropy": "cross entropy"}
-        parts.append(f"{words[found.end_to_end.objective]} of the model, {found.end_to_end.steps} steps")
+        parts.append(f"{words[whole.objective]} of the model, {whole.steps} steps")
     return "; ".join(parts) or "-"
 
 

@@ -81,7 +81,7 @@ def fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> t
     half = model.dtype in (torch.float16, torch.bfloat16)
     if device.type != "cuda" or not half:
         return torch.float32
-    squared = recipe.solver.hessian == "output_adaptive" and recipe.scheme.weights is not None
+    squared = recipe.hessian == "output_adaptive"
     return torch.float32 if squared and model.dtype == torch.float16 else model.dtype
 
 

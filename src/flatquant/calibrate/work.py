@@ -57,11 +57,10 @@ def work(
     if recipe.needs_data:
         second = recipe.fit is not None and recipe.fit.both_targets
         found |= {"capture": 50 * tokens * hidden, "full precision": forward * (2 if second else 1)}
-    if recipe.fit is not None and recipe.fit.epochs and shape is not None:
-        steps = max(1, shape[0] // recipe.fit.batch_size)
-        found["fit"] = recipe.fit.epochs * (_A_STEP * forward + steps * _A_WEIGHT_A_STEP * weights)
-    end = recipe.end_to_end
-    if end is not None and end.steps and shape is not None:
+    if (fit := recipe.block_fit) is not None and shape is not None:
+        steps = max(1, shape[0] // fit.batch_size)
+        found["fit"] = fit.epochs * (_A_STEP * forward + steps * _A_WEIGHT_A_STEP * weights)
+    if (end := recipe.whole_fit) is not None and shape is not None:
         passes = end.batch_size * shape[1] * ((_A_STEP + recompute) * weights + 4 * head)
         found["end to end"] = end.steps * (passes + _A_WEIGHT_A_STEP * weights)
     found["solve"] = _A_WEIGHT_ROUNDED * weights + _solving(model, plan, recipe, forward)
@@ -73,30 +72,26 @@ def work(
 
 def _divided(recipe: Recipe) -> set[str]:
     """The stages that ranks divide (docs/scale.md)."""
-    waits = recipe.fit is not None and recipe.fit.inputs == "quantised"
-    follows = recipe.end_to_end is not None and recipe.end_to_end.steps > 0
-    stream = waits or recipe.solver.learns or recipe.solver.needs_hessian
-    found = {"end to end"} | (set() if waits else {"fit"})
-    return found if follows or stream else found | {"fold", "solve"}
+    found = {"end to end"} | (set() if recipe.feeds_fit else {"fit"})
+    return found if recipe.whole_fit is not None or recipe.quantised_stream else found | {"fold", "solve"}
 
 
 def _solving(model: PreTrainedModel, plan: Plan, recipe: Recipe, forward: float) -> float:
     """What a solver that uses a Hessian adds to rounding."""
-    if recipe.scheme.weights is None or not recipe.solver.needs_hessian:
+    if recipe.hessian is None:
         return 0.0
     blocks = submodule(model, plan.blocks_path).children()
     solved = 0.0
     for block, p in zip(blocks, plan.blocks, strict=True):
         widths = [site.shape[0] * site.shape[1] for site in p.sites.values()]
         solved += sum(n**3 + n * w for n, w in zip(widths, linear_weights(block, p), strict=True))
-    adaptive = recipe.solver.hessian == "output_adaptive"
-    return solved + forward * (3 * len(plan.blocks) / 2 if adaptive else 3)
+    return solved + forward * (3 * len(plan.blocks) / 2 if recipe.hessian == "output_adaptive" else 3)
 
 
 def _learning(recipe: Recipe, weights: int, shape: tuple[int, int] | None) -> float:
     """What learned rounding adds to that."""
-    spec = recipe.solver.learned
-    if spec is None or not recipe.solver.learns or recipe.scheme.weights is None or shape is None:
+    spec = recipe.learned_rounding
+    if spec is None or shape is None:
         return 0.0
     step = weights * (_A_STEP * spec.batch_size * shape[1] + _A_WEIGHT_A_STEP)
     return spec.steps * step + (spec.checks + 1) * weights * shape[0] * shape[1]

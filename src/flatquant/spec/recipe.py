@@ -10,7 +10,7 @@ from typing import Any, Self
 from flatquant import formats
 from flatquant.spec.convert import check
 from flatquant.spec.grids import CUT_SITES, SITES
-from flatquant.spec.parts import BranchSpec, DataSpec, EndToEndSpec, FitSpec, SolverSpec, Transforms
+from flatquant.spec.parts import BranchSpec, DataSpec, EndToEndSpec, FitSpec, RoundingSpec, SolverSpec, Transforms
 from flatquant.spec.scheme import Scheme
 
 LARGEST_SEED = 2**32 - 1  # that goes with everything that draws numbers
@@ -89,12 +89,12 @@ class Recipe:
                 and self.scheme.weights.scope == "row",
                 f"recipe {self.name}: codebooks have neither clip nor groups; use clip='none' and w{{bits}}",
             )
-        if self.fit and self.fit.epochs:
+        if fit := self.block_fit:
             check(
-                self.fit.batch_size <= self.data.samples,
-                f"recipe {self.name}: batch size {self.fit.batch_size} exceeds {self.data.samples} samples",
+                fit.batch_size <= self.data.samples,
+                f"recipe {self.name}: batch size {fit.batch_size} exceeds {self.data.samples} samples",
             )
-        if self.end_to_end and self.end_to_end.steps:
+        if whole := self.whole_fit:
             check(
                 self.fit is None or self.fit.inputs == "original",
                 f"recipe {self.name}: no block is quantised before an end-to-end fit, so a fit on quantised inputs "
@@ -102,13 +102,12 @@ class Recipe:
             )
             weights = self.scheme.weights
             check(
-                self.end_to_end.round_weights or weights is None or weights.clip != "learned",
+                whole.round_weights or weights is None or weights.clip != "learned",
                 f"recipe {self.name}: weights that are not rounded in the fit have no clip to learn",
             )
             check(
-                self.end_to_end.batch_size <= self.data.samples,
-                f"recipe {self.name}: end-to-end batch size {self.end_to_end.batch_size} exceeds "
-                f"{self.data.samples} samples",
+                whole.batch_size <= self.data.samples,
+                f"recipe {self.name}: end-to-end batch size {whole.batch_size} exceeds {self.data.samples} samples",
             )
 
     def tuned(
@@ -165,9 +164,8 @@ class Recipe:
             rotates and len(residual) == 1,
             f"{where}: takes one matrix that is fixed or a rotation; only those commute with a norm",
         )
-        fits_blocks = self.fit is not None and self.fit.epochs > 0
         check(
-            residual[0].parameters == "fixed" or not fits_blocks,
+            residual[0].parameters == "fixed" or self.block_fit is None,
             f"{where}: a rotation that all blocks share is trained end to end, not block by block",
         )
         for site in ("attn_in", "mlp_in"):
@@ -198,7 +196,43 @@ class Recipe:
     @property
     def fits(self) -> bool:
         """Whether anything is fitted, block by block or end to end."""
-        return bool((self.fit and self.fit.epochs) or (self.end_to_end and self.end_to_end.steps))
+        return self.block_fit is not None or self.whole_fit is not None
+
+    @property
+    def block_fit(self) -> FitSpec | None:
+        """The fit block by block, if it has an epoch."""
+        return self.fit if self.fit is not None and self.fit.epochs else None
+
+    @property
+    def whole_fit(self) -> EndToEndSpec | None:
+        """The fit end to end, if it has a step."""
+        return self.end_to_end if self.end_to_end is not None and self.end_to_end.steps else None
+
+    @property
+    def feeds_fit(self) -> bool:
+        """Whether a block is fitted on what the quantised blocks before it give."""
+        return self.block_fit is not None and self.block_fit.inputs == "quantised"
+
+    @property
+    def learned_rounding(self) -> RoundingSpec | None:
+        """How rounding is learned, if there are weights to round and it has a step."""
+        return self.solver.learned if self.solver.learns and self.scheme.weights is not None else None
+
+    @property
+    def hessian(self) -> str | None:
+        """The Hessian that weights are rounded by, if by any."""
+        return self.solver.hessian if self.solver.needs_hessian and self.scheme.weights is not None else None
+
+    @property
+    def sees_original(self) -> bool:
+        """Whether Gram matrices are of the original model's inputs."""
+        return self.hessian is not None and self.solver.inputs == "original"
+
+    @property
+    def quantised_stream(self) -> bool:
+        """Whether a block waits for what the quantised blocks before it give."""
+        grams = self.hessian is not None and not self.sees_original
+        return self.feeds_fit or grams or self.learned_rounding is not None
 
     @property
     def needs_data(self) -> bool:

@@ -87,8 +87,8 @@ def check_streamable(recipe: Recipe) -> None:
 
 def needs_all_blocks(recipe: Recipe) -> str:
     """Why a recipe cannot have one block in memory at a time; empty if it can."""
-    if recipe.end_to_end is not None and recipe.end_to_end.steps:
+    if recipe.whole_fit is not None:
         return "an end-to-end fit runs through all blocks at once"
-    if recipe.solver.hessian == "output_adaptive" and recipe.scheme.weights is not None:
+    if recipe.hessian == "output_adaptive":
         return "output-adaptive Hessians need the gradient through all blocks"
     return ""

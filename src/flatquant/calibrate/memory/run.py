@@ -59,15 +59,13 @@ class Count:
         self.ends = whole - sum(s.stored for s in self.sizes)
         self.head = Head.of(model, plan)
         self.fused = device.type == "cuda"
-        fit = recipe.fit if recipe.fit is not None and recipe.fit.epochs else None
-        self.end_to_end = recipe.end_to_end if recipe.end_to_end is not None and recipe.end_to_end.steps else None
+        fit, self.end_to_end = recipe.block_fit, recipe.whole_fit
         end = self.end_to_end
         self.memories: list[FitMemory | None] = [None]
         if end is not None:
             self.memories = ["full", "compact"] if end.memory == "auto" else [end.memory]
-        rounds = recipe.scheme.weights is not None
         self.recomputes = self.end_to_end is not None and self.end_to_end.checkpoint
-        self.learned = recipe.solver.learned if rounds and recipe.solver.learns else None
+        self.learned = recipe.learned_rounding
         sites = [site for block in plan.blocks for site in block.sites.values()]
         rounds_inputs = any(site.activations is not None for site in sites)
         self.step = Step(fused=self.fused, item=self.item, hidden=self.hidden, rounds_inputs=rounds_inputs)
@@ -75,14 +73,9 @@ class Count:
         self.fits = fit is not None and recipe.needs_data
         self.moves_weights = fit is not None and fit.weight_lr > 0
         self.batch = max(batches, default=4)
-        feeds = fit is not None and fit.inputs == "quantised"
-        hessian = recipe.solver.needs_hessian and rounds
-        self.sees_original = rounds and recipe.solver.inputs == "original"
-        grams = hessian and not self.sees_original
-        self.quantised, self.all_blocks = feeds or grams or self.learned is not None, bool(needs_all_blocks(recipe))
-        self.hessian = hessian
+        self.all_blocks = bool(needs_all_blocks(recipe))
         self.together = 1
-        waits = feeds or recipe.solver.hessian == "output_adaptive"
+        waits = recipe.feeds_fit or recipe.solver.hessian == "output_adaptive"
         if self.fused and shape is not None and not waits and not streamed:
             fill = full_step(shape[1], self.hidden) // self.batch
             self.together = max(1, min(MOST_TOGETHER, len(blocks), fill))
@@ -151,8 +144,8 @@ class Count:
         """How many of these there are at a time: a chain of inputs and targets, and what the quantised model has."""
         if self.shape is None:
             return 0
-        q = int(self.quantised)
-        rounded = self.sees_original + (side_by_side if self.learned is not None else 1) + 2 * q
+        q = int(self.recipe.quantised_stream)
+        rounded = self.recipe.sees_original + (side_by_side if self.learned is not None else 1) + 2 * q
         return max(side_by_side + 1 + q, rounded) + int(self.end_to_end is not None)
 
     def _peak(self, windows: int, side_by_side: int, recompute: bool, memory: FitMemory | None) -> float:
@@ -161,7 +154,7 @@ class Count:
         weights, held = sum(b.weights for b in self.sizes), self._held(memory)
         resident = held.stored * weights if self.all_blocks else 0
         fold = 12 * s.weights + 22 * s.largest  # float64, a site at a time
-        solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.hessian else 0)
+        solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.recipe.hessian else 0)
         passes = tokens * self.item * (2 * s.inputs + s.outputs)
         moved = 4 + 12 * self.moves_weights  # bytes a weight: with its gradient and both moments of AdamW
         fit = side_by_side * (moved * s.weights + self.step.kept(s, tokens) + self.step.made(s)) if self.fits else 0

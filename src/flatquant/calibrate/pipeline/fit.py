@@ -97,5 +97,5 @@ def observe(run: Run, fit: FitBlock, call: BlockCall, inputs: Kept, *, keep: boo
 
 def without_streams(run: Run, w: Wrapped) -> Wrapped:
     """A fitted block with what rounding it still needs."""
-    inputs, targets = w.inputs if run.sees_original else None, w.targets if run.learned is not None else None
+    inputs, targets = w.inputs if run.recipe.sees_original else None, w.targets if run.learned is not None else None
     return replace(w, inputs=inputs, targets=targets, second=None, held_out=None)

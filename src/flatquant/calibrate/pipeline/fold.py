@@ -80,7 +80,7 @@ def round_block(
             run.witness.see_unrounded(index, block, plan)
     with run.clock("solve"):
         rounds = run.recipe.branch.rounds if run.recipe.branch else 1
-        seen = inputs if run.sees_original else quantised
+        seen = inputs if run.recipe.sees_original else quantised
         learns = run.learned is not None
         solve_block(block, plan, run.solver, call, seen, run.batch, hessians, rounds, learns)
     if run.learned is not None:

@@ -100,16 +100,9 @@ class Run:
         self.routed: dict[int, dict[str, Any]] = {}  # likewise, where there are experts
         self.clock = Clock(seconds=self.report.seconds, device=device)
         self.kept = set(distributed.broadcast(({}, [] if state is None else state.names()))[1])  # by an earlier run
-        self.end_to_end = recipe.end_to_end if recipe.end_to_end and recipe.end_to_end.steps else None
+        self.end_to_end = recipe.whole_fit
         self.memory: FitMemory = layout.memory or "full"
-        self.feeds_fit = recipe.fit is not None and recipe.fit.epochs > 0 and recipe.fit.inputs == "quantised"
-        solver, rounds = recipe.solver, recipe.scheme.weights is not None
-        self.learned = solver.learned if rounds and solver.learns else None
-        self.sees_original = rounds and solver.inputs == "original"  # what Gram matrices are of
-        grams = rounds and solver.needs_hessian and not self.sees_original
-        self.quantised_stream = self.feeds_fit or grams or self.learned is not None
-        self.output_adaptive = self.solver.needs_hessian and recipe.solver.hessian == "output_adaptive"
-        self.output_adaptive &= recipe.scheme.weights is not None
+        self.learned, self.output_adaptive = recipe.learned_rounding, recipe.hessian == "output_adaptive"
 
     @property
     def blocks_home(self) -> torch.device | str:

@@ -145,14 +145,14 @@ def _stages(run: Run) -> Report:
     if run.output_adaptive:
         for index in range(len(run.blocks)):
             run.bring(index)
-    quantised = first if run.quantised_stream else None
+    quantised = first if run.recipe.quantised_stream else None
     hidden = first
     fits: list[FitBlock | None] = []
-    together = run.side_by_side * (1 if run.feeds_fit else distributed.size())
+    together = run.side_by_side * (1 if run.recipe.feeds_fit else distributed.size())
     for start in range(0, len(calls), together):
         group = range(start, min(start + together, len(calls)))
         wrapped, hidden = wrap(run, group, calls, hidden, quantised)
-        fit_group(run, wrapped, quantised if run.feeds_fit else None)
+        fit_group(run, wrapped, quantised if run.recipe.feeds_fit else None)
         if run.end_to_end is None:
             for w in wrapped:
                 if w.fit is not None and w.inputs is not None:
@@ -162,7 +162,7 @@ def _stages(run: Run) -> Report:
             fits += [stored(run, w.fit) for w in wrapped]
         else:
             first = None
-            if not run.quantised_stream:  # no block waits for another: all ranks round theirs at a time
+            if not run.recipe.quantised_stream:  # no block waits for another: all ranks round theirs at a time
                 wrapped = [rounded(run, wrapped.pop(0), calls, None) for _ in group]
             while wrapped:
                 w = rounded(run, wrapped.pop(0), calls, quantised)
@@ -204,7 +204,7 @@ def _all_at_once(
                 shown = observe(run, fit, calls[index], shown)
             fold(run, index, fit)
     # No block is the original any more: what takes its place is the fitted model before it is rounded.
-    inputs = first if run.sees_original or run.learned is not None else None
+    inputs = first if run.recipe.sees_original or run.learned is not None else None
     for index in range(len(calls)):
         with named_block(index):
             targets = None

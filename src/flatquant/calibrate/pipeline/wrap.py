@@ -99,7 +99,7 @@ def _hold_out(run: Run, index: int) -> HeldOut | None:
     with run.clock("full precision"), torch.no_grad(), autocast(run.device, run.dtype):
         run.held_out.see_original(index, run.blocks[index])
     run.held_out.rotate(index, run.residual)
-    if run.feeds_fit:  # its inputs are others
+    if run.recipe.feeds_fit:  # its inputs are others
         return None
     return HeldOut(call=run.held_out.calls[index], inputs=inputs, targets=run.held_out.original)
 
