@@ -237,3 +237,14 @@ class ExactBuffers(nn.Module):
             return out if out.dtype == t.dtype or t.is_meta else t.to(out.device)
 
         return super()._apply(keep, recurse)
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names of parameters that are another parameter, listed before, under a second name."""
+    return {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor: its own memory, if it is contiguous and on the CPU."""
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(raw)  # pyright: ignore[reportArgumentType] - numpy's stubs for Python 3.11 lack __buffer__

@@ -136,8 +136,7 @@ def _download(source: str, path: str, **arguments: object) -> list[str]:
     try:
         return list(datasets.load_dataset(path, **arguments)["text"])  # pyright: ignore
     except Exception as error:  # datasets, the hub client and the network each raise types of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
-            f"cannot download {source} ({reason}); set FLATQUANT_DATA to a folder that has the text, or calibrate with "
-            "--calibration self"
+            f"cannot download {source} ({first_line(error)}); set FLATQUANT_DATA to a folder that has the text, or "
+            "calibrate with --calibration self"
         ) from error

@@ -19,13 +19,14 @@ from flatquant.calibrate.memory import (
 )
 from flatquant.calibrate.pipeline import solved_name
 from flatquant.calibrate.samples import UNSCORED, Samples, Windows
-from flatquant.calibrate.state import RunState, tensor_bytes
+from flatquant.calibrate.state import RunState
 from flatquant.errors import ArtifactError, CalibrationError, DataError
 from flatquant.evaluate.verdict import PACKED_ERROR
 from flatquant.families import plan_for
 from flatquant.models import (
     check_ids,
 )
+from flatquant.modules import tensor_bytes
 from flatquant.progress import Progress
 from flatquant.runtime.experts import open_experts
 from flatquant.runtime.linear import Unpacked

@@ -22,7 +22,8 @@ from typing import IO, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from flatquant.errors import CalibrationError
+from flatquant.errors import CalibrationError, first_line
+from flatquant.modules import tensor_bytes
 
 Place = Literal["device", "host", "disk"]
 
@@ -74,7 +75,8 @@ class OnHost(Spilled):
         try:
             self._rows = torch.empty(shape, dtype=dtype, pin_memory=on_gpu)
         except RuntimeError as error:  # out of memory, or of what may be pinned
-            raise CalibrationError(f"no host memory for activations ({_line(error)}); set --max-host-memory") from error
+            why = first_line(error)
+            raise CalibrationError(f"no host memory for activations ({why}); set --max-host-memory") from error
         self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._ahead: tuple[tuple[int, int], Tensor] | None = None
 
@@ -137,18 +139,18 @@ class OnDisk(Spilled):
     def _read(self, start: int, stop: int) -> Tensor:
         out = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         self._file.seek(start * self._row_bytes)
-        if self._file.readinto(_bytes(out)) != out.nbytes:
+        if self._file.readinto(tensor_bytes(out)) != out.nbytes:
             raise CalibrationError(f"rows {start} to {stop} of the activations in {self._folder} were never written")
         return out
 
     def __setitem__(self, rows: slice, values: Tensor) -> None:
         self._settled()
         start, stop = self._range(rows)
-        values = values.detach().to("cpu", self.dtype).contiguous()
+        values = values.to("cpu", self.dtype)
         assert values.shape == (stop - start, *self.shape[1:])
         try:
             self._file.seek(start * self._row_bytes)
-            self._file.write(_bytes(values))
+            self._file.write(tensor_bytes(values))
             self._file.flush()
         except OSError as error:
             reason = error.strerror or error
@@ -163,15 +165,6 @@ class OnDisk(Spilled):
 def _end(file: IO[bytes], reader: ThreadPoolExecutor) -> None:
     reader.shutdown(wait=False)
     file.close()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    raw = tensor.flatten().view(torch.uint8).numpy()
-    return memoryview(raw)  # pyright: ignore[reportArgumentType] - numpy's stubs for Python 3.11 lack __buffer__
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def room(

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flatquant import store
 from flatquant.errors import CalibrationError
+from flatquant.modules import tensor_bytes
 
 RUN_FILE = "run.json"
 
@@ -37,12 +38,6 @@ def fingerprint(module: nn.Module, read: Callable[[str], Tensor] | None = None) 
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor."""
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(raw)  # pyright: ignore[reportArgumentType] - numpy's stubs for Python 3.11 lack __buffer__
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -127,19 +122,19 @@ class RunState:
 
     def tensor(self, name: str, key: str) -> Tensor:
         """One tensor of a finished piece of work, in memory of its own."""
-        path = self._path(name)
-        try:
-            with safe_open(path, "pt") as f:
-                return f.get_tensor(key).clone()
-        except Exception as error:
-            raise CalibrationError(f"{path} is damaged ({error}); delete it and run again with --resume") from error
+        with self._opened(name) as f:
+            return f.get_tensor(key).clone()
 
     def load(self, name: str) -> tuple[dict[str, Tensor], Any]:
         """A finished piece of work and its note."""
+        with self._opened(name) as f:
+            return load_file(self._path(name)), json.loads((f.metadata() or {}).get("note", "null"))
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
         path = self._path(name)
         try:
             with safe_open(path, "pt") as f:
-                note = json.loads((f.metadata() or {}).get("note", "null"))
-            return load_file(path), note
+                yield f
         except Exception as error:
             raise CalibrationError(f"{path} is damaged ({error}); delete it and run again with --resume") from error

@@ -15,6 +15,7 @@ from flatquant.errors import ArtifactError, ModelError
 from flatquant.formats.base import SCALE, WHOLE, Codes
 from flatquant.interchange.dense import plain_config
 from flatquant.interchange.theirs import FORMATS, their_numbers
+from flatquant.modules import tied_names
 from flatquant.quantizers import FrozenBlocks
 from flatquant.runtime.artifact import check_output
 from flatquant.runtime.codes import CodeLinear
@@ -75,7 +76,7 @@ def export_compressed(
         },
     }
     output.mkdir(parents=True, exist_ok=True)
-    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    tied = tied_names(model)
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in state.items() if n not in tied}
     try:
         save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant.errors import ModelError, first_line
-from flatquant.models.float8 import NARROW, SCALE, dequantized, float8_block, unsaid
+from flatquant.models.float8 import NARROW, SCALE, dequantized, float8_block, headers, unsaid
 from flatquant.models.folder import (
     auto_class,
     check_config,
@@ -22,6 +22,7 @@ from flatquant.models.folder import (
 )
 from flatquant.models.place import resolve
 from flatquant.models.silence import quiet
+from flatquant.modules import tied_names
 
 
 class Checkpoint:
@@ -132,9 +133,7 @@ def _matched(folder: Path, name: object, model: PreTrainedModel, block: tuple[in
         for key, shape in shapes.items()
         if key in needed or not any(pattern.search(key) for pattern in ignored)
     }
-    first = {id(p): key for key, p in model.named_parameters()}
-    tied = {key for key, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != key}
-    if odd := sorted((needed.keys() - tied) ^ shapes.keys()):
+    if odd := sorted((needed.keys() - tied_names(model)) ^ shapes.keys()):
         raise _only_whole(name, f"{odd[0]} is not both in its files and in the model ({len(odd)} such)")
     for key, shape in shapes.items():
         if tuple(shape) != tuple(needed[key].shape):
@@ -165,14 +164,11 @@ def tensors_of(
     shapes: dict[str, tuple[int, ...]] = {}
     narrow: list[str] = []  # in float8
     try:
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as stored:
-                for key in stored.keys():  # noqa: SIM118 - not a dict
-                    if key in files:
-                        raise _only_whole(name, f"{key} is in two files")
-                    part = stored.get_slice(key)
-                    files[key], shapes[key] = file.name, tuple(part.get_shape())
-                    narrow += [key] if part.get_dtype().startswith(NARROW) else []
+        for file, key, shape, dtype in headers(folder):
+            if key in files:
+                raise _only_whole(name, f"{key} is in two files")
+            files[key], shapes[key] = file, shape
+            narrow += [key] if dtype.startswith(NARROW) else []
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot load the weights of {name}: {first_line(error)}; fetch the model again") from error
     for key in narrow:

@@ -1,5 +1,6 @@
 """Weights in float8, with a scale for each block."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,21 @@ def dequantized(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor
 
 def refuse_float8(folder: Path, name: object) -> None:
     """Raise a ModelError for weights in float8: transformers would take them without their scales."""
+    try:
+        narrow = next((key for _, key, _, dtype in headers(folder) if dtype.startswith(NARROW)), None)
+    except (OSError, SafetensorError):
+        return  # transformers has more to say of it
+    if narrow is not None:
+        raise unsaid(narrow, name)
+
+
+def headers(folder: Path) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+    """File, name, shape and dtype of every tensor in a folder's safetensors."""
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as stored:
-                narrow = [k for k in stored.keys() if stored.get_slice(k).get_dtype().startswith(NARROW)]  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return  # transformers has more to say of it
-        if narrow:
-            raise unsaid(narrow[0], name)
+        with safe_open(file, "pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 - not a dict
+                part = stored.get_slice(key)
+                yield file.name, key, tuple(part.get_shape()), part.get_dtype()
 
 
 def unsaid(key: str, name: object) -> ModelError:

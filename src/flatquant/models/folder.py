@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -21,6 +20,7 @@ from transformers import __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flatquant.errors import ModelError, first_line, one_line
+from flatquant.models.float8 import headers
 from flatquant.models.gguf import ALIASES
 
 # Model types of several parts, whose text part (`text_config`, `model.language_model`) is quantised where it is.
@@ -131,17 +131,13 @@ def check_size(folder: Path, config: Any) -> None:
     """
     if getattr(config, "quantization_config", None) or getattr(config, "auto_map", None):
         return  # fewer numbers than parameters, or code that decides
-    tensors = numbers = 0
     try:
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, "pt") as stored:
-                for key in stored.keys():  # noqa: SIM118 - not a dict
-                    tensors, numbers = tensors + 1, numbers + math.prod(stored.get_slice(key).get_shape())
+        sizes = [math.prod(shape) for _, _, shape, _ in headers(folder)]
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
-        if layers <= tensors:  # the number of modules is bounded by the size of the files
+        if layers <= len(sizes):  # the number of modules is bounded by the size of the files
             with torch.device("meta"):
                 model = auto_class(config).from_config(config)
-            if sum(p.numel() for p in model.parameters()) <= 4 * numbers + (1 << 24):
+            if sum(p.numel() for p in model.parameters()) <= 4 * sum(sizes) + (1 << 24):
                 return
     except Exception as error:  # as above
         raise ModelError(f"cannot load the weights of {folder}: {first_line(error)}; fetch the model again") from error

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from flatquant.errors import ModelError, first_line
 from flatquant.models.silence import quiet
+from flatquant.modules import tied_names
 
 ALIASES = ("smollm2-135m",)
 _CONVERSION = 1  # part of the cache key: raise it when `_write_converted` writes something else
@@ -116,8 +117,7 @@ def _write_converted(file: Path, folder: Path) -> None:
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    parameters = dict(model.named_parameters())  # of tied ones, the first alone
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
+    tied = tied_names(model)
     stored = {name: t.contiguous() for name, t in model.state_dict().items() if name not in tied}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folder)

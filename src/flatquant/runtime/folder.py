@@ -161,8 +161,7 @@ class Folder:
         if not (self.path / name).is_file():
             return "is missing"
         try:
-            with open(self.path / name, "rb") as f:
-                found = hashlib.file_digest(f, "sha256").hexdigest()
+            found = file_digest(self.path / name)
         except OSError as error:
             return f"cannot be read ({error.strerror or error})"
         return "" if found == digest else "is damaged: its sha256 does not match"
@@ -247,6 +246,12 @@ def read_json(path: Path) -> Any:
 def json_bytes(data: Any) -> bytes:
     """Readable JSON, the same bytes for the same data."""
     return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def content_hash(config: Mapping[str, Any]) -> str:

@@ -14,9 +14,10 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 from flatquant import seams
 from flatquant.errors import ArtifactError, one_line
 from flatquant.models import WRAPPERS, auto_class, kept_dtype
+from flatquant.modules import tied_names
 from flatquant.runtime import fused
 from flatquant.runtime.artifact.adopt import Origin, adopt
-from flatquant.runtime.artifact.write import FOREIGN, tied_names
+from flatquant.runtime.artifact.write import FOREIGN
 from flatquant.runtime.build import install, install_head
 from flatquant.runtime.folder import (
     CONFIG_FILE,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from flatquant import store
 from flatquant.errors import ArtifactError, one_line
+from flatquant.modules import tensor_bytes, tied_names
 from flatquant.runtime.artifact.evaluations import write_card
 from flatquant.runtime.folder import (
     CARD_FILE,
@@ -37,6 +37,7 @@ from flatquant.runtime.folder import (
     SINGLE_FILE,
     Folder,
     content_hash,
+    file_digest,
     json_bytes,
     output_layer,
     plan_to_json,
@@ -132,7 +133,7 @@ def save(
                 "scheme": scheme,
                 "recipe": dict(recipe),
                 "plan": plan_to_json(plan),
-                "files": {n: _sha256(temporary / n) for n in files_of(temporary) if n not in _UNHASHED},
+                "files": {n: file_digest(temporary / n) for n in files_of(temporary) if n not in _UNHASHED},
             }
             config["quantization_config"]["content_hash"] = content_hash(config)
             (temporary / CONFIG_FILE).write_bytes(json_bytes(config))
@@ -201,12 +202,6 @@ def output_layer_of(model: nn.Module, plan: Plan) -> dict[str, Any] | None:
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the output layer is the embeddings."""
     return bool(tied_names(model))
-
-
-def tied_names(model: nn.Module) -> set[str]:
-    """Names of parameters that are another parameter, listed before, under a second name."""
-    first = {id(p): name for name, p in model.named_parameters()}
-    return {n for n, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != n}
 
 
 @dataclass(frozen=True)
@@ -288,15 +283,10 @@ def _write_shard(pending: Mapping[str, _Pending], path: Path) -> None:
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, pended in order:
-            tensor = pended.make().detach().cpu().contiguous()
+            tensor = pended.make()
             assert (tensor.dtype, tuple(tensor.shape)) == (pended.dtype, pended.shape), name
-            f.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
+            f.write(tensor_bytes(tensor))
 
 
 def files_of(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
