@@ -59,8 +59,7 @@ def report_of(
     text_seconds: float,
 ) -> dict[str, Any]:
     blocks = [
-        {"block": b["block"], "before": _first(b["losses"]), "after": _last(b["losses"]), "losses": b["losses"]}
-        | {key: b[key] for key in _OF_A_BLOCK if key in b}
+        {"block": b["block"]} | _course(b["losses"]) | {key: b[key] for key in _OF_A_BLOCK if key in b}
         for b in calibration.blocks
     ]
     whole = calibration.end_to_end
@@ -110,17 +109,14 @@ def _whole_fit(fitted: FittedModel, memory: FitMemory | None) -> dict[str, Any] 
     """What a report says of an end-to-end fit; None where nothing was fitted."""
     if not (fitted.losses or fitted.held_out):
         return None
-    losses = fitted.losses
-    found: dict[str, Any] = {"before": _first(losses), "after": _last(losses), "losses": losses, "memory": memory}
+    found = _course(fitted.losses) | {"memory": memory}
     return found if fitted.held_out is None else found | measured(fitted)
 
 
-def _first(values: list[float]) -> float | None:
-    return values[0] if values else None
-
-
-def _last(values: list[float]) -> float | None:
-    return values[-1] if values else None
+def _course(losses: list[float]) -> dict[str, Any]:
+    """A fit's losses, and those that it began and ended with."""
+    first, last = (losses[0], losses[-1]) if losses else (None, None)
+    return {"before": first, "after": last, "losses": losses}
 
 
 def _device_name(device: torch.device) -> str:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,40 +65,35 @@ _JUDGED_TOKENS, _JUDGED_WINDOWS, _JUDGED_SEQLEN = 512, (2, 8), 2048
 _TEXTLESS = (2, 128)  # windows and their tokens where a run reads no text
 
 
+@dataclass(eq=False)
 class Run:
     """One call of `quantize`; holds what its steps share."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        name: str | None,
-        recipe: Recipe,
-        calibration: Mixture | Windows | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        place: Place | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
-        resume: bool,
-        progress: Progress,
-        checkpoint: Checkpoint | None,
-        limits: Limits,
-        layout: Estimate,
-        notice: Callable[[Estimate], None] | None,
-        held_out: Windows | None,
-        verdict: bool,
-    ) -> None:
-        self.model, self.recipe, self.calibration, self.tokenizer = model, recipe, calibration, tokenizer
-        self.name = name  # a hub id or an alias; never a path, since the report travels
-        self.place, self.device, self.dtype, self.seed = place, device, dtype, seed
-        self.resume, self.progress = resume, progress
-        self.checkpoint, self.limits, self.layout, self.notice = checkpoint, limits, layout, notice
+    model: PreTrainedModel
+    name: str | None  # a hub id or an alias; never a path, since the report travels
+    recipe: Recipe
+    calibration: Mixture | Windows | None
+    tokenizer: PreTrainedTokenizerBase | None
+    place: Place | None
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    resume: bool
+    progress: Progress
+    checkpoint: Checkpoint | None
+    limits: Limits
+    layout: Estimate
+    notice: Callable[[Estimate], None] | None
+    held_out: Windows | None
+    judged: bool
+    seconds: dict[str, float] = field(default_factory=dict)  # of the verdict's stages
+    # Of the calibration text; None is what the model has yet to write.
+    parts: list[Part | None] = field(default_factory=list)
+    kept: Tensor | None = None  # windows of it that are not trained on
+    start: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
         self.title = self._title()
-        self.held_out, self.judged = held_out, verdict
-        self.seconds: dict[str, float] = {}  # of the verdict's stages
-        self.parts: list[Part | None] = []  # of the calibration text; None is what the model has yet to write
-        self.kept: Tensor | None = None  # windows of it that are not trained on
-        self.start = time.perf_counter()
 
     def __call__(self) -> Quantized:
         if not distributed.leads():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatquant.bench.timing import Row, copies, measure, moves, row_of
+from flatquant.bench.timing import Row, copies, made_row, measure, moves
 from flatquant.ops import int4_linear, kron_quantize
 from flatquant.ops.int4_linear import reference as product_reference
 from flatquant.ops.kron.reference import kron_matmul
@@ -51,18 +51,10 @@ def sites(device: torch.device, sizes: Sequence[int], tokens: Sequence[int]) -> 
             integers = in_order(kron_quantize.plain(inputs[0], site, "packed")[0][ends], "packed")
             error = site_error(inputs[0][ends], integers, site)
             bytes_ = measure(moves(moved, len(inputs), device), device)
-            rows.append(
-                row_of(
-                    f"transform and quantise {n} ({site.shape[0]} x {site.shape[1]})",
-                    t,
-                    error,
-                    error <= SITE_ERROR,
-                    [partial(kron_quantize.plain, x, site, "packed") for x in inputs],
-                    device,
-                    "moving the bytes",
-                    bytes_.median,
-                )
-            )
+            calls = [partial(kron_quantize.plain, x, site, "packed") for x in inputs]
+            times = measure(calls, device) if error <= SITE_ERROR else None
+            what = f"transform and quantise {n} ({site.shape[0]} x {site.shape[1]})"
+            rows.append(made_row(what, t, error, times, "moving the bytes", bytes_.median))
             del inputs
     return rows
 
@@ -111,8 +103,7 @@ def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Se
             y = torch.randn(t, n, device=device, dtype=torch.bfloat16)
             base = measure([partial(F.linear, y, w) for w in dense], device)
             calls = [partial(product, x, s, w, scale, None, None) for w in packed]
-            rows.append(
-                row_of(f"product {o} x {n}", t, error, error <= PRODUCT_ERROR, calls, device, "bfloat16", base.median)
-            )
+            times = measure(calls, device) if error <= PRODUCT_ERROR else None
+            rows.append(made_row(f"product {o} x {n}", t, error, times, "bfloat16", base.median))
         del packed, dense
     return rows

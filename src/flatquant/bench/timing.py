@@ -115,20 +115,6 @@ def moves(size: int, count: int, device: torch.device) -> list[Callable[[], Any]
     return [partial(a.copy_, b) for a, b in zip(half[::2], half[1::2], strict=True)]
 
 
-def row_of(
-    what: str,
-    tokens: int,
-    error: float,
-    correct: bool,
-    calls: Sequence[Callable[[], Any]],
-    device: torch.device,
-    baseline: str,
-    baseline_ms: float | None,
-) -> Row:
-    times = measure(calls, device) if correct else None
-    return made_row(what, tokens, error, times, baseline, baseline_ms)
-
-
 def made_row(
     what: str, tokens: int, error: float, times: Times | None, baseline: str, baseline_ms: float | None
 ) -> Row:

@@ -33,6 +33,7 @@ from flatquant.wiring.head import with_head
 from flatquant.wiring.plan import make_plan
 
 TRANSFORMS = ("kronecker", "hadamard", "none")
+_FACTORS = ("left", "right", "key_matrix", "query_matrix")  # buffers that are orthogonal
 _SDPA = "flatquant_bench"  # the baseline's attention, as transformers knows it
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -87,7 +88,7 @@ def packed_model(
             tensor.fill_(0.95)
         elif "norm" in name:
             tensor.fill_(1 - arch.norm_offset)
-        elif leaf in ("left", "right", "key_matrix", "query_matrix"):
+        elif leaf in _FACTORS:
             tensor.copy_(torch.linalg.qr(torch.randn_like(tensor)).Q)
         else:
             tensor.normal_(0, 0.02)
@@ -101,7 +102,7 @@ def _replace_transforms(model: PreTrainedModel, transform: str) -> None:
     for name, module in model.named_modules():
         if not hasattr(module, "left") and not hasattr(module, "key_matrix"):
             continue
-        for leaf in ("left", "right", "key_matrix", "query_matrix"):
+        for leaf in _FACTORS:
             factor = getattr(module, leaf, None)
             if factor is None:
                 continue

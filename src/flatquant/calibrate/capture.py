@@ -174,20 +174,15 @@ class _Moments:
     """Running ends and mean square of the last dimension, and some of its rows."""
 
     def __init__(self) -> None:
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
-        self.total: Tensor | None = None
-        self.square: Tensor | None = None
+        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+        self.total = self.square = torch.zeros(())
         self.tokens = 0
         self.rows: list[Tensor] = []  # spread over the first calls
 
     def add(self, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()  # (tokens, n)
-        low, high, total, square = x.amin(0), x.amax(0), x.sum(0), x.square().sum(0)
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
-        self.total = total if self.total is None else self.total + total
-        self.square = square if self.square is None else self.square + square
+        self.low, self.high = torch.minimum(x.amin(0), self.low.to(x)), torch.maximum(x.amax(0), self.high.to(x))
+        self.total, self.square = x.sum(0) + self.total.to(x), x.square().sum(0) + self.square.to(x)
         self.tokens += x.shape[0]
         room = _ROWS - sum(map(len, self.rows))
         self.rows.append(x[:: max(1, len(x) // _ROWS_A_CALL)][: min(room, _ROWS_A_CALL)].clone())
@@ -257,10 +252,7 @@ class Observer:
             seams.detach(self._attention)
         out = {}
         for site, m in self._moments.items():
-            assert m.low is not None, f"{site} was never reached"
-            assert m.high is not None
-            assert m.total is not None
-            assert m.square is not None
+            assert m.tokens, f"{site} was never reached"
             out[site] = InputStatistics(
                 absmax=torch.maximum(m.high, -m.low),
                 center=(m.high + m.low) / 2,

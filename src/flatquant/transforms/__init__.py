@@ -17,7 +17,7 @@ from flatquant.transforms.kronecker import Kronecker, kronecker_split
 from flatquant.transforms.masked import HeadMatrices, MaskedFactor
 from flatquant.transforms.matrix import Matrix
 from flatquant.transforms.shift import Shift
-from flatquant.transforms.start import make_factor, make_left, make_masked
+from flatquant.transforms.start import make_factor, make_left
 from flatquant.transforms.written import MovedGain, Written
 
 __all__ = [
@@ -43,6 +43,5 @@ __all__ = [
     "kronecker_split",
     "make_factor",
     "make_left",
-    "make_masked",
     "shared_inverses",
 ]

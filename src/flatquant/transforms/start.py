@@ -39,11 +39,6 @@ def random_hadamard(n: int, generator: torch.Generator) -> Float32[Tensor, "{n} 
     return torch.kron(random_orthogonal(n // d, generator).contiguous(), h) if n > d else h
 
 
-def make_masked(spec: TransformSpec, n: int, batch: tuple[int, ...] = ()) -> MaskedFactor:
-    """A masked (n, n) factor, or a batch of them; it starts at the identity."""
-    return MaskedFactor(n, spec.stability, batch=batch)
-
-
 FACTORS = {"inverse": DirectFactor, "svd": SVDFactor, "fixed": FixedFactor, "rotation": OrthogonalFactor}
 
 
@@ -57,7 +52,7 @@ def make_left(spec: TransformSpec, n: int, generator: torch.Generator) -> Factor
 def make_factor(spec: TransformSpec, n: int, generator: torch.Generator) -> Factor:
     """An (n, n) factor as `spec` asks; random starts draw from `generator` (a CPU generator)."""
     if spec.parameters == "masked":
-        return make_masked(spec, n)
+        return MaskedFactor(n, spec.stability)
     if spec.parameters == "product":
         each = dataclasses.replace(spec, parameters="inverse")
         left, right = (make_factor(each, size, generator) for size in kronecker_split(n))

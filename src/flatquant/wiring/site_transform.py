@@ -16,13 +16,13 @@ from flatquant.transforms import (
     HeadMatrices,
     Identity,
     Kronecker,
+    MaskedFactor,
     Matrix,
     MovedGain,
     Transform,
     Written,
     make_factor,
     make_left,
-    make_masked,
 )
 from flatquant.transforms.diagonal import absmax_scale, second_moment_scale
 from flatquant.wiring.arch import Edge
@@ -51,7 +51,7 @@ def make_transforms(
             case "matrix":
                 made.append(Matrix(make_factor(spec, n1 * n2, generator)))
             case "heads":
-                factor = make_masked(spec, n2, (heads,))
+                factor = MaskedFactor(n2, spec.stability, batch=(heads,))
                 made.append(Written(HeadMatrices(factor, n1 // heads)))
             case "head":
                 made.append(Written(Kronecker(None, make_factor(spec, n2, generator))))
