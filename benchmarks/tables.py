@@ -557,7 +557,7 @@ def families() -> list[str]:
 
 def engines() -> list[str]:
     """Which engine serves which method: found by taking small packed models apart, not by measuring."""
-    from flatquant.families import engines_table
+    from benchmarks.engines import engines_table
 
     return _named(engines_table())
 

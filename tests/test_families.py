@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.engines import engines_table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
@@ -375,7 +376,7 @@ def test_the_table_says_what_a_run_does() -> None:
 
 def test_engines_are_those_that_take_a_method_s_model() -> None:
     """What kernels have no form for, by what the method leaves in a packed model; tests of engines run the rest."""
-    rows = {row["method"]: row for row in families.engines_table()}
+    rows = {row["method"]: row for row in engines_table()}
     assert rows.keys() == RECIPES.keys()
     without = {name for name, row in rows.items() if row["fused"] == "-"}
     assert without == {
@@ -396,7 +397,7 @@ def test_engines_are_those_that_take_a_method_s_model() -> None:
 def test_what_no_part_computes_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table asks the parts of engines, method by method."""
     monkeypatch.setattr(parts, "Linear", IntegerLinear)
-    rows = {row["method"]: row["vllm"] for row in families.engines_table()}
+    rows = {row["method"]: row["vllm"] for row in engines_table()}
     assert {method for method, served in rows.items() if served == "-"} == {"direct", "svdquant", "vptq"}
 
 

@@ -1,31 +1,27 @@
 """Which methods go with which families: found by planning every method on a small model of every family.
 
-And which engines serve what: the fused runtime and the parts for other engines are asked to take a small packed model
-apart. Nothing here knows a method or a family. A method is tried at the schemes of `SCHEMES`; what it refuses on
+Nothing here knows a method or a family. A method is tried at the schemes of `SCHEMES`; what it refuses on
 Llama too is the method's own limit, and says nothing about a family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from flatquant.engines import parts
 from flatquant.engines.vllm import support
-from flatquant.errors import FamilyError, ModelError, SpecError
+from flatquant.errors import FamilyError, SpecError
 from flatquant.models import quiet
 from flatquant.recipes import RECIPES
 from flatquant.runtime import fused
-from flatquant.runtime.build import install
 from flatquant.runtime.experts import open_experts
-from flatquant.runtime.kernels import Unsupported
 from flatquant.spec import Plan, Recipe
-from flatquant.wiring.arch import Arch, Geometry, blocks_at, submodule
+from flatquant.wiring.arch import Arch, Geometry, submodule
 from flatquant.wiring.archs import ARCHS, LLAMA
 from flatquant.wiring.plan import make_plan
 
@@ -52,7 +48,7 @@ ENGINES = ("modules", "fused", "vllm")
 
 
 def engines(kind: str, fields: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, ...]:
-    """The engines that serve a family's models; `engines_table` has the methods of which they do.
+    """The engines that serve a family's models; `benchmarks/engines.py` asks of which methods.
 
     Args:
         fields: of a config, where a family has several kinds of blocks.
@@ -60,57 +56,6 @@ def engines(kind: str, fields: Mapping[str, Any] = MappingProxyType({})) -> tupl
     computed = all(fields.get(name, value) == value for name, value in support.WHEN.get(kind, {}).items())
     served = {"modules": True, "fused": kind in fused.FAMILIES, "vllm": kind in support.FAMILIES and computed}
     return tuple(engine for engine in ENGINES if served[engine])
-
-
-def engines_table() -> list[dict[str, str]]:
-    """One row for each method: the schemes of `SCHEMES` at which each engine serves it on Llama, or `-`."""
-    rows, llama = [], _small("llama", {})
-    for method in sorted(RECIPES):
-        taken = [scheme for scheme in SCHEMES if _plan(method, scheme, llama) is not None]
-        asked = {"modules": lambda model, plan: True, "fused": _is_fused, "vllm": _has_parts}
-        named = {
-            engine: [scheme for scheme in taken if _asked(takes, method, scheme)] for engine, takes in asked.items()
-        }
-        rows.append({"method": method} | {engine: ", ".join(named[engine]) or "-" for engine in ENGINES})
-    return rows
-
-
-def _plan(method: str, scheme: str, model: nn.Module) -> Plan | None:
-    """The plan of a Llama, if the method takes the scheme."""
-    config: Any = model.config
-    blocks = blocks_at(model, LLAMA.blocks)
-    try:
-        return make_plan(RECIPES[method](scheme), LLAMA, Geometry.of(config), blocks)
-    except SpecError:
-        return None
-
-
-def _asked(takes: Callable[[PreTrainedModel, Plan], bool], method: str, scheme: str) -> bool:
-    """Whether an engine takes a small packed Llama."""
-    model = _small("llama", {})
-    plan = _plan(method, scheme, model)
-    assert plan is not None
-    for block, planned in zip(submodule(model, plan.blocks_path).children(), plan.blocks, strict=True):
-        install(block, plan.attention, planned, packed=True)
-    return takes(cast(PreTrainedModel, model), plan)
-
-
-def _is_fused(model: PreTrainedModel, plan: Plan) -> bool:
-    """Whether the fused runtime takes a model apart."""
-    try:
-        fused.Fused(model)
-    except Unsupported:
-        return False
-    return True
-
-
-def _has_parts(model: PreTrainedModel, plan: Plan) -> bool:
-    """Whether a model consists of what `engines.parts` gives other engines."""
-    try:
-        parts.check_parts(model, plan)
-    except ModelError:
-        return False
-    return True
 
 
 def plan_for(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleList) -> Plan:
@@ -154,13 +99,13 @@ def _cell(found: tuple[str, ...], own: tuple[str, ...]) -> str:
 
 def _schemes(kind: str, arch: Arch) -> dict[str, tuple[str, ...]]:
     """By method, the schemes that it takes on a small model of a family."""
-    model = _small(kind, {**arch.when, **arch.example})
+    model = small(kind, {**arch.when, **arch.example})
     kinds = {repr(arch.of(block)): block for block in submodule(model, arch.blocks).children()}
     blocks, geometry = nn.ModuleList(kinds.values()), Geometry.of(model.config)
     return {m: tuple(s for s in SCHEMES if _goes(m, s, arch, geometry, blocks)) for m in RECIPES}
 
 
-def _small(kind: str, fields: Mapping[str, Any]) -> nn.Module:
+def small(kind: str, fields: Mapping[str, Any]) -> nn.Module:
     """A model of a family, on the meta device."""
     computed = {name for name in _SMALL if isinstance(getattr(CONFIG_MAPPING[kind], name, None), property)}
     sizes = {name: size for name, size in _SMALL.items() if name not in computed}

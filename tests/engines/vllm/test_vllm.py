@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.engines import engines_table
 from vllm.model_executor.layers.quantization import get_quantization_config
 
-from flatquant import families, recipes
+from flatquant import recipes
 from flatquant.engines.parts import Joined
 from flatquant.engines.vllm import plugin, register
 from flatquant.errors import ModelError
@@ -80,7 +81,7 @@ def test_schemes(quantised, recipe) -> None:
 @pytest.mark.parametrize("method", sorted(recipes.RECIPES))
 def test_methods(quantised, method: str) -> None:
     """As the table of engines says."""
-    (schemes,) = (row["vllm"] for row in families.engines_table() if row["method"] == method)
+    (schemes,) = (row["vllm"] for row in engines_table() if row["method"] == method)
     assert "w4a16" in schemes
     folder = quantised("llama", recipes.recipe(method, "w4a16"))
     with served(folder) as llm:
