@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from flatquant.errors import SpecError
-from flatquant.spec import Clip, DataSpec, Scheme
+from flatquant.spec import Clip, DataSpec, EndToEndSpec, Scheme
 
 # Text of methods that need second moments or gradients of it, but fit nothing on it.
 TEXT = {"reference": DataSpec(samples=128, seqlen=2048), "quick": DataSpec(samples=16, seqlen=512)}
@@ -20,6 +20,16 @@ def of_preset(preset: str, texts: Mapping[str, DataSpec] = TEXT) -> DataSpec:
     if preset not in texts:
         raise SpecError(f"unknown preset {preset!r}; known: {', '.join(texts)}")
     return texts[preset]
+
+
+def trained(preset: str, fit: EndToEndSpec) -> tuple[EndToEndSpec, DataSpec]:
+    """A fit on the model's cross entropy, of which `quick` takes 20 small steps, and how much text it reads.
+
+    Raises:
+        SpecError: an unknown preset.
+    """
+    data = of_preset(preset, {**TEXT, "quick": DataSpec(samples=40, seqlen=256)})
+    return (dataclasses.replace(fit, steps=20, batch_size=2, checkpoint=False) if preset == "quick" else fit), data
 
 
 def has_few_levels(scheme: str | Scheme) -> bool:

@@ -15,7 +15,8 @@ paper does not know, are on uniform grids.
 import dataclasses
 
 from flatquant.errors import SpecError
-from flatquant.spec import DataSpec, EndToEndSpec, Recipe, Scheme
+from flatquant.recipes.common import trained
+from flatquant.spec import EndToEndSpec, Recipe, Scheme
 
 
 def direct(scheme: str | Scheme = "w2a16", preset: str = "reference", by_channel: bool = True) -> Recipe:
@@ -39,13 +40,6 @@ def direct(scheme: str | Scheme = "w2a16", preset: str = "reference", by_channel
             weigh = "channels" if by_channel else "total"
             activations = dataclasses.replace(activations, kind="levels", weigh=weigh)
         scheme = dataclasses.replace(scheme, weights=weights, activations=activations)
-    fit = EndToEndSpec(objective="cross_entropy", lr=2e-3, code_lr=2e-3)
-    match preset:
-        case "reference":
-            data, fit = DataSpec(samples=128, seqlen=2048), dataclasses.replace(fit, steps=400, batch_size=4)
-        case "quick":
-            fit = dataclasses.replace(fit, steps=20, batch_size=2, checkpoint=False)
-            data = DataSpec(samples=40, seqlen=256)
-        case _:
-            raise SpecError(f"unknown preset {preset!r}; known: quick, reference")
+    fit = EndToEndSpec(objective="cross_entropy", lr=2e-3, code_lr=2e-3, steps=400, batch_size=4)
+    fit, data = trained(preset, fit)
     return Recipe(name="direct", scheme=scheme, end_to_end=fit, data=data)

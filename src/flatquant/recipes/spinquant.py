@@ -12,11 +12,10 @@ for every other method here (the authors': asymmetric, one scale per head); 100 
 again and again, not 800 once; the embedding's mean is not subtracted; value biases are rotated.
 """
 
-from dataclasses import replace
 from typing import Literal
 
-from flatquant.errors import SpecError
-from flatquant.spec import DataSpec, EndToEndSpec, Recipe, Scheme, SolverSpec, TransformSpec
+from flatquant.recipes.common import trained
+from flatquant.spec import EndToEndSpec, Recipe, Scheme, SolverSpec, TransformSpec
 
 R1 = TransformSpec(kind="matrix", parameters="rotation", init="hadamard")
 R2 = TransformSpec(kind="head", parameters="rotation", init="hadamard")
@@ -35,14 +34,8 @@ def spinquant(
     if isinstance(scheme, str):
         scheme = Scheme.parse(scheme, clip="none").with_clips(weights="search")
     both = solver == "rtn" or scheme.weights_only
-    fit = EndToEndSpec(objective="cross_entropy", round_weights=both, rotation_lr=1.5)
-    match preset:
-        case "reference":
-            data, fit = DataSpec(samples=128, seqlen=2048), replace(fit, steps=100, batch_size=8)
-        case "quick":
-            data, fit = DataSpec(samples=40, seqlen=256), replace(fit, steps=20, batch_size=2, checkpoint=False)
-        case _:
-            raise SpecError(f"unknown preset {preset!r}; known: quick, reference")
+    fit = EndToEndSpec(objective="cross_entropy", round_weights=both, rotation_lr=1.5, steps=100, batch_size=8)
+    fit, data = trained(preset, fit)
     return Recipe(
         name="spinquant",
         scheme=scheme,
