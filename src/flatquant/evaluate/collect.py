@@ -20,7 +20,6 @@ from flatquant.errors import DataError, ModelError
 from flatquant.evaluate.perplexity import Progress
 from flatquant.models import check_ids
 from flatquant.ops.divergence.reference import kl_rows
-from flatquant.ops.kron.reference import kron_matmul
 from flatquant.quantizers import Dynamic
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.experts import open_experts
@@ -136,10 +135,7 @@ def _seen(blocks: nn.ModuleList, plan: Plan, *, quantised: bool) -> Iterator[lis
 
     def watch(note: _Seen, site: str):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            if isinstance(module, FrozenSite):  # in the basis of its readers, before rounding
-                factor = module.left if module.left is not None else module.right
-                x = x if factor is None else kron_matmul(x.to(factor.dtype), module.left, module.right)
+            x = module.transformed(args[0]) if isinstance(module, FrozenSite) else args[0]  # before rounding
             x = x.detach().flatten(0, -2).float()
             if site not in note.inputs:
                 note.inputs[site] = x[:ROWS]
