@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from benchmarks.common import RESULTS, read_samples, write_result
+from flatquant import formats
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.evaluate import divergence_from_logits, perplexity, reference_logits
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--learned", action="store_true")
     parser.add_argument("--clip", choices=("none", "search"), default="search", help="how scales of blocks are found")
-    parser.add_argument("--schemes", default="nvfp4,mxfp4")
+    parser.add_argument("--schemes", default=",".join(formats.names()))
     parser.add_argument("--transforms", default="none,kronecker," + ",".join(f"blocks of {size}" for size in SIZES))
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
