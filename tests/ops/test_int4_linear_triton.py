@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 from flatquant.ops import int4_linear as op  # noqa: E402
 from flatquant.ops.int4_linear import reference  # noqa: E402
 from flatquant.ops.int4_linear import triton as fused  # noqa: E402
+from flatquant.ops.kron_quantize.reference import of_rows  # noqa: E402
 from flatquant.ops.pack.reference import pack_bits  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -127,7 +128,7 @@ def test_many_tokens_without_float8_units(
     want = reference.int4_linear(x, x_scale, packed, *rest, torch.float32)
     if CUDA:
         monkeypatch.setattr(op, "_has_float8", lambda device: False)
-        assert op.form(len(x), x.device, dtype) == "planes"
+        assert op.form(x.device, dtype) == "planes"
         y = op.int4_linear(x, x_scale, packed, *rest, dtype, op.scratch(op.scratch_bytes(48, 96), x.device))
     else:
         weight = fused.expand(packed, torch.zeros(48, 96, dtype=torch.int8))
@@ -149,7 +150,7 @@ def test_every_number_of_tokens_has_a_kernel(tokens: int) -> None:
     g = torch.Generator().manual_seed(tokens)
     x, *rest = make(tokens, 96, 1056, True, True, torch.bfloat16, g)
     want = reference.int4_linear(x, *rest, torch.float32)
-    if op.form(tokens, x.device, torch.bfloat16) == "float8":  # in order, where int8 has even channels first
+    if of_rows(op.form(x.device, torch.bfloat16), tokens) == "float8":  # in order, where int8 has even channels first
         x = x.unflatten(-1, (2, -1)).mT.flatten(-2).float().to(torch.float8_e4m3fn)
     y = op.int4_linear(x, *rest, torch.bfloat16, op.scratch(op.scratch_bytes(96, 1056), x.device))
     torch.testing.assert_close(y.float(), want, rtol=2**-7, atol=2**-7 * want.abs().mean().item())
@@ -159,6 +160,6 @@ def test_only_results_in_bfloat16_come_from_the_float8_units(monkeypatch: pytest
     """They round to it: of 64 tokens and of 65, results in another dtype would be of two precisions."""
     monkeypatch.setattr(op, "_has_float8", lambda device: True)
     gpu = torch.device("cuda", 0)
-    forms = {dtype: [op.form(tokens, gpu, dtype) for tokens in (1, 64, 65, 9000)] for dtype in DTYPES}
-    for dtype, found in forms.items():
+    for dtype in DTYPES:
+        found = [of_rows(op.form(gpu, dtype), tokens) for tokens in (1, 64, 65, 9000)]
         assert found == ["planes", "planes", *[("float8" if dtype == torch.bfloat16 else "planes")] * 2]

@@ -227,3 +227,17 @@ def test_without_factors_no_thread_has_more_channels_than_registers(shape: tuple
     channels = fused._padded(shape[0]) * fused._padded(shape[1])
     assert channels <= 64 * 32 * how.warps
     assert how.programs * how.warps * 32 * (how.registers or 255) <= 1 << 16
+
+
+@pytest.mark.parametrize("rows", [2, reference.FEW + 1])
+def test_either_form_is_that_of_the_number_of_rows(rows: int) -> None:
+    g = torch.Generator().manual_seed(2)
+    site = make((8, 16), "both", g)
+    x = torch.randn(rows, 128, generator=g).to(DEVICE)
+    got, want = (
+        fused.launch(x, None, "plain", (8, 16), *site.factors, site.ratios, 4, form)
+        for form in ("either", "planes" if rows == 2 else "float8")
+    )
+    assert got[0].dtype == torch.int8
+    assert torch.equal(got[0], want[0].view(torch.int8))
+    assert torch.equal(got[1], want[1])

@@ -9,14 +9,16 @@ from torch import Tensor
 from flatquant.ops import int4_linear
 from flatquant.ops.int4_linear import reference as product
 from flatquant.ops.int8_linear import reference as head
-from flatquant.ops.kron_quantize import Form, Site
+from flatquant.ops.kron_quantize import Form, Site, plain
 from flatquant.ops.kron_quantize import reference as site_reference
+from flatquant.ops.kron_quantize.reference import FEW, of_rows
 from flatquant.ops.pack.reference import pack_bits
+from flatquant.runtime.kernels import KernelLinear, Product
 
 CUDA = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu] if CUDA else []
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-FORMS = ("planes", "float8", "packed")
+FORMS = ("planes", "float8", "packed", "either")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((4, 8), (9, 32), (1, 64), (11, 6), (8, 20))
 
@@ -45,7 +47,7 @@ def inputs(source: str, tokens: int, n: int, dtype: torch.dtype, g: torch.Genera
 def weights(tokens: int, o: int, n: int, bias: bool, residual: bool, dtype: torch.dtype, form: Form, g):
     x = torch.randint(-8, 8, (tokens, n), generator=g, dtype=torch.int8)
     return (
-        (x if form == "planes" else x.float().to(torch.float8_e4m3fn)).to(DEVICE),
+        (x.float().to(torch.float8_e4m3fn).view(torch.int8) if of_rows(form, tokens) == "float8" else x).to(DEVICE),
         (torch.rand(tokens, 1, generator=g) + 0.1).to(DEVICE),
         pack_bits(torch.randint(0, 16, (o, n), generator=g).to(torch.uint8), 4).to(DEVICE),
         (torch.rand(o, generator=g) + 0.1).to(DEVICE),
@@ -95,12 +97,9 @@ def test_kron_quantize_is_an_operator(
 def test_int4_linear_is_an_operator(
     tokens: int, o: int, n: int, bias: bool, residual: bool, dtype: torch.dtype, seed: int
 ) -> None:
-    form = int4_linear.form(tokens, DEVICE, dtype)
+    form = int4_linear.form(DEVICE, dtype)
     args = weights(tokens, o, n, bias, residual, dtype, form, torch.Generator().manual_seed(seed))
-    # The check of the schema compares inputs before and after, for which torch has no float8.
-    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    schema = () if form == "float8" else ("test_schema",)
-    torch.library.opcheck(torch.ops.flatquant.int4_linear, args, test_utils=(*schema, *checks))
+    torch.library.opcheck(torch.ops.flatquant.int4_linear, args)
     if not CUDA:
         assert torch.equal(torch.ops.flatquant.int4_linear(*args), product.int4_linear(*args[:-1]))
 
@@ -133,7 +132,7 @@ def test_torch_compile_takes_a_site_and_its_product_whole(source: str, tokens: i
     shape, o = (4, 24), 32
     site = site_of(shape, "both", g)
     x, other = inputs(source, tokens, 96, torch.float32, g)
-    form = int4_linear.form(tokens, DEVICE, torch.float32)
+    form = int4_linear.form(DEVICE, torch.float32)
     _, _, packed, scale, bias, residual, dtype, scratch = weights(tokens, o, 96, True, True, torch.float32, form, g)
 
     def call(x: Tensor, other: Tensor | None) -> Tensor:
@@ -144,3 +143,48 @@ def test_torch_compile_takes_a_site_and_its_product_whole(source: str, tokens: i
     torch._dynamo.reset()
     got = torch.compile(call, fullgraph=True, backend="aot_eager" if not CUDA else "inductor")(x, other)
     assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(CUDA, reason="counts the references' calls")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_traced_number_of_rows_does_not_choose_the_form(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, as on a GPU with float8 units: few rows are planes, many are float8, with the bits of eager."""
+    forms: list[str] = []
+    products: list[torch.dtype] = []
+    graphs: list[torch.fx.GraphModule] = []
+
+    def on_grid(y, ends, ratios, bits, form):
+        forms.append(of_rows(form, len(y)))
+        return grid(y, ends, ratios, bits, form)
+
+    def multiply(x, *args):
+        products.append(x.dtype)
+        return product_of(x, *args)
+
+    def backend(graph: torch.fx.GraphModule, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    grid, product_of = site_reference.on_grid, product.int4_linear
+    monkeypatch.setattr(int4_linear, "_has_float8", lambda device: True)
+    monkeypatch.setattr(site_reference, "on_grid", on_grid)
+    monkeypatch.setattr(product, "int4_linear", multiply)
+    g = torch.Generator().manual_seed(0)
+    site = site_of((4, 24), "both", g)
+    _, _, packed, scale, bias, *_ = weights(1, 32, 96, True, False, dtype, "planes", g)
+    linear = KernelLinear(lambda x, form: plain(x, site, form), Product(packed, scale, bias), None)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend=backend)
+    for rows in (FEW + 36, 1, FEW, FEW + 1):
+        forms.clear(), products.clear()
+        x = torch.randn(rows, 96, generator=g).to(dtype)
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        got = compiled(x)
+        many = rows > FEW and dtype == torch.bfloat16
+        assert forms == ["float8" if many else "planes"]
+        assert products == [torch.float8_e4m3fn if many else torch.int8]
+        assert torch.equal(got, linear(x))
+        with monkeypatch.context() as m:  # the same integers in another order
+            m.setattr(int4_linear, "_has_float8", lambda device: False)
+            assert torch.equal(got, linear(x))
+    assert len(graphs) == 1

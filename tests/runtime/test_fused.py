@@ -24,6 +24,7 @@ from transformers import (
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.errors import ModelError
 from flatquant.ops import int4_linear
+from flatquant.ops.kron_quantize.reference import of_rows
 from flatquant.recipes import recipe
 from flatquant.runtime import fused, kernels
 from flatquant.runtime.build import SITES_SLOT
@@ -705,7 +706,7 @@ def test_one_precision_on_both_sides_of_64_tokens(dtype: torch.dtype) -> None:
     x_scale = torch.rand(65, 1, generator=g).to(DEVICE)
 
     def product(tokens: int) -> torch.Tensor:
-        form = int4_linear.form(tokens, x.device, dtype)
+        form = of_rows(int4_linear.form(x.device, dtype), tokens)
         rows = x[:tokens]
         if form == "float8":
             rows = rows.to(torch.float8_e4m3fn)

@@ -14,6 +14,7 @@ from flatquant.ops import int4_linear, kron_quantize, kv_cache
 from flatquant.ops.int4_linear import reference as product_reference
 from flatquant.ops.int8_linear import reference as head_reference
 from flatquant.ops.kron_quantize import reference as site_reference
+from flatquant.ops.kron_quantize.reference import of_rows
 from flatquant.ops.kv_cache import reference as cache_reference
 from flatquant.runtime import fused
 from flatquant.runtime.kernels import OutputLayer
@@ -30,7 +31,7 @@ def kernels_error(runtime: fused.Fused) -> float:
     block, device, dtype = runtime.blocks[0], runtime.device, runtime.norm.gain.dtype
     shares = [_attention_error(runtime, block, dtype) / _ATTENTION_ERROR]
     for tokens in (1, 16, 80):  # each has its own kernel of a product
-        form = int4_linear.form(tokens, device, dtype)
+        form = int4_linear.form(device, dtype)
         for name, site in block.sites.items():
             n = site.shape[0] * site.shape[1]
             x, gate = (torch.randn(tokens, n, device=device, dtype=dtype) for _ in range(2))
@@ -54,7 +55,7 @@ def kernels_error(runtime: fused.Fused) -> float:
                 shares.append(((scale - want) / want).abs().max().item() / SCALE_ERROR)
         for product in block.products.values():
             x = torch.randint(-8, 8, (tokens, 2 * product.packed.shape[1]), device=device, dtype=torch.int8)
-            x = x.float().to(torch.float8_e4m3fn) if form == "float8" else x
+            x = x.float().to(torch.float8_e4m3fn) if of_rows(form, tokens) == "float8" else x
             s = torch.rand(tokens, 1, device=device) + 0.5
             weights = (product.packed, product.scale, product.bias)
             exact = product_reference.int4_linear(x, s, *weights, None, torch.float32)

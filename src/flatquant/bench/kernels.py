@@ -15,6 +15,7 @@ from flatquant.ops.int4_linear import reference as product_reference
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.ops.kron_quantize import Form, Site
 from flatquant.ops.kron_quantize import reference as site_reference
+from flatquant.ops.kron_quantize.reference import of_rows
 from flatquant.ops.pack.reference import unpack_bits
 from flatquant.transforms import kronecker_split
 from flatquant.transforms.hadamard import hadamard, has_hadamard
@@ -69,13 +70,13 @@ def site_error(x: Tensor, integers: Tensor, site: Site) -> float:
 
 def in_order(integers: Tensor, form: Form) -> Tensor:
     """What a site gives, one by one in the order of channels.  # float64, (T, n)"""
-    match form:
+    match of_rows(form, len(integers)):
         case "packed":
             return unpack_bits(integers, 4, 2 * integers.shape[-1]).double() - 8
         case "planes":
             return integers.double().unflatten(-1, (2, -1)).mT.flatten(-2)
-        case "float8":
-            return integers.double()
+        case _:
+            return integers.view(torch.float8_e4m3fn).double()
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -94,7 +95,7 @@ def products(device: torch.device, shapes: Sequence[tuple[int, int]], tokens: Se
         dense = [torch.randn(o, n, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * o * n))]
         for t in tokens:
             x = torch.randint(-8, 8, (t, n), device=device, dtype=torch.int8)
-            if int4_linear.form(t, device, torch.bfloat16) == "float8":
+            if of_rows(int4_linear.form(device, torch.bfloat16), t) == "float8":
                 x = x.float().to(torch.float8_e4m3fn)
             s = torch.rand(t, 1, device=device) + 0.5
             want = product_reference.int4_linear(x, s, packed[0], scale, None, None, torch.float32)

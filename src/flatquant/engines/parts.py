@@ -28,7 +28,7 @@ from flatquant.errors import ArtifactError, ModelError
 from flatquant.formats import kinds
 from flatquant.modules import Site, share_inputs
 from flatquant.ops import int4_linear, kron_quantize
-from flatquant.ops.kron_quantize.reference import on_grid
+from flatquant.ops.kron_quantize.reference import of_rows, on_grid
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import Dynamic
 from flatquant.rotary import Angles
@@ -250,7 +250,8 @@ class Gathered(Site):
 
     def own_integers(self, values: Tensor, form: kron_quantize.Form) -> Tensor:
         """This rank's columns of integers in a form, planes or one by one.  # (T, n) -> (T, n / ranks)"""
-        return self._own(values.unflatten(-1, (2 if form == "planes" else 1, -1))).flatten(-2).contiguous()
+        planes = 2 if of_rows(form, len(values)) == "planes" else 1
+        return self._own(values.unflatten(-1, (planes, -1))).flatten(-2).contiguous()
 
     def rows(self, x: Tensor, index: Tensor | slice) -> Tensor:
         return x[index]

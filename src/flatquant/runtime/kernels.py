@@ -166,6 +166,5 @@ class KernelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(.., n) -> (.., o)"""
         rows = x.reshape(-1, x.shape[-1])
-        form = int4_linear.form(rows.shape[0], x.device, x.dtype)
-        y = self.product(*self.quantize(rows, form), None, x.dtype, self.scratch)
+        y = self.product(*self.quantize(rows, int4_linear.form(x.device, x.dtype)), None, x.dtype, self.scratch)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -12,24 +12,23 @@ from torch import Tensor
 
 from flatquant.ops import HAS_TRITON, operator
 from flatquant.ops.int4_linear import reference
-from flatquant.ops.kron_quantize.reference import Form
+from flatquant.ops.kron_quantize.reference import Form, of_rows
 
 # Scratch begins with counters of programs that share rows, which are 0 before and after every product. Behind them are
 # the sums of these programs, or a weight at a byte an element.
 _COUNTERS, _SUMS = 2048, 264 * 64 * 4 * reference.FEW  # bytes, of the programs that an H100 runs at once
 
 
-def form(tokens: int, device: torch.device, dtype: torch.dtype) -> Form:
-    """The form in which a product of this many tokens, with a result in `dtype`, wants its integers.
+def form(device: torch.device, dtype: torch.dtype) -> Form:
+    """The form in which products with a result in `dtype` want their integers.
 
     The float8 units round what they return to bfloat16: they serve no finer dtype.
     """
-    many = device.type == "cuda" and tokens > reference.FEW
-    return "float8" if many and dtype == torch.bfloat16 and _has_float8(device) else "planes"
+    return "either" if dtype == torch.bfloat16 and _has_float8(device) else "planes"
 
 
 def _has_float8(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def unsupported(o: int, n: int, device: torch.device) -> str | None:
@@ -65,7 +64,7 @@ def int4_linear(
     dtype: torch.dtype,
     scratch: UInt8[Tensor, " _"] | None = None,
 ) -> Float[Tensor, "tokens o"]:
-    """`reference.int4_linear`, or its kernels; x in the form that `form` names.
+    """`reference.int4_linear`, or its kernels; x in the form that `form` names, or float8 as such.
 
     Args:
         scratch: see `scratch`, of at least `scratch_bytes`; for one token, and on a CPU, None will do.
@@ -86,6 +85,8 @@ def _run(
     dtype: torch.dtype,
     scratch: Tensor | None,
 ) -> Tensor:
+    if of_rows(form(x.device, dtype), x.shape[0]) == "float8":
+        x = x.view(torch.float8_e4m3fn)
     if not x.is_cuda:
         return reference.int4_linear(x, x_scale, packed, scale, bias, residual, dtype)
     from flatquant.ops.int4_linear import triton

@@ -8,9 +8,8 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from flatquant.ops.int_linear.reference import int_linear
+from flatquant.ops.kron_quantize.reference import FEW as FEW  # tokens up to which kernels read weights packed
 from flatquant.ops.pack.reference import unpack_bits
-
-FEW = 64  # tokens up to which kernels read weights packed
 
 
 def int4_linear(

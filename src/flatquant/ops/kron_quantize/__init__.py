@@ -137,6 +137,7 @@ def _fake(x: Tensor, other, left, right, ratios, n1: int, n2: int, bits: int, so
     n = n1 * n2
     size, dtype = {
         "planes": (n, torch.int8),
+        "either": (n, torch.int8),
         "float8": (n, torch.float8_e4m3fn),
         "packed": (packed_width(n, bits), torch.uint8),
     }[form]

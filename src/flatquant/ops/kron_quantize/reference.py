@@ -12,8 +12,15 @@ from flatquant.ops.pack.reference import pack_bits
 from flatquant.ops.quantize.reference import quantize, row_grid
 
 # How integers leave: one a byte, even channels before odd ones, as nibbles lie in packed weights; one a byte as a
-# float8 (e4m3, exact up to 16), in order; or packed fields of `bits` bits.
-Form = Literal["planes", "float8", "packed"]
+# float8 (e4m3, exact up to 16), in order; or packed fields of `bits` bits. "either" is planes of few rows and float8 of
+# many, both as int8: the operators choose when they run, and a traced number of rows chooses nothing.
+Form = Literal["planes", "float8", "packed", "either"]
+FEW = 64  # rows of which "either" is planes
+
+
+def of_rows(form: Form, rows: int) -> Form:
+    """The form of so many rows: never "either"."""
+    return form if form != "either" else "planes" if rows <= FEW else "float8"
 
 
 def rms_norm(x: Float[Tensor, "*batch n"], gain: Float[Tensor, " n"], eps: float) -> Float[Tensor, "*batch n"]:
@@ -85,10 +92,11 @@ def on_grid(
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     scale, _ = row_grid(ends, ratios[0], ratios[1], low, high)
     q = quantize(y, scale, None, low, high)
-    match form:
+    match of_rows(form, len(q)):
         case "planes":
             return torch.cat((q[..., ::2], q[..., 1::2]), -1).to(torch.int8), scale
-        case "float8":
-            return q.to(torch.float8_e4m3fn), scale
         case "packed":
             return pack_bits((q - low).to(torch.uint8), bits), scale
+        case _:
+            q = q.to(torch.float8_e4m3fn)
+            return q.view(torch.int8) if form == "either" else q, scale

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flatquant.ops.kron_quantize.reference import Form
+from flatquant.ops.kron_quantize.reference import Form, of_rows
 from flatquant.ops.triton import MAGIC, SHARED, early, on_device, shared_memory, wait
 
 # What the input is, and how integers leave.
@@ -335,11 +335,12 @@ def launch(
     n1, n2 = shape
     n = n1 * n2
     tokens = x.shape[0]
+    chosen = of_rows(form, tokens)
     size, dtype = {
         "planes": (n, torch.int8),
         "float8": (n, torch.float8_e4m3fn),
         "packed": (n // 2, torch.uint8),
-    }[form]
+    }[chosen]
     out = torch.empty((tokens, size), dtype=dtype, device=x.device)
     scale = torch.empty((tokens, 1), dtype=torch.float32, device=x.device)
     sms = _sms(x)
@@ -350,12 +351,12 @@ def launch(
     _kernel[(min(tokens, programs),)](
         x, x if other is None else other, left, right, ratios, out, scale, tokens, x.stride(0), eps,
         x.shape[2] if source == "merge" else 1,
-        SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, FORM=_FORMS[form],
+        SOURCE=_SOURCES[source], LEFT=left is not None, RIGHT=right is not None, FORM=_FORMS[chosen],
         QMAX=(1 << bits - 1) - 1, N1=n1, N2=n2, D=x.shape[-1] if source == "merge" else n2, M=_padded(n1),
         ROWS=rows, COLUMNS=columns, AHEAD=how.ahead, EARLY=soon, launch_pdl=soon,
         num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
     )  # fmt: skip
-    return out, scale
+    return out.view(torch.int8) if form == "either" else out, scale
 
 
 def _sms(x: Tensor) -> int:

@@ -75,7 +75,7 @@ class Block:
         """
         mask, room = masks.get(self.window), cache.room
         b, t, _ = x.shape
-        form = int4_linear.form(b * t, x.device, x.dtype)
+        form = int4_linear.form(x.device, x.dtype)
         rows = x.flatten(0, 1)
         y = kron_quantize.norm(rows, self.norms[0].gain, self.norms[0].eps, self.sites["attn_in"], form)
         qkv = self.products["attn_in"](*y, None, x.dtype, scratch).view(b, t, -1)
