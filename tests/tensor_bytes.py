@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 class TensorBytes(TorchDispatchMode):
     """While active, `now` and `peak` count the storages that operations have made and that are still alive.
 
-    What existed before does not count, nor what an operation takes for itself and gives back.
+    What existed before does not count, nor what an operation takes for itself and gives back, nor meta tensors.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class TensorBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.untyped_storage() not in self.known:
-                storage, size = leaf.untyped_storage(), leaf.untyped_storage().nbytes()
+                storage, size = leaf.untyped_storage(), 0 if leaf.is_meta else leaf.untyped_storage().nbytes()
                 self.known[storage] = size
                 weakref.finalize(storage, self._gone, size)
                 self.now += size

@@ -17,6 +17,7 @@ from flatquant.recipes import flatquant, rtn
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, RoundingSpec, SolverSpec
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
+from flatquant.wiring.head import with_head
 from flatquant.wiring.plan import make_plan
 from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for
 from tests.tensor_bytes import TensorBytes
@@ -36,7 +37,7 @@ def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def counted(model, recipe: Recipe, device: str = "cpu", dtype: torch.dtype = torch.float32, **options) -> Estimate:
     arch = arch_of(model.config)
-    plan = make_plan(recipe, arch, Geometry.of(model.config), model.model.layers)
+    plan = with_head(make_plan(recipe, arch, Geometry.of(model.config), model.model.layers), recipe.scheme, model)
     shape = (recipe.data.samples, recipe.data.seqlen) if recipe.needs_data else None
     options = {"limits": Limits(device=1 << 60, host=1 << 60), **options}
     return estimate(model, plan, recipe, shape=shape, device=torch.device(device), dtype=dtype, **options)
@@ -254,6 +255,18 @@ def test_so_is_that_of_an_end_to_end_fit(recompute: bool, weight_lr: float, voca
     assert want.device == pytest.approx(tensors.peak, rel=0.25)
 
 
+@pytest.mark.parametrize("scheme, dtype", [("w8a16", torch.bfloat16), ("w4g32a16", torch.float32)])
+def test_a_rounded_output_layer_is_counted(scheme: str, dtype: torch.dtype) -> None:
+    """Its integers, and the rows in float32 that are rounded at a time."""
+    model = tiny_llama(hidden=128, intermediate=256, vocab=65536, dtype=dtype)
+    recipe = rtn(f"w4a16,lm_head={scheme}")
+    want, whole = counted(model, recipe), sum(p.nbytes for p in model.parameters())
+    assert want.device > 4 * counted(model, rtn("w4a16")).device
+    with TensorBytes() as tensors:
+        calibrate(model, recipe, None, device=CPU, dtype=torch.float32)
+    assert want.host - LIBRARIES == pytest.approx(whole + tensors.peak, rel=0.1)
+
+
 @pytest.mark.parametrize("tokenizer", [None, tiny_tokenizer()])
 def test_the_copy_that_writes_texts_is_counted(tokenizer: Any) -> None:
     from flatquant import quantize
@@ -322,12 +335,13 @@ SMALL, WORDY = (256, 704, 4, 1024), (256, 704, 4, 16384)
         pytest.param(Case(shape=SMALL, samples=4, seqlen=256, epochs=1), marks=pytest.mark.slow),
         pytest.param(Case(shape=SMALL, method="gptq", samples=4, seqlen=64), marks=pytest.mark.slow),
         pytest.param(Case(shape=WORDY, method="quarot", samples=2, seqlen=32), marks=pytest.mark.slow),
+        pytest.param(Case(shape=WORDY, method="rtn", scheme="w4a16,lm_head=w8a16"), marks=pytest.mark.slow),
         pytest.param(
             Case(shape=WORDY, preset="quick", samples=8, seqlen=128, steps=2, text="self"), marks=pytest.mark.slow
         ),
         pytest.param(Case(shape=SMALL, method="rtn", stream=True), marks=pytest.mark.slow),
     ],
-    ids=lambda case: f"{case.method} {case.preset} {case.text}{' streamed' if case.stream else ''}",
+    ids=lambda case: f"{case.method} {case.preset} {case.scheme} {case.text}{' streamed' if case.stream else ''}",
 )
 def test_what_a_user_is_told_is_within_a_quarter_of_what_the_process_takes(case: Case) -> None:
     """Python and its libraries, reading the model, writing text and saving included."""

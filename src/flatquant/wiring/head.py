@@ -52,11 +52,16 @@ def round_head(model: PreTrainedModel, head: HeadPlan, device: torch.device) -> 
     """
     output = submodule(model, head.path)
     assert isinstance(output, nn.Linear)
-    grid = WeightGrid(head.weights)
-    home = output.weight.device
-    parts = (grid.nearest(rows.to(device).float()) for rows in output.weight.detach().split(ROWS))
-    values, scales = zip(*((part.values.to(home), part.scale.to(home)) for part in parts), strict=True)
-    state = {"values": torch.cat(values), "scale": torch.cat(scales)}
+    weight, grid = output.weight.detach(), WeightGrid(head.weights)
+    o, n = weight.shape
+    state = {
+        "values": weight.new_empty((o, n), dtype=torch.int8),
+        "scale": weight.new_empty((o, n // (head.weights.group_size or n)), dtype=torch.float32),
+    }
+    for start in range(0, o, ROWS):
+        rows = slice(start, start + ROWS)
+        part = grid.nearest(weight[rows].to(device).float())
+        state["values"][rows], state["scale"][rows] = part.values, part.scale
     if output.bias is not None:
         state["bias"] = output.bias.detach()
     install_head(model, head, packed=False)

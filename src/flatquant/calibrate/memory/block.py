@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from flatquant.ops.adam import BLOCK
 from flatquant.spec import BlockPlan, EndToEndSpec, FitMemory, Plan
 from flatquant.wiring.arch import submodule
+from flatquant.wiring.residual import ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class Head:
     rounded: int = 0  # an integer a byte
     packed: int = 0
     replaced: int = 0  # of the matrix that is gone then: none where it is the embeddings
+    made: int = 0  # while `ROWS` rows are rounded, on the device that does it: four numbers in float32 a weight
 
     @classmethod
     def of(cls, model: PreTrainedModel, plan: Plan) -> Head:
@@ -74,6 +76,7 @@ class Head:
             rounded=weight.numel() + grids,
             packed=weight.numel() * spec.bits // 8 + grids,
             replaced=0 if plan.head.tied else weight.nbytes,
+            made=16 * min(len(weight), ROWS) * weight.shape[1],
         )
 
 

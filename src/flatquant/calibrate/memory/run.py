@@ -175,4 +175,4 @@ class Count:
             end = chain + held.moments * weights + max(top, bottom)
             if self.dtype_changes:
                 end += self.item * self.vocab * self.hidden  # the head's weight
-        return resident + max(fold, solve + passes, learn, fit, end)
+        return resident + max(fold, solve + passes, learn, fit, end, self.head.made)
