@@ -9,7 +9,7 @@ from torch import Tensor
 from flatquant.ops.kv_cache import Store
 from flatquant.ops.kv_cache.reference import attend as attend_dense
 from flatquant.ops.pack.reference import pack_bits
-from flatquant.ops.paged_cache import Batch, attend, place_bytes, stores_of, write
+from flatquant.ops.paged_cache import Batch, attend, place_bytes, reference, stores_of, write
 from flatquant.ops.quantize.reference import quantize, row_grid
 
 HEADS, DIM, PLACES = 2, 8, 4
@@ -75,12 +75,17 @@ def test_one_new_token_sees_what_it_sees_in_one_piece(lengths: list[int], window
     cap=st.sampled_from([None, 2.0]),
     short=st.booleans(),
     part=st.integers(1, 5),
+    scores=st.sampled_from([reference.SCORES, 30]),
     seed=st.integers(0, 99),
 )
 def test_parts_of_a_prompt_are_the_whole(
-    lengths: list[int], window: int | None, cap: float | None, short: bool, part: int, seed: int
+    lengths: list[int], window: int | None, cap: float | None, short: bool, part: int, scores: int, seed: int
 ) -> None:
-    """Some new tokens at a time; tokens of no request behind the others; keys that are short of something."""
+    """Some new tokens at a time; tokens of no request behind the others; keys that are short of something.
+
+    Args:
+        scores: at a time of the whole.
+    """
     filled = Filled(lengths, seed)
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(sum(lengths) + 1, 2 * HEADS, DIM, generator=g)
@@ -92,7 +97,9 @@ def test_parts_of_a_prompt_are_the_whole(
         back = (lambda positions: lacking[:, positions]) if short else None
         return attend(rows, filled.keys, filled.values, batch, window, 0.3, cap, back)
 
-    whole = run(lengths, lengths, q)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "SCORES", scores)
+        whole = run(lengths, lengths, q)
     assert whole[-1].abs().max() == 0
     for request, own in enumerate(whole[:-1].split(lengths)):
         rows = q[:-1].split(lengths)[request]

@@ -12,7 +12,8 @@ from flatquant.engines.vllm.support import PACKED
 from flatquant.errors import ModelError
 from flatquant.ops.paged_cache import decode
 from flatquant.runtime.artifact import load
-from tests.engines.vllm.conftest import answers, largest_difference, served
+from tests.engines.vllm.conftest import NEW, answers, largest_difference, served
+from tests.tensor_bytes import TensorBytes
 
 pytestmark = pytest.mark.vllm
 
@@ -67,6 +68,35 @@ def test_a_cache_of_integers_holds_what_a_wide_one_holds(quantised, family: str,
     places = sum(view.shape[:3].numel() for view in views.values())
     assert {view.dtype for view in views.values()} == {torch.uint8}
     assert sum(held.values()) == places * 2 * (32 // 2 + 4 + 1)  # of heads of 32 channels; in 16 bits 2 * 32 * 2
+
+
+@pytest.mark.parametrize(
+    "family, more, tokens",
+    [
+        ("qwen2", {}, 125),  # at a time: half a prompt
+        ("gemma2", {"query_pre_attn_scalar": 32, "sliding_window": 16}, 500),  # two prompts
+    ],
+)
+def test_no_batch_takes_more_memory_than_vllm_measured(
+    quantised, family: str, more: dict[str, Any], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of the greatest length, and then one token of every request."""
+    forward = PackedImpl.forward
+    peaks: dict[bool, list[int]] = {True: [], False: []}  # by whether vLLM measures
+
+    def measured(*given: Any, **more: Any) -> torch.Tensor:
+        with TensorBytes() as tensors:
+            out = forward(*given, **more)
+        peaks[given[6] is None].append(tensors.peak)
+        return out
+
+    monkeypatch.setattr(cache, "KERNELS", {"cpu"})
+    monkeypatch.setattr(PackedImpl, "forward", measured)
+    with served(quantised(family, **more), **OPTIONS, max_num_batched_tokens=tokens) as llm:
+        llm.llm_engine.model_executor.driver_worker.worker.model_runner.profile_run()
+        answers(llm, [[token] * (256 - NEW) for token in (1, 2, 3, 4)])
+    assert len(peaks[True]) == 2  # blocks
+    assert max(peaks[False]) <= max(peaks[True]) < 1.2 * max(peaks[False])
 
 
 def test_keys_and_values_of_other_widths_are_refused(quantised) -> None:

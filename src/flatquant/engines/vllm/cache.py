@@ -8,7 +8,8 @@ less their offset, which attention gives back. So attention sees what a cache of
 Pages are vLLM's: it shares, frees and counts them, and prefix caching and chunked prefill are the scheduler's matter.
 
 On CUDA a kernel computes the attention of requests with one new token. What was given up: speed elsewhere, where a
-request's places are unpacked whenever attention looks at them.
+request's places are unpacked whenever attention looks at them. That takes memory beside the pages, for one request at a
+time: while vLLM measures what is left for pages, the largest batches are computed.
 """
 # pyright: reportMissingImports=false
 
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -44,6 +46,7 @@ from flatquant.runtime.keyvalue import FrozenKeyValue
 KERNELS = {"cuda"}  # types of devices where one new token's attention is the operation that has a kernel
 _NAME = "FLATQUANT"
 _PLACES = 16  # pages hold a multiple of it: so scales lie on multiples of four bytes
+_TABLE = 128  # a table has pages for a multiple of so many places
 
 
 @dataclass
@@ -106,6 +109,7 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.window, self.cap = sliding_window, logits_soft_cap or None
+        self.config = get_current_vllm_config()
 
     def forward(
         self,
@@ -125,18 +129,39 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
             query: (T, queries, head_dim), as the model computed them; key, value: (T, heads, head_dim).
             kv_cache: uint8, (pages, heads, N, bytes).
         """
+        basis: PackedBasis = layer.flatquant
         if attn_metadata is None:  # vLLM measures its memory
+            if query.device.type in KERNELS:
+                self._rehearse(basis, query, key, value)
             return output.zero_()
         batch = attn_metadata
         new = slice(batch.num_actual_tokens)
-        basis: PackedBasis = layer.flatquant
-        keys, values = stores_of(kv_cache)
         at = positions(batch.query_start_loc, batch.seq_lens, batch.num_actual_tokens)
-        q, k, v = basis(query[new], key[new], value[new], at)
-        slots = batch.slot_mapping[new]
+        self._attend(basis, query[new], key[new], value[new], at, kv_cache, batch, output[new])
+        return output
+
+    def _attend(
+        self,
+        basis: PackedBasis,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        at: Tensor,
+        kv_cache: Tensor,
+        batch: PackedMetadata,
+        output: Tensor,
+    ) -> None:
+        """`forward` without tokens that pad the batch.
+
+        Args:
+            at: positions, (T,).
+        """
+        keys, values = stores_of(kv_cache)
+        q, k, v = basis(query, key, value, at)
+        slots = batch.slot_mapping[: len(q)]
         write(keys, k, slots)
         write(values, v, slots)
-        singles = batch.singles if q.device.type in KERNELS and self.cap is None and basis.adds_to_scores else 0
+        singles = batch.singles if self._decodes(basis, q) else 0
         if singles:
             length = batch.block_table.shape[1] * keys.scale.shape[2]
             short = basis.short(query[:singles], length)
@@ -146,10 +171,34 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
             starts = batch.query_start_loc[singles:] - singles
             rest = Batch(batch.block_table[singles:], batch.seq_lens[singles:], starts)
             back = basis.back(key.dtype)
-            output[singles : new.stop] = attend(
-                q[singles:], keys, values, rest, self.window, self.scale, self.cap, back
-            )
-        return output
+            output[singles:] = attend(q[singles:], keys, values, rest, self.window, self.scale, self.cap, back)
+
+    def _decodes(self, basis: PackedBasis, q: Tensor) -> bool:
+        """Whether `decode` computes the attention of one new token."""
+        return q.device.type in KERNELS and self.cap is None and basis.adds_to_scores
+
+    def _rehearse(self, basis: PackedBasis, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Compute batches that take the most memory: the longest prompt's last tokens, and one token of many requests.
+
+        All of their places are one page.
+        """
+        tokens, longest = len(query), self.config.model_config.max_model_len
+        places = self.config.cache_config.block_size or _PLACES
+        pages = -(-longest // _TABLE) * _TABLE // places
+        size = (1, self.num_kv_heads, places, place_bytes(self.head_size))
+        cache = torch.zeros(size, dtype=torch.uint8, device=query.device)
+        slots = torch.zeros(tokens, dtype=torch.int64, device=query.device)
+        output = torch.empty_like(query)
+        batches = [(1, min(tokens, longest), 0)]
+        if self._decodes(basis, query):
+            most = min(tokens, self.config.scheduler_config.max_num_seqs)
+            batches.append((most, 1, most))
+        for requests, new, singles in batches:
+            table = torch.zeros((requests, pages), dtype=torch.int32, device=query.device)
+            lengths = torch.full_like(table[:, 0], longest)
+            starts = torch.arange(requests + 1, dtype=torch.int32, device=query.device) * new
+            batch = PackedMetadata(tokens, starts, lengths, table, slots, singles)
+            self._attend(basis, query, key, value, slots, cache, batch, output)
 
 
 class PackedBasis(torch.nn.Module):

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from flatquant.ops.kv_cache.reference import Store
 
+SCORES = 1 << 26  # of a prompt at a time: their mask lies in memory, or they themselves where they have a cap
+
 
 class Batch(NamedTuple):
     """Requests whose tokens lie one after another in one row."""
@@ -100,28 +102,40 @@ def attend(
         (T, queries, head_dim) in q's dtype; tokens of no request are 0.
     """
     out, places = torch.zeros_like(q), keys.scale.shape[2]
+
+    def fill(own: slice, table: Tensor, length: int) -> None:
+        """One request; what is unpacked of it is gone before the next."""
+        new = own.stop - own.start
+        first = 0 if window is None else max(0, length - new - window + 1) // places
+        pages = table[first : -(-length // places)].long()
+        at = torch.arange(first * places, length, device=q.device)
+        k, v = _unpacked(keys, pages, at, q, back), _unpacked(values, pages, at, q)
+        last = torch.arange(length - new, length, device=q.device)
+        size = max(1, SCORES // (len(at) * (1 if cap is None else q.shape[1])))
+        for rows, into, place in zip(*(x.split(size) for x in (q[own], out[own], last[:, None])), strict=True):
+            seen = at <= place
+            if window is not None:
+                seen &= at > place - window
+            into.copy_(_attention(rows, k, v, seen, scaling, cap))
+
     starts = batch.starts.tolist()
     for request, length in enumerate(batch.lengths.tolist()):
-        own = slice(starts[request], starts[request + 1])
-        new = own.stop - own.start
-        if new == 0:
-            continue
-        first = 0 if window is None else max(0, length - new - window + 1) // places
-        pages = batch.table[request, first : -(-length // places)].long()
-        at = torch.arange(first * places, length, device=q.device)
-        k, v = (read(store, pages)[:, : len(at)] for store in (keys, values))
-        k = k if back is None else k + back(at)
-        seen = at <= torch.arange(length - new, length, device=q.device)[:, None]
-        if window is not None:
-            seen &= at > torch.arange(length - new, length, device=q.device)[:, None] - window
-        out[own] = _attention(q[own], k.to(q.dtype), v.to(q.dtype), seen, scaling, cap)
+        if starts[request] < starts[request + 1]:
+            fill(slice(starts[request], starts[request + 1]), batch.table[request], length)
     return out
 
 
+def _unpacked(
+    store: Store, pages: Tensor, at: Tensor, q: Tensor, back: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Places `at`, (n,), once for every head of queries q (T, queries, d), in its dtype.  # (1, queries, n, d)"""
+    x = read(store, pages)[:, : len(at)]
+    x = (x if back is None else x + back(at)).to(q.dtype)
+    return x.repeat_interleave(q.shape[1] // len(x), dim=0)[None]
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float, cap: float | None) -> Tensor:
-    """(T, queries, d), (heads, n, d), (heads, n, d), bool (T, n) -> (T, queries, d)"""
-    groups = q.shape[1] // k.shape[0]
-    k, v = (x.repeat_interleave(groups, dim=0)[None] for x in (k, v))
+    """(T, queries, d), (1, queries, n, d), (1, queries, n, d), bool (T, n) -> (T, queries, d)"""
     rows = q.transpose(0, 1)[None]  # (1, queries, T, d)
     if cap is None:
         mask = None if bool(seen.all()) else seen
