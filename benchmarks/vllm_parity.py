@@ -133,7 +133,7 @@ def ours(folder: Path, dtype: torch.dtype, windows: Tensor, parts: int, unrounde
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[LLM]:
     """vLLM's engine of a folder, in this process."""
-    llm = LLM(model=str(folder), enforce_eager=True, **options)
+    llm = LLM(model=str(folder), **{"enforce_eager": True, **options})
     try:
         yield llm
     finally:

@@ -2,6 +2,7 @@
 
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from flatquant import recipes
 from flatquant.engines.parts import Joined
 from flatquant.engines.vllm import plugin, register
+from flatquant.engines.vllm.support import PACKED
 from flatquant.errors import ModelError
+from flatquant.ops import int4_linear
+from flatquant.ops.int4_linear import reference
+from flatquant.ops.kron_quantize.reference import FEW
 from flatquant.runtime.artifact import load
 from flatquant.runtime.kernels import KernelLinear
 from tests.engines.vllm.conftest import answers, expected, largest_difference, served
@@ -152,6 +157,33 @@ def test_bfloat16(quantised) -> None:
     mine = torch.tensor([x for tokens, _ in found for x in expected(ours, tokens)])
     theirs = torch.tensor([x for _, logprobs in found for x in logprobs])
     assert 0 < (theirs - want).square().mean() < 2 * (mine - want).square().mean()
+
+
+@pytest.mark.parametrize("cached", [pytest.param("auto", marks=pytest.mark.slow), PACKED])
+def test_torch_compile(quantised, cached: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    folder = quantised("qwen2")
+    with served(folder, enforce_eager=False, kv_cache_dtype=cached, block_size=32) as llm:
+        assert largest_difference(llm, load(folder)) < BOUND
+
+
+def test_compiled_products_take_the_form_of_their_rows(quantised, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU with float8 units: the model is traced with many tokens, and then answers one at a time."""
+    found: set[tuple[bool, torch.dtype]] = set()
+
+    def multiply(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        found.add((len(x) > FEW, x.dtype))
+        return product(x, *args)
+
+    product = reference.int4_linear
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    monkeypatch.setattr(plugin, "KERNELS", {"cpu"})
+    monkeypatch.setattr(int4_linear, "_has_float8", lambda device: True)
+    monkeypatch.setattr(reference, "int4_linear", multiply)
+    folder = quantised("qwen2", recipes.flatquant("w4a4kv4"))
+    with served(folder, enforce_eager=False, dtype="bfloat16") as llm:
+        answers(llm, [[1] * 100, [2] * 30])
+    assert found == {(True, torch.float8_e4m3fn), (False, torch.int8)}
 
 
 # --------------------------------------------------------------------------------------------- refusals
