@@ -131,7 +131,7 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
         """
         basis: PackedBasis = layer.flatquant
         if attn_metadata is None:  # vLLM measures its memory
-            if query.device.type in KERNELS:
+            if query.device.type in KERNELS and kv_cache.numel() == 0:  # and has no pages yet
                 self._rehearse(basis, query, key, value)
             return output.zero_()
         batch = attn_metadata
