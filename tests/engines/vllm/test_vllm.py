@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.engines import engines_table
+from vllm.compilation.partition_rules import should_split
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from flatquant import recipes
@@ -165,6 +166,16 @@ def test_torch_compile(quantised, cached: str, monkeypatch: pytest.MonkeyPatch) 
     folder = quantised("qwen2")
     with served(folder, enforce_eager=False, kv_cache_dtype=cached, block_size=32) as llm:
         assert largest_difference(llm, load(folder)) < BOUND
+
+
+def test_keys_are_changed_between_captured_graphs(quantised) -> None:
+    """Where vLLM compiles in pieces, as on CUDA; here it never does. Else positions would be those of the capture."""
+    attention = "vllm::unified_attention_with_output"
+    with served(quantised("qwen2"), compilation_config={"splitting_ops": [attention]}) as llm:
+        found = llm.llm_engine.vllm_config.compilation_config.splitting_ops
+    node = torch.fx.Graph().call_function(torch.ops.flatquant.key_value.default)
+    assert should_split(node, found)
+    assert not should_split(node, [attention])
 
 
 def test_compiled_products_take_the_form_of_their_rows(quantised, monkeypatch: pytest.MonkeyPatch) -> None:

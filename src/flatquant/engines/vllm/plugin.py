@@ -57,6 +57,7 @@ from flatquant.runtime.kernels import Unsupported
 from flatquant.runtime.keyvalue import FrozenKeyValue
 
 KERNELS = {"cuda"}  # types of devices where linears are the operators that have kernels, if there are any
+_KEY_VALUE = "flatquant::key_value"
 _SLOT = "flatquant"  # attribute of a vLLM layer that holds our module
 _log = init_logger(f"vllm.{__name__}")
 # What most of vLLM's models join; not all of them say so in time.
@@ -324,6 +325,10 @@ class KeyValueMethod(BaseKVCacheMethod):
             cache.take_over(layer)
         else:
             layer.register_forward_pre_hook(_before_attention)
+            # CUDA graphs of the pieces between these are captured without the metadata that positions are read off.
+            split = get_current_vllm_config().compilation_config.splitting_ops
+            if split and _KEY_VALUE not in split:
+                split.append(_KEY_VALUE)
 
     def process_weights_after_loading(self, layer: Attention) -> None:
         super().process_weights_after_loading(layer)
