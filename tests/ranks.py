@@ -1,9 +1,10 @@
 """Runs `quantize` on one, two and three ranks over gloo, kills ranks, resumes with other numbers of ranks, compares.
 
-    python tests/ranks.py MODEL_FOLDER TEXT WORK_FOLDER PART[=MODE, ..] ..
+    python tests/ranks.py MODEL_FOLDER TEXT WORK_FOLDER
 
-A program of its own: every rank is a fork of a process that has imported all and computed nothing, which costs a tenth
-of a start from nothing. It stands in for torchrun's agent, without ending ranks that others have left. Prints JSON.
+A program of its own: every rank is a fork of a process that has imported all, which costs a tenth of a start from
+nothing. It stands in for torchrun's agent, without ending ranks that others have left. Reads parts, PART[=MODE, ..],
+one a line, and answers each with a line of JSON: {"part": .., "found": ..} or {"part": .., "error": ..}.
 """
 
 import contextlib
@@ -340,16 +341,16 @@ def _names(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    model, text, folder, *parts = sys.argv[1:]
+    model, text, folder = sys.argv[1:]
     trials = Trials(model, text, Path(folder))
-    seconds: dict[str, float] = {}
-    result: dict[str, Any] = {"seconds": seconds}
-    for part in parts:
-        before = time.monotonic()
+    for part in map(str.strip, sys.stdin):
         name, _, wanted = part.partition("=")
-        result[name] = getattr(trials, name)(*filter(None, [wanted]))
-        seconds[name] = round(time.monotonic() - before, 1)
-    print(json.dumps(result))
+        try:
+            found = getattr(trials, name)(*filter(None, [wanted]))
+            answer = {"part": part, "found": found}
+        except Exception:  # noqa: BLE001 - other parts are still to come
+            answer = {"part": part, "error": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +44,41 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found(place: Path, part: str) -> Any:
-    """What a part of `ranks.py` found."""
-    arguments = [sys.executable, RANKS, place / "model", place / "text.txt", place / "work", part]
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)[part.partition("=")[0]]
+@pytest.fixture(scope="module")
+def trials(place: Path) -> Iterator[subprocess.Popen[str]]:
+    """`ranks.py`, started once."""
+    command = [sys.executable, RANKS, place / "model", place / "text.txt", place / "work"]
+    process = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def found(trials: subprocess.Popen[str], part: str) -> Any:
+    """What a part of `ranks.py` finds."""
+    assert trials.stdin
+    assert trials.stdout
+    trials.stdin.write(part + "\n")
+    trials.stdin.flush()
+    line = trials.stdout.readline()
+    assert line, "ranks.py has ended"
+    answer = json.loads(line)
+    assert answer["part"] == part, "an earlier part was late"
+    assert "error" not in answer, answer["error"]
+    return answer["found"]
 
 
 @pytest.mark.parametrize(
     "modes", ["rtn, fit, streamed, verdict", "gptq, output adaptive, fed by quantised blocks, learned rounding"]
 )
-def test_blocks_have_the_same_bytes_on_any_number_of_ranks(place: Path, modes: str) -> None:
-    different = found(place, f"same_bytes={modes}")
+def test_blocks_have_the_same_bytes_on_any_number_of_ranks(trials, modes: str) -> None:
+    different = found(trials, f"same_bytes={modes}")
     assert len(different) == 8
     assert not any(different.values()), different
 
 
-def test_an_end_to_end_fit_is_that_of_one_rank_but_for_the_order_of_sums(place: Path) -> None:
-    far = found(place, "data_parallel")
+def test_an_end_to_end_fit_is_that_of_one_rank_but_for_the_order_of_sums(trials) -> None:
+    far = found(trials, "data_parallel")
     assert len(far) == 6
     for name, steps in far.items():
         # The second loss has the first update in it. Later a weight may round the other way. A gradient in bfloat16
@@ -71,14 +88,14 @@ def test_an_end_to_end_fit_is_that_of_one_rank_but_for_the_order_of_sums(place: 
         assert max(steps) < 0.2, name
 
 
-def test_weights_that_move_in_backward_passes_go_where_one_rank_has_them(place: Path) -> None:
+def test_weights_that_move_in_backward_passes_go_where_one_rank_has_them(trials) -> None:
     """But for the last bits of gradients in bfloat16, which decide where one that is nearly 0 goes."""
-    far = found(place, "consumed")
+    far = found(trials, "consumed")
     assert far["2"] == far["3"] < 0.1 < 0.5 < far["alone"]
 
 
-def test_evaluation_is_divided_by_windows(place: Path) -> None:
-    alone, *others = found(place, "evaluated")
+def test_evaluation_is_divided_by_windows(trials) -> None:
+    alone, *others = found(trials, "evaluated")
     assert alone["windows"] == 5
     for result in others:
         assert (result["value"], result["windows"]) == (alone["value"], alone["windows"])
@@ -86,19 +103,19 @@ def test_evaluation_is_divided_by_windows(place: Path) -> None:
         assert result["top1"] == pytest.approx(alone["top1"], rel=1e-12)
 
 
-def test_a_run_that_lost_a_rank_goes_on_with_other_numbers_of_ranks(place: Path) -> None:
-    result = found(place, "killed")
+def test_a_run_that_lost_a_rank_goes_on_with_other_numbers_of_ranks(trials) -> None:
+    result = found(trials, "killed")
     assert result["hit"] >= 3
     assert max(result["seconds"]) < 60
     assert result["different"] == result["left"] == []
 
 
-def test_an_end_to_end_fit_goes_on_where_it_was(place: Path) -> None:
-    assert found(place, "end_to_end_resumed") == []
+def test_an_end_to_end_fit_goes_on_where_it_was(trials) -> None:
+    assert found(trials, "end_to_end_resumed") == []
 
 
-def test_failures_are_one_line_that_names_the_rank(place: Path) -> None:
-    result = found(place, "failures")
+def test_failures_are_one_line_that_names_the_rank(trials) -> None:
+    result = found(trials, "failures")
     assert result["quiet"] == [[0, 0], ""]
     for name, line in (
         ("nan", "error: rank 1: block 1: the loss in float32 is not finite"),
