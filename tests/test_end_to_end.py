@@ -36,7 +36,8 @@ def test_smollm2_at_w4a4kv4(tmp_path: Path) -> None:
     for name, parts in (("rtn", flatquant.recipes.rtn("w4a4kv4")), ("flatquant", recipe)):
         current, _ = load_model("smollm2-135m", dtype=torch.float32)
         text = tmp_path / "calibration.txt" if parts.needs_data else None
-        result = flatquant.quantize(current, parts, text, tokenizer=tokenizer, output=tmp_path / name, device="cpu")
+        options = {"tokenizer": tokenizer, "output": tmp_path / name, "device": "cpu", "verdict": name == "flatquant"}
+        result = flatquant.quantize(current, parts, text, **options)
         loaded = flatquant.load(tmp_path / name)
         with torch.no_grad():
             assert torch.equal(loaded(held_out).logits, result.model(held_out).logits)
