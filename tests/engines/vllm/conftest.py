@@ -11,6 +11,7 @@ import torch
 from benchmarks.vllm_parity import engine  # first: it sets what vLLM reads when it is imported
 from transformers import AutoConfig, PreTrainedModel
 from vllm import LLM, SamplingParams
+from vllm.model_executor.models import registry
 
 from flatquant import recipes
 from flatquant.api import quantize
@@ -20,6 +21,9 @@ from tests.tiny_models import FAMILIES, VOCAB, randomised, tiny_tokenizer
 TOKENS = torch.randint(0, 120, (4, 16), generator=torch.Generator().manual_seed(0))
 PROMPTS = [torch.randint(0, 120, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 17, 3)]
 NEW = 6  # tokens that are generated
+
+# vLLM looks at a model's class in a new process, so that CUDA stays free. The process imports vLLM: seconds a family.
+registry._run_in_subprocess = lambda look: look()
 
 
 def tiny(name: str, **more: Any) -> PreTrainedModel:
