@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import flatquant
+from flatquant import writing
 from flatquant.spec import DataSpec, Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,8 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     if os.environ.get("FLATQUANT_README") != "full":
         monkeypatch.setattr(flatquant.recipes, "flatquant", less)
+        monkeypatch.setattr(writing, "_TEXT_TOKENS", 32)
+        monkeypatch.setattr(writing, "_REPLY_TOKENS", 16)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks:
