@@ -512,6 +512,7 @@ def kept(folder: Path) -> dict:
     return json.loads((folder / "flatquant_evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_evaluations_of_many_processes_are_all_kept(folder: Path) -> None:
     code = (
         "import sys\n"

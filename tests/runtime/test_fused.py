@@ -307,6 +307,7 @@ def test_a_model_without_kernels_runs_and_says_why_once(scheme: str, method: str
     assert getattr(model.model.layers[0], SITES_SLOT) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="there, all other tests run the kernels")
 @pytest.mark.parametrize(
     ("name", "method"),
