@@ -1,5 +1,6 @@
 """Settings that must hold before anything else is imported."""
 
+import gc
 import os
 
 import jaxtyping
@@ -32,3 +33,9 @@ if not torch.cuda.is_available():
 def seeded() -> None:
     """A test draws the same numbers, whichever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage pass over what imports have made, hundreds of thousands of objects."""
+    gc.collect()
+    gc.freeze()
