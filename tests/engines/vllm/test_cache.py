@@ -71,14 +71,15 @@ def test_a_cache_of_integers_holds_what_a_wide_one_holds(quantised, family: str,
 
 
 @pytest.mark.parametrize(
-    "family, more, tokens",
+    "family, more, tokens, places",
     [
-        ("qwen2", {}, 125),  # at a time: half a prompt
-        ("gemma2", {"query_pre_attn_scalar": 32, "sliding_window": 16}, 500),  # two prompts
+        ("qwen2", {}, 125, 16),  # at a time: half a prompt
+        ("qwen2", {}, 125, 48),  # pages do not divide the longest prompt
+        ("gemma2", {"query_pre_attn_scalar": 32, "sliding_window": 16}, 500, 16),  # two prompts
     ],
 )
 def test_no_batch_takes_more_memory_than_vllm_measured(
-    quantised, family: str, more: dict[str, Any], tokens: int, monkeypatch: pytest.MonkeyPatch
+    quantised, family: str, more: dict[str, Any], tokens: int, places: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of the greatest length, and then one token of every request."""
     forward = PackedImpl.forward
@@ -94,7 +95,8 @@ def test_no_batch_takes_more_memory_than_vllm_measured(
     monkeypatch.setattr(PackedImpl, "forward", measured)
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     # On a CPU vLLM has a profile run where it compiles.
-    with served(quantised(family, **more), **OPTIONS, max_num_batched_tokens=tokens, enforce_eager=False) as llm:
+    options = OPTIONS | {"block_size": places, "max_num_batched_tokens": tokens, "enforce_eager": False}
+    with served(quantised(family, **more), **options) as llm:
         answers(llm, [[token] * (256 - NEW) for token in (1, 2, 3, 4)])
     assert len(peaks[True]) == 2  # blocks
     assert max(peaks[False]) <= max(peaks[True]) < 1.2 * max(peaks[False])

@@ -15,6 +15,7 @@ time: while vLLM measures what is left for pages, the largest batches are comput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ from flatquant.runtime.keyvalue import FrozenKeyValue
 KERNELS = {"cuda"}  # types of devices where one new token's attention is the operation that has a kernel
 _NAME = "FLATQUANT"
 _PLACES = 16  # pages hold a multiple of it: so scales lie on multiples of four bytes
-_TABLE = 128  # a table has pages for a multiple of so many places
+_TABLE = 128  # a table has whole pages for a multiple of so many places
 
 
 @dataclass
@@ -184,7 +185,8 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
         """
         tokens, longest = len(query), self.config.model_config.max_model_len
         places = self.config.cache_config.block_size or _PLACES
-        pages = -(-longest // _TABLE) * _TABLE // places
+        row = math.lcm(_TABLE, places)  # of a table
+        pages = -(-longest // row) * row // places
         size = (1, self.num_kv_heads, places, place_bytes(self.head_size))
         cache = torch.zeros(size, dtype=torch.uint8, device=query.device)
         slots = torch.zeros(tokens, dtype=torch.int64, device=query.device)
