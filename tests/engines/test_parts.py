@@ -30,6 +30,8 @@ from flatquant.engines.parts import (
     site_of,
 )
 from flatquant.errors import ArtifactError, ModelError
+from flatquant.ops import int4_linear
+from flatquant.ops.kron_quantize.reference import FEW
 from flatquant.runtime.artifact import load
 from flatquant.runtime.experts import Experts
 from flatquant.runtime.folder import Folder
@@ -291,6 +293,40 @@ def test_ranks_together_are_the_whole(name: str, ranks: int, made: Callable[[str
                 ring([parts.kernels([one], "here") for one in cut], pieces), columns, strict=True
             ):
                 assert torch.equal(kernels, column)
+
+
+@pytest.mark.parametrize("name", ["flatquant", "ranks"])
+@pytest.mark.parametrize("rows", [FEW, FEW + 1])
+def test_ranks_have_integers_in_the_form_of_their_rows(
+    name: str, rows: int, made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU with float8 units: ranks that gather, and ranks that transform by themselves."""
+    monkeypatch.setattr(int4_linear, "_has_float8", lambda device: True)
+    parts, ring = Parts(Folder.open(made(name))), Ring(2)
+    for linear in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"):
+        whole = parts.linear(linear, CPU, torch.float32)
+        pieces = torch.randn(rows, whole.plain().shape[1]).bfloat16().chunk(2, dim=-1)
+        cut = [columns_of(whole, planned(parts.plan, linear), ring.gather, rank, 2) for rank in range(2)]
+        want = ring(cut, pieces)
+        found = ring([parts.kernels([one], "here") for one in cut], pieces)
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("name", ["flatquant", "ranks"])
+def test_a_traced_number_of_rows_does_not_choose_the_form_of_a_rank(
+    name: str, made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int4_linear, "_has_float8", lambda device: True)
+    parts, linear = Parts(Folder.open(made(name))), "model.layers.0.mlp.down_proj"
+    whole = parts.linear(linear, CPU, torch.float32)
+    one = columns_of(whole, planned(parts.plan, linear), lambda x: torch.cat((x, x), dim=-1), 0, 2)
+    kernels = parts.kernels([one], "here")
+    torch._dynamo.reset()
+    compiled = torch.compile(kernels, fullgraph=True, backend="eager")
+    for rows in (FEW + 1, FEW):
+        x = torch.randn(rows, whole.plain().shape[1] // 2).bfloat16()
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        assert torch.equal(compiled(x), kernels(x))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

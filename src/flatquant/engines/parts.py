@@ -127,6 +127,8 @@ class Parts:
         made = kernel_site(site, n, None, where, device)
 
         def quantize(x: Tensor, form: kron_quantize.Form) -> tuple[Tensor, Tensor]:
+            if cut is not None and form == "either" and torch.compiler.is_compiling():
+                form = "float8"  # outside of operators, "either" would be chosen by the number of rows that is traced
             match cut:
                 case Gathered():
                     values, scale = kron_quantize.plain(cut.gather(x), made, form)
