@@ -92,7 +92,7 @@ def test_a_quantised_wrapper_is_read_back(name: str, tmp_path: Path) -> None:
             assert torch.equal(state[key], before[key])
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "qwen3_5_moe"])
 def test_a_wrapper_s_folder_through_a_whole_run(name: str, tmp_path: Path) -> None:
     source, text = tmp_path / "source", tmp_path / "text.txt"
     tiny_wrapper(name).save_pretrained(source)

@@ -480,6 +480,36 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**_QWEN_VISION, "out_hidden_size": 24, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
         _QWEN_TOKENS,
     ),
+    "qwen3_5": (
+        {**DELTA, "model_type": "qwen3_5_text", "head_dim": 8, "rope_parameters": _by_three(2, 1, 1)},
+        {**_QWEN_VISION, "out_hidden_size": 24, "num_position_embeddings": 16},
+        _QWEN_TOKENS,
+    ),
+    "qwen3_5_moe": (
+        {
+            **DELTA,
+            **SPARSE,
+            "num_experts_per_tok": 5,  # all: rounding changes no choice
+            "model_type": "qwen3_5_moe_text",
+            "head_dim": 8,
+            "rope_parameters": _by_three(2, 1, 1),
+            "shared_expert_intermediate_size": 24,
+        },
+        {**_QWEN_VISION, "out_hidden_size": 24, "num_position_embeddings": 16},
+        _QWEN_TOKENS,
+    ),
+    "qwen3_vl_moe": (
+        {
+            **SPARSE,
+            "num_experts_per_tok": 5,  # as above
+            "model_type": "qwen3_vl_moe_text",
+            "head_dim": 8,
+            "rope_parameters": _by_three(2, 1, 1),
+            "num_hidden_layers": 3,
+        },
+        {**_QWEN_VISION, "out_hidden_size": 24, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+        _QWEN_TOKENS,
+    ),
 }
 
 

@@ -33,7 +33,7 @@ def test_families_are_found_by_their_type() -> None:
     "name, near",
     [
         ("gemma4", "gemma4_text, gemma, gemma3"),
-        ("qwen3_5", "qwen3_5_text, qwen3, qwen3_vl"),
+        ("qwen3_omni", "qwen3_moe, qwen3_5, qwen3_next"),
         ("Llama", "llama"),
         ("mamba", None),
         ("", None),

@@ -24,7 +24,7 @@ from flatquant.models.float8 import headers
 from flatquant.models.gguf import ALIASES
 
 # Model types of several parts, whose text part (`text_config`, `model.language_model`) is quantised where it is.
-WRAPPERS = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")
+WRAPPERS = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 

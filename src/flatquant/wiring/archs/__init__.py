@@ -22,6 +22,7 @@ ARCHS = (*dense.ARCHS, *experts.ARCHS, *latent.ARCHS, *hybrid.ARCHS)
 PARTS = (
     replace(LLAMA, model_types=("qwen2_5_vl_text",)),
     replace(QWEN3, model_types=("qwen3_vl_text",)),
+    replace(experts.QWEN3_MOE, model_types=("qwen3_vl_moe_text",)),
 )
 
 _TEXT = "model.language_model"  # the text part of a wrapper
