@@ -65,11 +65,12 @@ def both(folder: Path, recipe: Recipe, work: Path) -> list[dict[str, bytes]]:
 # transformers renames what they hold on the way in, or their files hold experts in another layout.
 CONVERTED = {
     "mixtral", "minimax_m2", "ernie4_5_moe", "granitemoe", "gpt_oss", "gpt_neox", "gpt_neox sequential", "nemotron_h",
-    "granitemoehybrid", "axk1", "llama4_text", "hy_v3", "lfm2_moe",
+    "granitemoehybrid", "axk1", "llama4_text", "hy_v3", "lfm2_moe", "exaone_moe", "flint",
+    "gemma4_text experts", "granitemoe_swa", "granitemoeshared", "kolibri1", "laguna", "lara_mini", "lfm3", "phimoe",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(CONVERTED))
+@pytest.mark.parametrize("name", sorted(CONVERTED & FAMILIES.keys()))
 def test_what_is_converted_on_the_way_in_is_read_whole(name: str, tmp_path: Path) -> None:
     folder = saved(tiny_family(name, dtype=torch.float16, tied=False), tmp_path / "model")
     with pytest.raises(ModelError, match=r"cannot be read tensor by tensor: .*--no-stream"):

@@ -109,13 +109,11 @@ LATENT = {  # three sizes of heads: keys without and with rotary embedding, and 
     "routed_scaling_factor": 1.7,
 }
 
+BARE_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 12, "mamba_expand": 2, "mamba_n_groups": 2, "mamba_d_state": 8}
+
 MAMBA = {
+    **BARE_MAMBA,
     "layer_types": ["mamba", "attention"],
-    "mamba_n_heads": 4,
-    "mamba_d_head": 12,
-    "mamba_expand": 2,
-    "mamba_n_groups": 2,
-    "mamba_d_state": 8,
     "shared_intermediate_size": 20,
     "position_embedding_type": "rope",
     "residual_multiplier": 0.6,
@@ -139,6 +137,21 @@ DELTA = {
     "rope_parameters": PARTIAL,
 }
 
+GEMMA4 = {
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 5,
+    "global_head_dim": 12,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "attention_bias": True,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+}
+
 # Every family, and the variants that are wired differently; what a config has beyond `tiny_family`'s fields.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -156,20 +169,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "gemma4_text": {
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 5,
-        "global_head_dim": 12,
-        "num_global_key_value_heads": 1,
-        "attention_k_eq_v": True,
-        "attention_bias": True,
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-            "full_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        },
-    },
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4,
     "phi3": {"rope_parameters": PARTIAL},
     "olmo2": {"attention_bias": True},
     "granite": {
@@ -318,13 +319,127 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {**SPARSE, **MAMBA},
     "granitemoehybrid dense": {**MAMBA, "num_local_experts": 0},
+    "internlm3": {"qkv_bias": True, "bias": True},
+    "granite_swa": {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 3.0,
+        "attention_bias": True,
+    },
+    "hyperclovax": {"use_post_norm": True, "attention_bias": True, "mlp_bias": True, "residual_multiplier": 0.6},
+    "vaultgemma": {
+        "query_pre_attn_scalar": 6,
+        "sliding_window": 5,
+        "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "apertus1p5_text": {"attention_bias": True},
+    "jais2": {},
+    "exaone_moe": {
+        **SPARSE,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "kolibri1": {
+        **SPARSE,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "shared_expert_intermediate_size": 20,
+    },
+    "flint": {
+        **SPARSE,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "shared_expert_intermediate_size": 20,
+    },
+    "phimoe": {**SPARSE, "attention_bias": True, "lm_head_bias": True},
+    "laguna": {
+        **SPARSE,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_attention_heads_per_layer": [4, 6],
+        "shared_expert_intermediate_size": 20,
+        "attention_bias": True,
+    },
+    "afmoe": {
+        **SPARSE,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_dense_layers": 1,
+        "attention_bias": True,
+    },
+    "granitemoe_swa": {
+        **SPARSE,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "residual_multiplier": 0.6,
+    },
+    "granitemoeshared": {**SPARSE, "shared_intermediate_size": 20, "residual_multiplier": 0.6},
+    "cohere2_moe": {
+        **SPARSE,
+        "num_shared_experts": 1,
+        "num_hidden_layers": 3,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "logit_scale": 0.3,
+    },
+    "gemma4_text experts": {
+        **GEMMA4,
+        **SPARSE,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+    },
+    "lara_mini": {
+        **SPARSE,
+        **DELTA,
+        "layer_types": ["linear_attention", "sliding_attention"],
+        "sliding_window": 5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "shared_expert_intermediate_size": 20,
+        "attention_bias": True,
+    },
+    "lfm3": {
+        "num_hidden_layers": 3,
+        "sliding_window": 5,
+        "layer_types": ["conv", "sliding_attention", "full_attention"],
+    },
+    "falcon_h1": {
+        **BARE_MAMBA,
+        "mamba_d_ssm": 48,
+        "attention_in_multiplier": 0.7,
+        "ssm_in_multiplier": 1.3,
+        "key_multiplier": 0.4,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "projectors_bias": True,
+    },
     "gpt_oss": {**SPARSE, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
+# Types that transformers gives the classes of another family.
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "exaone": ("llama", {}),
+    "iquestcoder": ("llama", {}),
+    "sarvam_moe": ("glm4_moe", {**SPARSE, "n_group": 1, "topk_group": 1}),
+    "sarvam_mla": ("deepseek_v3", {**LATENT, "q_lora_rank": None}),
+}
+
+# Older releases of transformers lack some.
+FAMILIES = {name: fields for name, fields in FAMILIES.items() if name.split()[0] in CONFIG_MAPPING}
+ALIASES = {name: known for name, known in ALIASES.items() if name in CONFIG_MAPPING}
 
 # What computes in float32 whatever the model's dtype is.
 _NARROW = re.compile(
-    "Norm|Router|Gate$|Rotary|DeltaNet|Mamba|Lightning|(Bloom|Ernie4_5|Ernie4_5_Moe|Helium|Llama4Text)Attention"
+    "Norm|Router|Gate$|Rotary|DeltaNet|Mamba|FalconH1Mixer|Lightning|"
+    "(Bloom|Ernie4_5|Ernie4_5_Moe|Flint|GraniteSWA|GraniteMoeSWA|Helium|Laguna|Llama4Text)Attention"
 )
 
 
@@ -381,7 +496,7 @@ def tiny_family(
     seed: int = 0,
     **sizes: int,
 ) -> PreTrainedModel:
-    """A random model of one of `FAMILIES`, in eval mode: four heads of 6 channels, two blocks; or of other sizes.
+    """A random model of one of `FAMILIES` or `ALIASES`, in eval mode: four heads of 6 channels, two blocks, or as told.
 
     In float64, norms and routers that compute in float32 are replaced by ones that do not: a law is about our
     arithmetic.
@@ -400,7 +515,8 @@ def tiny_family(
         "eos_token_id": VOCAB - 1,
         "pad_token_id": VOCAB - 1,
     }
-    kind, wanted = name.split()[0], {**fields, **FAMILIES[name], **sizes}
+    own = ALIASES[name][1] if name in ALIASES else FAMILIES[name]
+    kind, wanted = name.split()[0], {**fields, **own, **sizes}
     computed = {key for key in wanted if isinstance(getattr(CONFIG_MAPPING[kind], key, None), property)}
     config = AutoConfig.for_model(kind, **{key: value for key, value in wanted.items() if key not in computed})
     return widened(randomised(config, seed), dtype)

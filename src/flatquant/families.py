@@ -85,7 +85,7 @@ def table() -> list[dict[str, str]]:
     own = _schemes("llama", LLAMA)
     rows = []
     for arch in ARCHS:
-        for kind in arch.model_types:
+        for kind in filter(CONFIG_MAPPING.__contains__, arch.model_types):  # older releases of transformers lack some
             found = _schemes(kind, arch)
             name = kind + "".join(f", {field}={value}" for field, value in arch.when.items())
             cells = {m: _cell(found[m], own[m]) for m in sorted(RECIPES)}

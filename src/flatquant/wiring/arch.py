@@ -273,9 +273,10 @@ class Geometry:
             size = out.in_features // self.heads
             return replace(self, kv_heads=1, head_dim=size, rotary=rotary, latent=latent)
         size, keys = getattr(submodule(block, arch.attention), "head_dim", self.head_dim), Rows.parse(arch.keys)
-        rows = linear_at(block, keys.path).out_features
-        rows = rows if keys.part is None else (rows - self.heads * size) // 2
-        return replace(self, head_dim=size, kv_heads=rows // size)
+        (out,) = (linear_at(block, edge.readers[0]) for edge in arch.edges if edge.site == "attn_out")
+        heads, rows = out.in_features // size, linear_at(block, keys.path).out_features
+        rows = rows if keys.part is None else (rows - heads * size) // 2
+        return replace(self, heads=heads, head_dim=size, kv_heads=rows // size)
 
     @property
     def key_dim(self) -> int:

@@ -197,8 +197,9 @@ def _shift(block: nn.Module, edge: Edge, parts: Transforms) -> Literal["none", "
         return "none"
     if edge.passes == "per_head":
         raise SpecError(f"{edge.site}: what heads write cannot be shifted here; shift attn_in, mlp_in or mlp_mid")
-    absorbs = edge.norm is not None and getattr(submodule(block, edge.norm), "bias", None) is not None
-    return "norm" if absorbs else "online"
+    if edge.norm is None or edge.routers:  # a router has no bias to undo it in
+        return "online"
+    return "norm" if getattr(submodule(block, edge.norm), "bias", None) is not None else "online"
 
 
 def _rank(block: nn.Module, edge: Edge, recipe: Recipe, n: int) -> int:

@@ -219,12 +219,20 @@ def _initialise_buffers(model: PreTrainedModel, module: nn.Module, device: torch
     empty = _uncomputed(module)
     for name in empty:
         setattr(module, name, torch.full_like(getattr(module, name), torch.nan, device=device))
-    loaded = [*module.parameters(recurse=False), *(t for n, t in module.named_buffers(recurse=False) if n not in empty)]
-    for tensor in loaded:
-        tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
-    model._init_weights(module)
-    for tensor in loaded:
-        del tensor._is_hf_initialized  # pyright: ignore[reportAttributeAccessIssue]
+    for part in (module, model):  # some models have a rule for the module, some for the whole (Falcon-H1)
+        missing = [name for name in empty if bool(getattr(module, name).isnan().any())]
+        if missing:
+            _initialise(model, part, set(missing) if part is module else set())
     for name in empty:
         if bool(getattr(module, name).isnan().any()):
             raise ArtifactError(f"cannot rebuild {name} of {type(module).__name__} from the config")
+
+
+def _initialise(model: PreTrainedModel, part: nn.Module, empty: set[str]) -> None:
+    """A model's own rule for one part of it, applied to the buffers that are `empty`."""
+    loaded = [*part.parameters(recurse=False), *(t for n, t in part.named_buffers(recurse=False) if n not in empty)]
+    for tensor in loaded:
+        tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+    model._init_weights(part)
+    for tensor in loaded:
+        del tensor._is_hf_initialized  # pyright: ignore[reportAttributeAccessIssue]

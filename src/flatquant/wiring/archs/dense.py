@@ -15,7 +15,20 @@ MLP_UP = replace(MLP_IN, readers=("mlp.up_proj",))  # without a gate, no scale p
 MLP_DOWN = Edge(site="mlp_mid", readers=("mlp.down_proj",))
 
 LLAMA = Arch(
-    model_types=("llama", "mistral", "ministral", "ministral3", "qwen2", "granite", "smollm3", "seed_oss", "cwm"),
+    model_types=(
+        "llama",
+        "mistral",
+        "ministral",
+        "ministral3",
+        "qwen2",
+        "granite",
+        "smollm3",
+        "seed_oss",
+        "cwm",
+        "exaone",
+        "internlm3",
+        "iquestcoder",
+    ),
     edges=(ATTN_IN, ATTN_OUT, MLP_IN, MLP_MID),
     residual=Residual(writers=("self_attn.o_proj", "mlp.down_proj")),
     scores=Scores(queries="self_attn.q_proj", keys="self_attn.k_proj"),
@@ -23,17 +36,30 @@ LLAMA = Arch(
 
 QWEN3 = replace(LLAMA, model_types=("qwen3",), scores=None)  # norms of q and k
 
+GRANITE_SWA = replace(LLAMA, model_types=("granite_swa",), rotary=None)  # sinks; a rotary embedding in some blocks
+
+# With norms behind attention and MLP, or without.
+HYPERCLOVAX = replace(LLAMA, model_types=("hyperclovax",), when={"use_post_norm": False})
+
+HYPERCLOVAX_POST = replace(HYPERCLOVAX, when={"use_post_norm": True}, residual=None)
+
 HUNYUAN = replace(QWEN3, model_types=("hunyuan_v1_dense",), rotary=None)  # behind the rotary embedding
 
 ERNIE = replace(LLAMA, model_types=("ernie4_5", "helium"), scores=None, rotary="neighbours")
 
 GEMMA1 = replace(LLAMA, model_types=("gemma",), norm_offset=1.0)
 
+VAULTGEMMA = replace(
+    GEMMA1,
+    model_types=("vaultgemma",),
+    edges=(*LLAMA.edges[:2], replace(MLP_IN, norm="pre_feedforward_layernorm"), MLP_MID),
+)
+
 UNGATED = replace(LLAMA, model_types=("arcee",), edges=(*LLAMA.edges[:2], MLP_UP, MLP_DOWN))
 
 APERTUS = replace(  # norms of q and k
     UNGATED,
-    model_types=("apertus",),
+    model_types=("apertus", "apertus1p5_text"),
     edges=(
         replace(ATTN_IN, norm="attention_layernorm"),
         ATTN_OUT,
@@ -62,7 +88,7 @@ _GEMMA4_OUT = replace(ATTN_OUT, writer=None, passes="nothing")
 
 GEMMA4 = replace(
     GEMMA,
-    model_types=("gemma4_text",),
+    model_types=("gemma4_text", "gemma4_unified_text"),
     edges=(ATTN_IN, _GEMMA4_OUT, *GEMMA.edges[2:]),
     when={"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "enable_moe_block": False},
     norm_offset=0.0,
@@ -133,6 +159,8 @@ STARCODER2 = replace(  # layer norms
     ),
     residual=None,
 )
+
+JAIS2 = replace(UNGATED, model_types=("jais2",), residual=None)  # layer norms with shifts
 
 NEMOTRON = replace(UNGATED, model_types=("nemotron",), residual=None, scores=None, norm_offset=1.0)  # layer norms
 
@@ -206,6 +234,7 @@ FALCON = replace(  # one after the other, or both on one norm, or on a norm each
 )
 
 ARCHS = (
-    LLAMA, QWEN3, HUNYUAN, ERNIE, GEMMA1, GEMMA, UNGATED, APERTUS, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, GLM, STABLELM,
-    STABLELM_PARALLEL, PARALLEL, COHERE2, PHI, STARCODER2, NEMOTRON, OPT, GPT_NEOX, BLOOM, FALCON,
+    LLAMA, QWEN3, GRANITE_SWA, HYPERCLOVAX, HYPERCLOVAX_POST, HUNYUAN, ERNIE, GEMMA1, VAULTGEMMA, GEMMA, UNGATED,
+    APERTUS, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, GLM, STABLELM, STABLELM_PARALLEL, PARALLEL, COHERE2, PHI, STARCODER2,
+    JAIS2, NEMOTRON, OPT, GPT_NEOX, BLOOM, FALCON,
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from flatquant.wiring.arch import Arch, Edge, Residual
-from flatquant.wiring.archs.dense import ATTN_IN, ATTN_OUT, LLAMA, MLP_IN, MLP_MID
+from flatquant.wiring.archs.dense import ATTN_IN, ATTN_OUT, LLAMA, MLP_IN, MLP_MID, QWEN3
 from flatquant.wiring.archs.experts import mixture
 
 # Blocks of linear attention beside those of attention, whose output passes a gate: neither lets anything pass.
@@ -55,6 +55,13 @@ QWEN3_NEXT = replace(
     ),
 )
 
+LARA_MINI = replace(  # without gates of attention and of the shared expert
+    mixture(QWEN3, "mlp", "gate", shared="shared_expert"),
+    model_types=("lara_mini",),
+    unturned={"sliding_window": None},
+    others=(replace(mixture(DELTA, "mlp", "gate", shared="shared_expert"), norm_offset=0.0),),
+)
+
 _W = tuple(f"feed_forward.{leaf}" for leaf in ("w1", "w3", "w2"))
 
 LFM2 = replace(
@@ -87,6 +94,19 @@ LFM2_MOE = replace(
     model_types=("lfm2_moe",),
     others=(mixture(CONVOLUTION, "feed_forward", "gate"), LFM2, CONVOLUTION),
     example={"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 2},
+)
+
+LFM3 = replace(  # norms behind attention, convolution and MLP; a gate for each head
+    LFM2,
+    model_types=("lfm3",),
+    edges=(
+        replace(ATTN_IN, norm="operator_norm", routers=("self_attn.g_proj",)),
+        ATTN_OUT,
+        *LFM2.edges[2:],
+    ),
+    residual=None,
+    when={"use_attention_gate": True},
+    others=(replace(CONVOLUTION, residual=None),),
 )
 
 LFM2 = replace(LFM2, others=(CONVOLUTION,))
@@ -182,4 +202,34 @@ GRANITE_HYBRID = replace(
     ),
 )
 
-ARCHS = (QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, LFM2, LFM2_MOE, NEMOTRON_H, GRANITE_HYBRID)
+GRANITE_SHARED = replace(  # attention in every block
+    _hybrid(experts=True, mamba=False),
+    model_types=("granitemoeshared",),
+    scores=LLAMA.scores,
+    rotary="halves",
+    others=(mixture(LLAMA, "block_sparse_moe", "router"),),
+)
+
+_FFN = tuple(f"feed_forward.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj"))
+
+# Attention and Mamba side by side. A layer of the cache holds keys beside Mamba's states, and keys stay in 16 bit.
+FALCON_H1 = replace(
+    LLAMA,
+    model_types=("falcon_h1",),
+    edges=(
+        replace(ATTN_IN, readers=(*ATTN_IN.readers, "mamba.in_proj")),
+        ATTN_OUT,
+        Edge(site="mamba_out", like="attn_out", readers=("mamba.out_proj",)),
+        replace(MLP_IN, readers=_FFN[:2], norm="pre_ff_layernorm"),
+        replace(MLP_MID, readers=_FFN[2:], writer=_FFN[1]),
+    ),
+    residual=Residual(writers=("self_attn.o_proj", "mamba.out_proj", _FFN[2])),
+    scores=None,
+    attention=None,
+    final_norm="model.final_layernorm",
+)
+
+ARCHS = (
+    QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, LARA_MINI, LFM2, LFM2_MOE, LFM3, NEMOTRON_H, GRANITE_HYBRID, GRANITE_SHARED,
+    FALCON_H1,
+)  # fmt: skip

@@ -57,7 +57,7 @@ def _deepseek(*kinds: str, rotary: Pairing | None = "halves", base: Arch = LLAMA
 
 
 # Most sort pairs of neighbours into halves before they turn them.
-DEEPSEEK_V3 = _deepseek("deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+DEEPSEEK_V3 = _deepseek("deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu", "sarvam_mla")
 
 DEEPSEEK_V2 = _deepseek("deepseek_v2", rotary=None)  # complex numbers
 
