@@ -550,6 +550,16 @@ _QWEN_TOKENS = {
 }
 
 
+_GEMMA4_TOKENS = {
+    "image_token_id": _IMAGE,
+    "boi_token_id": _BEGIN,
+    "eoi_token_id": _END,
+    "video_token_id": _VIDEO,
+    "audio_token_id": 104,
+    "audio_config": None,
+}
+
+
 def _by_three(*sections: int) -> dict[str, Any]:
     """A rotary embedding by time, height and width."""
     return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections)}
@@ -570,6 +580,38 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         },
         {**_VISION, "model_type": "siglip_vision_model"},
         {"mm_tokens_per_image": 4, "image_token_id": _IMAGE, "boi_token_id": _BEGIN, "eoi_token_id": _END},
+    ),
+    "gemma4": (
+        {
+            **GEMMA4,
+            **SPARSE,
+            "model_type": "gemma4_text",
+            "enable_moe_block": True,
+            "top_k_experts": 5,  # all: rounding changes no choice
+            "use_bidirectional_attention": "vision",
+        },
+        {
+            **_VISION,
+            "model_type": "gemma4_vision",
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 8,
+        },
+        _GEMMA4_TOKENS,
+    ),
+    "gemma4_unified": (
+        {**GEMMA4, "model_type": "gemma4_unified_text"},
+        {
+            "model_type": "gemma4_unified_vision",
+            "patch_size": 2,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 16,
+            "mm_posemb_size": 8,
+            "output_proj_dims": 16,
+        },
+        _GEMMA4_TOKENS,
     ),
     "mistral3": (
         {"model_type": "mistral", "sliding_window": None},
@@ -605,7 +647,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {
             **DELTA,
             **SPARSE,
-            "num_experts_per_tok": 5,  # all: rounding changes no choice
+            "num_experts_per_tok": 5,  # as above
             "model_type": "qwen3_5_moe_text",
             "head_dim": 8,
             "rope_parameters": _by_three(2, 1, 1),
@@ -655,6 +697,11 @@ def image_inputs(model: PreTrainedModel, seed: int = 0, *, length: int = 14, pro
         grid = (1, 4, 4) if seed % 2 else (1, 4, 6)
         patches, count = grid[1] * grid[2], grid[1] * grid[2] // 4
         pixels, extra = torch.randn(patches, 3 * 2 * 4 * 4, generator=g), {"image_grid_thw": torch.tensor([grid])}
+    elif kind.startswith("gemma4"):
+        pooled = 2 if kind == "gemma4" else 1
+        grid = torch.cartesian_prod(torch.arange((2 if seed % 2 else 3) * pooled), torch.arange(4)).flip(1)
+        count, extra = len(grid) // pooled**2, {"image_position_ids": grid[None]}
+        pixels = torch.rand(1, len(grid), 48, generator=g)
     elif kind == "mistral3":
         size = (56, 28) if seed % 2 else (56, 56)
         count, extra = size[0] * size[1] // 28**2, {"image_sizes": torch.tensor([size])}
@@ -668,6 +715,7 @@ def image_inputs(model: PreTrainedModel, seed: int = 0, *, length: int = 14, pro
     ids[image.bool()] = _IMAGE
     if kind.startswith("qwen"):
         ids[:, prompt - 1] = _BEGIN
+    if kind.startswith(("qwen", "gemma4")):
         extra["mm_token_type_ids"] = image
     elif kind == "gemma3":
         extra["token_type_ids"] = image

@@ -32,7 +32,7 @@ def test_families_are_found_by_their_type() -> None:
 @pytest.mark.parametrize(
     "name, near",
     [
-        ("gemma4", "gemma4_text, gemma, gemma3"),
+        ("qwen2_5_omni", "qwen2_5_vl, qwen3_5_moe, qwen2_moe"),
         ("qwen3_omni", "qwen3_moe, qwen3_5, qwen3_next"),
         ("Llama", "llama"),
         ("mamba", None),
