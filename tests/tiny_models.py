@@ -623,6 +623,55 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**_VISION, "model_type": "clip_vision_model"},
         {"image_token_id": _IMAGE},
     ),
+    "mistral3 mistral4": (
+        {
+            **LATENT,
+            "model_type": "mistral4",
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 6,  # as above
+            "n_group": 1,
+            "topk_group": 1,
+            "hidden_size": 32,
+            "rope_parameters": {**STRETCHED, "rope_type": "default"},
+        },
+        {**_VISION, "model_type": "pixtral"},
+        {"image_token_id": _IMAGE, "tie_word_embeddings": False},
+    ),
+    "kimi_k25": (
+        {**LATENT, "model_type": "deepseek_v3", "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+        {**_VISION, "patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8},
+        {**_QWEN_TOKENS, "projection_hidden_size": 16},
+    ),
+    "internvl": (
+        {"model_type": "qwen3"},
+        {**_VISION, "image_size": [56, 56], "patch_size": [14, 14]},
+        {"image_token_id": _IMAGE},
+    ),
+    "glm4v": (
+        {"model_type": "glm4v_text", "head_dim": 8, "hidden_size": 32, "rope_parameters": _by_three(2, 1, 1)},
+        {**_QWEN_VISION, "out_hidden_size": 32, "image_size": 32},
+        {**_QWEN_TOKENS, "image_start_token_id": _BEGIN, "image_end_token_id": _END},
+    ),
+    "glm4v_moe": (
+        {
+            **SPARSE,
+            "model_type": "glm4v_moe_text",
+            "head_dim": 12,  # half of which is turned
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 4,  # as above
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "rope_parameters": _by_three(1, 1, 1),
+        },
+        {**_QWEN_VISION, "out_hidden_size": 24, "image_size": 32},
+        {**_QWEN_TOKENS, "image_start_token_id": _BEGIN, "image_end_token_id": _END},
+    ),
+    "qwen2_vl": (
+        {"model_type": "qwen2_vl_text", "hidden_size": 32, "head_dim": 8, "rope_parameters": _by_three(1, 1, 2)},
+        {"embed_dim": 16, "depth": 2, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 1, "patch_size": 4},
+        _QWEN_TOKENS,
+    ),
     "qwen2_5_vl": (
         {"model_type": "qwen2_5_vl_text", "hidden_size": 32, "head_dim": 8, "rope_parameters": _by_three(1, 1, 2)},
         {**_QWEN_VISION, "out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 16},
@@ -685,7 +734,9 @@ def tiny_wrapper(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
         "vocab_size": VOCAB,
         "max_position_embeddings": 512,
     }
-    config = AutoConfig.for_model(name, text_config={**sizes, **ends, **own, **text}, vision_config=vision, **whole)
+    config = AutoConfig.for_model(
+        name.split()[0], text_config={**sizes, **ends, **own, **text}, vision_config=vision, **whole
+    )
     return widened(randomised(config, seed), dtype)
 
 
@@ -693,10 +744,11 @@ def image_inputs(model: PreTrainedModel, seed: int = 0, *, length: int = 14, pro
     """Inputs of a wrapper: `prompt` tokens, an image, text up to `length` tokens. The seed chooses its shape."""
     g, kind = torch.Generator().manual_seed(seed), model.config.model_type
     extra: dict[str, Tensor] = {}
-    if kind.startswith("qwen"):
+    if kind.startswith(("qwen", "glm", "kimi")):
         grid = (1, 4, 4) if seed % 2 else (1, 4, 6)
         patches, count = grid[1] * grid[2], grid[1] * grid[2] // 4
-        pixels, extra = torch.randn(patches, 3 * 2 * 4 * 4, generator=g), {"image_grid_thw": torch.tensor([grid])}
+        shape = (3, 4, 4) if kind == "kimi_k25" else (3 * 2 * 4 * 4,)
+        pixels, extra = torch.randn(patches, *shape, generator=g), {"image_grid_thw": torch.tensor([grid])}
     elif kind.startswith("gemma4"):
         pooled = 2 if kind == "gemma4" else 1
         grid = torch.cartesian_prod(torch.arange((2 if seed % 2 else 3) * pooled), torch.arange(4)).flip(1)
@@ -707,15 +759,15 @@ def image_inputs(model: PreTrainedModel, seed: int = 0, *, length: int = 14, pro
         count, extra = size[0] * size[1] // 28**2, {"image_sizes": torch.tensor([size])}
         pixels = torch.randn(1, 3, *size, generator=g)
     else:
-        count, pixels = 4 if kind == "gemma3" else 16, torch.randn(1, 3, 56, 56, generator=g)
+        count, pixels = 4 if kind in ("gemma3", "internvl") else 16, torch.randn(1, 3, 56, 56, generator=g)
     length = max(length, prompt + count + 3)
     ids = torch.randint(0, _IMAGE, (1, length), generator=g)
     image = torch.zeros(1, length, dtype=torch.int64)
     image[:, prompt : prompt + count] = 1
     ids[image.bool()] = _IMAGE
-    if kind.startswith("qwen"):
+    if kind.startswith(("qwen", "glm")):
         ids[:, prompt - 1] = _BEGIN
-    if kind.startswith(("qwen", "gemma4")):
+    if kind.startswith(("qwen", "glm", "gemma4")):
         extra["mm_token_type_ids"] = image
     elif kind == "gemma3":
         extra["token_type_ids"] = image

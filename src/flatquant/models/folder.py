@@ -25,8 +25,8 @@ from flatquant.models.gguf import ALIASES
 
 # Model types of several parts, whose text part (`text_config`, `model.language_model`) is quantised where it is.
 WRAPPERS = (
-    "gemma3", "gemma4", "gemma4_unified", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
-    "qwen3_vl_moe",
+    "gemma3", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe", "internvl", "kimi_k25", "llava", "mistral3",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
 )  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

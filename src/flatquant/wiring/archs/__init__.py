@@ -18,9 +18,12 @@ from flatquant.wiring.archs.draft import draft
 
 ARCHS = (*dense.ARCHS, *experts.ARCHS, *latent.ARCHS, *hybrid.ARCHS)
 
-# Text parts that transformers has inside wrappers alone. Their rotary embedding turns by positions of three kinds.
+# Text parts that transformers has inside wrappers alone. Most turn keys by positions of three kinds.
 PARTS = (
-    replace(LLAMA, model_types=("qwen2_5_vl_text",)),
+    replace(LLAMA, model_types=("qwen2_vl_text", "qwen2_5_vl_text")),
+    replace(dense.GLM4, model_types=("glm4v_text",)),
+    replace(experts.GLM4_MOE, model_types=("glm4v_moe_text",)),
+    replace(latent.DEEPSEEK_V3, model_types=("mistral4",)),
     replace(QWEN3, model_types=("qwen3_vl_text",)),
     replace(experts.QWEN3_MOE, model_types=("qwen3_vl_moe_text",)),
 )
