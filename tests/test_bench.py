@@ -216,11 +216,13 @@ def test_the_command() -> None:
 
 def test_random_weights_have_a_mean_of_zero() -> None:
     """A mean of half a step would add up over a token's channels, and one token's error be half of all."""
-    model = bench.packed_model(bench.config_of("tiny"), CPU)
-    packed = [m.qweight().values for m in model.modules() if isinstance(m, PackedLinear)]
-    values = torch.cat([p.flatten() for p in packed]).double()
-    assert values.mean().abs() <= 4 * values.std() / len(values) ** 0.5
-    assert (values.min(), values.max()) == (-7, 7)
+    shape = bench.shape_of("tiny-head8")
+    model = bench.packed_model(bench.config_of("tiny-head8"), CPU, scheme=shape.scheme)
+    packed = [m.qweight() for m in model.modules() if isinstance(m, PackedLinear)]
+    for bits, most in ((4, 7), (8, 127)):
+        values = torch.cat([w.values.flatten() for w in packed if w.spec.bits == bits]).double()
+        assert values.mean().abs() <= 4 * values.std() / len(values) ** 0.5
+        assert (values.min(), values.max()) == (-most, most)
 
 
 def _swapped(block: fused.Block) -> fused.Block:

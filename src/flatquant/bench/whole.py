@@ -80,7 +80,9 @@ def packed_model(
         leaf = name.rpartition(".")[2]
         if id(tensor) in computed:
             continue
-        if tensor.dtype == torch.uint8:  # -7 to 7: weights have a mean of 0; another adds up over a token's channels
+        if plan.head is not None and plan.head.weights.bits == 8 and name == f"{plan.head.path}.packed":
+            tensor.random_(1, 256)  # -127 to 127
+        elif tensor.dtype == torch.uint8:  # -7 to 7: weights have a mean of 0; another adds up over a token's channels
             tensor.random_(1, 16).add_(torch.randint_like(tensor, 1, 16), alpha=16)
         elif leaf == "scale":
             tensor.fill_(0.2 / config.hidden_size**0.5)
