@@ -1,5 +1,6 @@
 """Folders served by a real vLLM on a CPU compute what `flatquant.load` computes."""
 
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from flatquant.ops.int4_linear import reference
 from flatquant.ops.kron_quantize.reference import FEW
 from flatquant.runtime.artifact import load
 from flatquant.runtime.kernels import KernelLinear
+from flatquant.spec import Scheme
 from tests.engines.vllm.conftest import answers, expected, largest_difference, served
 
 pytestmark = pytest.mark.vllm
@@ -168,13 +170,15 @@ def test_torch_compile(quantised, cached: str, monkeypatch: pytest.MonkeyPatch) 
         assert largest_difference(llm, load(folder)) < BOUND
 
 
-def test_keys_are_changed_between_captured_graphs(quantised) -> None:
+@pytest.mark.parametrize("offset", ["mean", "none"])
+def test_keys_with_an_offset_are_changed_between_captured_graphs(quantised, offset: Any) -> None:
     """Where vLLM compiles in pieces, as on CUDA; here it never does. Else positions would be those of the capture."""
     attention = "vllm::unified_attention_with_output"
-    with served(quantised("qwen2"), compilation_config={"splitting_ops": [attention]}) as llm:
+    folder = quantised("qwen2", recipes.flatquant(replace(Scheme.parse("w4a16kv4"), key_offset=offset)))
+    with served(folder, compilation_config={"splitting_ops": [attention]}) as llm:
         found = llm.llm_engine.vllm_config.compilation_config.splitting_ops
     node = torch.fx.Graph().call_function(torch.ops.flatquant.key_value.default)
-    assert should_split(node, found)
+    assert should_split(node, found) == (offset == "mean")
     assert not should_split(node, [attention])
 
 

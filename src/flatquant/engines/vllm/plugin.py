@@ -326,8 +326,10 @@ class KeyValueMethod(BaseKVCacheMethod):
         else:
             layer.register_forward_pre_hook(_before_attention)
             # CUDA graphs of the pieces between these are captured without the metadata that positions are read off.
+            offset = self.config.parts.plan.blocks[self.block].key_offset
+            turned = offset is not None and offset.pairing != "none"
             split = get_current_vllm_config().compilation_config.splitting_ops
-            if split and _KEY_VALUE not in split:
+            if turned and split and _KEY_VALUE not in split:
                 split.append(_KEY_VALUE)
 
     def process_weights_after_loading(self, layer: Attention) -> None:
