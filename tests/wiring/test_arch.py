@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from flatquant.errors import ModelError, SpecError
 from flatquant.models import CacheShape
@@ -50,6 +50,15 @@ def test_an_unknown_family_is_a_short_line_that_names_what_is_near(name: str, ne
     assert "docs/families.md" in message  # how to add one
     assert (f"near it: {near}" if near else "`flatquant methods --families`") in message
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_a_form_that_is_not_described_is_named_by_its_fields() -> None:
+    small = AutoConfig.for_model("gemma4", text_config={"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 2})
+    for config in (small, small.text_config):
+        with pytest.raises(ModelError) as caught:
+            arch_of(config)
+        wanted = "gemma4_text with hidden_size_per_layer_input=256, num_kv_shared_layers=2 is not supported"
+        assert str(caught.value) == f"{wanted}; docs/families.md says why"
 
 
 @pytest.mark.parametrize("arch", ARCHS, ids=lambda a: a.model_types[0])

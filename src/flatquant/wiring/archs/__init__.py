@@ -45,13 +45,24 @@ def arch_of(config, model: nn.Module | None = None) -> Arch:
     for arch in (*ARCHS, *PARTS) if wrapped else ARCHS:
         if text.model_type in arch.model_types and all(getattr(text, k, v) == v for k, v in arch.when.items()):
             return _inside(arch) if wrapped else arch
-    raise _unknown(config, model)
+    raise _other_form(text) or _unknown(config, model)
 
 
 def _inside(arch: Arch) -> Arch:
     """A description with the paths that its modules have inside a wrapper."""
     blocks, norm = (f"{_TEXT}.{path.partition('.')[2]}" for path in (arch.blocks, arch.final_norm))
     return replace(arch, blocks=blocks, final_norm=norm)
+
+
+def _other_form(config) -> ModelError | None:
+    """The error for a family that is described, but not with a config's fields."""
+    for arch in ARCHS:
+        if config.model_type in arch.model_types:
+            fields = [f"{k}={getattr(config, k, v)}" for k, v in arch.when.items() if getattr(config, k, v) != v]
+            return ModelError(
+                f"{config.model_type} with {', '.join(fields)} is not supported; docs/families.md says why"
+            )
+    return None
 
 
 def _unknown(config, model: nn.Module | None) -> ModelError:
