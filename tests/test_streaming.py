@@ -65,7 +65,7 @@ def both(folder: Path, recipe: Recipe, work: Path) -> list[dict[str, bytes]]:
 # transformers renames what they hold on the way in, or their files hold experts in another layout.
 CONVERTED = {
     "mixtral", "minimax_m2", "ernie4_5_moe", "granitemoe", "gpt_oss", "gpt_neox", "gpt_neox sequential", "nemotron_h",
-    "granitemoehybrid", "axk1", "llama4_text", "hy_v3", "lfm2_moe", "exaone_moe", "flint",
+    "granitemoehybrid", "axk1", "llama4_text", "hy_v3", "lfm2_moe", "exaone_moe", "flint", "olmo_hybrid",
     "gemma4_text experts", "granitemoe_swa", "granitemoeshared", "kolibri1", "laguna", "lara_mini", "lfm3", "phimoe",
 }  # fmt: skip
 

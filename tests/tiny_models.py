@@ -411,6 +411,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "layer_types": ["conv", "sliding_attention", "full_attention"],
     },
+    "olmo_hybrid": {
+        **DELTA,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "attention_bias": True,
+    },
     "falcon_h1": {
         **BARE_MAMBA,
         "mamba_d_ssm": 48,

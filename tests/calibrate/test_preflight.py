@@ -58,7 +58,7 @@ MIXED = {
     "qwen3_next", "lfm2", "granitemoehybrid", "granitemoehybrid dense", "deepseek_v2", "deepseek_v2 lite",
     "deepseek_v3", "deepseek_v3 lite", "glm4_moe_lite", "axk1", "cwm", "hy_v3", "mellum", "afmoe", "exaone_moe",
     "flint", "gemma4_text experts", "gemma4_unified_text", "granite_swa", "granitemoe_swa", "kolibri1", "laguna",
-    "lara_mini", "vaultgemma",
+    "lara_mini", "vaultgemma", "olmo_hybrid",
 }  # fmt: skip
 OF_THREE_KINDS = {"cohere2_moe", "lfm3"}
 OF_FOUR_KINDS = {"nemotron_h", "lfm2_moe"}

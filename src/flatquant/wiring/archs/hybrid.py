@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from flatquant.wiring.arch import Arch, Edge, Residual
-from flatquant.wiring.archs.dense import ATTN_IN, ATTN_OUT, LLAMA, MLP_IN, MLP_MID, QWEN3
+from flatquant.wiring.archs.dense import ATTN_IN, ATTN_OUT, LLAMA, MLP_IN, MLP_MID, OLMO2, QWEN3
 from flatquant.wiring.archs.experts import mixture
 
 # Blocks of linear attention beside those of attention, whose output passes a gate: neither lets anything pass.
@@ -229,7 +229,28 @@ FALCON_H1 = replace(
     final_norm="model.final_layernorm",
 )
 
+_DELTA_QKV = tuple(f"linear_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "g_proj"))
+
+OLMO_HYBRID = replace(  # norms behind attention and its MLP, in front of gated delta attention and its MLP
+    OLMO2,
+    model_types=("olmo_hybrid",),
+    rotary=None,  # in some models
+    others=(
+        replace(
+            LLAMA,
+            edges=(
+                replace(ATTN_IN, readers=_DELTA_QKV, routers=("linear_attn.a_proj", "linear_attn.b_proj")),
+                Edge(site="attn_out", readers=("linear_attn.o_proj",)),
+                MLP_IN,
+                MLP_MID,
+            ),
+            residual=None,
+            attention=None,
+        ),
+    ),
+)
+
 ARCHS = (
     QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, LARA_MINI, LFM2, LFM2_MOE, LFM3, NEMOTRON_H, GRANITE_HYBRID, GRANITE_SHARED,
-    FALCON_H1,
+    FALCON_H1, OLMO_HYBRID,
 )  # fmt: skip
