@@ -1,4 +1,4 @@
-"""Runs `quantize` on one, two and three ranks over gloo, kills ranks, resumes with other numbers of ranks, compares.
+"""Runs `quantize` and others on one to three ranks over gloo, kills ranks, resumes with other numbers, compares.
 
     python tests/ranks.py MODEL_FOLDER TEXT WORK_FOLDER
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from flatquant import api, cli, distributed, recipes, store
+from flatquant import api, cli, compare, distributed, recipes, store
 from flatquant.calibrate import end2end
 from flatquant.calibrate.blockwise import Fitted
 from flatquant.calibrate.pipeline import fit as stage
@@ -300,6 +300,54 @@ class Trials:
     def quantise_command(self, output: Path) -> list[str]:
         options = ["--calibration", self.text, "--samples", "4", "--seqlen", "16", "--epochs", "1", "--quiet"]
         return ["quantize", self.model, "--output", str(output), "--device", "cpu", "--accept", *options]
+
+    def compared(self) -> dict[str, Any]:
+        """Comparisons by one rank, by two, and by two of which one fails, gone on with by three."""
+        failed, rows = self.work / "failed", self.work / "failing comparison" / "rows"
+
+        def patch(name: str) -> Callable[[], None]:
+            def noted(bench: compare.Bench, method: str, scheme: str, written: str) -> dict[str, Any]:
+                rank = os.environ.get("RANK", "0")
+                with (self.work / f"{name}.rows").open("a") as file:
+                    file.write(f"{rank} {method} {scheme}\n")
+                if name == "fails" and rank == "1" and scheme == "w4a16":
+                    failed.touch()
+                    raise ValueError("a defect")
+                while name == "fails" and rank == "0" and scheme != "w4a4kv4" and not failed.exists():
+                    time.sleep(0.001)
+                return row(bench, method, scheme, written)
+
+            def patched() -> None:
+                compare.Bench.row = noted  # type: ignore[assignment]
+
+            return patched
+
+        row, result = compare.Bench.row, {}
+        for name, ranks, output in (
+            ("one", 1, "compared by one"),
+            ("two", 2, "compared by two"),
+            ("fails", 2, rows.parent.name),
+            ("goes on", 3, rows.parent.name),
+        ):
+            kept = {path: path.stat().st_mtime_ns for path in rows.glob("*.json")}
+            found, said = self.command(ranks, *self.compare_command(self.work / output, ranks), patch=patch(name))
+            result[name] = {
+                "codes": found,
+                "said": said,
+                "ranks": sorted({line[0] for line in (self.work / f"{name}.rows").read_text().splitlines()}),
+                "kept": sorted(path.name for path in kept),
+                "again": [path.name for path, changed in kept.items() if path.stat().st_mtime_ns != changed],
+                "left": [path.name for path in (self.work / output / "models").glob("*")],
+            }
+        with store.held(self.work / "held comparison"):
+            found, said = self.command(2, *self.compare_command(self.work / "held comparison", 2))
+        return {**result, "held": {"codes": found, "said": said}}
+
+    def compare_command(self, output: Path, ranks: int) -> list[str]:
+        rows = ["--methods", "rtn,gptq", "--schemes", "w4a4kv4,w4a16,w4g5a16"]  # groups of 5 are refused
+        shapes = ["--samples", "2", "--seqlen", "16", "--windows", "3", "--window", "32"]
+        texts = ["--calibration", self.text, "--perplexity", self.text, "--device", "cpu", "--devices", str(ranks)]
+        return ["compare", self.model, "--output", str(output), *rows, *shapes, *texts, "--no-plot", "--json"]
 
     def failures(self) -> dict[str, tuple[list[int], str]]:
         """What the command line says of what goes wrong."""

@@ -205,7 +205,7 @@ def test_a_comparison_goes_on_where_it_stopped(place: Path, tmp_path: Path, monk
     assert [r["content_hash"] for r in again["rows"]] == [r["content_hash"] for r in whole["rows"]]
     assert [r["kl"] for r in again["rows"]] == [r["kl"] for r in whole["rows"]]
     monkeypatch.setattr(api, "quantize", None)  # nothing is computed twice
-    assert compare.run(chosen, ["rtn", "gptq"], ["w4a16"], out, plot=False) == again
+    assert compare.run(chosen, ["rtn", "gptq"], ["w4a16", "w4"], out, plot=False) == again
 
 
 def test_a_refused_combination_is_a_row(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,35 @@ def test_evaluation_is_divided_by_windows(trials) -> None:
         assert result["top1"] == pytest.approx(alone["top1"], rel=1e-12)
 
 
+def test_a_comparison_is_divided_by_rows(trials) -> None:
+    result = found(trials, "compared")
+    alone = measured(result["one"])
+    assert ["error" in row for row in alone["rows"]] == [False] * 4 + [True] * 2
+    for name in ("two", "goes on"):
+        assert measured(result[name]) == alone
+        assert result[name]["left"] == []
+    assert result["two"]["ranks"] == ["0", "1"]
+    assert result["fails"]["codes"] == [1, 1]
+    assert result["fails"]["said"].startswith("error: rank 1: ValueError: a defect\nTraceback ")
+    assert result["fails"]["said"].count("error: rank") == 1
+    kept = result["goes on"]["kept"]
+    assert len(kept) > 2  # the original and what the failure left
+    assert result["goes on"]["again"] == []
+    assert 0 not in result["held"]["codes"]
+    line = r"error: rank 0: another comparison is writing .* \(process \d+ holds it\); wait for it, .*\n"
+    assert re.fullmatch(line, result["held"]["said"])
+
+
+def measured(run: dict[str, Any]) -> dict[str, Any]:
+    """What a comparison prints, without what is another each time."""
+    assert not any(run["codes"]), run["said"]
+    result = json.loads(run["said"])
+    for row in result["rows"]:
+        for changing in ("seconds", "stages", "peak_bytes"):
+            row.pop(changing, None)
+    return result
+
+
 def test_a_run_that_lost_a_rank_goes_on_with_other_numbers_of_ranks(trials) -> None:
     result = found(trials, "killed")
     assert result["hit"] >= 3
@@ -162,7 +191,8 @@ def test_a_killed_rank_ends_the_run_in_one_line(place: Path, tmp_path: Path) -> 
         process.kill()
     assert time.monotonic() - before < 60
     assert process.returncode == 1
-    line = r"error: rank 1 was ended by SIGKILL \(out of memory\?\); what is done is kept, go on with --resume\n"
+    line = r"error: rank 1 was ended by SIGKILL \(out of memory\?\); what is done is kept; "
+    line += r"repeat the command to go on, quantize with --resume\n"
     assert re.fullmatch(line, said), said
 
 
@@ -190,5 +220,6 @@ def test_one_rank_communicates_with_nobody() -> None:
     assert note == [1]
     assert distributed.sum_gradients([parameter], torch.tensor(2.0)) == 2
     assert parameter.grad is None
+    assert list(distributed.turns(3)) == [0, 1, 2]
     with distributed.joined(torch.device("cpu")):
         assert distributed.size() == 1

@@ -5,6 +5,9 @@ interrupted goes on from its own state. `compare.json`, `compare.md` and `compar
 row, so that an interrupted comparison shows what it has. A combination that a method refuses is a row that says why.
 
 Every row is measured on the folder that was written and read back, not on what was in memory.
+
+Several ranks (`flatquant.distributed`) divide the rows: each is computed by one rank, as on one device, in the folder
+that all of them see. The first writes the outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flatquant import __version__, api, evaluate, store
+from flatquant import __version__, api, distributed, evaluate, store
 from flatquant.calibrate.memory import forget_peak, peak_bytes, release
 from flatquant.data import evaluation_windows
 from flatquant.errors import FlatQuantError, SpecError
@@ -35,6 +38,8 @@ from flatquant.spec import Recipe, Scheme
 from flatquant.wiring.arch import Geometry, blocks_at, submodule
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.cost import online_flops
+
+_SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +108,13 @@ def run(
 
     Args:
         methods, schemes: every pair becomes a row.
-        output: folder of the comparison; made if absent, gone on with if it has the same settings.
+        output: folder of the comparison; made if absent, gone on with if it has the same settings, by any number of
+            ranks.
         plot: also draw `compare.png`.
         progress: called with (stage, done, total).
 
     Returns:
-        The content of `compare.json`.
+        The content of `compare.json`, on every rank.
 
     Raises:
         FlatQuantError: an unknown method or a scheme that is none, another comparison in the folder, no matplotlib;
@@ -118,7 +124,7 @@ def run(
     unknown = [method for method in methods if method not in RECIPES]
     if unknown:
         raise SpecError(f"unknown method {', '.join(unknown)}; known: {', '.join(sorted(RECIPES))}")
-    names = {scheme: str(Scheme.parse(scheme)) for scheme in schemes}
+    names = {str(Scheme.parse(scheme)): scheme for scheme in schemes}
     if not methods or not names:
         raise SpecError("nothing to compare; name at least one method and one scheme")
     if plot:
@@ -128,38 +134,55 @@ def run(
 
 
 def _rows(bench: Bench, methods: Sequence[str], names: Mapping[str, str], output: Path, plot: bool) -> dict[str, Any]:
-    """Every row, and the outputs after each. `names` are schemes as given, and as they are written."""
-    settings, say = bench.settings, bench.say
-    jobs = [(method, scheme) for scheme in names for method in dict.fromkeys(methods)]
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    result: dict[str, Any] = {}
-    for done, (method, scheme) in enumerate(jobs):
-        say("compare", done, len(jobs))
-        rows[method, scheme] = bench.row(method, scheme, names[scheme])
-        result = {"settings": settings.identity(), "original": bench.original(), "rows": list(rows.values())}
-        write_outputs(result, output, plot=plot)
-    say("compare", len(jobs), len(jobs))
-    return result
+    """Every row, and the outputs after each. `names` are schemes as they are written, and as given."""
+    jobs = [(method, scheme, name) for name, scheme in names.items() for method in dict.fromkeys(methods)]
+    files = [bench.file("original"), *(bench.file(method, name) for method, _, name in jobs)]
+    rows: dict[int, dict[str, Any]] = {}  # by place in `files`
+
+    def result(found: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        original, *others = (found[i] for i in sorted(found))
+        return {"settings": bench.settings.identity(), "original": original, "rows": others}
+
+    for turn in distributed.turns(len(files)):
+        bench.say("compare", turn, len(files))
+        with distributed.alone():
+            rows[turn] = bench.row(*jobs[turn - 1]) if turn else bench.original()
+        if distributed.leads():
+            found = {i: json.loads(file.read_text()) for i, file in enumerate(files) if file.is_file()} | rows
+            if 0 in found and len(found) < len(files):
+                write_outputs(result(found), output, plot=plot)
+    whole = result(dict(distributed.gathered(list(rows.items()))))
+    if distributed.leads():
+        write_outputs(whole, output, plot=plot)
+    bench.say("compare", len(files), len(files))
+    return whole
 
 
 @contextmanager
 def _claimed(output: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Make the folder of a comparison, or find that it is of this one; no other process writes there meanwhile."""
+    """Make the folder of a comparison, or find that it is of this one; no other comparison writes there meanwhile.
+
+    The first of several ranks does, and the others wait for it.
+    """
     with ExitStack() as stack:
         try:
-            stack.enter_context(store.held(output))
-            _claim(output, identity)
+            if distributed.leads():
+                stack.enter_context(store.held(output))
+                _claim(output, identity)
         except BlockingIOError as error:
             raise FlatQuantError(
                 f"another comparison is writing {output} ({error.strerror}); wait for it, or choose another output"
             ) from error
         except (OSError, ValueError) as error:
             raise FlatQuantError(f"cannot use {output}: {error}") from error
+        distributed.broadcast(({}, None))
+        if not (output / _SETTINGS).is_file():
+            raise FlatQuantError(f"there is no {output} on this host; choose an output folder that all ranks see")
         yield
 
 
 def _claim(output: Path, identity: dict[str, Any]) -> None:
-    file = output / "settings.json"
+    file = output / _SETTINGS
     if file.is_file():
         found = json.loads(file.read_text())
         differing = sorted(k for k in identity if found.get(k) != json.loads(json.dumps(identity[k])))
@@ -219,17 +242,20 @@ class Bench:
         model.to(self.device)  # pyright: ignore[reportArgumentType]
         return model if self.dtype is None else model.to(self.dtype), tokenizer  # pyright: ignore[reportArgumentType]
 
+    def file(self, method: str, *scheme: str) -> Path:
+        """Where a finished row is kept; `original` is a method without a scheme."""
+        return self.output / "rows" / f"{'-'.join((method, *scheme)).replace(',', '+')}.json"
+
     def original(self) -> dict[str, Any]:
         """The row of the unquantised model."""
-        return self._kept(self.output / "rows" / "original.json", self._measure_original)
+        return self._kept(self.file("original"), self._measure_original)
 
     def row(self, method: str, scheme: str, name: str) -> dict[str, Any]:
         """One row, from its file if it is finished."""
         key = {"method": method, "scheme": name}
-        file = self.output / "rows" / f"{method}-{name.replace(',', '+')}.json"
         try:
             # A method that does not take the scheme says so before anything is read.
-            return self._kept(file, lambda: key | self.measure(self.settings.recipe(method, scheme)))
+            return self._kept(self.file(method, name), lambda: key | self.measure(self.settings.recipe(method, scheme)))
         except FlatQuantError as error:
             return key | {"error": " ".join(str(error).split())}
         except torch.OutOfMemoryError:

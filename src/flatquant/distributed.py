@@ -1,7 +1,8 @@
 """The ranks of a run: one process for each device, started by torchrun, on top of torch.distributed alone.
 
-Outside of torchrun there is one rank, and nothing here communicates. No state is kept but that of torch.distributed:
-the default process group. Tensors on the host travel by gloo, those on a GPU by NCCL.
+Outside of torchrun there is one rank, and nothing here communicates. No state is kept but that of torch.distributed,
+the default process group, and whether this rank works `alone`. Tensors on the host travel by gloo, those on a GPU by
+NCCL.
 
 Blocking collectives have no timeout of their own, since ranks wait for one another as long as a fit takes. A rank that
 ends closes its connections, and the launcher ends the others (`launch`, torchrun).
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +31,9 @@ _NEVER = timedelta(days=30)
 _NOTE = "note"  # the entry of a message that holds its JSON
 _BUCKET = 1 << 22  # elements that are summed over ranks at a time
 _GRACE = 30.0  # seconds in which a launcher is expected to end a rank that has lost another
+_KEPT = "what is done is kept; repeat the command to go on, quantize with --resume"
+
+_alone = False  # of the process, not of a thread: backward passes on a GPU run in threads of their own
 
 Message = tuple[Mapping[str, Tensor], Any]
 
@@ -39,13 +44,13 @@ def launched() -> bool:
 
 
 def rank() -> int:
-    """Number of this process among all ranks; 0 without others."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Number of this process among all ranks; 0 without others, or `alone`."""
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def size() -> int:
-    """Number of ranks."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Number of ranks; 1 while this one works `alone`."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def leads() -> bool:
@@ -66,6 +71,36 @@ def local_size() -> int:
 def share(count: int) -> range:
     """This rank's part of so many things in a row."""
     return range(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def turns(count: int) -> Iterator[int]:
+    """This rank's of so many jobs: the next that no rank has begun, whenever this one asks. Every rank calls it.
+
+    Raises:
+        RankError: a rank has ended.
+    """
+    if size() == 1:
+        yield from range(count)
+        return
+    counter = broadcast(({}, f"turns {secrets.token_hex(8)}"))[1]
+    store = dist.distributed_c10d._get_default_store()
+    while True:
+        with _reaching():
+            turn = store.add(counter, 1) - 1
+        if turn >= count:
+            return
+        yield turn
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Compute as one rank of one: nothing in the body communicates. The device and its part of memory stay."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 @contextmanager
@@ -188,9 +223,7 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankError(
-            f"another rank has ended ({one_line(error)}); what is done is kept, go on with --resume"
-        ) from error
+        raise RankError(f"another rank has ended ({one_line(error)}); {_KEPT}") from error
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -239,7 +272,7 @@ def launch(ranks: int, module: str, arguments: Sequence[str]) -> int:
         if code < 0:
             raise RankError(
                 f"rank {first} was ended by {signal.Signals(-code).name}"
-                f"{' (out of memory?)' if code == -signal.SIGKILL else ''}; what is done is kept, go on with --resume"
+                f"{' (out of memory?)' if code == -signal.SIGKILL else ''}; {_KEPT}"
             ) from None
         return code
     return 0

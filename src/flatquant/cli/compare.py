@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flatquant.cli.app import Device, Json, Quiet, app
+from flatquant.cli.app import Device, Devices, Json, Quiet, app
 from flatquant.cli.display import Display
-from flatquant.cli.terminal import device_of, dtype_of, errors, print_json, say
+from flatquant.cli.terminal import check_devices, device_of, divided, dtype_of, errors, print_json, say
 from flatquant.errors import FlatQuantError, SpecError
 from flatquant.spec import LARGEST_SEED
 
@@ -135,6 +135,7 @@ def compare(
     epochs: Annotated[int | None, typer.Option(help="Epochs of block-wise fits.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a step of a fit.")] = None,
     device: Device = None,
+    devices: Devices = None,
     dtype: Annotated[str | None, typer.Option(help="Of fits' products: float16, bfloat16 or float32.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Of the calibration text and of random transforms.")
@@ -149,6 +150,7 @@ def compare(
         from flatquant.report.comparison import cells
 
         where, kind = device_of(device), dtype_of(dtype)
+        check_devices(devices, where)
         settings = comparison.Settings(
             model=model,
             calibration=calibration,
@@ -161,14 +163,16 @@ def compare(
             seqlen=seqlen,
             epochs=epochs,
             batch_size=batch_size,
-            device=None if where is None else str(where),
+            device=str(where),
             dtype=kind,
             seed=seed,
         )
-        with Display(silent=quiet or as_json) as display:
+        with divided(devices, where) as leads, Display(silent=quiet or as_json or not leads) as display:
             result = comparison.run(
                 settings, _listed(methods), _listed_schemes(schemes), output, plot=plot, progress=display
             )
+    if not leads:
+        return
     if as_json:
         print_json(result)
     elif not quiet:
