@@ -17,7 +17,9 @@ start, `:blocks=16` for block-diagonal matrices in the place of Kronecker produc
 for fixed Hadamard matrices; `blocks=own` has the size in which the scheme's weights share scales. `:clip=search` and
 `:clip=none` say how formats find the scales of blocks. So one change at a time can be measured on any model.
 
-Several processes may add to one results file, each with rows of its own.
+Several processes may add to one results file, each with rows of its own. Ranks divide the rows among them:
+
+    torchrun --nproc-per-node 8 -m benchmarks.ladder smollm2-135m
 
 Every recipe is calibrated on its own text unless `--calibration` names one. Texts are WikiText-2's test text, documents
 of C4 that calibration does not read, and files; with `--windows`, so many windows of each count for perplexity, and
@@ -43,11 +45,12 @@ import torch
 
 from benchmarks.common import RESULTS, commit, environment, read_samples, write_result
 from benchmarks.compare_smollm2 import Original, tiny
-from flatquant import formats
+from flatquant import distributed, formats, store
 from flatquant.compare import Bench, Settings
 from flatquant.errors import FlatQuantError, QualityWarning, SpecError
 from flatquant.evaluate import TASKS
 from flatquant.mixture import Mixture
+from flatquant.models import find_device
 from flatquant.recipes import RECIPES, recipe
 from flatquant.spec import SITES, Recipe, Scheme, TransformSpec, from_dict, to_dict
 
@@ -157,7 +160,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rows").mkdir()
         bench = Bench(base, Path(folder), load=load)
-        for job in jobs:
+        for turn in distributed.turns(len(jobs)):
+            job = jobs[turn]
             known = {**job.key, "settings": shared}
 
             def others(known: dict[str, Any] = known) -> list[dict[str, Any]]:
@@ -166,10 +170,12 @@ def measure(
             if len(others()) < len(read_samples(path)) and not again:
                 continue
             bench.settings = dataclasses.replace(base, seed=job.seed)
-            row = {**known, **measured(bench, job, prepare), "original": bench.original(), "commit": commit()}
+            with distributed.alone():
+                row = {**known, **measured(bench, job, prepare), "original": bench.original(), "commit": commit()}
             shown = ("rung", "scheme", "seed", "perplexity", "divergence", "seconds", "error")
             print({name: row[name] for name in shown if name in row}, flush=True)
-            write(path, [*others(), row], summary)  # of the file as other processes have left it
+            with store.held(path.parent, wait=60.0):
+                write(path, [*others(), row], summary)  # of the file as other processes have left it
 
 
 def measured(bench: Bench, job: Job, prepare: Callable[[Recipe], Recipe]) -> dict[str, Any]:
@@ -286,16 +292,17 @@ def run(
     if not settings.perplexity:
         parser.error("--only-texts needs --texts")
     print(len(jobs), "rows a model", flush=True)
-    for model in args.models:
-        measure(
-            jobs,
-            settings,
-            Original(model, blocks=2 if args.tiny else None),
-            Path(args.out) / f"{args.prefix}-{Path(model).name.removesuffix('.gguf').lower()}.json",
-            again=args.again,
-            prepare=tiny if args.tiny else lambda made: made,
-            summary=summary,
-        )
+    with distributed.joined(find_device(args.device)):
+        for model in args.models:
+            measure(
+                jobs,
+                settings,
+                Original(model, blocks=2 if args.tiny else None),
+                Path(args.out) / f"{args.prefix}-{Path(model).name.removesuffix('.gguf').lower()}.json",
+                again=args.again,
+                prepare=tiny if args.tiny else lambda made: made,
+                summary=summary,
+            )
 
 
 def main() -> None:

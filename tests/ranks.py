@@ -9,6 +9,7 @@ one a line, and answers each with a line of JSON: {"part": .., "found": ..} or {
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import ladder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import TCPStore
@@ -85,6 +87,7 @@ def start(ranks: int, body: Callable[[], None]) -> list[int]:
     agent = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     processes = []
+    gc.freeze()  # what is there already is nothing for a rank to collect
     for rank in range(ranks):
         sys.stdout.flush()
         if child := os.fork():
@@ -232,6 +235,23 @@ class Trials:
             assert codes(start(ranks, body)) == [0] * ranks
             result = json.loads(file.read_text())
             found.append({**result["divergence"], **result["perplexity"][self.text]})
+        return found
+
+    def laddered(self) -> list[list[dict[str, Any]]]:
+        """Rows of the ladder that one rank and two make, and those that two find made."""
+        arguments = [self.model, "--tiny", "--device", "cpu", "--only-texts", "--texts", self.text]
+        rungs = ["--methods", "rtn", "--schemes", "w4a4kv4", "w4a16", "w4g5a16"]  # groups of 5 are refused
+
+        def body() -> None:
+            os.dup2(2, 1)
+            sys.argv = ["ladder", *arguments, *rungs, "--out", str(output)]
+            ladder.main()
+
+        found = []
+        for ranks, output in ((1, self.work / "ladder 1"), (2, self.work / "ladder 2"), (2, self.work / "ladder 2")):
+            assert codes(start(ranks, body)) == [0] * ranks
+            (file,) = output.iterdir()
+            found.append(json.loads(file.read_text())["samples"])
         return found
 
     def killed(self) -> dict[str, Any]:

@@ -122,14 +122,23 @@ def test_a_comparison_is_divided_by_rows(trials) -> None:
     assert re.fullmatch(line, result["held"]["said"])
 
 
+def test_the_ladder_is_divided_by_rows(trials) -> None:
+    alone, divided, again = found(trials, "laddered")
+    assert again == divided  # none is made again
+    assert len(divided) == 3
+    assert sorted(map(str, unchanging(divided))) == sorted(map(str, unchanging(alone)))
+
+
 def measured(run: dict[str, Any]) -> dict[str, Any]:
     """What a comparison prints, without what is another each time."""
     assert not any(run["codes"]), run["said"]
     result = json.loads(run["said"])
-    for row in result["rows"]:
-        for changing in ("seconds", "stages", "peak_bytes"):
-            row.pop(changing, None)
-    return result
+    return {**result, "rows": unchanging(result["rows"])}
+
+
+def unchanging(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    changing = {"seconds", "stages", "peak_bytes", "row_seconds"}
+    return [{name: value for name, value in row.items() if name not in changing} for row in rows]
 
 
 def test_a_run_that_lost_a_rank_goes_on_with_other_numbers_of_ranks(trials) -> None:
