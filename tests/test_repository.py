@@ -142,6 +142,14 @@ def test_the_lock_pins_what_is_needed_on_any_machine_indirectly_too() -> None:
     assert len(seen) > 50
 
 
+def test_what_a_release_of_others_can_break_is_tested_with_its_ends() -> None:
+    """A file that imports `benchmarks` is left out: none of these may."""
+    done = subprocess.run(["make", "-n", "test-interfaces"], cwd=ROOT, capture_output=True, text=True, check=True)
+    needed = "artifact capture data families fused hf interchange kvcache latent laws models seams streaming wrappers"
+    missing = [name for name in needed.split() if not re.search(rf"/test_{name}\.py", done.stdout)]
+    assert not missing
+
+
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_make_targets_in_documents_exist(document: str) -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
