@@ -27,6 +27,8 @@ from benchmarks.common import spawned, write_result
 from flatquant.ops import int4_linear
 from flatquant.ops.int4_linear import reference as product_reference
 from flatquant.ops.int4_linear import triton as products
+from flatquant.ops.int8_linear import reference as head_reference
+from flatquant.ops.int8_linear import triton as heads_of_8_bits
 from flatquant.ops.kron_quantize import triton as sites
 from flatquant.ops.kron_quantize.reference import Form, gated, merged, rms_norm
 from flatquant.ops.kron_quantize.triton import Settings
@@ -206,6 +208,41 @@ class ExpandCase(Case):
         return Prepared(len(packed), lambda i, variant: products.expand(packed[i], out, **variant), error, baselines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadCase(Case):
+    """An output layer in 8 bits."""
+
+    o: int
+    n: int
+
+    def variants(self) -> list[Variant]:
+        if self.tokens == 1:
+            sizes = ((2, 4096, 4), (4, 2048, 4), (4, 1024, 4), (8, 1024, 8), (16, 256, 4), (4, 512, 2), (1, 4096, 4))
+        else:
+            sizes = ((32, 128, 4), (64, 256, 4), (128, 128, 8), (64, 64, 4), (32, 256, 4))
+        return [{}, *({"rows": r, "columns": k, "warps": w} for r, k, w in sizes)]
+
+    def prepare(self, device: torch.device, small: bool) -> Prepared:
+        from flatquant import bench
+
+        count = 1 if small else bench.copies(self.o * self.n)
+        packed = [torch.randint(0, 256, (self.o, self.n), device=device, dtype=torch.uint8) for _ in range(count)]
+        dense = [torch.randn(self.o, self.n, device=device, dtype=_dtype(device)) for _ in range(0 if small else count)]
+        scale = torch.rand(self.o, device=device) * 0.01 + 0.01
+        x = torch.randn(self.tokens, self.n, device=device, dtype=_dtype(device))
+
+        def call(i: int, variant: Variant) -> Tensor:
+            kernel = heads_of_8_bits.vector if self.tokens == 1 else heads_of_8_bits.few
+            return kernel(x, packed[i], scale, None, **variant)
+
+        def error(variant: Variant) -> float:
+            return bench.relative_error(call(0, variant), head_reference.int8_linear(x.float(), packed[0], scale, None))
+
+        moves = bench.moves(self.o * self.n, count, device)
+        products_bf16 = [partial(torch.nn.functional.linear, x, w) for w in dense]
+        return Prepared(count, call, error, {} if small else {"bf16": products_bf16, "bytes": moves})
+
+
 @lru_cache(maxsize=1)
 def _weights(o: int, n: int, device: torch.device, small: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
     from flatquant import bench
@@ -324,6 +361,7 @@ def cases(tiny: bool) -> list[Case]:
                 for s in ("plain", "gate")
             ),
             *(ProductCase(what="product", o=32, n=64, tokens=t, limit=PRODUCT_ERROR) for t in (1, 4)),
+            *(HeadCase(what="head", o=32, n=64, tokens=t, limit=PRODUCT_ERROR) for t in (1, 4)),
             ExpandCase(what="expand", o=32, n=64, tokens=0, limit=0),
             AttentionCase(what="attention", queries=4, keys=2, head_dim=16, places=256, tokens=2, limit=0.02),
             AppendCase(what="append", queries=4, keys=4, head_dim=16, tokens=40, limit=0.02),
@@ -353,6 +391,11 @@ def cases(tiny: bool) -> list[Case]:
             )
             for name, (q, k) in heads.items()
             for b in (1, 16, 64)
+        ),
+        *(
+            HeadCase(what=f"head {o} x {n}", o=o, n=n, tokens=t, limit=PRODUCT_ERROR)
+            for o, n in ((128256, 4096), (151936, 4096))
+            for t in (1, 4)
         ),
         *(
             AppendCase(what=f"append {name}", queries=q, keys=k, head_dim=128, tokens=2048, limit=0.02)
@@ -433,6 +476,7 @@ def line(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--name", default=NAME, help="of the results file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=150, help="seconds after which no case is started")
     parser.add_argument("--seconds", type=float, default=0.1, help="that one measurement takes")
@@ -441,7 +485,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, help="cases of so many tokens alone")
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
     args = parser.parse_args()
-    start = time.perf_counter()
+    start, path = time.perf_counter(), Path(args.out) / f"{args.name}.json"
     device = torch.device(args.device)
     found = [case for only in args.only for case in cases(args.tiny) if case.what.startswith(only)]
     found = [case for case in found if args.tokens is None or case.tokens in args.tokens]
@@ -456,8 +500,8 @@ def main() -> None:
         made = tune(case, device, args.seconds, args.tiny)
         rows += made
         print(f"{time.perf_counter() - start:5.0f} s  {line(made)}", flush=True)
-        write_result(Path(args.out) / f"{NAME}.json", NAME, seeds=[], metrics={"not_timed": left}, samples=rows)
-    write_result(Path(args.out) / f"{NAME}.json", NAME, seeds=[], metrics={"not_timed": left}, samples=rows)
+        write_result(path, args.name, seeds=[], metrics={"not_timed": left}, samples=rows)
+    write_result(path, args.name, seeds=[], metrics={"not_timed": left}, samples=rows)
     if left:
         print("not timed:", "; ".join(left), flush=True)
 
