@@ -326,7 +326,7 @@ class AppendCase(Case):
         keys, values = store(), store()
         at = torch.zeros(1, device=device, dtype=torch.int64)
 
-        def call(i: int, variant: Variant) -> tuple[Tensor, Tensor, Tensor]:
+        def call(i: int, variant: Variant) -> cache_reference.Appended:
             return caching.append(inputs[i], cos, sin, heads, keys, values, at, dense=True, **variant)
 
         def error(variant: Variant) -> float:
