@@ -120,6 +120,13 @@ def test_a_streamed_run_writes_the_bytes_of_a_plain_one(folder: Path, recipe: Re
     assert not [name for name in plain if plain[name] != streamed[name]]
 
 
+@pytest.mark.skipif("falcon_h1" not in FAMILIES, reason="not in this release of transformers")
+def test_a_buffer_of_a_block_that_no_file_holds_is_kept(tmp_path: Path) -> None:
+    folder = saved(tiny_family("falcon_h1", tied=False, dtype=torch.bfloat16), tmp_path / "model")
+    plain, streamed = both(folder, recipes.rtn("w4a4"), tmp_path)
+    assert not [name for name in plain if plain[name] != streamed[name]]
+
+
 def test_shards_are_those_of_save_file(tmp_path: Path) -> None:
     from flatquant.runtime.artifact.write import _Pending, _write_shard
 

@@ -73,7 +73,7 @@ def take(run: Run, index: int, owner: int, calls: list[BlockCall], quantised: Ke
     if quantised is not None:
         with run.clock("quantised stream"):
             quantised = run_block(block, run.rotated(calls[index]), quantised, run.batch)
-    block.to(run.blocks_home)
+    run.put_back(index)
     run.progress("solve", index + 1, len(run.plan.blocks))
     return quantised
 

@@ -104,10 +104,21 @@ class Run:
         self.memory: FitMemory = layout.memory or "full"
         self.learned, self.output_adaptive = recipe.learned_rounding, recipe.hessian == "output_adaptive"
 
-    @property
-    def blocks_home(self) -> torch.device | str:
-        """Where blocks lie while nothing is done to them."""
-        return self.home if self.checkpoint is None else "meta"
+    def put_back(self, index: int) -> None:
+        """A block to where it lies while nothing is done to it. Of a streamed model, what no file holds is kept."""
+        block = self.blocks[index]
+        if self.checkpoint is None:
+            block.to(self.home)
+            return
+        computed = [
+            (module, name, tensor.to(self.home))
+            for module in block.modules()
+            for name, tensor in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set
+        ]
+        block.to("meta")
+        for module, name, tensor in computed:
+            setattr(module, name, tensor)
 
     def bring(self, index: int) -> nn.Module:
         """A block onto the device, in a dtype that the fit's products take."""

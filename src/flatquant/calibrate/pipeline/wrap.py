@@ -45,7 +45,7 @@ def wrap(
             fits = (ours or run.end_to_end is not None) and solved_name(index) not in run.kept
             inputs, (fit, hidden) = hidden, _wrap_one(run, index, calls[index], hidden, fits)
             if not (ours or run.end_to_end is not None or run.output_adaptive):
-                run.blocks[index].to(run.blocks_home)
+                run.put_back(index)
         wrapped.append(
             Wrapped(
                 index=index,
