@@ -381,6 +381,12 @@ def test_the_table_says_what_a_run_does() -> None:
                 assert goes == (row[method] == "yes" or scheme in row[method].split(", ")), (name, method, scheme)
 
 
+def test_a_scheme_that_no_method_takes_is_said_to_be_one() -> None:
+    model = tiny_family("bloom")
+    with pytest.raises(FamilyError, match=r"; no method goes at w4a4kv4$"):
+        families.plan_for(RECIPES["rtn"]("w4a4kv4"), arch_of(model.config), Geometry.of(model.config), blocks_of(model))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
 def test_a_method_that_does_not_go_says_which_do(name: str) -> None:
     def plan(method: str, scheme: str) -> None:

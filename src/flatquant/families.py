@@ -69,7 +69,10 @@ def plan_for(recipe: Recipe, arch: Arch, geometry: Geometry, blocks: nn.ModuleLi
     except FamilyError as error:
         scheme = str(recipe.scheme)
         others = [name for name in sorted(RECIPES) if _goes(name, scheme, arch, geometry, blocks)]
-        raise FamilyError(f"{error}; methods that go with it at {scheme}: {', '.join(others)}") from error
+        listed = (
+            f"methods that go with it at {scheme}: {', '.join(others)}" if others else f"no method goes at {scheme}"
+        )
+        raise FamilyError(f"{error}; {listed}") from error
 
 
 def _goes(method: str, scheme: str, arch: Arch, geometry: Geometry, blocks: nn.ModuleList) -> bool:
