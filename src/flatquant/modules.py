@@ -7,7 +7,8 @@ still trains, and one that is not a `Trainable` never does.
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -215,6 +216,24 @@ def cast(module: nn.Module, dtype: torch.dtype, *, besides: set[str]) -> None:
     for name, tensor in _tensors(module).items():
         if name in kept:
             tensor.data = kept[name]
+
+
+@contextmanager
+def widened(module: nn.Module, dtype: torch.dtype) -> Iterator[torch.dtype]:
+    """Have a module's tensors in the wider of their dtype and another; which one that is.
+
+    A norm, or an expert's router, takes no inputs of another dtype than its own. Grids and transforms keep theirs.
+    """
+    own = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    stored = min(own, key=lambda dtype: dtype.itemsize, default=dtype)  # routers may be in float32
+    work, wide = torch.promote_types(stored, dtype), in_float32(module)
+    if stored != work:
+        module.to(work)
+    try:
+        yield work
+    finally:
+        if stored != work:
+            cast(module, stored, besides=wide)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -15,11 +15,13 @@ from flatquant.calibrate.pipeline import calibrate, check_room, resident_bytes
 from flatquant.calibrate.state import RunState
 from flatquant.errors import CalibrationError, ModelError, SpecError
 from flatquant.ops.divergence import kl_rows
-from flatquant.recipes import flatquant, gptq, rtn
-from flatquant.spec import EndToEndSpec, FitSpec, Recipe, SolverSpec
+from flatquant.recipes import flatquant, gptq, oac, rtn
+from flatquant.spec import EndToEndSpec, FitSpec, Recipe, RoundingSpec, SolverSpec
 from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for
+from tests.tiny_models import tiny_family
 
 IDENTITY = {"run": 1}
+LEARNED = SolverSpec(learned=RoundingSpec(steps=2))
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +198,30 @@ def test_unknown_families_are_errors(model) -> None:
     other.config.model_type = "mamba"
     with pytest.raises(ModelError, match="'mamba' is not supported; `flatquant methods --families` lists"):
         calibrated(other, rtn("w4"))
+
+
+# A norm with a shift and small gates that stay as they are take no inputs of another dtype than their own.
+@pytest.mark.parametrize("stored, dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("name", ["starcoder2", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        gptq("w4a4kv4"),
+        oac("w4"),
+        dataclasses.replace(quick("w4a4kv4"), solver=LEARNED),
+        dataclasses.replace(oac("w4"), end_to_end=EndToEndSpec(steps=2, batch_size=2)),
+    ],
+    ids=["gptq", "oac", "learned", "end to end"],
+)
+def test_products_may_be_in_another_dtype_than_the_model(
+    recipe: Recipe, name: str, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    model = tiny_family(name, dtype=stored)
+    done, _, _ = calibrated(model, dataclasses.replace(recipe, data=quick("w4").data), dtype=dtype)
+    with torch.no_grad():
+        assert bool(done(tokens_for(model, 2, 9)).logits.isfinite().all())
+    kept = {key: t.dtype for key, t in model.named_parameters()}
+    assert all(t.dtype == kept[key] for key, t in done.named_parameters() if key in kept)
 
 
 @pytest.mark.parametrize("recipe", [quick("w4a4kv4"), dataclasses.replace(gptq("w4"), data=quick("w4").data)])

@@ -17,6 +17,7 @@ from flatquant import seams
 from flatquant.calibrate.activations import K, Kept, mapped
 from flatquant.calibrate.samples import Samples, Windows, inputs_of
 from flatquant.errors import DataError, one_line
+from flatquant.modules import widened
 from flatquant.rotary import Angles, turned_back
 from flatquant.spec import KeyOffset, Pairing, by_expert, is_experts
 from flatquant.transforms import Factor
@@ -271,4 +272,6 @@ def run_block(block: nn.Module, call: BlockCall, hidden: K, batch_size: int) -> 
     Raises:
         CalibrationError: an output is not finite.
     """
-    return mapped(hidden, batch_size, call.in_order(block))
+    run = call.in_order(block)
+    with widened(block, hidden.dtype) as work:
+        return mapped(hidden, batch_size, lambda x: run(x.to(work)).to(hidden.dtype))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flatquant.calibrate.activations import Kept
 from flatquant.calibrate.capture import BlockCall
+from flatquant.modules import widened
 from flatquant.qtensor import QTensor
 from flatquant.runtime.linear import DenseLinear
 from flatquant.solvers import OutputAdaptive, blended
@@ -61,9 +62,10 @@ def output_hessians(
         assert isinstance(linear, DenseLinear), f"{path} is not folded"
         watch(path, linear)
     try:
-        for x, ids in zip(inputs.split(1), tokens.split(1), strict=True):
-            x = x.detach().clone().requires_grad_()
-            torch.autograd.grad(loss(call(block, x), ids), x)  # the hooks see what is needed on its way
+        with widened(block, inputs.dtype) as work:
+            for x, ids in zip(inputs.split(1), tokens.split(1), strict=True):
+                x = x.detach().to(work, copy=True).requires_grad_()
+                torch.autograd.grad(loss(call(block, x), ids), x)  # the hooks see what is needed on its way
     finally:
         for handle in handles:
             handle.remove()

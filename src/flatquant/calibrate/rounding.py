@@ -20,6 +20,7 @@ from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.optimise import Optimiser, linear
 from flatquant.errors import CalibrationError
+from flatquant.modules import widened
 from flatquant.runtime.linear import FrozenLinear, FrozenSite, NumberLinear
 from flatquant.solvers.rounding import LearnedRounding
 from flatquant.spec import RoundingSpec
@@ -74,20 +75,21 @@ def learn_rounding(
     """
     linears = {path: module for path, module in block.named_modules() if isinstance(module, RoundingLinear)}
     parts = [module.rounding for module in linears.values()]
-    error = partial(_error, block, call, inputs, targets, windows)
-    before = after = error()
-    if not math.isfinite(before):
-        raise CalibrationError("the error of its rounded weights is not finite; try --dtype float32 or bfloat16")
-    if parts:  # an override may leave this block its weights
-        batch, numbers = min(spec.batch_size, inputs.shape[0]), torch.arange(inputs.shape[0], device=inputs.device)
-        optimiser = _optimiser(block, call, parts, spec, splits(batch))
+    with widened(block, inputs.dtype) as work:
+        error = partial(_error, block, call, inputs, targets, work, windows)
+        before = after = error()
+        if not math.isfinite(before):
+            raise CalibrationError("the error of its rounded weights is not finite; try --dtype float32 or bfloat16")
+        if parts:  # an override may leave this block its weights
+            batch, numbers = min(spec.batch_size, inputs.shape[0]), torch.arange(inputs.shape[0], device=inputs.device)
+            optimiser = _optimiser(block, call, parts, spec, work, splits(batch))
 
-        def step(done: int) -> Tensor:
-            if progress is not None:
-                progress(done)
-            return optimiser.step(*(cyclic(kept, done * batch, batch) for kept in (numbers, inputs, targets)))
+            def step(done: int) -> Tensor:
+                if progress is not None:
+                    progress(done)
+                return optimiser.step(*(cyclic(kept, done * batch, batch) for kept in (numbers, inputs, targets)))
 
-        after = _best(step, error, before, optimiser.parameters, spec)
+            after = _best(step, error, before, optimiser.parameters, spec)
     for path, module in linears.items():
         replace_submodule(block, path, module.frozen())
     return before, after
@@ -126,10 +128,15 @@ def _best(
 
 
 def _optimiser(
-    block: nn.Module, call: BlockCall, parts: Sequence[LearnedRounding], spec: RoundingSpec, splits: int
+    block: nn.Module,
+    call: BlockCall,
+    parts: Sequence[LearnedRounding],
+    spec: RoundingSpec,
+    work: torch.dtype,
+    splits: int,
 ) -> Optimiser:
     def loss_fn(windows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = F.mse_loss(call.of(windows)(block, x).float(), y.float())
+        loss = F.mse_loss(call.of(windows)(block, x.to(work)).float(), y.float())
         # Only signs count. The gradient of an output is made so large that half precision holds it.
         return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny) * y.numel() ** 0.5, loss
 
@@ -149,9 +156,9 @@ def _optimiser(
 
 
 @torch.no_grad()
-def _error(block: nn.Module, call: BlockCall, inputs: Kept, targets: Kept, windows: int) -> float:
+def _error(block: nn.Module, call: BlockCall, inputs: Kept, targets: Kept, work: torch.dtype, windows: int) -> float:
     """The mean squared error of a block's outputs."""
     total, run = torch.zeros((), dtype=torch.float64, device=inputs.device), call.in_order(block)
     for x, y in zip(inputs.split(windows), targets.split(windows), strict=True):
-        total += F.mse_loss(run(x).double(), y.double(), reduction="sum")
+        total += F.mse_loss(run(x.to(work)).double(), y.double(), reduction="sum")
     return float(total) / math.prod(inputs.shape)

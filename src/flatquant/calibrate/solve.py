@@ -14,7 +14,7 @@ from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.rounding import RoundingLinear
 from flatquant.codebook import CodebookTensor
 from flatquant.formats.base import Codes
-from flatquant.modules import joined
+from flatquant.modules import joined, widened
 from flatquant.qtensor import QTensor
 from flatquant.quantizers import BlockWeights, VectorGrid, WeightGrid
 from flatquant.runtime.branch import BranchedLinear
@@ -156,9 +156,10 @@ def _gram(block: nn.Module, plan: SitePlan, call: BlockCall, inputs: Kept, batch
     run = call.in_order(block)
     try:
         # The calls of a batch's windows follow one another where they differ: the first to reach the site ends them.
-        for x in inputs.split(1 if call.windows else batch_size):
-            with contextlib.suppress(_Reached):
-                run(x)
+        with widened(block, inputs.dtype) as work:
+            for x in inputs.split(1 if call.windows else batch_size):
+                with contextlib.suppress(_Reached):
+                    run(x.to(work))
     finally:
         handle.remove()
     return gram
@@ -186,8 +187,9 @@ def _by_expert(
             handles.append(_folded(block, path).register_forward_pre_hook(see))
         run = call.in_order(block)
         try:
-            for x in inputs.split(batch_size):
-                run(x)
+            with widened(block, inputs.dtype) as work:
+                for x in inputs.split(batch_size):
+                    run(x.to(work))
         finally:
             for handle in handles:
                 handle.remove()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from flatquant import seams
 from flatquant.calibrate.capture import BlockCall, capture
 from flatquant.calibrate.samples import Windows, cut, scored
-from flatquant.modules import cast, in_float32
+from flatquant.modules import widened
 from flatquant.quantizers import ActivationLevels, Dynamic, FrozenBlocks, SplitGrid
 from flatquant.runtime.build import SITES_SLOT
 from flatquant.runtime.keyvalue import FrozenKeyValue
@@ -259,21 +259,10 @@ def _or_infinite(value: float) -> float:
 
 
 def through(block: nn.Module, call: BlockCall, hidden: Tensor, *, together: int = 1) -> Tensor:
-    """All windows, so many at a time, in the wider dtype of the two; kept in that of `hidden`.  # (N, T, h)
-
-    A norm, or an expert's router, takes no inputs of another dtype than its own. Grids and transforms keep theirs.
-    """
-    own = [p.dtype for p in block.parameters() if p.is_floating_point()]
-    stored = min(own, key=lambda dtype: dtype.itemsize, default=hidden.dtype)  # routers may be in float32
-    work, wide = torch.promote_types(stored, hidden.dtype), in_float32(block)
-    if stored != work:
-        block.to(work)
+    """All windows, so many at a time, in the wider dtype of the two; kept in that of `hidden`.  # (N, T, h)"""
     run = call.in_order(block)
-    try:
+    with widened(block, hidden.dtype) as work:
         return torch.cat([run(windows.to(work)) for windows in hidden.split(together)]).to(hidden.dtype)
-    finally:
-        if stored != work:
-            cast(block, stored, besides=wide)
 
 
 class Ends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +21,7 @@ from flatquant.calibrate.pipeline.run import Run, Wrapped, named_block
 from flatquant.calibrate.rounding import learn_rounding
 from flatquant.calibrate.solve import solve_block
 from flatquant.errors import CalibrationError
-from flatquant.modules import cast
+from flatquant.modules import cast, widened
 from flatquant.spec import RoundingSpec
 from flatquant.wiring.fitted import FitBlock
 from flatquant.wiring.fold import fold_block
@@ -133,8 +134,11 @@ def _output_hessians(run: Run, index: int, calls: list[BlockCall], quantised: Ke
         run.tokens.to(run.device),
         run.recipe.solver.gradients,
     )
-    try:
-        with deterministic():
+    with ExitStack() as stack:
+        for block in run.blocks[index + 1 :]:
+            stack.enter_context(widened(block, run.dtype))
+        try:
+            with deterministic():
+                return collect()
+        except NoSuchKernel:
             return collect()
-    except NoSuchKernel:
-        return collect()
