@@ -413,6 +413,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "olmo_hybrid": {
         **DELTA,
+        "linear_key_head_dim": 6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         "attention_bias": True,
     },

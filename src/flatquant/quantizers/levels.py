@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from flatquant.formats.base import Codes
@@ -183,7 +183,7 @@ def _reach(x: Tensor) -> Tensor:
 # least squares problem with the inverse power of each channel as weight.
 
 
-def weights_of(power: Tensor, *, by_channel: bool) -> Tensor | None:
+def weights_of(power: Float[Tensor, " channels"], *, by_channel: bool) -> Float[Tensor, " channels"] | None:
     """How much the error of each channel counts, of their mean squares, (C,); None where all are silent.
 
     Without `by_channel`, the total error is what counts.
@@ -195,7 +195,9 @@ def weights_of(power: Tensor, *, by_channel: bool) -> Tensor | None:
     return weights / weights.sum()
 
 
-def levels_of(channels: Tensor, weights: Tensor, bits: int, *, bounded: bool) -> Tensor:
+def levels_of(
+    channels: Float[Tensor, "channels n"], weights: Float[Tensor, " channels"], bits: int, *, bounded: bool
+) -> Float[Tensor, " {bits}"]:
     """K numbers for channels, float64, (C, N): the best of even levels up to several tops, each after some rounds.
 
     Args:
@@ -214,7 +216,9 @@ def levels_of(channels: Tensor, weights: Tensor, bits: int, *, bounded: bool) ->
     return min((some for some in found if some[1] <= most), key=lambda some: some[0])[2]
 
 
-def solved(basis: Tensor, channels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def solved(
+    basis: Float[Tensor, " bits"], channels: Float[Tensor, "channels n"], weights: Float[Tensor, " channels"]
+) -> tuple[Float[Tensor, " bits"], Float[Tensor, " channels"]]:
     """argmin over u of sum_c w_c mean |x - B u|^2, the codes B as the levels are now, (K,), and every channel's error
     now, (C,).
     """
@@ -231,13 +235,13 @@ def solved(basis: Tensor, channels: Tensor, weights: Tensor) -> tuple[Tensor, Te
     return torch.linalg.solve(gram, b.mT @ sums).clamp(min=_FLOOR), errors
 
 
-def ascending(basis: Tensor) -> tuple[Tensor, Tensor]:
+def ascending(basis: Float[Tensor, " bits"]) -> tuple[Float[Tensor, " codes"], Float[Tensor, "codes bits"]]:
     """The levels of K numbers in ascending order, (2^K,), and the codes that they are of, (2^K, K)."""
     codes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=len(basis))), device=basis.device)
     values, order = (codes @ basis).sort()
     return values, codes[order]
 
 
-def nearest(x: Tensor, values: Tensor) -> Tensor:
+def nearest(x: Float[Tensor, "*any"], values: Float[Tensor, " codes"]) -> Int64[Tensor, "*any"]:
     """Which of ascending values lie nearest."""
     return torch.bucketize(x, (values[1:] + values[:-1]) / 2)
