@@ -370,8 +370,9 @@ def test_the_option_changes_how_weights_are_held() -> None:
     made = recipe_of("flatquant", *arguments, weight_memory="compact")
     assert made.end_to_end is not None
     assert made.end_to_end.memory == "compact"
-    with pytest.raises(SpecError, match="'small' is not one of 'full', 'compact', 'transforms', 'auto'"):
-        recipe_of("flatquant", *arguments, weight_memory="small")
+    for preset in ("best", "reference"):  # the word is looked at first
+        with pytest.raises(SpecError, match="'small' is not one of 'full', 'compact', 'transforms', 'auto'"):
+            recipe_of("flatquant", "w4a4kv4", preset, *arguments[2:], weight_memory="small")
     for preset, hint in (("reference", ", or take --preset best"), ("quick", ", or take --preset best")):
         with pytest.raises(SpecError, match=f"trains no weights end to end: leave out --weight-memory{hint}$"):
             recipe_of("flatquant", "w4a4", preset, *arguments[2:], weight_memory="compact")

@@ -130,12 +130,13 @@ def _with_memory(base: Recipe, memory: str) -> Recipe:
     from flatquant.recipes import recipe
     from flatquant.spec import EndToEndSpec, from_dict, to_dict
 
-    if base.end_to_end is None or not base.end_to_end.weight_lr:
+    fit = base.end_to_end or EndToEndSpec()
+    held = from_dict(EndToEndSpec, to_dict(fit) | {"memory": memory}, "end_to_end")  # which knows the words
+    if base.end_to_end is None or not fit.weight_lr:
         best = recipe(base.name, str(base.scheme), "best").end_to_end
         hint = ", or take --preset best" if best is not None and best.weight_lr else ""
         raise SpecError(f"this recipe of {base.name} trains no weights end to end: leave out --weight-memory{hint}")
-    made = from_dict(EndToEndSpec, to_dict(base.end_to_end) | {"memory": memory}, "end_to_end")
-    return replace(base, end_to_end=made)
+    return replace(base, end_to_end=held)
 
 
 def _options(names: dict[str, Any]) -> str:
