@@ -11,12 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    initialization,
+)
 
 from flatquant import families, seams, spec
 from flatquant.errors import FamilyError, ModelError, SpecError
 from flatquant.recipes import RECIPES, rtn
-from flatquant.runtime.artifact import load, save
+from flatquant.runtime.artifact import load, rebuild_buffers, save
 from flatquant.runtime.experts import open_experts
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.seams import CACHE
@@ -417,3 +424,25 @@ def test_logits_are_what_the_model_makes_of_its_head(name: str) -> None:
         handle.remove()
         got = logits(model.config, model.get_output_embeddings()(seen[0]))
     torch.testing.assert_close(got.to(want.dtype), want, rtol=1e-12, atol=1e-12)  # some give float32
+
+
+@pytest.mark.skipif("falcon_h1" not in FAMILIES, reason="not in this release of transformers")
+def test_a_rule_for_a_whole_model_moves_no_tensor_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_family("falcon_h1")
+    inner = model.model
+    rule = type(inner)._init_weights
+
+    def with_all_others(self: object, module: nn.Module) -> None:
+        rule(self, module)
+        if module is inner:
+            for tensor in module.parameters():
+                initialization.zeros_(tensor)
+
+    monkeypatch.setattr(type(inner), "_init_weights", with_all_others)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    computed = [layer.mamba.mup_vector.clone() for layer in inner.layers]
+    for layer in inner.layers:
+        layer.mamba.mup_vector = layer.mamba.mup_vector.to("meta")
+    rebuild_buffers(model, torch.device("cpu"))
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(layer.mamba.mup_vector, was) for layer, was in zip(inner.layers, computed, strict=True))

@@ -220,17 +220,18 @@ def _initialise_buffers(model: PreTrainedModel, module: nn.Module, device: torch
     for name in empty:
         setattr(module, name, torch.full_like(getattr(module, name), torch.nan, device=device))
     for part in (module, model):  # some models have a rule for the module, some for the whole (Falcon-H1)
-        missing = [name for name in empty if bool(getattr(module, name).isnan().any())]
+        missing = [t for name in empty if bool((t := getattr(module, name)).isnan().any())]
         if missing:
-            _initialise(model, part, set(missing) if part is module else set())
+            _initialise(model, part, missing)
     for name in empty:
         if bool(getattr(module, name).isnan().any()):
             raise ArtifactError(f"cannot rebuild {name} of {type(module).__name__} from the config")
 
 
-def _initialise(model: PreTrainedModel, part: nn.Module, empty: set[str]) -> None:
-    """A model's own rule for one part of it, applied to the buffers that are `empty`."""
-    loaded = [*part.parameters(recurse=False), *(t for n, t in part.named_buffers(recurse=False) if n not in empty)]
+def _initialise(model: PreTrainedModel, part: nn.Module, missing: list[Tensor]) -> None:
+    """A model's own rule for a part of it, which finds everything in the part loaded but what is `missing`."""
+    left = {id(tensor) for tensor in missing}
+    loaded = [tensor for tensor in (*part.parameters(), *part.buffers()) if id(tensor) not in left]
     for tensor in loaded:
         tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
     model._init_weights(part)
