@@ -41,7 +41,7 @@ from flatquant.runtime.experts import open_experts
 from flatquant.runtime.kvcache import QuantizedCache, token_bytes
 from flatquant.seams import CACHE
 from flatquant.spec import DataSpec, Recipe
-from flatquant.wiring.arch import Geometry, submodule
+from flatquant.wiring.arch import Geometry, blocks_at
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
 
@@ -291,8 +291,7 @@ def empty(experts: int, blocks: int = 4) -> tuple[Any, nn.ModuleList]:
     sizes: dict[str, Any] = V3 | {"n_routed_experts": experts, "num_hidden_layers": blocks}
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(DeepseekV3Config(**sizes), dtype=torch.bfloat16)
-    modules = submodule(model, arch_of(model.config).blocks)
-    assert isinstance(modules, nn.ModuleList)
+    modules = blocks_at(model, arch_of(model.config).blocks)
     open_experts(modules)
     return model, modules
 

@@ -421,12 +421,16 @@ def latent() -> list[str]:
 
 def latent_fit() -> list[str]:
     """What the fit of the block with experts took, by the plan's rates and measured."""
-    (run,) = read("latent-h200")["samples"]
-    found = read("plan-671b")["metrics"]
-    tokens, steps = run["samples"] * run["seqlen"], run["samples"] // 4
-    (dense, experts), rates = found["blocks"], found["rates"]
-    weights = run["weights"] - dense["weights"]
-    planned = run["epochs"] * (tokens * experts["passed"] * rates["token"] + steps * weights * rates["step"])
+    from benchmarks.latent import Rates
+    from flatquant.recipes import RECIPES
+
+    (run,), found = read("latent-h200")["samples"], read("plan-671b")["metrics"]
+    dense, experts = found["blocks"]
+    fit = RECIPES["flatquant"]("w4a4kv4").fit
+    assert fit is not None
+    tokens, steps = run["samples"] * run["seqlen"], run["samples"] // fit.batch_size
+    epoch = Rates(**found["rates"]).epoch(tokens, steps, experts["passed"], run["weights"] - dense["weights"])
+    planned = run["epochs"] * epoch
     peak, told = run["peak_device_bytes"] / 1e9, run["estimate"]["device"] / 1e9
     return [
         f"The fit of the block with {run['experts']} experts took {run['fits'][-1]:.1f} s; the plan's rates, "

@@ -158,7 +158,7 @@ class ProductCase(Case):
     def prepare(self, device: torch.device, small: bool) -> Prepared:
         from flatquant import bench
 
-        packed, dense, scale = _weights(self.o, self.n, device, small)
+        packed, dense, scale = _weights(self.o, self.n, self.n // 2, device, small)
         x = torch.randint(-8, 8, (self.tokens, self.n), device=device, dtype=torch.int8)
         ordered = bench.in_order(x, "planes").to(torch.float8_e4m3fn)
         s = torch.rand(self.tokens, 1, device=device) + 0.5
@@ -196,7 +196,7 @@ class ExpandCase(Case):
     def prepare(self, device: torch.device, small: bool) -> Prepared:
         from flatquant import bench
 
-        packed, _, _ = _weights(self.o, self.n, device, small)
+        packed, _, _ = _weights(self.o, self.n, self.n // 2, device, small)
         out = torch.empty((self.o, self.n), dtype=torch.float8_e4m3fn, device=device)
 
         def error(variant: Variant) -> float:
@@ -225,10 +225,7 @@ class HeadCase(Case):
     def prepare(self, device: torch.device, small: bool) -> Prepared:
         from flatquant import bench
 
-        count = 1 if small else bench.copies(self.o * self.n)
-        packed = [torch.randint(0, 256, (self.o, self.n), device=device, dtype=torch.uint8) for _ in range(count)]
-        dense = [torch.randn(self.o, self.n, device=device, dtype=_dtype(device)) for _ in range(0 if small else count)]
-        scale = torch.rand(self.o, device=device) * 0.01 + 0.01
+        packed, dense, scale = _weights(self.o, self.n, self.n, device, small)
         x = torch.randn(self.tokens, self.n, device=device, dtype=_dtype(device))
 
         def call(i: int, variant: Variant) -> Tensor:
@@ -238,17 +235,18 @@ class HeadCase(Case):
         def error(variant: Variant) -> float:
             return bench.relative_error(call(0, variant), head_reference.int8_linear(x.float(), packed[0], scale, None))
 
-        moves = bench.moves(self.o * self.n, count, device)
+        moves = bench.moves(self.o * self.n, len(packed), device)
         products_bf16 = [partial(torch.nn.functional.linear, x, w) for w in dense]
-        return Prepared(count, call, error, {} if small else {"bf16": products_bf16, "bytes": moves})
+        return Prepared(len(packed), call, error, {} if small else {"bf16": products_bf16, "bytes": moves})
 
 
 @lru_cache(maxsize=1)
-def _weights(o: int, n: int, device: torch.device, small: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _weights(o: int, n: int, row: int, device: torch.device, small: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Weights of `row` bytes a row, the same in 16 bits, and a scale for each row."""
     from flatquant import bench
 
-    count, wide = (1, 0) if small else (bench.copies(o * n // 2), bench.copies(2 * o * n))
-    packed = [torch.randint(0, 256, (o, n // 2), device=device, dtype=torch.uint8) for _ in range(count)]
+    count, wide = (1, 0) if small else (bench.copies(o * row), bench.copies(2 * o * n))
+    packed = [torch.randint(0, 256, (o, row), device=device, dtype=torch.uint8) for _ in range(count)]
     dense = [torch.randn(o, n, device=device, dtype=_dtype(device)) for _ in range(wide)]
     return packed, dense, torch.rand(o, device=device) * 0.01 + 0.01
 
