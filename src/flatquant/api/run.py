@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from flatquant.calibrate.memory import (
     Estimate,
     Limits,
     free_host_bytes,
+    freed_memory_returned,
 )
 from flatquant.calibrate.pipeline import Report, calibrate, solved_name
 from flatquant.calibrate.preflight import preflight
@@ -181,7 +182,8 @@ class Run:
         bring = partial(self._brought, state)
         judged = None
         if witness is not None and windows is not None:
-            judged = self._verdict(witness, windows, plan, bring, before)
+            with self._judging():
+                judged = self._verdict(witness, windows, plan, bring, before)
         report = report_of(self, identity, plan, data, original, calibration, text_seconds)
         if judged is not None:
             report["verdict"] = judged
@@ -397,6 +399,11 @@ class Run:
         free = free_host_bytes()
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if witness is not None and (free is None or 2 * size < free):
-            loaded = artifact.load(folder)
-            report["verdict"]["packed"] = packed_agrees(loaded, self.model, plan, witness, bring)
+            with self._judging():
+                loaded = artifact.load(folder)
+                report["verdict"]["packed"] = packed_agrees(loaded, self.model, plan, witness, bring)
         return report
+
+    def _judging(self) -> AbstractContextManager[None]:
+        """No growth of the heap, by weights that are dequantised in every call. A streamed run has that throughout."""
+        return freed_memory_returned() if self.checkpoint is None else nullcontext()

@@ -6,7 +6,8 @@ import ctypes
 import gc
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from flatquant import distributed
 
 _MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_OWN_THRESHOLD = 32 << 20  # what glibc moves its threshold up to by itself
 
 
 def resident_bytes() -> int:
@@ -94,9 +96,23 @@ def return_freed_memory() -> None:
     Left to itself, it keeps more and more of it, between what lives: a process that streams a model grows by half of
     every block.
     """
+    _return_above(1 << 18)
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """The same for a while, of tensors of 4 MiB or more: in a fit, whose tensors come and go, it takes time."""
+    _return_above(4 << 20)
+    try:
+        yield
+    finally:
+        _return_above(_OWN_THRESHOLD)
+
+
+def _return_above(size: int) -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library has no such function
-            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 18)
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
 
 
 def free_device(device: torch.device) -> int | None:
