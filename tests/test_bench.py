@@ -59,6 +59,16 @@ def test_other_shapes_tiny(shape: str) -> None:
     assert memory["weights"] < memory["bf16_weights"] / 2
 
 
+def test_an_embedding_in_8_bits_is_counted() -> None:
+    config = bench.config_of("tiny-ends8")
+    models = [bench.packed_model(config, CPU, scheme=bench.shape_of(s).scheme) for s in ("tiny-head8", "tiny-ends8")]
+    sizes = [sum(t.nbytes for t in model.state_dict().values()) for model in models]
+    assert sizes[0] - sizes[1] == config.vocab_size * (config.hidden_size * (2 - 1) - 4)
+    rows = models[1].get_input_embeddings()(torch.arange(config.vocab_size)).float()
+    assert abs(float(rows.mean())) < 0.1 * float(rows.std())
+    assert bench.kernels_error(bench.runtime_of(models[1])) <= 1
+
+
 def test_an_output_layer_in_8_bits_is_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     config = bench.config_of("tiny-head8")
     plain, rounded = (bench.packed_model(config, CPU, scheme=bench.shape_of(s).scheme) for s in ("tiny", "tiny-head8"))

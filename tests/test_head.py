@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 import flatquant
 from flatquant import recipes
-from flatquant.cli.quantize import output_layer_row
+from flatquant.cli.quantize import rounded_end_rows
 from flatquant.engines.vllm import support
 from flatquant.errors import ModelError, SpecError
 from flatquant.interchange import export_compressed, export_dense
@@ -146,7 +146,7 @@ def test_sizes_say_where_the_layer_is_a_copy(tied: bool, tmp_path: Path) -> None
         == {"grids": "w8a16", "bytes": nbytes, "tied": tied}
         == result.report["sizes"]["output_layer"]
     )
-    assert ("a copy of the embeddings" in output_layer_row(found.output_layer)["output layer"]) == tied
+    assert ("a copy of the embeddings" in rounded_end_rows(found.output_layer, None)["output layer"]) == tied
     assert "output layer" not in found.unquantised_bytes
     assert found.unquantised_bytes["embeddings"] == embeddings_of(model).nbytes
     assert sum(found.bytes_by_kind.values()) == result.report["sizes"]["quantised_bytes"]

@@ -77,9 +77,15 @@ def schemes(draw) -> tuple[str, dict[str, Any]]:
         inputs = None if ha in (None, 16) else QuantSpec(bits=ha)
         head = HeadGrids(weights=QuantSpec(bits=hw, group_size=hg), activations=inputs)
         text += f",lm_head=w{hw}" + (f"g{hg}" if hg else "") + (f"a{ha}" if ha else "")
+    embedding = None
+    if draw(st.booleans()):
+        eb, eg = draw(bits.filter(lambda b: b < 16)), draw(st.sampled_from([None, 2, 128]))
+        embedding = QuantSpec(bits=eb, group_size=eg)
+        text += f",embed_tokens=w{eb}" + (f"g{eg}" if eg else "") + draw(st.sampled_from(["", "a16"]))
+    ends = {"head": head, "embedding": embedding}
     drawn = {"weights": w, "activations": a, "keys": k, "values": v}
     means = {name: None if b == 16 else b for name, b in drawn.items()}
-    return text, {**means, "group": group, "overrides": overrides, "cache_overrides": cache_overrides, "head": head}
+    return text, {**means, "group": group, "overrides": overrides, "cache_overrides": cache_overrides, **ends}
 
 
 @given(schemes(), st.sampled_from(["none", "learned"]))
@@ -96,6 +102,7 @@ def test_a_scheme_means_what_it_says_and_says_what_it_means(drawn: tuple[str, di
     assert scheme.overrides == means["overrides"]
     assert scheme.cache_overrides == means["cache_overrides"]
     assert scheme.head == means["head"]
+    assert scheme.embedding == means["embedding"]
     assert Scheme.parse(str(scheme), clip=clip) == scheme
     assert Scheme.parse(text.upper().replace(",", " , "), clip=clip) == scheme
     assert from_dict(Scheme, json.loads(json.dumps(to_dict(scheme)))) == scheme
@@ -114,6 +121,8 @@ def test_a_scheme_means_what_it_says_and_says_what_it_means(drawn: tuple[str, di
         "kv4,0.k8,0.k8", "kv4,0.k8,00.k4", "kv4,0.kv8,0.v4", "kv4,0.w8", "kv4,0.k8g32", "kv4,x.k8", "0.k8",
         "w4,lm_head", "w4,lm_head=", "w4,lm_head=a8", "w4,lm_head=w16a8", "w4,lm_head=w9", "w4,lm_head=w1",
         "w4,0.lm_head=w8", "w4,lm_head=w8,lm_head=w8", "w4,lm_head=nvfp4", "w4,lm_head=w8kv8", "lm_head=w8",
+        "w4,embed_tokens", "w4,embed_tokens=w16", "w4,embed_tokens=w9", "w4,embed_tokens=w1", "w4,embed_tokens=w8a8",
+        "w4,0.embed_tokens=w8", "w4,embed_tokens=w8,embed_tokens=w8", "w4,embed_tokens=nvfp4", "embed_tokens=w8",
     ],
 )  # fmt: skip
 def test_other_text_is_refused_in_one_line(text: str) -> None:

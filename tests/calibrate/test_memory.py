@@ -17,7 +17,7 @@ from flatquant.recipes import flatquant, rtn
 from flatquant.spec import DataSpec, EndToEndSpec, FitSpec, Recipe, RoundingSpec, SolverSpec
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
-from flatquant.wiring.head import with_head
+from flatquant.wiring.head import with_ends
 from flatquant.wiring.plan import make_plan
 from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for
 from tests.tensor_bytes import TensorBytes
@@ -37,7 +37,7 @@ def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def counted(model, recipe: Recipe, device: str = "cpu", dtype: torch.dtype = torch.float32, **options) -> Estimate:
     arch = arch_of(model.config)
-    plan = with_head(make_plan(recipe, arch, Geometry.of(model.config), model.model.layers), recipe.scheme, model)
+    plan = with_ends(make_plan(recipe, arch, Geometry.of(model.config), model.model.layers), recipe, model)
     shape = (recipe.data.samples, recipe.data.seqlen) if recipe.needs_data else None
     options = {"limits": Limits(device=1 << 60, host=1 << 60), **options}
     return estimate(model, plan, recipe, shape=shape, device=torch.device(device), dtype=dtype, **options)
@@ -262,6 +262,16 @@ def test_a_rounded_output_layer_is_counted(scheme: str, dtype: torch.dtype) -> N
     recipe = rtn(f"w4a16,lm_head={scheme}")
     want, whole = counted(model, recipe), sum(p.nbytes for p in model.parameters())
     assert want.device > 4 * counted(model, rtn("w4a16")).device
+    with TensorBytes() as tensors:
+        calibrate(model, recipe, None, device=CPU, dtype=torch.float32)
+    assert want.host - LIBRARIES == pytest.approx(whole + tensors.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("tied, head", [(True, "w8"), (True, "w4"), (False, "w8")])
+def test_so_is_a_rounded_embedding(tied: bool, head: str) -> None:
+    model = tiny_llama(hidden=128, intermediate=256, vocab=65536, dtype=torch.bfloat16, tied=tied)
+    recipe = rtn(f"w4a16,lm_head={head},embed_tokens=w8")
+    want, whole = counted(model, recipe), sum(p.nbytes for p in model.parameters())
     with TensorBytes() as tensors:
         calibrate(model, recipe, None, device=CPU, dtype=torch.float32)
     assert want.host - LIBRARIES == pytest.approx(whole + tensors.peak, rel=0.1)

@@ -28,6 +28,7 @@ from flatquant.ops.kron_quantize.reference import of_rows
 from flatquant.recipes import recipe
 from flatquant.runtime import fused, kernels
 from flatquant.runtime.build import SITES_SLOT
+from flatquant.runtime.embedding import RoundedEmbedding
 from flatquant.runtime.fused import calls
 from flatquant.runtime.fused import model as whole
 from flatquant.runtime.kvcache import QuantizedCache
@@ -96,7 +97,13 @@ CONFIGS = {
 }
 
 
-SPECIAL = ("without transforms", "a large bias", "an output layer in 8 bits")
+SPECIAL = (
+    "without transforms",
+    "a large bias",
+    "an output layer in 8 bits",
+    "both ends in 8 bits",
+    "an embedding in 4 bits",
+)
 
 
 def quantised(config, scheme: str = "w4a4kv4", method: str = "flatquant", bias: float = 0.0) -> PreTrainedModel:
@@ -112,6 +119,9 @@ def quantised(config, scheme: str = "w4a4kv4", method: str = "flatquant", bias: 
         if isinstance(module, FrozenLinear):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, PackedLinear.of(module))
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, RoundedEmbedding) and embedding.table is None:
+        embedding.share(model.get_output_embeddings())
     return model.eval().requires_grad_(False).to(DEVICE)
 
 
@@ -124,6 +134,10 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
             made = quantised(CONFIGS["qwen2"], bias=50.0)
         case "an output layer in 8 bits":
             made = quantised(CONFIGS["granite"], "w4a4kv4,lm_head=w8a16")
+        case "both ends in 8 bits":
+            made = quantised(CONFIGS["gemma3"], "w4a4kv4,lm_head=w8a16,embed_tokens=w8")
+        case "an embedding in 4 bits":
+            made = quantised(CONFIGS["granite"], "w4a4kv4,embed_tokens=w4")
         case name:
             made = quantised(CONFIGS[name])
     fused.attach(made, (DEVICE,))
@@ -275,6 +289,10 @@ def test_nothing_is_held_twice(model: PreTrainedModel) -> None:
     joined = {p.packed.untyped_storage().data_ptr() for b in runtime.blocks for p in b.products.values()}
     if isinstance(runtime.head, kernels.OutputLayer):
         joined.add(runtime.head.packed.untyped_storage().data_ptr())
+    if isinstance(runtime.embedding, RoundedEmbedding):
+        rows = runtime.embedding.integers
+        assert isinstance(rows, PackedLinear)
+        joined.add(rows.packed.untyped_storage().data_ptr())
     held = {m.packed.untyped_storage().data_ptr() for m in model.modules() if isinstance(m, PackedLinear)}
     assert joined == held
 

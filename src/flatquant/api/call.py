@@ -50,7 +50,7 @@ from flatquant.runtime.experts import open_experts
 from flatquant.spec import LARGEST_SEED, DataSpec, Recipe
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
-from flatquant.wiring.head import with_head
+from flatquant.wiring.head import with_ends
 from flatquant.wiring.plan import make_plan
 
 
@@ -147,7 +147,7 @@ def quantize(
         warn_of_positions(model, recipe.data.seqlen, "calibration windows")
     model.eval().requires_grad_(False)
     plan = make_plan(recipe, arch_of(model.config, model), Geometry.of(model.config), blocks_of(model))
-    plan = with_head(plan, recipe.scheme, model)
+    plan = with_ends(plan, recipe, model)
     shape = (recipe.data.samples, recipe.data.seqlen) if recipe.needs_data else None
     written = 0 if mixture is None else mixture.written(recipe.data.samples)
     half = device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16)

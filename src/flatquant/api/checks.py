@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def check_tokens(what: str, tokens: Windows, model: PreTrainedModel) -> None:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    return model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    return cast(int, model.get_input_embeddings().num_embeddings)
 
 
 def fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> torch.dtype:

@@ -85,7 +85,7 @@ def report_of(
             "quantised_bytes": stored_bytes(run.model),
             "unquantised_bytes": artifact.unquantised(run.model, plan),
             "untied": original["tied"] and not artifact.is_tied(run.model),
-            "output_layer": artifact.output_layer_of(run.model, plan),
+            **artifact.rounded_ends_of(run.model, plan),
         },
         "run": run_hash(identity),
         "timing": {

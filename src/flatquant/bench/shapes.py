@@ -12,6 +12,7 @@ from flatquant.errors import SpecError
 
 SCHEME = "w4a4kv4"
 HEAD = f"{SCHEME},lm_head=w8a16"
+ENDS = f"{HEAD},embed_tokens=w8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,14 @@ SHAPES: dict[str, Shape] = {
     "llama-2-7b": Shape(sizes=_sizes(4096, 11008, 32, 32, 32, 32000)),
     "llama-3-8b": Shape(sizes=_LLAMA_3_8B),
     "llama-3-8b-head8": Shape(sizes=_LLAMA_3_8B, scheme=HEAD),
+    "llama-3-8b-ends8": Shape(sizes=_LLAMA_3_8B, scheme=ENDS),
     "qwen3-8b": Shape(sizes=_QWEN3_8B, family="qwen3"),
     "qwen3-8b-head8": Shape(sizes=_QWEN3_8B, family="qwen3", scheme=HEAD),
+    "qwen3-8b-ends8": Shape(sizes=_QWEN3_8B, family="qwen3", scheme=ENDS),
     "gemma-3-1b": Shape(sizes=_sizes(1152, 6912, 26, 4, 1, 262144, head_dim=256, **_GEMMA), family="gemma3_text"),
     "tiny": Shape(sizes=_TINY, tiny=True),
     "tiny-head8": Shape(sizes=_TINY, scheme=HEAD, tiny=True),
+    "tiny-ends8": Shape(sizes=_TINY, scheme=ENDS, tiny=True),
     "tiny-qwen3": Shape(sizes={**_TINY, "head_dim": 16}, family="qwen3", tiny=True),
     "tiny-gemma3": Shape(
         sizes={**_TINY, "num_key_value_heads": 1, "head_dim": 24, **_GEMMA, "sliding_window": 8},

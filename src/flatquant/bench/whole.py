@@ -25,11 +25,12 @@ from flatquant.calibrate.memory import free_device, release
 from flatquant.recipes import flatquant
 from flatquant.runtime import fused
 from flatquant.runtime.artifact import rebuild_buffers
-from flatquant.runtime.build import install, install_head
+from flatquant.runtime.build import install, install_ends
+from flatquant.runtime.folder import end_sites
 from flatquant.spec import Scheme
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
-from flatquant.wiring.head import with_head
+from flatquant.wiring.head import with_ends
 from flatquant.wiring.plan import make_plan
 
 TRANSFORMS = ("kronecker", "hadamard", "none")
@@ -65,22 +66,24 @@ def packed_model(
     arch = arch_of(config)
     seams.use_attention(model, arch.reached)
     parsed = replace(Scheme.parse(scheme), key_offset="mean" if key_offset else "none")
-    plan = make_plan(flatquant(parsed), arch, Geometry.of(config), model.model.layers)
-    plan = with_head(plan, parsed, model)
+    recipe = flatquant(parsed)
+    plan = make_plan(recipe, arch, Geometry.of(config), model.model.layers)
+    plan = with_ends(plan, recipe, model)
     for block, block_plan in zip(model.model.layers, plan.blocks, strict=True):
         install(block, plan.attention, block_plan, packed=True)
+    install_ends(model, plan, packed=True)
     if plan.head is not None:
-        install_head(model, plan.head, packed=True)
         model.config.tie_word_embeddings = False
     model.load_state_dict({n: torch.empty_like(t, device=device) for n, t in model.state_dict().items()}, assign=True)
     model.tie_weights()
     rebuild_buffers(model, device)
+    ends = {f"{site.readers[0]}.packed": site.weights.bits for site in end_sites(plan) if site.weights}
     computed = {id(b) for m in model.modules() for n, b in m._buffers.items() if n in m._non_persistent_buffers_set}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         leaf = name.rpartition(".")[2]
         if id(tensor) in computed:
             continue
-        if plan.head is not None and plan.head.weights.bits == 8 and name == f"{plan.head.path}.packed":
+        if name in ends and ends[name] == 8:
             tensor.random_(1, 256)  # -127 to 127
         elif tensor.dtype == torch.uint8:  # -7 to 7: weights have a mean of 0; another adds up over a token's channels
             tensor.random_(1, 16).add_(torch.randint_like(tensor, 1, 16), alpha=16)

@@ -19,6 +19,7 @@ from flatquant.calibrate.samples import Samples, Windows, inputs_of
 from flatquant.errors import DataError, one_line
 from flatquant.modules import widened
 from flatquant.rotary import Angles, turned_back
+from flatquant.runtime.embedding import embedding_device
 from flatquant.spec import KeyOffset, Pairing, by_expert, is_experts
 from flatquant.transforms import Factor
 from flatquant.wiring.arch import Arch, blocks_at, rotary_channels, submodule
@@ -130,7 +131,7 @@ def capture(
         DataError: the model does not take a sample.
     """
     blocks = blocks_at(model, arch.blocks)
-    device = next(model.get_input_embeddings().parameters()).device
+    device = embedding_device(model)
     hidden: Kept | None = None
     seen: list[list[BlockCall]] = []  # by window; of token ids, of the first
     if progress is not None:

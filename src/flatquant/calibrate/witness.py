@@ -105,6 +105,12 @@ class Witness:
         self._changes = torch.empty(0)
         self.ends = Ends(model, arch)
 
+    def see_embedding(self, model: PreTrainedModel) -> None:
+        """From now on, the quantised model's windows are embedded by a rounded embedding."""
+        hidden, _ = capture(model, self._arch, self.windows)
+        assert isinstance(hidden, Tensor)
+        self.quantised = hidden.to(self.device, self.dtype)
+
     def see_original(self, index: int, block: nn.Module) -> None:
         """Send the windows through an original block, which is on the device."""
         call, hidden = self.calls[index], self.original

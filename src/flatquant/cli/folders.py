@@ -10,7 +10,7 @@ import typer
 
 from flatquant.cli.app import Device, Json, Quiet, app
 from flatquant.cli.display import Display
-from flatquant.cli.quantize import output_layer_row, unquantised_rows
+from flatquant.cli.quantize import rounded_end_rows, unquantised_rows
 from flatquant.cli.terminal import device_of, errors, failure, print_json, print_table, say
 from flatquant.errors import FlatQuantError
 from flatquant.grade import readable
@@ -57,7 +57,7 @@ def _inspected_rows(found: Inspection) -> dict[str, str]:
         **({"calibration": text} if (text := calibrated_on((found.report or {}).get("data"))) else {}),
         "quantised parameters": f"{found.quantised_parameters:,}",
         **{f"bytes, {kind}": f"{size:,}" for kind, size in found.bytes_by_kind.items()},
-        **output_layer_row(found.output_layer),
+        **rounded_end_rows(found.output_layer, found.embedding),
         **{name: value for name, value in kept.items() if value},
         "bits per quantised weight": f"{bits:.3f}, scales and transforms counted" if bits else "-",
         "bits per parameter": f"{found.bits_per_parameter:.3f} ({found.compression:.2f} x smaller than 16 bit)",

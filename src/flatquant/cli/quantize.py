@@ -236,7 +236,7 @@ def _quantised_rows(report: dict[str, Any], plan: Plan) -> dict[str, str]:
     rows = {
         "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in {**seconds, "total": timing["total"]}.items()),
         "memory": _memory(timing),
-        **output_layer_row(sizes["output_layer"]),
+        **rounded_end_rows(sizes["output_layer"], sizes.get("embedding")),
         **unquantised_rows(sizes["unquantised_bytes"], left_in_16_bit(plan), untied=sizes["untied"]),
     }
     experts = [block["experts"] for block in report["blocks"] if "experts" in block]
@@ -260,17 +260,21 @@ def _memory(timing: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def output_layer_row(found: Mapping[str, Any] | None) -> dict[str, str]:
-    """A rounded output layer, and what it costs where it was the embeddings."""
-    if not found:
-        return {}
-    copied = ", a copy of the embeddings, which stay in 16 bit" if found["tied"] else ""
-    return {"output layer": f"{found['grids']}, {megabytes(found['bytes'])}{copied}"}
+def rounded_end_rows(head: Mapping[str, Any] | None, embedding: Mapping[str, Any] | None) -> dict[str, str]:
+    """A rounded output layer and embedding, and what the layer costs where it was the embeddings."""
+    rows = {}
+    if head:
+        copied = ", a copy of the embeddings, which stay in 16 bit" if head["tied"] else ""
+        rows["output layer"] = f"{head['grids']}, {megabytes(head['bytes'])}{copied}"
+    if embedding:
+        size = "the output layer's integers" if embedding["shared"] else megabytes(embedding["bytes"])
+        rows["embedding"] = f"{embedding['grids']}, {size}"
+    return rows
 
 
 def unquantised_rows(sizes: Mapping[str, int], without: Sequence[str], *, untied: bool) -> dict[str, str]:
     """What stays as it was, and what it costs."""
-    why = {"output layer": " (of its own since the residual stream is rotated)"} if untied else {}
+    why = {"output layer": " (of its own since the embedding is rotated or rounded)"} if untied else {}
     kept = ", ".join(f"{kind} {megabytes(size)}{why.get(kind, '')}" for kind, size in sizes.items())
     return {"left unquantised": kept, "without a grid": ", ".join(without)}
 

@@ -87,7 +87,8 @@ def collect(
         got = model(windows, use_cache=False).logits
     step()
     # Block by block, outputs compare only where the residual stream has kept its basis.
-    comparable = torch.allclose(_embedding(model), _embedding(original), rtol=1e-2, atol=1e-6)
+    difference = (_embedding(model) - _embedding(original)).norm()  # rounding's is far smaller than a rotation's
+    comparable = bool(difference < 0.5 * _embedding(original).norm())
     generator = torch.Generator().manual_seed(0)
     flatness, surface = [], []
     for index, block in enumerate(plan.blocks):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from flatquant.errors import DataError, FlatQuantError
 from flatquant.models import check_ids, warn_of_positions
+from flatquant.runtime.embedding import embedding_device
 
 Progress = Callable[[int, int], None]
 
@@ -89,10 +89,10 @@ def batches(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> I
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, not {batch_size}")
     check_ids(windows, model, "windows")
-    table = cast(torch.Tensor, model.get_input_embeddings().weight)
+    device = embedding_device(model)
     warn_of_positions(model, windows.shape[1], "windows")
     for piece in windows.split(batch_size):
-        yield piece.to(table.device)
+        yield piece.to(device)
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -158,6 +158,8 @@ def _their_tensors(spec: QuantSpec, weight: Codes, site: FrozenSite) -> dict[str
 
 
 def _one_weight_grid(plan: Plan) -> QuantSpec:
+    if plan.embedding is not None:
+        raise ModelError("compressed-tensors takes an embedding in 16 bit here; quantise without embed_tokens=")
     if plan.head is not None and (plan.head.weights.bits not in (4, 8) or plan.head.site.activations is not None):
         raise ModelError("compressed-tensors takes an output layer of 4 or 8 bits here, with its input in 16 bit")
     specs, inputs = set(), set()

@@ -15,6 +15,7 @@ from flatquant.models import auto_class, keep_dtypes, quiet
 from flatquant.ops.kron.reference import kron_matmul
 from flatquant.runtime.artifact import check_output
 from flatquant.runtime.branch import BranchedLinear
+from flatquant.runtime.embedding import RoundedEmbedding
 from flatquant.runtime.experts import stacked_again
 from flatquant.runtime.linear import FrozenSite, SiteLinear
 from flatquant.spec import Plan
@@ -77,6 +78,10 @@ def export_dense(
         rounded = submodule(model, plan.head.path)
         assert isinstance(rounded, SiteLinear)
         state[f"{plan.head.path}.weight"] = rounded.plain().to(model.dtype)
+    if plan.embedding is not None:
+        embedding = submodule(model, plan.embedding.path)
+        assert isinstance(embedding, RoundedEmbedding)
+        state[f"{plan.embedding.path}.weight"] = embedding.weight.to(model.dtype)
     keep_dtypes(plain)
     wanted = plain.state_dict()
     owners = {n: submodule(plain, n.rpartition(".")[0]) for n in wanted}

@@ -39,7 +39,7 @@ def check_ids(ids: Tensor, model: PreTrainedModel, what: str) -> None:
     Raises:
         DataError: an id outside the model's vocabulary.
     """
-    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    rows = cast(int, model.get_input_embeddings().num_embeddings)
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
         raise DataError(f"{what} with token ids outside the model's {rows}; use the model's own tokenizer")
 

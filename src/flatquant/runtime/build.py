@@ -22,10 +22,11 @@ from flatquant.quantizers.choose import empty
 from flatquant.runtime.branch import BranchedLinear
 from flatquant.runtime.codebook import CodebookLinear, FrozenBook, PackedBook, SiteBook
 from flatquant.runtime.codes import FrozenCodes, PackedCodes
+from flatquant.runtime.embedding import RoundedEmbedding
 from flatquant.runtime.experts import is_stacked, open_experts
 from flatquant.runtime.keyvalue import FrozenKeyValue
-from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, PackedLinear, SiteLinear
-from flatquant.spec import BlockPlan, CodebookSpec, HeadPlan, QuantSpec, SitePlan
+from flatquant.runtime.linear import DenseLinear, FrozenLinear, FrozenSite, IntegerLinear, PackedLinear, SiteLinear
+from flatquant.spec import BlockPlan, CodebookSpec, EmbeddingPlan, HeadPlan, Plan, QuantSpec, SitePlan
 
 SITES_SLOT = "flatquant"  # a block's attribute that holds its `FrozenSite`s by name
 
@@ -69,6 +70,18 @@ def install(block: nn.Module, attention: str, plan: BlockPlan, *, packed: bool) 
         seams.attach(_get(block, attention), key_value)
 
 
+def install_ends(model: nn.Module, plan: Plan, *, packed: bool) -> None:
+    """Replace a model's output layer and embedding by empty serving ones, where the plan has them.
+
+    Raises:
+        ArtifactError: the plan does not fit the model.
+    """
+    if plan.head is not None:
+        install_head(model, plan.head, packed=packed)
+    if plan.embedding is not None:
+        install_embedding(model, plan.embedding, plan.head, packed=packed)
+
+
 def install_head(model: nn.Module, plan: HeadPlan, *, packed: bool) -> None:
     """Replace a model's output layer by an empty serving one. Its site holds no tensor and is registered nowhere.
 
@@ -76,6 +89,45 @@ def install_head(model: nn.Module, plan: HeadPlan, *, packed: bool) -> None:
         ArtifactError: the plan names a module that the model lacks.
     """
     _replace(model, plan.path, _site(plan.site), plan.site, packed)
+
+
+def install_embedding(model: nn.Module, plan: EmbeddingPlan, head: HeadPlan | None, *, packed: bool) -> None:
+    """Replace a model's embedding by an empty rounded one, or by one that looks up the rows of a rounded output layer.
+
+    Args:
+        head: which is installed already, where the embedding shares its integers.
+
+    Raises:
+        ArtifactError: the plan names a module that the model lacks, or that multiplies its rows in an unknown way.
+    """
+    embedding = _get(model, plan.path)
+    rows = getattr(embedding, "num_embeddings", 0), getattr(embedding, "embedding_dim", 0)
+    if not isinstance(embedding, nn.Embedding) or rows[1] != plan.width:
+        raise ArtifactError(f"the plan does not fit the model: {plan.path!r} is no embedding of {plan.width} numbers")
+    multiplier = multiplier_of(embedding)
+    if multiplier is None:
+        raise ArtifactError(f"the plan does not fit the model: {plan.path!r} is a {type(embedding).__name__}")
+    with torch.device("meta"):
+        like = nn.Linear(rows[1], rows[0], bias=False, dtype=embedding.weight.dtype)
+    table = _linear(like, _site(plan.site), plan.site, packed)
+    assert isinstance(table, IntegerLinear)
+    rounded = RoundedEmbedding(table, dtype=embedding.weight.dtype, multiplier=multiplier)
+    if plan.shared:
+        assert head is not None
+        shared = _get(model, head.path)
+        if not isinstance(shared, IntegerLinear) or shared.scale.shape[0] != rows[0]:
+            raise ArtifactError(f"the plan does not fit the model: {head.path!r} has other rows than {plan.path!r}")
+        rounded.share(shared)
+    parent, _, leaf = plan.path.rpartition(".")
+    setattr(_get(model, parent), leaf, rounded)
+
+
+def multiplier_of(embedding: nn.Embedding) -> float | None:
+    """What an embedding multiplies its rows by; None where it does something else with them."""
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    found = getattr(embedding, "scalar_embed_scale", None)  # of Gemma's embeddings and their like
+    return float(found) if isinstance(found, int | float) else None
 
 
 def _replace(root: nn.Module, path: str, site: FrozenSite, plan: SitePlan, packed: bool) -> None:

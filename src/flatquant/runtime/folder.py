@@ -280,7 +280,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             kinds.append(block)
         blocks.append(kinds.index(block))
     data = {"blocks_path": plan.blocks_path, "attention": plan.attention, "kinds": to_dict(kinds), "blocks": blocks}
-    return data | ({} if plan.head is None else {"head": to_dict(plan.head)})
+    ends = {"head": plan.head, "embedding": plan.embedding}
+    return data | {name: to_dict(part) for name, part in ends.items() if part is not None}
 
 
 def plan_from_json(data: Any) -> Plan:
@@ -290,8 +291,9 @@ def plan_from_json(data: Any) -> Plan:
         ArtifactError: not such a plan.
     """
     where = f"{CONFIG_FILE} is damaged: plan"
-    if not isinstance(data, dict) or set(data) - {"head"} != {"blocks_path", "attention", "kinds", "blocks"}:
-        raise ArtifactError(f"{where} has other entries than blocks_path, attention, kinds, blocks, head")
+    ends = {"head", "embedding"}
+    if not isinstance(data, dict) or set(data) - ends != {"blocks_path", "attention", "kinds", "blocks"}:
+        raise ArtifactError(f"{where} has other entries than blocks_path, attention, kinds, blocks, head, embedding")
     kinds, blocks = data["kinds"], data["blocks"]
     if not isinstance(kinds, list) or not isinstance(blocks, list):
         raise ArtifactError(f"{where}: kinds and blocks are lists")
@@ -300,7 +302,7 @@ def plan_from_json(data: Any) -> Plan:
     try:
         read = [from_dict(BlockPlan, kind) for kind in kinds]
         paths = {key: data[key] for key in ("blocks_path", "attention")}
-        plan = from_dict(Plan, {**paths, "blocks": [], "head": data.get("head")})
+        plan = from_dict(Plan, {**paths, "blocks": [], **{end: data.get(end) for end in ends}})
     except SpecError as error:
         raise ArtifactError(f"{where}: {one_line(error)}") from error
     return replace(plan, blocks=tuple(read[i] for i in blocks))
@@ -337,9 +339,15 @@ def stored_kinds(plan: Plan) -> dict[str, str]:
                 kinds[attention + side] = "transforms"
         for name, spec in (("keys", block.keys), ("values", block.values)):
             kinds |= {f"{attention}{name}.{n}": "transforms" for n in _grid_tensors(spec)}
-    if plan.head is not None:
-        kinds |= {f"{plan.head.path}.{part}": kind for part, kind in _reader_kinds(plan.head.site).items()}
+    for site in end_sites(plan):
+        kinds |= {f"{site.readers[0]}.{part}": kind for part, kind in _reader_kinds(site).items()}
     return kinds
+
+
+def end_sites(plan: Plan) -> list[SitePlan]:
+    """Those outside blocks that store integers: of a rounded output layer, of a rounded embedding's own rows."""
+    sites = [] if plan.head is None else [plan.head.site]
+    return sites if plan.embedding is None or plan.embedding.shared else [*sites, plan.embedding.site]
 
 
 def unquantised_bytes(sizes: Mapping[str, tuple[int, int]], plan: Plan) -> dict[str, int]:
@@ -366,18 +374,27 @@ def unquantised_bytes(sizes: Mapping[str, tuple[int, int]], plan: Plan) -> dict[
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def output_layer(sizes: Mapping[str, int], plan: Plan) -> dict[str, Any] | None:
-    """A rounded output layer: `grids` as schemes have them, `bytes`, and whether it is a copy of embeddings that stay
-    in 16 bit (`tied`). None where it is not rounded.
+def rounded_ends(sizes: Mapping[str, int], plan: Plan) -> dict[str, dict[str, Any] | None]:
+    """A rounded `output_layer` and a rounded `embedding`: `grids` as schemes have them, and `bytes`. None where one is
+    not rounded. `tied`: the layer is a copy of embeddings that stay in 16 bit; `shared`: the embedding is the layer.
 
     Args:
         sizes: bytes of all stored tensors by name.
     """
-    if plan.head is None:
-        return None
-    nbytes = sum(size for name, size in sizes.items() if name.startswith(f"{plan.head.path}."))
-    grids = HeadGrids(weights=plan.head.weights, activations=plan.head.site.activations)
-    return {"grids": str(grids), "bytes": nbytes, "tied": plan.head.tied}
+    head, embedding = plan.head, plan.embedding
+    found: dict[str, dict[str, Any] | None] = {"output_layer": None, "embedding": None}
+    if head is not None:
+        grids = HeadGrids(weights=head.weights, activations=head.site.activations)
+        tied = head.tied and embedding is None
+        found["output_layer"] = {"grids": str(grids), "bytes": _bytes_under(sizes, head.path), "tied": tied}
+    if embedding is not None:
+        grid, nbytes = str(HeadGrids(weights=embedding.weights)), _bytes_under(sizes, embedding.path)
+        found["embedding"] = {"grids": grid.removesuffix("a16"), "bytes": nbytes, "shared": embedding.shared}
+    return found
+
+
+def _bytes_under(sizes: Mapping[str, int], path: str) -> int:
+    return sum(size for name, size in sizes.items() if name.startswith(f"{path}."))
 
 
 def _role(name: str, dimensions: int, blocks_path: str) -> str:

@@ -153,6 +153,7 @@ class FlatQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from flatquant import seams
         from flatquant.runtime import artifact, fused
+        from flatquant.runtime.embedding import cast_embedding
 
         if self.folder is None:
             raise broken(f"from_pretrained did not call {_HOOKS[0]}")
@@ -165,6 +166,7 @@ class FlatQuantizer(HfQuantizer):
         model.requires_grad_(False)
         del model.config.transformers_weights  # pyright: ignore[reportAttributeAccessIssue] - set by `_prepare`
         folder = self.folder
+        cast_embedding(model)
         seams.use_attention(model, folder.plan.attention)
         artifact.adopt(model, artifact.Origin.of(folder))
         fused.attach(model)

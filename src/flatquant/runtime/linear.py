@@ -246,6 +246,10 @@ class IntegerLinear(SiteLinear, ABC):
     def qweight(self) -> QTensor:
         """The weight.  # (o, n)"""
 
+    @abstractmethod
+    def lookup(self, rows: Tensor) -> QTensor:
+        """Some rows of the weight, by their numbers.  # int64, (k,) -> (k, n)"""
+
     def plain(self) -> Tensor:
         return self.qweight().dequantize()
 
@@ -292,6 +296,9 @@ class FrozenLinear(IntegerLinear, Unpacked):
     def _integers(cls, experts: Sequence[Sequence[Self]], scale: Tensor, zero: Tensor | None) -> QTensor:
         return QTensor(values=_stacked(experts, "values"), scale=scale, zero=zero, spec=experts[0][0].spec)
 
+    def lookup(self, rows: Tensor) -> QTensor:
+        return self.qweight().rows(rows)
+
     def pack(self) -> Tensor:
         return self.qweight().packed()
 
@@ -326,6 +333,10 @@ class PackedLinear(IntegerLinear):
     def _integers(cls, experts: Sequence[Sequence[Self]], scale: Tensor, zero: Tensor | None) -> QTensor:
         first = experts[0][0]
         return QTensor.from_packed(_stacked(experts, "packed"), scale, zero, first.spec, first.n)
+
+    def lookup(self, rows: Tensor) -> QTensor:
+        zero = None if self.zero is None else self.zero[rows]
+        return QTensor.from_packed(self.packed[rows], self.scale[rows], zero, self.spec, self.n)
 
     def qweight(self) -> QTensor:
         """The weight. On a CPU its integers are kept one per byte from the first use on: unpacking costs more than all

@@ -7,14 +7,15 @@ machine that has none. Three layers:
 - `grids`: *what one grid looks like*, `QuantSpec`; `scheme`: *which grids a model gets*, `Scheme`;
 - `parts`: *what a method is made of*, `TransformSpec`, `FitSpec`, `EndToEndSpec`, `SolverSpec`, `DataSpec`; `recipe`
   joins them in `Recipe`;
-- `plans`: *what sits where in one concrete model*, `SitePlan`, `BlockPlan`, `HeadPlan`, `Plan` - all that serving
-  needs besides tensors.
+- `plans`: *what sits where in one concrete model*, `SitePlan`, `BlockPlan`, `HeadPlan`, `EmbeddingPlan`, `Plan`: all
+  that serving needs besides tensors.
 """
 
 from flatquant.spec.convert import from_dict, to_dict
 from flatquant.spec.grids import (
     CLIP_STARTS,
     CUT_SITES,
+    EMBEDDING,
     HEAD,
     SITES,
     CacheBits,
@@ -37,6 +38,7 @@ from flatquant.spec.parts import (
 )
 from flatquant.spec.plans import (
     BlockPlan,
+    EmbeddingPlan,
     HeadPlan,
     KeyOffset,
     LatentPlan,
@@ -53,6 +55,7 @@ __all__ = [
     "CLIP_STARTS",
     "CUT_SITES",
     "DATA_STARTS",
+    "EMBEDDING",
     "HEAD",
     "LARGEST_SEED",
     "SITES",
@@ -62,6 +65,7 @@ __all__ = [
     "Clip",
     "CodebookSpec",
     "DataSpec",
+    "EmbeddingPlan",
     "EndToEndSpec",
     "FitMemory",
     "FitSpec",

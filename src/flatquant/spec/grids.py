@@ -13,7 +13,8 @@ from flatquant.spec.convert import check
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
 # Of which each rank of tensor parallelism holds a part: their linears are cut by columns.
 CUT_SITES = ("attn_out", "mlp_mid")
-HEAD = "lm_head"  # what schemes call the output layer, whatever a family calls it
+# What schemes call the output layer and the embedding, whatever a family calls them.
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
 
 Clip = Literal["none", "learned", "fixed", "search"]
 # Where learned clips start, at 2, 3, .. 8 bits: 4.0 is the papers', of which 6 bits and more would be worse than plain

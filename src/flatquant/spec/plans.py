@@ -158,7 +158,7 @@ class HeadPlan:
     Attributes:
         site: its input, as the model gives it, on the grid of activations. The one reader's path is relative to the
             model.
-        tied: the layer was the embedding matrix, which stays as it was: the rounded one is a copy.
+        tied: the layer was the embedding's matrix. Unless an `EmbeddingPlan` shares it, the rounded one is a copy.
     """
 
     site: SitePlan
@@ -175,7 +175,7 @@ class HeadPlan:
         check(plain.weights is not None, "an output layer in 16 bit is not planned")
         for spec in (plain.weights, plain.activations):
             uniform = spec is None or (spec.kind, spec.scope, spec.clip) == ("uniform", "row", "none")
-            check(uniform, "an output layer has integers with one scale a row, group or token")
+            check(uniform, "an output layer or embedding has integers with one scale a row, group or token")
 
     @property
     def path(self) -> str:
@@ -190,13 +190,46 @@ class HeadPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingPlan:
+    """The embedding on a grid.
+
+    Attributes:
+        path: of the embedding, in the model.
+        width: h, the numbers of a row.
+        weights: their grid.
+        shared: rows are those of the output layer, and are not stored again.
+    """
+
+    path: str
+    width: int
+    weights: QuantSpec
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        check(bool(self.path), "an embedding has a path")
+        HeadPlan(site=self.site)
+
+    @property
+    def site(self) -> SitePlan:
+        """The table of rows, as that of a linear."""
+        return SitePlan(readers=(f"{self.path}.table",), shape=(1, self.width), weights=self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What serving needs to know besides tensors.
 
-    `blocks_path` names the module list, e.g. `model.layers`; `head` is None where the output layer is in 16 bit.
+    `blocks_path` names the module list, e.g. `model.layers`; `head` and `embedding` are None where the output layer and
+    the embedding are in 16 bit.
     """
 
     blocks_path: str
     attention: str
     blocks: tuple[BlockPlan, ...]
     head: HeadPlan | None = field(default=None, metadata={"later": True})
+    embedding: EmbeddingPlan | None = field(default=None, metadata={"later": True})
+
+    def __post_init__(self) -> None:
+        if self.embedding is not None and self.embedding.shared:
+            same = self.head is not None and self.head.weights == self.embedding.weights
+            check(same, "an embedding shares the integers of an output layer that has none such")

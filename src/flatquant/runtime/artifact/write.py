@@ -39,8 +39,8 @@ from flatquant.runtime.folder import (
     content_hash,
     file_digest,
     json_bytes,
-    output_layer,
     plan_to_json,
+    rounded_ends,
     unquantised_bytes,
 )
 from flatquant.runtime.linear import Unpacked
@@ -193,10 +193,10 @@ def unquantised(model: nn.Module, plan: Plan) -> dict[str, int]:
     return unquantised_bytes({name: (len(t.shape), t.nbytes) for name, t in pending.items()}, plan)
 
 
-def output_layer_of(model: nn.Module, plan: Plan) -> dict[str, Any] | None:
-    """`output_layer` of a quantised model in memory, as it would be stored."""
+def rounded_ends_of(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any] | None]:
+    """`rounded_ends` of a quantised model in memory, as it would be stored."""
     pending = _pending(model, lambda name: model.state_dict()[name])
-    return output_layer({name: t.nbytes for name, t in pending.items()}, plan)
+    return rounded_ends({name: t.nbytes for name, t in pending.items()}, plan)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

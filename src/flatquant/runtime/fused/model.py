@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from flatquant.ops import int4_linear, kv_cache
 from flatquant.rotary import Angles
+from flatquant.runtime.embedding import RoundedEmbedding
 from flatquant.runtime.fused.block import Masks
 from flatquant.runtime.fused.family import FAMILIES
 from flatquant.runtime.fused.lock import device_lock
@@ -57,7 +58,7 @@ class Fused:
             raise Unsupported("its scores or logits are capped")
         if getattr(config, "use_bidirectional_attention", False):
             raise Unsupported("its attention is not causal")
-        self.embedding: nn.Embedding = base.embed_tokens
+        self.embedding: nn.Embedding | RoundedEmbedding = base.embed_tokens
         self.rotary = base.rotary_emb
         self.norm = norm_of(base.norm, family)
         head: Any = model.get_output_embeddings()
@@ -129,7 +130,9 @@ class Fused:
     def _first_angles(self, turn: str | None) -> Tensor:
         """See `kv_cache.Shortage.steps`: in float16, also for models in bfloat16, which has three bits less."""
         cos, sin = self.angles(torch.arange(kv_cache.STEPS, device=self.device)[None], torch.float32, turn)
-        dtype = torch.float32 if self.embedding.weight.dtype == torch.float32 else torch.float16
+        embedding = self.embedding
+        kept = embedding.dtype if isinstance(embedding, RoundedEmbedding) else embedding.weight.dtype
+        dtype = torch.float32 if kept == torch.float32 else torch.float16
         return (Angles(cos, sin).of_pairs("halves")[0] / cos[0, 0, 0]).to(dtype)  # the cosine of 0, scaled
 
     def angles(self, positions: Tensor, dtype: torch.dtype, turn: str | None = None) -> Angles:
