@@ -21,6 +21,7 @@ from flatquant.runtime.artifact import inspect
 from flatquant.runtime.embedding import RoundedEmbedding
 from flatquant.runtime.folder import plan_from_json, plan_to_json
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
+from tests import tiny_models
 from tests.laws import calibrated, quick, reloaded, rtn_by_hand, tokens_for
 from tests.test_head import divergence, head_of, logits_of
 from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer, tiny_wrapper
@@ -75,6 +76,17 @@ def test_a_model_looks_rounded_rows_up(name: str, scheme: str, tied: bool, tmp_p
     assert torch.equal(logits_of(theirs, ids), logits_of(model, ids))
     theirs.save_pretrained(tmp_path / "again")
     assert torch.equal(logits_of(flatquant.load(tmp_path / "again"), ids), logits_of(model, ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+def test_so_does_every_family(name: str, tmp_path: Path) -> None:
+    original = tiny_family(name)
+    model, plan, _ = calibrated(original, recipes.rtn(BOTH))
+    ids = tokens_for(model, 2, 9)
+    got, want = logits_of(model, ids), logits_of(rounded(original, head=True), ids)
+    assert float((got - want).abs().max()) < 1e-5 * float(want.abs().max())
+    assert torch.equal(logits_of(reloaded(model, plan, recipes.rtn(BOTH), tmp_path / "out"), ids), got)
 
 
 @settings(max_examples=8, deadline=None)
