@@ -382,6 +382,17 @@ def memory(shapes: dict[str, str], *files: str) -> list[str]:
     return lines
 
 
+def weight_sizes() -> list[str]:
+    """Bytes of weights as shares of bfloat16's, by what is rounded."""
+    lines = ["| | blocks | and the output layer | and the embedding |", "|---|---|---|---|"]
+    found = {s["shape"]: s for s in read("sizes")["samples"]}
+    for shape, label in {"llama-3-8b": "Llama-3-8B", "qwen3-8b": "Qwen3-8B"}.items():
+        parts = [found[shape + ends] for ends in ("", "-head8", "-ends8")]
+        cells = [f"{m['weights'] / 2**30:.2f} GiB, {m['weights'] / m['bf16_weights']:.3f}" for m in parts]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
 def bounded_memory() -> list[str]:
     """`best` by how its weights are held: KL divergence on every text, and the share of its gain that is lost."""
     metrics = read("bounded-memory-smollm2-135m")["metrics"]
@@ -695,6 +706,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "newer_models": partial(whole_models, NEWER, "runtime-qwen3-h200", "runtime-heads-h200"),
     "transforms_cost": transforms_cost,
     "memory": partial(memory, SHAPES, "runtime-h100"),
+    "weight_sizes": weight_sizes,
     "newer_memory": partial(memory, NEWER, "runtime-qwen3-h200", "runtime-heads-h200"),
     "bounded_memory": bounded_memory,
     "latent": latent,
