@@ -16,6 +16,7 @@ from flatquant import recipes
 from flatquant.cli.quantize import rounded_end_rows
 from flatquant.engines.vllm import support
 from flatquant.errors import ArtifactError, ModelError, SpecError
+from flatquant.grade import sentences
 from flatquant.interchange import export_compressed, export_dense
 from flatquant.runtime.artifact import inspect
 from flatquant.runtime.embedding import RoundedEmbedding
@@ -165,6 +166,10 @@ def test_the_verdict_measures_the_model_that_is_served(name: str, recipe: Any, t
     want = logits_of(model, held)
     assert result.verdict["kl"] == pytest.approx(divergence(want, logits_of(result.model, held)), rel=1e-3, abs=1e-6)
     assert result.verdict["kl"] > 0
+    rows, exact = embedding_of(result.model)(held), embedding_of(model)(held).detach()
+    error = float(((rows - exact).norm(dim=-1) / exact.norm(dim=-1)).mean())
+    assert result.verdict["embedding"] == pytest.approx(error, rel=1e-3)
+    assert f"the embedding's rows are off by {error:.1%} of their size" in sentences(result.verdict)
     assert result.verdict["packed"]["equal"]
 
 

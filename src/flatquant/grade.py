@@ -64,8 +64,10 @@ def headline(found: Mapping[str, Any]) -> str:
 
 
 def headed(found: Mapping[str, Any]) -> list[str]:
-    """What rounding the output layer makes alone; nothing where it is in 16 bit."""
-    return [f"rounding the output layer alone makes KL {number(found['head'])}"] if "head" in found else []
+    """What rounding the output layer makes alone, and how far embedded tokens are off, where these are rounded."""
+    lines = [f"rounding the output layer alone makes KL {number(found['head'])}"] if "head" in found else []
+    off = found.get("embedding")
+    return lines if off is None else [*lines, f"the embedding's rows are off by {off:.1%} of their size"]
 
 
 def measured_on(found: Mapping[str, Any]) -> str:

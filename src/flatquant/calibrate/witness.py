@@ -70,9 +70,11 @@ class Witness:
         alone: by block, and by name of a part, what rounding this part alone changes in the block's output, relative
             to it, on the original's inputs. None for a block that an earlier run rounded and did not look at.
         ends: final norm and output embedding of the original model.
+        embedding_error: of the embedded windows, relative to the original's; None where the embedding is not rounded.
         rounded_ends: those of the quantised model where its output layer is rounded, else None.
     """
 
+    embedding_error: float | None = None
     rounded_ends: Ends | None = None
 
     def __init__(self, windows: Windows) -> None:
@@ -110,6 +112,7 @@ class Witness:
         hidden, _ = capture(model, self._arch, self.windows)
         assert isinstance(hidden, Tensor)
         self.quantised = hidden.to(self.device, self.dtype)
+        self.embedding_error = float(relative(self.quantised, self.first).mean())
 
     def see_original(self, index: int, block: nn.Module) -> None:
         """Send the windows through an original block, which is on the device."""

@@ -64,13 +64,16 @@ Bring = Callable[[int], AbstractContextManager[nn.Module]]
 def verdict(witness: Witness) -> dict[str, Any]:
     """What the witness saw, JSON-ready: `word`, `kl`, `top1`, `perplexity`, `windows`, `seqlen`, `bounds`, and by block
     the error of its outputs (`blocks`) and what rounding each of its parts changes alone (`alone`). Where the output
-    layer is rounded, `head` is the KL that this alone makes.
+    layer is rounded, `head` is the KL that this alone makes; where the embedding is, `embedding` is the error of
+    embedded tokens, relative to the original's.
     """
     heads = witness.heads
     kl, top1, original, quantised = _distance(heads, witness.original, witness.quantised, witness.ids)
-    rounded = {}
+    rounded: dict[str, float | None] = {}
     if witness.rounded_ends is not None:
         rounded["head"] = _distance(heads, witness.original, witness.original, witness.ids)[0]
+    if witness.embedding_error is not None:
+        rounded["embedding"] = witness.embedding_error
     return {
         "word": word(kl),
         "kl": kl,

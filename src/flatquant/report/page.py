@@ -315,6 +315,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
     }
     if "head" in found:
         cards["KL that rounding the output layer alone makes"] = told(found["head"])
+    if "embedding" in found:
+        cards["error of embedded tokens"] = f"{found['embedding']:.1%}"
     packed = found.get("packed")
     if packed:
         same = "to the last bit" if packed["equal"] else f"to a KL of {told(packed['kl'])}"
