@@ -278,7 +278,7 @@ def test_there_is_no_draft_where_none_can_work(name: str, why: str) -> None:
     assert "Arch(" not in note
 
 
-@pytest.mark.parametrize("kind, part", [("llava_next", "qwen3"), ("vipllava", "llama")])
+@pytest.mark.parametrize("kind, part", [("vipllava", "qwen3"), ("video_llava", "llama")])
 def test_a_wrapper_s_text_part_is_taken_out_as_the_note_says(kind: str, part: str, tmp_path: Path) -> None:
     text = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "model_type": part}
     text |= {"intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 128, "pad_token_id": 0}

@@ -21,7 +21,8 @@ from flatquant.interchange import export_compressed, export_dense
 from flatquant.runtime.artifact import inspect
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
 from tests.laws import calibrated, quick, reloaded, rtn_by_hand, tokens_for
-from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer, tiny_wrapper
+from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
+from tests.tiny_wrappers import tiny_wrapper
 
 # Capped logits, scaled ones, a layer of another name; embeddings that share the matrix, or not.
 FAMILIES = ("llama", "gemma2", "granite", "cohere", "gpt_neox")

@@ -200,13 +200,11 @@ def test_not_a_causal_model(folder, declared):
 
 
 def test_a_part_of_a_model_of_several_parts_is_named(folder):
-    config = CONFIG_MAPPING["llava_next"](
-        text_config=LlamaConfig(), architectures=["LlavaNextForConditionalGeneration"]
-    )
+    config = CONFIG_MAPPING["vipllava"](text_config=LlamaConfig(), architectures=["VipLlavaForConditionalGeneration"])
     config.save_pretrained(folder)
     message = refusal(folder)
-    assert "is LlavaNextForConditionalGeneration, not a causal language model" in message
-    assert "or of several parts (gemma3, " in message
+    assert "is VipLlavaForConditionalGeneration, not a causal language model" in message
+    assert "or of several parts that docs/families.md lists" in message
     assert "such as its text part, a llama" in message
 
 

@@ -23,10 +23,13 @@ from flatquant.errors import ModelError, first_line, one_line
 from flatquant.models.float8 import headers
 from flatquant.models.gguf import ALIASES
 
-# Model types of several parts, whose text part (`text_config`, `model.language_model`) is quantised where it is.
+# Model types of several parts, whose text part (`text_config`) is quantised where it is.
 WRAPPERS = (
-    "gemma3", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe", "internvl", "kimi_k25", "llava", "mistral3",
-    "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+    "aya_vision", "cohere2_vision", "deepseek_vl", "exaone4_5", "gemma3", "gemma4", "gemma4_unified", "glm46v",
+    "glm4v", "glm4v_moe", "glm_ocr", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus",
+    "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_onevision", "minicpmv4_6",
+    "mistral3", "ovis2", "paddleocr_vl", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
+    "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llama_3",
 )  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -122,8 +125,8 @@ def check_config(config: Any, name: object) -> None:
     ):
         what = one_line(architectures[0] if architectures else config.model_type)
         text = getattr(getattr(config, "text_config", None), "model_type", None)
-        part = f", such as its text part, a {one_line(text)} (docs/families.md)" if text else ""
-        others = f" or of several parts ({', '.join(WRAPPERS)})" if text else ""
+        part = f", such as its text part, a {one_line(text)}" if text else ""
+        others = " or of several parts that docs/families.md lists" if text else ""
         raise ModelError(f"{name} is {what}, not a causal language model; give one that is decoder-only{others}{part}")
 
 

@@ -20,15 +20,16 @@ ARCHS = (*dense.ARCHS, *experts.ARCHS, *latent.ARCHS, *hybrid.ARCHS)
 
 # Text parts that transformers has inside wrappers alone. Most turn keys by positions of three kinds.
 PARTS = (
-    replace(LLAMA, model_types=("qwen2_vl_text", "qwen2_5_vl_text")),
-    replace(dense.GLM4, model_types=("glm4v_text",)),
+    replace(LLAMA, model_types=("paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text")),
+    replace(dense.GLM4, model_types=("glm4v_text", "glm_ocr_text"), rotary="interleaved"),
     replace(experts.GLM4_MOE, model_types=("glm4v_moe_text",)),
     replace(latent.DEEPSEEK_V3, model_types=("mistral4",)),
     replace(QWEN3, model_types=("qwen3_vl_text",)),
     replace(experts.QWEN3_MOE, model_types=("qwen3_vl_moe_text",)),
 )
 
-_TEXT = "model.language_model"  # the text part of a wrapper
+_TEXT = "model.language_model"  # the text part of most wrappers
+_TEXTS = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), "model.text_model")  # of the others
 
 
 def arch_of(config, model: nn.Module | None = None) -> Arch:
@@ -44,13 +45,13 @@ def arch_of(config, model: nn.Module | None = None) -> Arch:
     text = config.get_text_config() if wrapped else config
     for arch in (*ARCHS, *PARTS) if wrapped else ARCHS:
         if text.model_type in arch.model_types and all(getattr(text, k, v) == v for k, v in arch.when.items()):
-            return _inside(arch) if wrapped else arch
+            return _inside(arch, _TEXTS.get(config.model_type, _TEXT)) if wrapped else arch
     raise _other_form(text) or _unknown(config, model)
 
 
-def _inside(arch: Arch) -> Arch:
-    """A description with the paths that its modules have inside a wrapper."""
-    blocks, norm = (f"{_TEXT}.{path.partition('.')[2]}" for path in (arch.blocks, arch.final_norm))
+def _inside(arch: Arch, text: str) -> Arch:
+    """A description with the paths that its modules have inside a wrapper's text part."""
+    blocks, norm = (f"{text}.{path.partition('.')[2]}" for path in (arch.blocks, arch.final_norm))
     return replace(arch, blocks=blocks, final_norm=norm)
 
 
