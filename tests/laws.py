@@ -142,7 +142,8 @@ def bare(transforms: dict[str, Transforms], scheme: Scheme | None = None) -> Rec
 
 def tokens_for(model: PreTrainedModel, *shape: int, seed: int = 0) -> Tensor:
     """Random token ids, of words."""
-    words = getattr(model.config, "image_token_id", model.config.get_text_config().vocab_size)
+    config, words = model.config, model.config.get_text_config().vocab_size
+    words = getattr(config, "image_token_id", getattr(config, "audio_token_id", words))
     return torch.randint(0, words, shape, generator=torch.Generator().manual_seed(seed))
 
 

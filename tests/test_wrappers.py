@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 import flatquant
 from flatquant.calibrate import solve
 from flatquant.calibrate.capture import capture, run_block
 from flatquant.calibrate.samples import Samples
 from flatquant.errors import FlatQuantError, ModelError
+from flatquant.models import auto_class
 from flatquant.recipes import autoround, gptq, oac
 from flatquant.recipes import flatquant as flatquant_recipe
 from flatquant.rotary import Angles, turned
@@ -85,19 +86,19 @@ def test_a_quantised_wrapper_is_read_back(name: str, tmp_path: Path) -> None:
     want = said(model)
     save(model, plan, tmp_path / "model", recipe=to_dict(recipe), report={})
     ours = flatquant.load(tmp_path / "model")
-    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    theirs = auto_class(original.config.model_type).from_pretrained(tmp_path / "model")
     for loaded in (ours, aligned(theirs)):
         assert type(loaded) is type(original)
         for got, logits in zip(said(loaded), want, strict=True):
             assert torch.equal(got, logits)
         state, before = loaded.state_dict(), original.state_dict()
         rest = [key for key in before if not key.startswith(arch_of(original.config).blocks)]
-        assert any("vis" in key for key in rest)
+        assert any("vis" in key or "audio" in key for key in rest)
         for key in rest:
             assert torch.equal(state[key], before[key])
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "qwen3_5_moe", "smolvlm"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "qwen3_5_moe", "smolvlm", "qwen3_asr"])
 def test_a_wrapper_s_folder_through_a_whole_run(name: str, tmp_path: Path) -> None:
     source, text = tmp_path / "source", tmp_path / "text.txt"
     tiny_wrapper(name).save_pretrained(source)
@@ -110,12 +111,13 @@ def test_a_wrapper_s_folder_through_a_whole_run(name: str, tmp_path: Path) -> No
     assert done.verdict["packed"]["equal"]
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert f"AutoModelFor{'MultimodalLM' if name == 'qwen3_asr' else 'ImageTextToText'}.from_pretrained" in card
     assert "AutoProcessor" in card
     held = artifact.inspect(tmp_path / "out")
     assert not held.damaged
     assert held.unquantised_bytes["other parts"] > 0
-    assert ("output layer" in held.unquantised_bytes) == (name != "gemma3")  # whose embeddings are its output layer
+    tied = name in ("gemma3", "qwen3_asr")  # whose embeddings are their output layer
+    assert ("output layer" in held.unquantised_bytes) != tied
     if name == "gemma3":  # the names in its files are others
         with pytest.raises(ModelError, match=r"cannot be read tensor by tensor: .* load it whole"):
             flatquant.quantize(source, recipe, text, output=tmp_path / "streamed", stream=True)

@@ -19,7 +19,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -479,7 +479,7 @@ def randomised(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         wrapped = config.get_text_config() is not config
-        model = (AutoModelForImageTextToText if wrapped else AutoModelForCausalLM).from_config(config)
+        model = (AutoModelForMultimodalLM if wrapped else AutoModelForCausalLM).from_config(config)
         n = config.get_text_config().hidden_size
         for key, weight in model.named_parameters():
             if key.endswith("bias"):

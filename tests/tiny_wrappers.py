@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from tests.tiny_models import DELTA, GEMMA4, LATENT, SPARSE, STRETCHED, VOCAB, randomised, widened
 
 _IMAGE, _BEGIN, _END, _VIDEO = 100, 101, 102, 103  # tokens of wrappers
+_SOUND = _IMAGE
 
 _VISION = {
     "hidden_size": 16,
@@ -18,6 +19,7 @@ _VISION = {
     "image_size": 56,
     "patch_size": 14,
 }
+_HEARING = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_mel_bins": 8}
 _QWEN_VISION = {"hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
 _QWEN_TOKENS = {
     "image_token_id": _IMAGE,
@@ -42,7 +44,7 @@ def _by_three(*sections: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections)}
 
 
-# Wrappers: fields of the text part, of the vision tower, of the whole.
+# Wrappers: fields of the text part, of the tower that sees or hears, of the whole.
 WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (  # heads wider than the hidden size has room for, and a vocabulary larger than the rest
         {
@@ -342,8 +344,44 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**_QWEN_VISION, "out_hidden_size": 24, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
         _QWEN_TOKENS,
     ),
+    "qwen2_audio": (
+        {"model_type": "qwen2"},
+        {
+            "d_model": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "num_mel_bins": 8,
+            "max_source_positions": 16,
+        },
+        {"audio_token_id": _SOUND},
+    ),
+    "voxtral": (
+        {"model_type": "llama"},
+        {**_HEARING, "intermediate_size": 64, "max_source_positions": 16},
+        {"audio_token_id": _SOUND},
+    ),
+    "glmasr": ({"model_type": "llama"}, {**_HEARING, "intermediate_size": 64}, {"audio_token_id": _SOUND}),
+    "qwen3_asr": (
+        {"model_type": "qwen3"},
+        {
+            "d_model": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "num_mel_bins": 8,
+            "n_window_infer": 100,
+            "downsample_hidden_size": 4,
+            "output_dim": 24,
+        },
+        {"audio_token_id": _SOUND, "eos_token_id": VOCAB - 1, "pad_token_id": VOCAB - 1},
+    ),
 }
 
+# Those that are given a sound.
+_HEAR = {
+    name for name, (_, _, whole) in WRAPPERS.items() if "image_token_id" not in whole and "audio_token_id" in whole
+}
 
 # Older releases of transformers lack some.
 WRAPPERS = {name: fields for name, fields in WRAPPERS.items() if name.split()[0] in CONFIG_MAPPING}
@@ -351,7 +389,7 @@ WRAPPERS = {name: fields for name, fields in WRAPPERS.items() if name.split()[0]
 
 def wrapper_config(name: str, **text: Any) -> PreTrainedConfig:
     """The config of one of `WRAPPERS`; `text` are fields of its text part."""
-    own, vision, whole = WRAPPERS[name]
+    own, tower, whole = WRAPPERS[name]
     ends = {"bos_token_id": VOCAB - 2, "eos_token_id": VOCAB - 1, "pad_token_id": VOCAB - 1}
     sizes = {
         "hidden_size": 24,
@@ -363,7 +401,8 @@ def wrapper_config(name: str, **text: Any) -> PreTrainedConfig:
         "vocab_size": VOCAB,
         "max_position_embeddings": 512,
     }
-    parts = {"text_config": {**sizes, **ends, **own, **text}, "vision_config": vision}
+    parts = {"text_config": {**sizes, **ends, **own, **text}}
+    parts["audio_config" if name in _HEAR else "vision_config"] = tower
     return AutoConfig.for_model(name.split()[0], **parts, **whole)
 
 
@@ -418,22 +457,45 @@ def _pixels(kind: str, g: torch.Generator, seed: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(1, *many, 3, side, side, generator=g)}
 
 
-def image_inputs(model: PreTrainedModel, seed: int = 0, *, length: int = 14, prompt: int = 3) -> dict[str, Tensor]:
-    """Inputs of a wrapper: `prompt` tokens, an image, text up to `length` tokens. The seed chooses its shape."""
-    g, kind = torch.Generator().manual_seed(seed), model.config.model_type
-    given = _pixels(kind, g, seed)
-    given["pixel_values"] = given["pixel_values"].to(model.dtype)
+def _mels(kind: str, g: torch.Generator, seed: int) -> dict[str, Tensor]:
+    """A sound as a wrapper is given it; the seed chooses its length where that is free."""
+    most = 100 if kind == "qwen3_asr" else 32
+    frames = torch.arange(most) < (most // 2 if seed % 2 else most)
+    given = {"input_features": torch.randn(1, 8, most, generator=g)}
+    if kind == "qwen2_audio":
+        given["feature_attention_mask"] = frames[None].long()
+    elif kind != "voxtral":
+        given["input_features_mask"] = frames[None].long()
+    return given
+
+
+def _count(model: PreTrainedModel, given: dict[str, Tensor]) -> int:
+    """The tokens that an image or a sound takes."""
+    if "feature_attention_mask" in given:  # Qwen2-Audio, which has no such method
+        return int(given["feature_attention_mask"].sum()) // 4
+    name = "get_audio_features" if "input_features" in given else "get_image_features"
     with torch.no_grad():
-        features = model.base_model.get_image_features(**given).pooler_output
-    count = sum(len(part) if part.ndim == 2 else part.shape[:-1].numel() for part in features)
+        features = getattr(model.base_model, name)(**given).pooler_output
+    return sum(part.shape[:-1].numel() for part in (features if isinstance(features, list | tuple) else [features]))
+
+
+def image_inputs(model: PreTrainedModel, seed: int = 0, *, length: int = 14, prompt: int = 3) -> dict[str, Tensor]:
+    """Inputs of a wrapper: `prompt` tokens, an image or a sound, text up to `length` tokens.
+
+    The seed chooses the shape of the image.
+    """
+    g, kind = torch.Generator().manual_seed(seed), model.config.model_type
+    given = (_mels if kind in _HEAR else _pixels)(kind, g, seed)
+    given = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in given.items()}
+    count = _count(model, given)
     length = max(length, prompt + count + 3)
     ids = torch.randint(0, _IMAGE, (1, length), generator=g)
     image = torch.zeros(1, length, dtype=torch.int64)
     image[:, prompt : prompt + count] = 1
     ids[image.bool()] = _IMAGE
-    if kind.startswith(("qwen", "glm")):
+    if "image_grid_thw" in given:
         ids[:, prompt - 1] = _BEGIN
-    if kind.startswith(("qwen", "glm", "gemma4", "paddleocr")):
+    if kind.startswith(("qwen", "glm", "gemma4", "paddleocr")) and kind not in _HEAR:
         given["mm_token_type_ids"] = image
     elif kind == "gemma3":
         given["token_type_ids"] = image

@@ -18,7 +18,7 @@ from flatquant.calibrate.memory import (
     free_host_bytes,
 )
 from flatquant.calibrate.pipeline import solved_name
-from flatquant.calibrate.samples import UNSCORED, Samples, Windows
+from flatquant.calibrate.samples import UNSCORED, Samples, Windows, placeholder
 from flatquant.calibrate.state import RunState
 from flatquant.errors import ArtifactError, CalibrationError, DataError
 from flatquant.evaluate.verdict import PACKED_ERROR
@@ -61,8 +61,7 @@ def check_finite(name: str, tensor: Tensor, blocks: str) -> None:
 
 def check_tokens(what: str, tokens: Windows, model: PreTrainedModel) -> None:
     if isinstance(tokens, Samples):
-        config: Any = model.config
-        ids = tokens.ids(getattr(config, "image_token_id", None))  # which may have no embedding
+        ids = tokens.ids(placeholder(model.config))
         check_ids(ids[ids != UNSCORED], model, f"{what} samples")
         return
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flatquant.errors import DataError
 
-UNSCORED = -100  # in the place of a token that says nothing, an image's, where predictions are scored
+UNSCORED = -100  # in the place of a token that says nothing, an image's or a sound's, where predictions are scored
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Samples:
 Windows = Tensor | Samples
 
 
+def placeholder(config: Any) -> int | None:
+    """The token in whose places a model of several parts puts an image or a sound; it may have no embedding."""
+    return getattr(config, "image_token_id", getattr(config, "audio_token_id", None))
+
+
 def inputs_of(windows: Windows) -> list[dict[str, Any]]:
     """What a model is called with, window by window."""
     if isinstance(windows, Samples):
@@ -90,4 +95,4 @@ def cut(windows: Windows, count: int, tokens: int) -> Windows:
 
 def scored(windows: Windows, config: Any) -> Tensor:
     """The ids that predictions are compared with.  # int64, (N, T)"""
-    return windows.ids(getattr(config, "image_token_id", None)) if isinstance(windows, Samples) else windows
+    return windows.ids(placeholder(config)) if isinstance(windows, Samples) else windows

@@ -135,7 +135,7 @@ def _empty_model(path: Path, config: dict[str, Any]) -> PreTrainedModel:
         raise ArtifactError(f"{path}: the installed transformers does not know the model type {one_line(kind)}")
     with torch.device("meta"):
         made = CONFIG_MAPPING[kind].from_dict(data)
-        return auto_class(made).from_config(made, dtype=made.dtype)
+        return auto_class(made.model_type).from_config(made, dtype=made.dtype)
 
 
 _NAMES = {"weight_packed": "packed", "weight_scale": SCALE, "weight_global_scale": WHOLE}  # theirs: ours

@@ -52,7 +52,7 @@ def export_dense(
     if any(site.shift != "none" for block in plan.blocks for site in block.sites.values()):
         raise ModelError("an ordinary checkpoint has no place for a shift of channels")
     config = plain_config(model)
-    plain = auto_class(config).from_config(config, dtype=model.dtype)
+    plain = auto_class(config.model_type).from_config(config, dtype=model.dtype)
     state = dict(model.state_dict())
     blocks = submodule(model, plan.blocks_path)
     for index, block_plan in enumerate(plan.blocks):

@@ -108,7 +108,7 @@ def open_model(
             raise _only_whole(name, "its config names no dtype, or a quantisation")
         check_size(folder, config)
         with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=dtype)
+            model = auto_class(config.model_type).from_config(config, dtype=dtype)
         if lay_out is not None:
             lay_out(model)
         keep_dtypes(model)

@@ -12,12 +12,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
 from transformers import __version__ as transformers_version
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from flatquant.errors import ModelError, first_line, one_line
 from flatquant.models.float8 import headers
@@ -26,10 +30,10 @@ from flatquant.models.gguf import ALIASES
 # Model types of several parts, whose text part (`text_config`) is quantised where it is.
 WRAPPERS = (
     "aya_vision", "cohere2_vision", "deepseek_vl", "exaone4_5", "gemma3", "gemma4", "gemma4_unified", "glm46v",
-    "glm4v", "glm4v_moe", "glm_ocr", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus",
-    "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_onevision", "minicpmv4_6",
-    "mistral3", "ovis2", "paddleocr_vl", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
-    "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llama_3",
+    "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3",
+    "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_onevision",
+    "minicpmv4_6", "mistral3", "ovis2", "paddleocr_vl", "qianfan_ocr", "qwen2_5_vl", "qwen2_audio", "qwen2_vl",
+    "qwen3_5", "qwen3_5_moe", "qwen3_asr", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llama_3", "voxtral",
 )  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -104,9 +108,12 @@ def _unknown_type(folder: Path) -> str:
     )
 
 
-def auto_class(config: Any) -> Any:
-    """transformers' class that makes a config's model: a causal one, of a wrapper one that takes images too."""
-    return AutoModelForImageTextToText if config.model_type in WRAPPERS else AutoModelForCausalLM
+def auto_class(model_type: str) -> Any:
+    """transformers' class that makes a type's models: causal ones, of wrappers those that take images or sounds too."""
+    if model_type not in WRAPPERS:
+        return AutoModelForCausalLM
+    seeing = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if seeing else AutoModelForMultimodalLM
 
 
 def check_config(config: Any, name: object) -> None:
@@ -142,7 +149,7 @@ def check_size(folder: Path, config: Any) -> None:
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
         if layers <= len(sizes):  # the number of modules is bounded by the size of the files
             with torch.device("meta"):
-                model = auto_class(config).from_config(config)
+                model = auto_class(config.model_type).from_config(config)
             if sum(p.numel() for p in model.parameters()) <= 4 * sum(sizes) + (1 << 24):
                 return
     except Exception as error:  # as above

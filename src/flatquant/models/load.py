@@ -112,7 +112,7 @@ def _load_weights(
     folder: Path | str, name: object, config: Any, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        loaded = auto_class(config).from_pretrained(
+        loaded = auto_class(config.model_type).from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
@@ -134,7 +134,7 @@ def _load_float8(
     checkpoint = Checkpoint(folder, files, {key: dtype for key in shapes if key + SCALE in files}, block)
     state = {key: checkpoint.read(key) for key in shapes}
     try:
-        kind: Any = auto_class(config)._model_mapping[type(config)]
+        kind: Any = auto_class(config.model_type)._model_mapping[type(config)]
         model, report = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from flatquant.grade import readable
 from flatquant.mixture import calibrated_on
-from flatquant.models import WRAPPERS
+from flatquant.models import WRAPPERS, auto_class
 
 _USE = """```python
 import flatquant  # registers the format; without it transformers refuses to load this model
@@ -24,12 +24,12 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
 
 
 def _use(model_type: str, place: str) -> str:
-    """How to load a model; a wrapper takes images."""
+    """How to load a model; a wrapper takes images or sounds."""
     use = _USE.format(place=place)
     if model_type not in WRAPPERS:
         return use
     use = use.replace("AutoTokenizer", "AutoProcessor").replace("tokenizer =", "processor =")
-    return use.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    return use.replace("AutoModelForCausalLM", auto_class(model_type).__name__)
 
 
 _SECTIONS = ("model", "quality")

@@ -99,7 +99,7 @@ def skeleton(folder: Folder, stored: Mapping[str, StoredTensor]) -> PreTrainedMo
             config = CONFIG_MAPPING[kind].from_dict(data)
             if (layers := config.get_text_config().num_hidden_layers) != len(blocks):
                 raise ArtifactError(f"{where} is damaged: {len(blocks)} blocks planned of {layers}")
-            model = auto_class(config).from_config(config)
+            model = auto_class(config.model_type).from_config(config)
             furnish(folder, model, tied_names(model), stored)
     except ArtifactError:
         raise
