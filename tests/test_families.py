@@ -304,6 +304,13 @@ def test_a_wrapper_s_text_part_is_taken_out_as_the_note_says(kind: str, part: st
         torch.testing.assert_close(alone.eval()(tokens).logits, whole.eval()(tokens).logits)
 
 
+def test_a_text_part_that_is_not_causal_is_not_taken_out() -> None:
+    for kind, noted in (("paligemma", False), ("vipllava", True)):
+        with pytest.raises(ModelError, match=f"{kind!r} is not supported") as caught:
+            arch_of(AutoConfig.for_model(kind))
+        assert bool(getattr(caught.value, "__notes__", [])) == noted
+
+
 def test_an_unknown_mixture_s_draft_is_a_description_but_for_its_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     """OLMoE, which has stacked experts and a router: the draft as it stands, with its two gaps filled in, holds."""
     from transformers import OlmoeConfig, OlmoeForCausalLM

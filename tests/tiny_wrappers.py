@@ -272,7 +272,21 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "minicpmv4_6": (
         {**DELTA, "model_type": "qwen3_5_text", "head_dim": 8},
         {**_VISION, "patch_size": 4, "image_size": 32, "insert_layer_id": 0},
-        {"image_token_id": _IMAGE, "video_token_id": _VIDEO, "insert_layer_id": 0},
+        {"image_token_id": _IMAGE, "video_token_id": _VIDEO, "insert_layer_id": 0, "downsample_mode": "16x"},
+    ),
+    "minicpmv4_7": (
+        {**DELTA, "model_type": "qwen3_5_text", "head_dim": 8, "rope_parameters": _by_three(2, 1, 1)},
+        {**_VISION, "patch_size": 4, "image_size": 32, "insert_layer_id": 0},
+        {
+            "image_token_id": _IMAGE,
+            "video_token_id": _VIDEO,
+            "insert_layer_id": 0,
+            "image_start_id": _BEGIN,
+            "image_end_id": _END,
+            "slice_start_id": 104,
+            "slice_end_id": 105,
+            "newline_id": 106,
+        },
     ),
     "qianfan_ocr": (
         {"model_type": "qwen3"},
@@ -288,6 +302,34 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"model_type": "glm_ocr_text", "head_dim": 8, "hidden_size": 32, "rope_parameters": _by_three(2, 1, 1)},
         {**_QWEN_VISION, "out_hidden_size": 32, "image_size": 32},
         {**_QWEN_TOKENS, "image_start_token_id": _BEGIN, "image_end_token_id": _END},
+    ),
+    "hunyuan_vl": (
+        {"model_type": "hunyuan_vl_text", "head_dim": 8, "rope_parameters": _by_three(1, 1, 1, 1)},
+        {**_VISION, "patch_size": 4, "out_hidden_size": 24, "text_hidden_size": 24, "max_image_size": 32},
+        {"image_token_id": _IMAGE, "im_start_id": _BEGIN, "im_end_id": _END, "im_newline_id": _VIDEO},
+    ),
+    "deepseek_vl_hybrid": (
+        {"model_type": "llama"},
+        {**_VISION, "model_type": "siglip_vision_model"},
+        {
+            "image_token_id": _IMAGE,
+            "high_res_vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "output_channels": 8,
+                "image_size": 64,
+                "patch_size": 16,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "mlp_dim": 16,
+            },
+        },
+    ),
+    "llava_next_video": (
+        {"model_type": "llama"},
+        {**_VISION, "model_type": "clip_vision_model", "image_size": 28},
+        {"image_token_id": _IMAGE, "image_grid_pinpoints": [[28, 28], [28, 56], [56, 28]], "video_token_id": _VIDEO},
     ),
     "paddleocr_vl": (
         {"model_type": "paddleocr_vl_text", "head_dim": 8, "rope_parameters": _by_three(1, 1, 2)},
@@ -378,6 +420,13 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+# Wrappers with the parts of others.
+WRAPPERS |= {
+    "glmga": WRAPPERS["glm46v"],
+    "minicpm_ocr": WRAPPERS["minicpmv4_6"],
+    "pp_chart2table": WRAPPERS["got_ocr2"],
+}
+
 # Those that are given a sound.
 _HEAR = {
     name for name, (_, _, whole) in WRAPPERS.items() if "image_token_id" not in whole and "audio_token_id" in whole
@@ -412,8 +461,18 @@ def tiny_wrapper(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 # By how a wrapper is given an image.
-_PATCHES = ("qwen", "glm", "kimi", "exaone", "hyperclovax", "lfm3", "paddleocr", "video_llama")  # rows of patches
-_TILES = ("llava_next", "llava_onevision")  # of an image, below the whole of it
+_PATCHES = (
+    "qwen",
+    "glm",
+    "kimi",
+    "exaone",
+    "hyperclovax",
+    "lfm3",
+    "paddleocr",
+    "video_llama",
+    "hunyuan",
+)  # rows of patches
+_TILES = ("llava_next", "llava_onevision")  # with those of an image, below the whole of it
 _SIZED = ("mistral3", "lighton_ocr")
 
 
@@ -422,7 +481,7 @@ def _pixels(kind: str, g: torch.Generator, seed: int) -> dict[str, Tensor]:
     if kind.startswith(_PATCHES):
         grid = (1, 4, 4) if seed % 2 else (1, 4, 6)
         shape = (3 * 2 * 4 * 4,)
-        if kind == "video_llama_3":
+        if kind in ("hunyuan_vl", "video_llama_3"):
             shape = (3 * 4 * 4,)
         elif kind in ("kimi_k25", "paddleocr_vl"):
             shape = (3, 4, 4)
@@ -441,7 +500,7 @@ def _pixels(kind: str, g: torch.Generator, seed: int) -> dict[str, Tensor]:
             "spatial_shapes": shape,
             "pixel_attention_mask": mask.long(),
         }
-    if kind == "minicpmv4_6":
+    if kind.startswith("minicpm"):
         shape = (4, 8) if seed % 2 else (8, 8)
         pixels = torch.randn(1, 3, 4, 4 * shape[0] * shape[1], generator=g)
         return {"pixel_values": pixels, "target_sizes": torch.tensor([shape], dtype=torch.int32)}
@@ -453,8 +512,11 @@ def _pixels(kind: str, g: torch.Generator, seed: int) -> dict[str, Tensor]:
         size = (56, 28) if seed % 2 else (56, 56)
         return {"pixel_values": torch.randn(1, 3, *size, generator=g), "image_sizes": torch.tensor([size])}
     many = (1,) if kind.startswith(("idefics", "smolvlm")) else ()  # images of one text
-    side = 128 if kind == "got_ocr2" else 56
-    return {"pixel_values": torch.randn(1, *many, 3, side, side, generator=g)}
+    side = 128 if kind in ("got_ocr2", "pp_chart2table") else 56
+    given = {"pixel_values": torch.randn(1, *many, 3, side, side, generator=g)}
+    if kind == "deepseek_vl_hybrid":
+        given["high_res_pixel_values"] = torch.randn(1, 3, 64, 64, generator=g)
+    return given
 
 
 def _mels(kind: str, g: torch.Generator, seed: int) -> dict[str, Tensor]:
@@ -495,7 +557,7 @@ def image_inputs(model: PreTrainedModel, seed: int = 0, *, length: int = 14, pro
     ids[image.bool()] = _IMAGE
     if "image_grid_thw" in given:
         ids[:, prompt - 1] = _BEGIN
-    if kind.startswith(("qwen", "glm", "gemma4", "paddleocr")) and kind not in _HEAR:
+    if kind.startswith(("qwen", "glm", "gemma4", "paddleocr", "hunyuan", "minicpmv4_7")) and kind not in _HEAR:
         given["mm_token_type_ids"] = image
     elif kind == "gemma3":
         given["token_type_ids"] = image

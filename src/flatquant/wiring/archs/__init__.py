@@ -21,6 +21,7 @@ ARCHS = (*dense.ARCHS, *experts.ARCHS, *latent.ARCHS, *hybrid.ARCHS)
 # Text parts that transformers has inside wrappers alone. Most turn keys by positions of three kinds.
 PARTS = (
     replace(LLAMA, model_types=("paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text")),
+    replace(dense.HUNYUAN, model_types=("hunyuan_vl_text",)),
     replace(dense.GLM4, model_types=("glm4v_text", "glm_ocr_text"), rotary="interleaved"),
     replace(experts.GLM4_MOE, model_types=("glm4v_moe_text",)),
     replace(latent.DEEPSEEK_V3, model_types=("mistral4",)),
@@ -74,9 +75,10 @@ def _unknown(config, model: nn.Module | None) -> ModelError:
     near = [*dict.fromkeys([*near, *get_close_matches(kind, known, n=3, cutoff=0.65)])][:3]
     hint = f"near it: {', '.join(near)}" if near else "`flatquant methods --families` lists those that are"
     error = ModelError(f"model type {kind!r} is not supported; {hint}; docs/families.md says how to add one")
-    text = getattr(getattr(config, "text_config", None), "model_type", None)
-    if text in known_types() and (model is None or find(model, "model.language_model")):
-        error.add_note(_TEXT_PART.format(kind=text))
+    text = getattr(config, "text_config", None)
+    causal = not getattr(text, "use_bidirectional_attention", None)  # PaliGemma's is not
+    if causal and getattr(text, "model_type", None) in known_types() and (model is None or find(model, _TEXT)):
+        error.add_note(_TEXT_PART.format(kind=getattr(text, "model_type", None)))
     elif model is not None:
         error.add_note(draft(kind, model))
     return error
