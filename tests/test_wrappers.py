@@ -204,7 +204,9 @@ def test_a_constant_of_keys_is_turned_as_its_description_says(name: str, monkeyp
 
 def samples_for(model: PreTrainedModel, count: int = 4) -> list[dict[str, Tensor]]:
     """Texts with images in different places, and of different shapes where the model takes such; of one length."""
-    return [image_inputs(model, seed, length=26, prompt=2 + 2 * (seed % 3)) for seed in range(count)]
+    prompts = [2 + 2 * (seed % 3) for seed in range(count)]
+    length = max(image_inputs(model, i, length=26, prompt=n)["input_ids"].shape[1] for i, n in enumerate(prompts))
+    return [image_inputs(model, i, length=length, prompt=n) for i, n in enumerate(prompts)]
 
 
 @torch.no_grad()

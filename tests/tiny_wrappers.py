@@ -331,6 +331,37 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**_VISION, "model_type": "clip_vision_model", "image_size": 28},
         {"image_token_id": _IMAGE, "image_grid_pinpoints": [[28, 28], [28, 56], [56, 28]], "video_token_id": _VIDEO},
     ),
+    "deepseek_ocr2": (
+        {
+            "model_type": "deepseek_ocr2_text",
+            "n_routed_experts": 5,
+            "num_experts_per_tok": 5,  # as above
+            "moe_intermediate_size": 28,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        {
+            "sam_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "output_channels": 8,
+                "image_size": 64,
+                "patch_size": 16,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "mlp_dim": 16,
+                "downsample_channels": [16, 16],
+            },
+            "encoder_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "intermediate_size": 16,
+            },
+        },
+        {"image_token_id": _IMAGE},
+    ),
     "paddleocr_vl": (
         {"model_type": "paddleocr_vl_text", "head_dim": 8, "rope_parameters": _by_three(1, 1, 2)},
         {**_VISION, "patch_size": 4, "image_size": 32},
@@ -512,7 +543,7 @@ def _pixels(kind: str, g: torch.Generator, seed: int) -> dict[str, Tensor]:
         size = (56, 28) if seed % 2 else (56, 56)
         return {"pixel_values": torch.randn(1, 3, *size, generator=g), "image_sizes": torch.tensor([size])}
     many = (1,) if kind.startswith(("idefics", "smolvlm")) else ()  # images of one text
-    side = 128 if kind in ("got_ocr2", "pp_chart2table") else 56
+    side = {"deepseek_ocr2": 64, "got_ocr2": 128, "pp_chart2table": 128}.get(kind, 56)
     given = {"pixel_values": torch.randn(1, *many, 3, side, side, generator=g)}
     if kind == "deepseek_vl_hybrid":
         given["high_res_pixel_values"] = torch.randn(1, 3, 64, 64, generator=g)

@@ -23,6 +23,11 @@ PARTS = (
     replace(LLAMA, model_types=("paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text")),
     replace(dense.HUNYUAN, model_types=("hunyuan_vl_text",)),
     replace(dense.GLM4, model_types=("glm4v_text", "glm_ocr_text"), rotary="interleaved"),
+    replace(
+        experts.mixture(LLAMA, "mlp", "gate", shared="shared_experts"),
+        model_types=("deepseek_ocr2_text",),
+        others=(LLAMA,),  # the first blocks have no experts
+    ),
     replace(experts.GLM4_MOE, model_types=("glm4v_moe_text",)),
     replace(latent.DEEPSEEK_V3, model_types=("mistral4",)),
     replace(QWEN3, model_types=("qwen3_vl_text",)),
