@@ -141,9 +141,9 @@ def test_a_shift_leaves_the_function_in_the_norm_or_online(name: str) -> None:
 SCALED_SCORES = {
     "llama", "mistral", "ministral", "ministral3", "qwen2", "granite", "smollm3", "seed_oss", "gemma", "arcee",
     "mixtral", "starcoder2", "qwen2_moe", "granitemoe", "cwm", "internlm3", "granite_swa", "hyperclovax", "vaultgemma",
-    "jais2", "phimoe", "granitemoe_swa", "granitemoeshared",
+    "jais2", "phimoe", "granitemoe_swa", "granitemoeshared", "olmo",
 }  # fmt: skip
-ROTATION = (SCALED_SCORES - {"starcoder2", "hyperclovax", "jais2", "phimoe"}) | {
+ROTATION = (SCALED_SCORES - {"starcoder2", "hyperclovax", "jais2", "olmo", "phimoe"}) | {
     "qwen3", "qwen3_moe", "phi3", "hunyuan_v1_dense", "ernie4_5", "helium", "apertus", "olmoe", "minimax_m2",
     "glm4_moe", "dots1", "hunyuan_v1_moe", "ernie4_5_moe", "llama4_text", "gpt_oss", "qwen3_5_text",
     "qwen3_5_moe_text", "qwen3_next", "lfm2", "nemotron_h", "granitemoehybrid", "granitemoehybrid dense",

@@ -172,6 +172,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": GEMMA4,
     "phi3": {"rope_parameters": PARTIAL},
+    "olmo": {"attention_bias": True},
     "olmo2": {"attention_bias": True},
     "granite": {
         "attention_bias": True,

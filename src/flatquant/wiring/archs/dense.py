@@ -80,6 +80,10 @@ OLMO2 = Arch(  # norms behind attention and MLP only: nothing in front absorbs a
     edges=(replace(ATTN_IN, norm=None), ATTN_OUT, replace(MLP_IN, norm=None), MLP_MID),
 )
 
+OLMO1 = replace(  # norms in front have no weights; where clip_qkv is set, no matrix passes its clamp
+    OLMO2, model_types=("olmo",), when={"clip_qkv": None}, scores=LLAMA.scores
+)
+
 EXAONE4 = replace(OLMO2, model_types=("exaone4",), unturned={"is_sliding": False, "sliding_window": int})
 
 # Values pass a norm, and are the keys before their norm in some blocks. With embeddings for every layer, or keys and
@@ -235,6 +239,6 @@ FALCON = replace(  # one after the other, or both on one norm, or on a norm each
 
 ARCHS = (
     LLAMA, QWEN3, GRANITE_SWA, HYPERCLOVAX, HYPERCLOVAX_POST, HUNYUAN, ERNIE, GEMMA1, VAULTGEMMA, GEMMA, UNGATED,
-    APERTUS, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, GLM, STABLELM, STABLELM_PARALLEL, PARALLEL, COHERE2, PHI, STARCODER2,
-    JAIS2, NEMOTRON, OPT, GPT_NEOX, BLOOM, FALCON,
+    APERTUS, OLMO1, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, GLM, STABLELM, STABLELM_PARALLEL, PARALLEL, COHERE2, PHI,
+    STARCODER2, JAIS2, NEMOTRON, OPT, GPT_NEOX, BLOOM, FALCON,
 )  # fmt: skip
