@@ -60,6 +60,14 @@ def model() -> PreTrainedModel:
     return made
 
 
+@torch.no_grad()
+def test_a_compiled_model_passes_the_seams(model: PreTrainedModel) -> None:
+    """A frame that breaks inside a module loses what its hooks note about the thread."""
+    model.model.layers[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+
+
 def fails(what: str) -> AbstractContextManager[Any]:
     """The error of a broken assumption names what broke, the installed version, the tested ones and the way out."""
     low, high = TESTED

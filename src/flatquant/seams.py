@@ -15,6 +15,9 @@ Nothing here relies on transformers calling back: forward hooks check that queri
 pass all went through the seam, and that the model took its mask from ours, and raise a ModelError otherwise. Numbers in
 mixed bases look plausible, and so do those of padding that is attended to.
 
+torch.compile does not look into these hooks and functions: where a frame of it breaks inside a module, what they note
+about the thread would be lost.
+
 What was given up: attention implementations other than ours (eager, flash) on a quantised model; asking for one fails
 loudly instead of reading keys in the wrong basis.
 """
@@ -187,6 +190,7 @@ def _name(module: nn.Module) -> str:
     return f"{type(module).__name__} of block {getattr(module, 'layer_idx', '?')}"
 
 
+@torch.compiler.disable
 def _begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook."""
     implementation = getattr(module.config, "_attn_implementation", None)
@@ -204,6 +208,7 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, kwargs
 
 
+@torch.compiler.disable
 def _end(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook; also called, with None for an output, where the forward pass ended in an exception."""
     call = _open.of(module)
@@ -265,11 +270,13 @@ def use_attention(model: PreTrainedModel, attention: str) -> None:
         setattr(decoder, _WATCHED, True)
 
 
+@torch.compiler.disable
 def _begin_masks(decoder: nn.Module, args: tuple) -> None:
     """Forward pre-hook of a decoder."""
     _open.masked = False
 
 
+@torch.compiler.disable
 def _check_masks(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Forward hook of a decoder. Finished masks, four-dimensional or one a kind of layer, are taken as they are."""
     config: Any = decoder.config
@@ -301,6 +308,7 @@ def _generate_calls(kind: type, name: str) -> bool:
     return False
 
 
+@torch.compiler.disable
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
     kv = attached(module)
     if kv is not None:
@@ -314,6 +322,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
+@torch.compiler.disable
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask of scaled-dot-product attention."""
     _open.masked = True
