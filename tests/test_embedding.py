@@ -25,7 +25,8 @@ from flatquant.runtime.linear import FrozenLinear, PackedLinear
 from tests import tiny_models
 from tests.laws import calibrated, quick, reloaded, rtn_by_hand, tokens_for
 from tests.test_head import divergence, head_of, logits_of
-from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer, tiny_wrapper
+from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
+from tests.tiny_wrappers import tiny_wrapper
 
 # Rows that are multiplied by a constant, inside the embedding (Gemma) and after it (Granite); names that differ.
 FAMILIES = ("llama", "gemma2", "granite", "cohere", "gpt_neox")
