@@ -362,6 +362,18 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         },
         {"image_token_id": _IMAGE},
     ),
+    "granite_docling": (  # what the tower's blocks see is added behind blocks of the text part
+        {
+            "model_type": "granite_docling_text",
+            "num_hidden_layers": 3,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.6,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 2.0,
+        },
+        {**_VISION, "image_size": 32, "patch_size": 4, "out_hidden_size": 24, "deepstack_visual_indexes": [0]},
+        {"image_token_id": _IMAGE, "pad_token_id": VOCAB - 1},
+    ),
     "paddleocr_vl": (
         {"model_type": "paddleocr_vl_text", "head_dim": 8, "rope_parameters": _by_three(1, 1, 2)},
         {**_VISION, "patch_size": 4, "image_size": 32},
@@ -545,6 +557,9 @@ def _pixels(kind: str, g: torch.Generator, seed: int) -> dict[str, Tensor]:
     many = (1,) if kind.startswith(("idefics", "smolvlm")) else ()  # images of one text
     side = {"deepseek_ocr2": 64, "got_ocr2": 128, "pp_chart2table": 128}.get(kind, 56)
     given = {"pixel_values": torch.randn(1, *many, 3, side, side, generator=g)}
+    if kind == "granite_docling":
+        mask = torch.ones(1, 1, dtype=torch.bool)
+        return {"pixel_values": torch.randn(1, 1, 3, 32, 32, generator=g), "pixel_attention_mask": mask}
     if kind == "deepseek_vl_hybrid":
         given["high_res_pixel_values"] = torch.randn(1, 3, 64, 64, generator=g)
     return given

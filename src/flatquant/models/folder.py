@@ -31,8 +31,8 @@ from flatquant.models.gguf import ALIASES
 WRAPPERS = (
     "aya_vision", "cohere2_vision", "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "gemma3",
     "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "glmga", "got_ocr2",
-    "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl",
-    "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr",
+    "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus", "kimi_k25",
+    "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr",
     "minicpmv4_6", "minicpmv4_7", "mistral3", "ovis2", "paddleocr_vl", "pp_chart2table", "qianfan_ocr", "qwen2_5_vl",
     "qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_asr", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
     "video_llama_3", "voxtral",

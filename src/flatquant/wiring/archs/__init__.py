@@ -20,7 +20,7 @@ ARCHS = (*dense.ARCHS, *experts.ARCHS, *latent.ARCHS, *hybrid.ARCHS)
 
 # Text parts that transformers has inside wrappers alone. Most turn keys by positions of three kinds.
 PARTS = (
-    replace(LLAMA, model_types=("paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text")),
+    replace(LLAMA, model_types=("granite_docling_text", "paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text")),
     replace(dense.HUNYUAN, model_types=("hunyuan_vl_text",)),
     replace(dense.GLM4, model_types=("glm4v_text", "glm_ocr_text"), rotary="interleaved"),
     replace(
@@ -35,7 +35,7 @@ PARTS = (
 )
 
 _TEXT = "model.language_model"  # the text part of most wrappers
-_TEXTS = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), "model.text_model")  # of the others
+_TEXTS = dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "model.text_model")  # of the others
 
 
 def arch_of(config, model: nn.Module | None = None) -> Arch:
