@@ -601,7 +601,7 @@ def image_inputs(model: PreTrainedModel, seed: int = 0, *, length: int = 14, pro
     image = torch.zeros(1, length, dtype=torch.int64)
     image[:, prompt : prompt + count] = 1
     ids[image.bool()] = _IMAGE
-    if "image_grid_thw" in given:
+    if kind.startswith(("qwen", "glm")) and kind not in _HEAR:
         ids[:, prompt - 1] = _BEGIN
     if kind.startswith(("qwen", "glm", "gemma4", "paddleocr", "hunyuan", "minicpmv4_7")) and kind not in _HEAR:
         given["mm_token_type_ids"] = image
