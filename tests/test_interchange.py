@@ -451,6 +451,18 @@ def test_the_command_line_takes_fp4_back(tmp_path: Path) -> None:
     assert "leave out --scheme" in done.output
 
 
+@pytest.mark.parametrize("scheme, served", [("w8a16", True), ("w8a16,lm_head=w8a16", False)])
+def test_a_folder_that_vllm_refuses_is_not_said_to_be_served(scheme: str, served: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "a model"
+    flatquant.quantize(tiny_llama(), rtn(scheme), tokenizer=tiny_tokenizer(), output=folder, device="cpu")
+    command = ["export", str(folder), "-o", str(tmp_path / "out"), "--format", "compressed-tensors"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "note: vLLM has no kernel for weights of 8 bits" in done.output
+    assert ("flatquant serve" in done.output) == served
+    assert not served or f"`flatquant serve '{folder}'`" in done.output
+
+
 def test_the_command_line_exports(tmp_path: Path) -> None:
     flatquant.quantize(tiny_llama(), rtn("w4a16"), tokenizer=tiny_tokenizer(), output=tmp_path / "model", device="cpu")
     for form in ("dense", "compressed-tensors"):

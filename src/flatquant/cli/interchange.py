@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from flatquant.cli.app import Quiet, app
 from flatquant.cli.terminal import errors, say
-from flatquant.errors import SpecError
+from flatquant.errors import FlatQuantError, SpecError
 
 
 @app.command(name="import")
@@ -71,11 +72,24 @@ def export(
         model, plan = artifact.load(folder), Folder.open(Path(folder)).plan
         tokenizer = load_tokenizer(Path(folder)) if (Path(folder) / "tokenizer_config.json").is_file() else None
         notes: list[str] = []
+        instead = ""
         if form == "dense":
             interchange.export_dense(model, plan, output, tokenizer=tokenizer, weights_only=weights_only)
         else:
             notes = interchange.export_compressed(model, plan, output, tokenizer=tokenizer)
+            instead = _instead(folder) if notes else ""
     if not quiet:
         say(f"{output}: {form}")
         for note in notes:
-            say(f"note: {note}; `flatquant serve {folder}` serves the folder itself")
+            say(f"note: {note}{instead}")
+
+
+def _instead(folder: str) -> str:
+    """What to do with a folder where vLLM takes no export of it: vLLM may serve the folder itself."""
+    from flatquant.engines.vllm import support
+
+    try:
+        support.open_folder(folder)
+    except FlatQuantError:
+        return ""
+    return f"; `flatquant serve {shlex.quote(folder)}` serves the folder itself"
