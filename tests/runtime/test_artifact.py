@@ -309,6 +309,8 @@ def test_any_missing_file_is_noticed(folder: Path) -> None:
         file.write_bytes(good)
     (folder / "flatquant_report.json").unlink()
     load(folder)  # serving does not read the report
+    (folder / "flatquant_report.json").write_text('{"verdict": ')
+    load(folder)
 
 
 def test_not_a_folder_of_ours(tmp_path: Path, quantised) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from flatquant.errors import ModelError
+from flatquant.errors import ArtifactError, ModelError
 from flatquant.runtime.artifact.write import save
 from flatquant.runtime.folder import METHOD, Folder, plan_to_json
 from flatquant.spec import Plan
@@ -46,12 +47,15 @@ class Origin:
 
     @classmethod
     def of(cls, folder: Folder) -> Origin:
-        """That of a model that is read from a folder."""
+        """That of a model that is read from a folder. A damaged report is as good as none: serving needs no report."""
+        report: Mapping[str, Any] = {}
+        with suppress(ArtifactError):
+            report = folder.read_report()
         return cls(
             plan=folder.plan,
             scheme=folder.scheme,
             recipe=folder.recipe,
-            report=folder.read_report(),
+            report=report,
             source=folder,
         )
 
