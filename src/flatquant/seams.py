@@ -29,7 +29,7 @@ import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ from flatquant.errors import ModelError
 from flatquant.rotary import Angles
 from flatquant.spec import Pairing
 from flatquant.versions import broken
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _uncompiled(function: _F) -> _F:
+    """A function that torch.compile calls as it is."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType] - it says that it returns a decorator
+
 
 ATTENTION = "flatquant"
 _SLOT = "flatquant_kv"
@@ -190,7 +198,7 @@ def _name(module: nn.Module) -> str:
     return f"{type(module).__name__} of block {getattr(module, 'layer_idx', '?')}"
 
 
-@torch.compiler.disable
+@_uncompiled
 def _begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook."""
     implementation = getattr(module.config, "_attn_implementation", None)
@@ -208,7 +216,7 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, kwargs
 
 
-@torch.compiler.disable
+@_uncompiled
 def _end(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook; also called, with None for an output, where the forward pass ended in an exception."""
     call = _open.of(module)
@@ -270,13 +278,13 @@ def use_attention(model: PreTrainedModel, attention: str) -> None:
         setattr(decoder, _WATCHED, True)
 
 
-@torch.compiler.disable
+@_uncompiled
 def _begin_masks(decoder: nn.Module, args: tuple) -> None:
     """Forward pre-hook of a decoder."""
     _open.masked = False
 
 
-@torch.compiler.disable
+@_uncompiled
 def _check_masks(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Forward hook of a decoder. Finished masks, four-dimensional or one a kind of layer, are taken as they are."""
     config: Any = decoder.config
@@ -308,7 +316,7 @@ def _generate_calls(kind: type, name: str) -> bool:
     return False
 
 
-@torch.compiler.disable
+@_uncompiled
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
     kv = attached(module)
     if kv is not None:
@@ -322,7 +330,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
-@torch.compiler.disable
+@_uncompiled
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask of scaled-dot-product attention."""
     _open.masked = True
