@@ -25,7 +25,7 @@ from flatquant.report import plots
 from flatquant.runtime.artifact import load
 from flatquant.runtime.folder import Folder
 from tests.laws import calibrated, quick
-from tests.tiny_models import tiny_llama, tiny_tokenizer
+from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 SHAPE = {"hidden": 36, "heads": 4, "kv_heads": 2, "head_dim": 10, "intermediate": 42}
@@ -370,5 +370,7 @@ def test_another_model_is_an_error() -> None:
         collect(model, tiny_llama(layers=3), plan, torch.ones(1, 8, dtype=torch.long))
     with pytest.raises(ModelError, match="other embeddings"):
         collect(model, tiny_llama(**{**SHAPE, "vocab": 64}), plan, torch.ones(1, 8, dtype=torch.long))
+    with pytest.raises(ModelError, match="the original is a mixtral, the quantised model a llama"):
+        collect(model, tiny_family("mixtral", hidden_size=24), plan, torch.ones(1, 8, dtype=torch.long))
     with pytest.raises(ModelError, match="itself quantised"):
         collect(model, calibrated(tiny_llama(**SHAPE), rtn("w4"))[0], plan, torch.ones(1, 8, dtype=torch.long))

@@ -62,6 +62,9 @@ def collect(
     """
     if windows.ndim != 2 or windows.numel() == 0:
         raise DataError("collecting needs at least one window of text")
+    kinds: list[str] = [m.config.model_type for m in (model, original)]
+    if kinds[0] != kinds[1]:
+        raise ModelError(f"the original is a {kinds[1]}, the quantised model a {kinds[0]}; give what it was made of")
     ours, theirs = model.get_submodule(plan.blocks_path), original.get_submodule(plan.blocks_path)
     if not isinstance(ours, nn.ModuleList) or not isinstance(theirs, nn.ModuleList) or len(ours) != len(theirs):
         raise ModelError("the original has other blocks than the quantised model; give the model it was made from")
