@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from flatquant import spec
-from flatquant.errors import ArtifactError
+from flatquant.errors import ArtifactError, ModelError
 from flatquant.runtime.artifact import check_output, facing, inspect, keep_evaluation, load, save
 from flatquant.runtime.folder import Folder, check_name, content_hash, plan_from_json, plan_to_json
 from flatquant.runtime.kvcache import QuantizedCache
@@ -141,6 +141,11 @@ def test_half_precision_and_generation(quantised, tmp_path: Path) -> None:
     assert torch.equal(ours, memory)
     cached = loaded.generate(q.tokens[:, :5], max_new_tokens=6, do_sample=False, **{CACHE: QuantizedCache(loaded)})
     assert torch.equal(cached, memory)
+
+
+def test_a_dtype_of_integers_is_refused(whole: Path) -> None:
+    with pytest.raises(ModelError, match=r"dtype is torch\.int8; give one of floating point"):
+        load(whole, dtype=torch.int8)
 
 
 def test_another_dtype_leaves_grids_and_transforms_alone(whole: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
 from flatquant import seams
-from flatquant.errors import ArtifactError, one_line
+from flatquant.errors import ArtifactError, ModelError, one_line
 from flatquant.models import WRAPPERS, auto_class, kept_dtype
 from flatquant.modules import tied_names
 from flatquant.runtime import fused
@@ -49,7 +49,10 @@ def load(
 
     Raises:
         ArtifactError: the folder is incomplete, damaged, of another format version or not ours.
+        ModelError: `dtype` is one of integers.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ModelError(f"dtype is {dtype}; give one of floating point, such as torch.bfloat16")
     folder = Folder.open(Path(path))
     if verify:
         folder.check_files()
