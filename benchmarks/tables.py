@@ -28,6 +28,7 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/runtime.md",
     "docs/families.md",
+    "docs/schemes.md",
     "docs/scale.md",
 )
 # The original implementation in the same setting; see docs/experiments.md, "Fidelity to the paper".
@@ -393,6 +394,20 @@ def weight_sizes() -> list[str]:
     return lines
 
 
+def ends(name: str) -> list[str]:
+    """What rounding the output layer and the embedding costs and saves, with all else in 16 bit."""
+    samples = read(f"ends-{name}")["samples"]
+    whole = next(s["bytes"] for s in samples if s["scheme"] == "w16")
+    lines = ["| | KL | of the layer alone | embedded tokens are off by | folder, of 16 bit |", "|---|---|---|---|---|"]
+    for s in samples:
+        if s["scheme"] != "w16":
+            head = "-" if s["head"] is None else f"{s['head']:.4f}"
+            off = "-" if s["embedding"] is None else f"{s['embedding']:.1%}"
+            label = s["scheme"].removeprefix("w16,")
+            lines.append(f"| `{label}` | {s['kl']:.4f} | {head} | {off} | {s['bytes'] / whole:.2f} |")
+    return lines
+
+
 def bounded_memory() -> list[str]:
     """`best` by how its weights are held: KL divergence on every text, and the share of its gain that is lost."""
     metrics = read("bounded-memory-smollm2-135m")["metrics"]
@@ -707,6 +722,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "transforms_cost": transforms_cost,
     "memory": partial(memory, SHAPES, "runtime-h100"),
     "weight_sizes": weight_sizes,
+    "ends": partial(ends, "smollm2-135m"),
     "newer_memory": partial(memory, NEWER, "runtime-qwen3-h200", "runtime-heads-h200"),
     "bounded_memory": bounded_memory,
     "latent": latent,
