@@ -29,7 +29,8 @@ def with_ends(plan: Plan, recipe: Recipe, model: PreTrainedModel) -> Plan:
     """A plan with the model's output layer and embedding, where the scheme has grids for them.
 
     Raises:
-        ModelError: the model has no linear output layer, or an embedding that does more than look rows up.
+        ModelError: the model has no linear output layer, an embedding that does more than look rows up, or no parameter
+            but its matrices.
         SpecError: a group size that does not divide; a rounded embedding in a residual stream that is rotated.
     """
     scheme = recipe.scheme
@@ -52,6 +53,11 @@ def with_ends(plan: Plan, recipe: Recipe, model: PreTrainedModel) -> Plan:
             raise ModelError(f"the embedding is a {type(embedding).__name__}, not a table; leave {EMBEDDING}= out")
         if rotates_residual(recipe, plan):
             raise SpecError(f"{recipe.name} rotates the residual stream with its embedding; leave {EMBEDDING}= out")
+        if not any(p.ndim == 1 and not name.endswith("bias") for name, p in model.named_parameters()):
+            raise ModelError(
+                f"the norms of {type(model).__name__} have no weights, which would tell its dtype and device "
+                f"without the embedding's; leave {EMBEDDING}= out"
+            )
         _check_group(scheme.embedding, embedding.embedding_dim, f"numbers of a row of {path}")
         shared = plan.head is not None and plan.head.tied and plan.head.weights == scheme.embedding
         width = embedding.embedding_dim
