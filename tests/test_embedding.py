@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import flatquant
@@ -23,36 +22,14 @@ from flatquant.runtime.embedding import RoundedEmbedding
 from flatquant.runtime.folder import plan_from_json, plan_to_json
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
 from tests import tiny_models
-from tests.laws import calibrated, quick, reloaded, rtn_by_hand, tokens_for
-from tests.test_head import divergence, head_of, logits_of
-from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
+from tests.laws import calibrated, quick, reloaded, tokens_for
+from tests.test_head import FAMILIES, embedding_of, head_of, judged, logits_of, numbers, rounded
+from tests.tiny_models import tiny_family, tiny_llama
 from tests.tiny_wrappers import tiny_wrapper
 
-# Rows that are multiplied by a constant, inside the embedding (Gemma) and after it (Granite); names that differ.
-FAMILIES = ("llama", "gemma2", "granite", "cohere", "gpt_neox")
 ALONE, BOTH = "w16a16,embed_tokens=w8", "w16a16,lm_head=w8a16,embed_tokens=w8"  # nothing else is rounded
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatquant.errors.QualityWarning")
-
-
-def embedding_of(model: PreTrainedModel) -> Any:
-    return model.get_input_embeddings()
-
-
-def numbers(weight: Tensor, bits: int = 8, group: int | None = None) -> Tensor:
-    """What integers stand for, by numpy."""
-    values, scale = rtn_by_hand(weight.reshape(-1, group or weight.shape[1]), bits)
-    return torch.from_numpy(values * scale[:, None]).to(weight).view_as(weight)
-
-
-def rounded(model: PreTrainedModel, *, head: bool, bits: int = 8, group: int | None = None) -> PreTrainedModel:
-    """A copy whose embedding, and output layer if asked for, have such numbers."""
-    model = copy.deepcopy(model)
-    for end in (head_of(model), embedding_of(model))[0 if head else 1 :]:
-        end.weight = torch.nn.Parameter(numbers(end.weight.detach(), bits, group))
-    model.config.tie_word_embeddings = False
-    model.set_attn_implementation("eager")  # older versions of transformers choose one that forgets Gemma 2's cap
-    return model
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -68,7 +45,7 @@ def test_a_model_looks_rounded_rows_up(name: str, scheme: str, tied: bool, tmp_p
     assert plan.embedding is not None
     assert plan.embedding.shared == (is_tied(original) and scheme == BOTH)
     ids = tokens_for(model, 2, 9)
-    want = logits_of(rounded(original, head=scheme == BOTH), ids)
+    want = logits_of(rounded(original, ends=(head_of, embedding_of) if scheme == BOTH else (embedding_of,)), ids)
     torch.testing.assert_close(logits_of(model, ids), want, rtol=1e-5, atol=1e-5)
     loaded = reloaded(model, plan, recipes.rtn(scheme), tmp_path / "out")
     assert isinstance(embedding_of(loaded), RoundedEmbedding)
@@ -86,7 +63,7 @@ def test_so_does_every_family(name: str, tmp_path: Path) -> None:
     original = tiny_family(name)
     model, plan, _ = calibrated(original, recipes.rtn(BOTH))
     ids = tokens_for(model, 2, 9)
-    got, want = logits_of(model, ids), logits_of(rounded(original, head=True), ids)
+    got, want = logits_of(model, ids), logits_of(rounded(original, ends=(head_of, embedding_of)), ids)
     assert float((got - want).abs().max()) < 1e-5 * float(want.abs().max())
     assert torch.equal(logits_of(reloaded(model, plan, recipes.rtn(BOTH), tmp_path / "out"), ids), got)
 
@@ -159,32 +136,12 @@ def test_sizes_are_those_of_the_files(scheme: str, tied: bool, tmp_path: Path) -
     ids=lambda value: getattr(value, "name", value),
 )
 def test_the_verdict_measures_the_model_that_is_served(name: str, recipe: Any, tmp_path: Path) -> None:
-    model, held = tiny_family(name), tokens_for(tiny_family(name), 2, 16)
-    given = tokens_for(model, recipe.data.samples, recipe.data.seqlen, seed=1) if recipe.needs_data else None
-    result = flatquant.quantize(copy.deepcopy(model), recipe, given, output=tmp_path / "out", held_out=held)
-    assert result.verdict is not None
-    model.set_attn_implementation("eager")  # as above
-    want = logits_of(model, held)
-    assert result.verdict["kl"] == pytest.approx(divergence(want, logits_of(result.model, held)), rel=1e-3, abs=1e-6)
-    assert result.verdict["kl"] > 0
-    rows, exact = embedding_of(result.model)(held), embedding_of(model)(held).detach()
+    model, held, found, quantised = judged(name, recipe, tmp_path / "out")
+    assert found["kl"] > 0
+    rows, exact = embedding_of(quantised)(held), embedding_of(model)(held).detach()
     error = float(((rows - exact).norm(dim=-1) / exact.norm(dim=-1)).mean())
-    assert result.verdict["embedding"] == pytest.approx(error, rel=1e-3)
-    assert f"the embedding's rows are off by {error:.1%} of their size" in sentences(result.verdict)
-    assert result.verdict["packed"]["equal"]
-
-
-def test_a_streamed_run_writes_the_same_bytes(tmp_path: Path) -> None:
-    model = tiny_llama(tied=True)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    tokens = tokens_for(model, 4, 12)
-    hashes = set()
-    for stream in (False, True):
-        recipe, output = quick(f"w4a4kv4,{BOTH.partition(',')[2]}"), tmp_path / f"out{stream}"
-        flatquant.quantize(tmp_path / "model", recipe, tokens, output=output, stream=stream, verdict=False)
-        hashes.add(inspect(output).content_hash)
-    assert len(hashes) == 1
+    assert found["embedding"] == pytest.approx(error, rel=1e-3)
+    assert f"the embedding's rows are off by {error:.1%} of their size" in sentences(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -209,7 +166,7 @@ def test_a_wrapper_s_embedding(tmp_path: Path) -> None:
     original = tiny_wrapper("gemma3")
     model, plan, _ = calibrated(original, recipes.rtn(BOTH))
     ids = tokens_for(model, 2, 9)
-    want = logits_of(rounded(original, head=True), ids)
+    want = logits_of(rounded(original, ends=(head_of, embedding_of)), ids)
     torch.testing.assert_close(logits_of(model, ids), want, rtol=1e-5, atol=1e-5)
     reloaded(model, plan, recipes.rtn(BOTH), tmp_path / "out")
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")

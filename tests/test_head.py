@@ -1,6 +1,7 @@
 """The output layer on a grid: the same model but for its rounded weights, wherever it goes."""
 
 import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from flatquant.errors import ModelError, SpecError
 from flatquant.interchange import export_compressed, export_dense
 from flatquant.runtime.artifact import inspect
 from flatquant.runtime.linear import FrozenLinear, PackedLinear
+from flatquant.spec import Recipe
 from tests.laws import calibrated, quick, reloaded, rtn_by_hand, tokens_for
 from tests.tiny_models import tiny_family, tiny_llama, tiny_tokenizer
 from tests.tiny_wrappers import tiny_wrapper
@@ -35,19 +37,23 @@ def head_of(model: PreTrainedModel) -> Any:
     return model.get_output_embeddings()
 
 
-def embeddings_of(model: PreTrainedModel) -> Tensor:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
+def embedding_of(model: PreTrainedModel) -> Any:
+    return model.get_input_embeddings()
 
 
-def rounded(model: PreTrainedModel, bits: int = 8) -> PreTrainedModel:
-    """A copy whose output layer has the numbers that integers stand for, by numpy; its embeddings are as they were."""
+def numbers(weight: Tensor, bits: int = 8, group: int | None = None) -> Tensor:
+    """What integers stand for, by numpy."""
+    values, scale = rtn_by_hand(weight.reshape(-1, group or weight.shape[1]), bits)
+    return torch.from_numpy(values * scale[:, None]).to(weight).view_as(weight)
+
+
+def rounded(model: PreTrainedModel, bits: int = 8, ends: Sequence[Callable] = (head_of,)) -> PreTrainedModel:
+    """A copy whose ends, the output layer or the embedding, have such numbers; the other one is as it was."""
     model = copy.deepcopy(model)
-    weight = head_of(model).weight.detach()
-    values, scale = rtn_by_hand(weight, bits)
-    head_of(model).weight = torch.nn.Parameter(torch.from_numpy(values * scale[:, None]).to(weight))
+    for end in (end_of(model) for end_of in ends):
+        end.weight = torch.nn.Parameter(numbers(end.weight.detach(), bits))
     model.config.tie_word_embeddings = False
+    model.set_attn_implementation("eager")  # older versions of transformers choose one that forgets Gemma 2's cap
     return model
 
 
@@ -62,6 +68,19 @@ def divergence(p: Tensor, q: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+def judged(name: str, recipe: Recipe, output: Path) -> tuple[PreTrainedModel, Tensor, dict[str, Any], PreTrainedModel]:
+    """A model, held-out tokens, the verdict on them, and what was quantised: the divergence is that of whole models."""
+    model, held = tiny_family(name), tokens_for(tiny_family(name), 2, 16)
+    given = tokens_for(model, recipe.data.samples, recipe.data.seqlen, seed=1) if recipe.needs_data else None
+    result = flatquant.quantize(copy.deepcopy(model), recipe, given, output=output, held_out=held)
+    assert result.verdict is not None
+    model.set_attn_implementation("eager")  # as above
+    far = divergence(logits_of(model, held), logits_of(result.model, held))
+    assert result.verdict["kl"] == pytest.approx(far, rel=1e-3, abs=1e-6)
+    assert result.verdict["packed"]["equal"]
+    return model, held, dict(result.verdict), result.model
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_has_a_rounded_layer_and_its_embeddings(name: str, tied: bool, tmp_path: Path) -> None:
@@ -69,11 +88,10 @@ def test_a_model_has_a_rounded_layer_and_its_embeddings(name: str, tied: bool, t
     model, plan, _ = calibrated(original, recipes.rtn(ALONE))
     assert isinstance(head_of(model), FrozenLinear)
     assert plan.head is not None
-    assert plan.head.tied == (head_of(original).weight is embeddings_of(original))
-    assert torch.equal(embeddings_of(model), embeddings_of(original))
+    assert plan.head.tied == (head_of(original).weight is embedding_of(original).weight)
+    assert torch.equal(embedding_of(model).weight, embedding_of(original).weight)
     ids = tokens_for(model, 2, 9)
     want = rounded(original)
-    want.set_attn_implementation("eager")  # older versions of transformers choose one that forgets Gemma 2's cap
     torch.testing.assert_close(logits_of(model, ids), logits_of(want, ids), rtol=1e-5, atol=1e-5)
     loaded = reloaded(model, plan, recipes.rtn(ALONE), tmp_path / "out")
     assert isinstance(head_of(loaded), PackedLinear)
@@ -98,14 +116,9 @@ def test_integers_of_any_width_are_what_they_stand_for(bits: int, groups: int, i
     made, _, _ = calibrated(model, recipes.rtn(f"w16,lm_head=w{bits}{group}a{inputs}"))
     made.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     got = logits_of(made, tokens_for(model, 2, 9))
-    rows = weight.reshape(-1, 32 // groups)
-    values, scale = rtn_by_hand(rows, bits)
-    numbers = torch.from_numpy(values * scale[:, None]).view_as(weight)
-    x = seen[0]
-    if inputs < 16:
-        values, scale = rtn_by_hand(x.flatten(0, -2), inputs)
-        x = torch.from_numpy(values * scale[:, None]).view_as(x)
-    torch.testing.assert_close(got, F.linear(x, numbers, model.lm_head.bias), rtol=1e-4, atol=1e-4)
+    x = seen[0] if inputs == 16 else numbers(seen[0], inputs, group=32)
+    want = F.linear(x, numbers(weight, bits, 32 // groups), model.lm_head.bias)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -118,20 +131,14 @@ def test_integers_of_any_width_are_what_they_stand_for(bits: int, groups: int, i
     ids=lambda value: getattr(value, "name", value),
 )
 def test_the_verdict_measures_the_model_that_is_served(name: str, recipe: Any, tmp_path: Path) -> None:
-    """Its divergence is that of whole models; what the layer makes alone, that of one with this layer."""
-    model, held = tiny_family(name), tokens_for(tiny_family(name), 2, 16)
-    given = tokens_for(model, recipe.data.samples, recipe.data.seqlen, seed=1) if recipe.needs_data else None
-    result = flatquant.quantize(copy.deepcopy(model), recipe, given, output=tmp_path / "out", held_out=held)
-    assert result.verdict is not None
-    model.set_attn_implementation("eager")  # as above
+    """What the layer makes alone is the divergence of a model with this layer."""
+    model, held, found, _ = judged(name, recipe, tmp_path / "out")
     want = logits_of(model, held)
-    assert result.verdict["kl"] == pytest.approx(divergence(want, logits_of(result.model, held)), rel=1e-3, abs=1e-6)
-    assert result.verdict["packed"]["equal"]
     if not any(recipe.transforms.get("residual", ())):  # which turns the layer's rows before they are rounded
         bits = int(recipe.scheme.head.weights.bits)
         alone = divergence(want, logits_of(rounded(model, bits), held))
-        assert result.verdict["head"] == pytest.approx(alone, rel=1e-3, abs=1e-6)
-    assert 0 < result.verdict["head"] < result.verdict["kl"] * 1.01
+        assert found["head"] == pytest.approx(alone, rel=1e-3, abs=1e-6)
+    assert 0 < found["head"] < found["kl"] * 1.01
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -149,23 +156,23 @@ def test_sizes_say_where_the_layer_is_a_copy(tied: bool, tmp_path: Path) -> None
     )
     assert ("a copy of the embeddings" in rounded_end_rows(found.output_layer, None)["output layer"]) == tied
     assert "output layer" not in found.unquantised_bytes
-    assert found.unquantised_bytes["embeddings"] == embeddings_of(model).nbytes
+    assert found.unquantised_bytes["embeddings"] == embedding_of(model).weight.nbytes
     assert sum(found.bytes_by_kind.values()) == result.report["sizes"]["quantised_bytes"]
     plain = flatquant.quantize(tiny_llama(tied=tied), recipes.rtn("w4a16"), device="cpu").report
     with_head, without = (r["timing"]["estimate"]["disk"] for r in (result.report, plain))
     assert with_head - without == nbytes - (0 if tied else weight.nbytes)
 
 
-def test_a_streamed_run_writes_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("embedding", ["", ",embed_tokens=w8"])
+def test_a_streamed_run_writes_the_same_bytes(embedding: str, tmp_path: Path) -> None:
     model = tiny_llama(tied=True)
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     tokens = tokens_for(model, 4, 12)
     hashes = set()
     for stream in (False, True):
-        output = tmp_path / f"out{stream}"
-        read = tmp_path / "model"
-        flatquant.quantize(read, quick("w4a4kv4,lm_head=w8a16"), tokens, output=output, stream=stream, verdict=False)
+        output, recipe = tmp_path / f"out{stream}", quick(f"w4a4kv4,lm_head=w8a16{embedding}")
+        flatquant.quantize(tmp_path / "model", recipe, tokens, output=output, stream=stream, verdict=False)
         hashes.add(inspect(output).content_hash)
     assert len(hashes) == 1
 

@@ -44,6 +44,18 @@ def _by_three(*sections: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections)}
 
 
+_SAM = {  # Segment Anything's encoder
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "output_channels": 8,
+    "image_size": 64,
+    "patch_size": 16,
+    "window_size": 2,
+    "global_attn_indexes": [1],
+    "mlp_dim": 16,
+}
+
 # Wrappers: fields of the text part, of the tower that sees or hears, of the whole.
 WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (  # heads wider than the hidden size has room for, and a vocabulary larger than the rest
@@ -185,17 +197,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "got_ocr2": (
         {"model_type": "qwen2"},
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "output_channels": 8,
-            "image_size": 128,
-            "patch_size": 8,
-            "window_size": 4,
-            "global_attn_indexes": [1],
-            "mlp_dim": 16,
-        },
+        {**_SAM, "image_size": 128, "patch_size": 8, "window_size": 4},
         {"image_token_id": _IMAGE},
     ),
     "ovis2": (
@@ -313,17 +315,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**_VISION, "model_type": "siglip_vision_model"},
         {
             "image_token_id": _IMAGE,
-            "high_res_vision_config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "output_channels": 8,
-                "image_size": 64,
-                "patch_size": 16,
-                "window_size": 2,
-                "global_attn_indexes": [1],
-                "mlp_dim": 16,
-            },
+            "high_res_vision_config": _SAM,
         },
     ),
     "llava_next_video": (
@@ -340,18 +332,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "mlp_layer_types": ["dense", "sparse"],
         },
         {
-            "sam_config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "output_channels": 8,
-                "image_size": 64,
-                "patch_size": 16,
-                "window_size": 2,
-                "global_attn_indexes": [1],
-                "mlp_dim": 16,
-                "downsample_channels": [16, 16],
-            },
+            "sam_config": {**_SAM, "downsample_channels": [16, 16]},
             "encoder_config": {
                 "hidden_size": 16,
                 "num_hidden_layers": 1,
