@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatquant import __version__, api, distributed, evaluate, store
@@ -34,7 +34,6 @@ from flatquant.progress import Progress
 from flatquant.recipes import RECIPES, recipe
 from flatquant.report import comparison
 from flatquant.runtime import artifact
-from flatquant.runtime.folder import Folder
 from flatquant.spec import Recipe, Scheme
 from flatquant.wiring.arch import Geometry, blocks_at, submodule
 from flatquant.wiring.archs import arch_of
@@ -273,13 +272,12 @@ class Bench:
         model, tokenizer = self._load_original()
         arch = arch_of(model.config, model)
         blocks = submodule(model, arch.blocks).children()
-        weights = {name: 2 * p.numel() for name, p in model.named_parameters()}
         cached = [Geometry.of(model.config).at(block, arch.of(block)).cached for block in blocks]
         return {
             "perplexity": self._perplexity(model, "original"),
             **self._tasks(model, tokenizer),
             "bits_per_weight": 16.0,
-            "bytes_per_token": sum(weights.values()) - _looked_up(model, weights),
+            "bytes_per_token": 2 * (sum(p.numel() for p in model.parameters()) - _looked_up(model).numel()),
             "kv_bytes_per_token": 2 * sum(cached),
         }
 
@@ -309,7 +307,7 @@ class Bench:
         )
         peak = peak_bytes(self.device)
         found = artifact.inspect(folder)
-        weights = {name: tensor.nbytes for name, tensor in Folder.open(folder).tensors().items()}
+        looked_up = found.embedding["bytes"] if found.embedding else _looked_up(made.model).nbytes
         timing = made.report["timing"]
         row = {
             "calibration": (made.report["data"] or {}).get("source"),
@@ -320,7 +318,7 @@ class Bench:
             "estimated_bytes": timing["estimate"]["device"],
             "bits_per_weight": found.bits_per_quantised_weight,
             "online_flops_per_token": _flops(made),
-            "bytes_per_token": sum(weights.values()) - _looked_up(made.model, weights),
+            "bytes_per_token": sum(found.bytes_by_kind.values()) - looked_up,
             "kv_bytes_per_token": found.kv_bytes_per_token,
             "content_hash": found.content_hash,
         }
@@ -370,17 +368,10 @@ def _flops(made: api.Quantized) -> int:
     return online_flops(made.plan, Geometry.of(made.model.config), blocks)
 
 
-def _looked_up(model: Any, stored: Mapping[str, int]) -> int:
-    """Bytes of the embedding, of which a token reads one row; 0 if it is the output layer too.
-
-    Args:
-        stored: bytes of all tensors by name; tied ones once.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, nn.Embedding) and getattr(head, "weight", None) is embedding.weight:
-        return 0
-    path = next(name for name, module in model.named_modules() if module is embedding)
-    return sum(nbytes for name, nbytes in stored.items() if name.startswith(f"{path}."))
+def _looked_up(model: Any) -> Tensor:
+    """The input embedding, of which a token reads one row; empty if it is the output embedding too."""
+    embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
+    return embedding[:0] if head is embedding else embedding
 
 
 def write_outputs(result: dict[str, Any], output: Path, *, plot: bool) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,6 @@ def check_tokens(what: str, tokens: Windows, model: PreTrainedModel) -> None:
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise DataError(f"{what} tokens must be (samples, seqlen) int64, not {tuple(tokens.shape)} {tokens.dtype}")
     check_ids(tokens, model, f"{what} windows")
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    return cast(int, model.get_input_embeddings().num_embeddings)
 
 
 def fit_dtype(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> torch.dtype:

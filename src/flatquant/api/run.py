@@ -26,7 +26,6 @@ from flatquant.api.checks import (
     solved_tensor,
     stage,
     stored_bytes,
-    vocabulary_size,
 )
 from flatquant.api.place import Place
 from flatquant.api.report import identity_of, report_of
@@ -53,6 +52,7 @@ from flatquant.models import (
     Checkpoint,
     check_ids,
     processor_files,
+    vocabulary_size,
 )
 from flatquant.progress import Progress
 from flatquant.runtime import artifact

@@ -72,18 +72,18 @@ def packed_model(
     for block, block_plan in zip(model.model.layers, plan.blocks, strict=True):
         install(block, plan.attention, block_plan, packed=True)
     install_ends(model, plan, packed=True)
-    if plan.head is not None:
+    ends = {f"{site.readers[0]}.packed": site.weights.bits for site in end_sites(plan) if site.weights}
+    if ends:
         model.config.tie_word_embeddings = False
     model.load_state_dict({n: torch.empty_like(t, device=device) for n, t in model.state_dict().items()}, assign=True)
     model.tie_weights()
     rebuild_buffers(model, device)
-    ends = {f"{site.readers[0]}.packed": site.weights.bits for site in end_sites(plan) if site.weights}
     computed = {id(b) for m in model.modules() for n, b in m._buffers.items() if n in m._non_persistent_buffers_set}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         leaf = name.rpartition(".")[2]
         if id(tensor) in computed:
             continue
-        if name in ends and ends[name] == 8:
+        if ends.get(name) == 8:
             tensor.random_(1, 256)  # -127 to 127
         elif tensor.dtype == torch.uint8:  # -7 to 7: weights have a mean of 0; another adds up over a token's channels
             tensor.random_(1, 16).add_(torch.randint_like(tensor, 1, 16), alpha=16)

@@ -33,6 +33,7 @@ from flatquant import seams, versions
 from flatquant.calibrate.capture import BlockCall
 from flatquant.errors import FlatQuantError, ModelError, one_line
 from flatquant.models import Checkpoint
+from flatquant.runtime.embedding import embedding_device
 from flatquant.spec import Recipe, Scheme, Transforms, TransformSpec
 from flatquant.transforms import Factor, make_factor, shared_inverses
 from flatquant.transforms.factor import cayley
@@ -327,7 +328,7 @@ class _Check:
             out.append(call(block, hidden) - hidden)
             return given
 
-        home = next(self.model.get_input_embeddings().parameters()).device
+        home = embedding_device(self.model)
         with _aside(self.blocks, self.index, called, positions.shape):
             self.model.base_model(
                 input_ids=torch.zeros_like(positions, device=home),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flatquant.cli.app import Quiet, app
 from flatquant.cli.terminal import errors, say
 from flatquant.errors import FlatQuantError, SpecError
+
+if TYPE_CHECKING:
+    from flatquant.runtime.folder import Folder
 
 
 @app.command(name="import")
@@ -69,7 +72,8 @@ def export(
             raise SpecError(f"unknown format {form!r}; known: dense, compressed-tensors")
         if weights_only and form != "dense":
             raise SpecError("--weights-only is for --format dense")
-        model, plan = artifact.load(folder), Folder.open(Path(folder)).plan
+        model, opened = artifact.load(folder), Folder.open(Path(folder))
+        plan = opened.plan
         tokenizer = load_tokenizer(Path(folder)) if (Path(folder) / "tokenizer_config.json").is_file() else None
         notes: list[str] = []
         instead = ""
@@ -77,19 +81,21 @@ def export(
             interchange.export_dense(model, plan, output, tokenizer=tokenizer, weights_only=weights_only)
         else:
             notes = interchange.export_compressed(model, plan, output, tokenizer=tokenizer)
-            instead = _instead(folder) if notes else ""
+            instead = _instead(opened) if notes else ""
     if not quiet:
         say(f"{output}: {form}")
         for note in notes:
             say(f"note: {note}{instead}")
 
 
-def _instead(folder: str) -> str:
+def _instead(folder: Folder) -> str:
     """What to do with a folder where vLLM takes no export of it: vLLM may serve the folder itself."""
-    from flatquant.engines.vllm import support
+    from flatquant.engines.parts import Parts
+    from flatquant.engines.vllm.support import check_config
 
     try:
-        support.open_folder(folder)
+        check_config(folder)
+        Parts(folder)
     except FlatQuantError:
         return ""
-    return f"; `flatquant serve {shlex.quote(folder)}` serves the folder itself"
+    return f"; `flatquant serve {shlex.quote(str(folder.path))}` serves the folder itself"

@@ -20,7 +20,7 @@ from flatquant.quantizers import FrozenBlocks
 from flatquant.runtime.artifact import check_output
 from flatquant.runtime.codes import CodeLinear
 from flatquant.runtime.linear import FrozenSite, IntegerLinear
-from flatquant.spec import Plan, QuantSpec
+from flatquant.spec import EMBEDDING, Plan, QuantSpec
 from flatquant.wiring.arch import submodule
 
 _INTEGERS = "pack-quantized"  # their name of the format
@@ -159,7 +159,7 @@ def _their_tensors(spec: QuantSpec, weight: Codes, site: FrozenSite) -> dict[str
 
 def _one_weight_grid(plan: Plan) -> QuantSpec:
     if plan.embedding is not None:
-        raise ModelError("compressed-tensors takes an embedding in 16 bit here; quantise without embed_tokens=")
+        raise ModelError(f"compressed-tensors takes an embedding in 16 bit here; quantise without {EMBEDDING}=")
     if plan.head is not None and (plan.head.weights.bits not in (4, 8) or plan.head.site.activations is not None):
         raise ModelError("compressed-tensors takes an output layer of 4 or 8 bits here, with its input in 16 bit")
     specs, inputs = set(), set()

@@ -15,7 +15,7 @@ from flatquant.models.gguf import ALIASES
 from flatquant.models.load import load_model, load_tokenizer, loaded_bytes, processor_files
 from flatquant.models.place import check, identity, resolve
 from flatquant.models.silence import quiet
-from flatquant.models.text import check_ids, render_chat, warn_of_positions
+from flatquant.models.text import check_ids, render_chat, vocabulary_size, warn_of_positions
 
 __all__ = [
     "ALIASES",
@@ -38,5 +38,6 @@ __all__ = [
     "quiet",
     "render_chat",
     "resolve",
+    "vocabulary_size",
     "warn_of_positions",
 ]

@@ -29,6 +29,11 @@ def warn_of_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
         warnings.warn(message, PositionsWarning, stacklevel=3)
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many token ids a model has rows for."""
+    return cast(int, model.get_input_embeddings().num_embeddings)
+
+
 def check_ids(ids: Tensor, model: PreTrainedModel, what: str) -> None:
     """Refuse token ids that the model has no embedding for: on a GPU they would end the process.
 
@@ -39,7 +44,7 @@ def check_ids(ids: Tensor, model: PreTrainedModel, what: str) -> None:
     Raises:
         DataError: an id outside the model's vocabulary.
     """
-    rows = cast(int, model.get_input_embeddings().num_embeddings)
+    rows = vocabulary_size(model)
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
         raise DataError(f"{what} with token ids outside the model's {rows}; use the model's own tokenizer")
 

@@ -107,18 +107,18 @@ def install_embedding(model: nn.Module, plan: EmbeddingPlan, head: HeadPlan | No
     multiplier = multiplier_of(embedding)
     if multiplier is None:
         raise ArtifactError(f"the plan does not fit the model: {plan.path!r} is a {type(embedding).__name__}")
-    with torch.device("meta"):
-        like = nn.Linear(rows[1], rows[0], bias=False, dtype=embedding.weight.dtype)
-    table = _linear(like, _site(plan.site), plan.site, packed)
-    assert isinstance(table, IntegerLinear)
-    rounded = RoundedEmbedding(table, dtype=embedding.weight.dtype, multiplier=multiplier)
+    dtype = embedding.weight.dtype
     if plan.shared:
         assert head is not None
-        shared = _get(model, head.path)
-        if not isinstance(shared, IntegerLinear) or shared.scale.shape[0] != rows[0]:
+        integers = _get(model, head.path)
+        if not isinstance(integers, IntegerLinear) or integers.scale.shape[0] != rows[0]:
             raise ArtifactError(f"the plan does not fit the model: {head.path!r} has other rows than {plan.path!r}")
-        rounded.share(shared)
+    else:
+        like = nn.Linear(rows[1], rows[0], bias=False, dtype=dtype, device="meta")
+        integers = _linear(like, _site(plan.site), plan.site, packed)
+        assert isinstance(integers, IntegerLinear)
     parent, _, leaf = plan.path.rpartition(".")
+    rounded = RoundedEmbedding(integers, own=not plan.shared, dtype=dtype, multiplier=multiplier)
     setattr(_get(model, parent), leaf, rounded)
 
 

@@ -24,15 +24,23 @@ class RoundedEmbedding(nn.Module):
         multiplier: that a family's own embedding applies to every row.
     """
 
-    def __init__(self, table: IntegerLinear, *, dtype: torch.dtype, multiplier: float = 1.0) -> None:
+    table: IntegerLinear | None
+
+    def __init__(self, integers: IntegerLinear, *, own: bool, dtype: torch.dtype, multiplier: float = 1.0) -> None:
+        """
+        Args:
+            own: no output layer has these integers.
+        """
         super().__init__()
-        self.table: IntegerLinear | None = table
-        self._head: list[IntegerLinear] = []  # a list hides a module: its tensors belong to the output layer
         self.dtype, self.multiplier = dtype, multiplier
+        if own:
+            self.table, self._head = integers, []
+        else:
+            self.share(integers)
 
     def share(self, head: IntegerLinear) -> None:
         """From now on, look up rows of the output layer, which has the same ones."""
-        self.table, self._head = None, [head]
+        self.table, self._head = None, [head]  # a list hides a module: its tensors belong to the output layer
 
     @property
     def integers(self) -> IntegerLinear:

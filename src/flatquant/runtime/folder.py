@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from flatquant.errors import ArtifactError, SpecError, one_line
 from flatquant.formats import kinds as storage
 from flatquant.quantizers.choose import empty
-from flatquant.spec import BlockPlan, HeadGrids, Plan, QuantSpec, SitePlan, from_dict, to_dict
+from flatquant.spec import BlockPlan, HeadGrids, Plan, QuantSpec, SitePlan, from_dict, plain_weights, to_dict
 
 METHOD = "flatquant"
 FORMAT_VERSION = 1
@@ -384,12 +384,12 @@ def rounded_ends(sizes: Mapping[str, int], plan: Plan) -> dict[str, dict[str, An
     head, embedding = plan.head, plan.embedding
     found: dict[str, dict[str, Any] | None] = {"output_layer": None, "embedding": None}
     if head is not None:
-        grids = HeadGrids(weights=head.weights, activations=head.site.activations)
+        grids = str(HeadGrids(weights=head.weights, activations=head.site.activations))
         tied = head.tied and embedding is None
-        found["output_layer"] = {"grids": str(grids), "bytes": _bytes_under(sizes, head.path), "tied": tied}
+        found["output_layer"] = {"grids": grids, "bytes": _bytes_under(sizes, head.path), "tied": tied}
     if embedding is not None:
-        grid, nbytes = str(HeadGrids(weights=embedding.weights)), _bytes_under(sizes, embedding.path)
-        found["embedding"] = {"grids": grid.removesuffix("a16"), "bytes": nbytes, "shared": embedding.shared}
+        grids, nbytes = plain_weights(embedding.weights), _bytes_under(sizes, embedding.path)
+        found["embedding"] = {"grids": grids, "bytes": nbytes, "shared": embedding.shared}
     return found
 
 

@@ -23,6 +23,7 @@ from flatquant.spec.grids import (
     HeadGrids,
     QuantSpec,
     SiteBits,
+    plain_weights,
 )
 from flatquant.spec.parts import (
     BranchSpec,
@@ -87,5 +88,6 @@ __all__ = [
     "by_expert",
     "from_dict",
     "is_experts",
+    "plain_weights",
     "to_dict",
 ]

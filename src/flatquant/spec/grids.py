@@ -185,12 +185,20 @@ class HeadGrids:
     activations: QuantSpec | None = None
 
     def __post_init__(self) -> None:
-        for spec in (self.weights, self.activations):
-            if spec is not None:
-                plain = QuantSpec(bits=spec.bits, group_size=spec.group_size)
-                check(spec == plain, f"{HEAD}: symmetric integers without a clip, one scale a row, group or token")
+        for spec in filter(None, (self.weights, self.activations)):
+            check_plain(spec, HEAD)
         check(self.activations is None or self.activations.group_size is None, f"{HEAD}: groups are for weights only")
 
     def __str__(self) -> str:
-        group = f"g{self.weights.group_size}" if self.weights.group_size else ""
-        return f"w{self.weights.bits}{group}a{self.activations.bits if self.activations else 16}"
+        return f"{plain_weights(self.weights)}a{self.activations.bits if self.activations else 16}"
+
+
+def check_plain(spec: QuantSpec, end: str) -> None:
+    """Raise SpecError unless a grid of the output layer or the embedding is as plain as `HeadGrids` are."""
+    plain = QuantSpec(bits=spec.bits, group_size=spec.group_size)
+    check(spec == plain, f"{end}: symmetric integers without a clip, one scale a row, group or token")
+
+
+def plain_weights(spec: QuantSpec) -> str:
+    """Such a grid of weights, as schemes have it: `w8`, `w4g64`."""
+    return f"w{spec.bits}" + (f"g{spec.group_size}" if spec.group_size else "")

@@ -10,7 +10,19 @@ from typing import Literal, Self
 
 from flatquant import formats
 from flatquant.spec.convert import check
-from flatquant.spec.grids import CLIP_STARTS, EMBEDDING, HEAD, SITES, CacheBits, Clip, HeadGrids, QuantSpec, SiteBits
+from flatquant.spec.grids import (
+    CLIP_STARTS,
+    EMBEDDING,
+    HEAD,
+    SITES,
+    CacheBits,
+    Clip,
+    HeadGrids,
+    QuantSpec,
+    SiteBits,
+    check_plain,
+    plain_weights,
+)
 
 
 def _cache() -> str:
@@ -115,8 +127,7 @@ class Scheme:
         check(self.weights is None or self.weights.width == 1, "weights: only channels of activations are split")
         check(self.weights is None or self.weights.clip != "fixed", "weights: a fixed clip is for activations only")
         if self.embedding is not None:
-            plain = QuantSpec(bits=self.embedding.bits, group_size=self.embedding.group_size)
-            check(self.embedding == plain, f"{EMBEDDING}: symmetric integers without a clip, one scale a row or group")
+            check_plain(self.embedding, EMBEDDING)
         for key in self.overrides:
             block, dot, site = key.rpartition(".")
             check(site in SITES and (_is_number(block) or not dot), f"override {key!r}: not [block.]site")
@@ -210,8 +221,7 @@ class Scheme:
         if self.head is not None:
             text += f",{HEAD}={self.head}"
         if self.embedding is not None:
-            group = f"g{self.embedding.group_size}" if self.embedding.group_size else ""
-            text += f",{EMBEDDING}=w{self.embedding.bits}{group}"
+            text += f",{EMBEDDING}={plain_weights(self.embedding)}"
         return text
 
     def named(self, tensors: Literal["weights", "activations", "keys", "values"]) -> set[str]:

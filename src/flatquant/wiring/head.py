@@ -60,8 +60,7 @@ def with_ends(plan: Plan, recipe: Recipe, model: PreTrainedModel) -> Plan:
             )
         _check_group(scheme.embedding, embedding.embedding_dim, f"numbers of a row of {path}")
         shared = plan.head is not None and plan.head.tied and plan.head.weights == scheme.embedding
-        width = embedding.embedding_dim
-        table = EmbeddingPlan(path=path, width=width, weights=scheme.embedding, shared=shared)
+        table = EmbeddingPlan(path=path, width=embedding.embedding_dim, weights=scheme.embedding, shared=shared)
         plan = replace(plan, embedding=table)
     return plan
 
@@ -100,25 +99,24 @@ def round_head(model: PreTrainedModel, plan: Plan, device: torch.device) -> None
     Args:
         device: that rounds, some rows at a time; the layer stays where it is.
     """
-    head, embedding = plan.head, plan.embedding
+    head = plan.head
     assert head is not None
     output = submodule(model, head.path)
     assert isinstance(output, nn.Linear)
-    looked_up = None if embedding is None else submodule(model, embedding.path)
-    if embedding is not None and embedding.shared:
-        assert isinstance(looked_up, RoundedEmbedding)
-        state = dict(looked_up.integers.state_dict())
+    if plan.embedding is not None and plan.embedding.shared:
+        sharing = submodule(model, plan.embedding.path)
+        assert isinstance(sharing, RoundedEmbedding)
+        state = dict(sharing.integers.state_dict())
     else:
-        state = _rounded(output.weight.detach(), head.weights, device)
+        sharing, state = None, _rounded(output.weight.detach(), head.weights, device)
     if output.bias is not None:
         state["bias"] = output.bias.detach()
     install_head(model, head, packed=False)
     rounded = submodule(model, head.path)
     assert isinstance(rounded, FrozenLinear)
     rounded.load_state_dict(state, assign=True)
-    if embedding is not None and embedding.shared:
-        assert isinstance(looked_up, RoundedEmbedding)
-        looked_up.share(rounded)
+    if sharing is not None:
+        sharing.share(rounded)
     model.config.tie_word_embeddings = False
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from flatquant.ops.adam import BLOCK
-from flatquant.spec import BlockPlan, EndToEndSpec, FitMemory, Plan, QuantSpec
+from flatquant.runtime.artifact import is_tied
+from flatquant.spec import BlockPlan, EndToEndSpec, FitMemory, Plan
 from flatquant.wiring.arch import submodule
 from flatquant.wiring.residual import ROWS
 
@@ -57,7 +58,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ends:
+class RoundedEnds:
     """Bytes of a rounded output layer and embedding."""
 
     rounded: int = 0  # an integer a byte
@@ -66,26 +67,21 @@ class Ends:
     made: int = 0  # while `ROWS` rows are rounded, on the device that does it: four numbers in float32 a weight
 
     @classmethod
-    def of(cls, model: PreTrainedModel, plan: Plan) -> Ends:
-        weights = {id(weight): weight for weight, _ in _ends(model, plan)}
-        stored = [(weight.numel(), spec, weight.shape[1]) for weight, spec in _ends(model, plan)]
-        if plan.embedding is not None and plan.embedding.shared:
-            stored.pop()
-        grids = [4 * count // (spec.group_size or n) for count, spec, n in stored]
-        tied = getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
-        kept = tied and (plan.head is None or plan.embedding is None)  # the other one has it still
+    def of(cls, model: PreTrainedModel, plan: Plan) -> RoundedEnds:
+        ends = [end for end in (plan.head, plan.embedding) if end is not None]
+        weights = [submodule(model, end.path).get_parameter("weight") for end in ends]
+        matrices = {id(weight): weight.nbytes for weight in weights}
+        kept = is_tied(model) and len(ends) == 1  # the other one has it still
+        shared = plan.embedding is not None and plan.embedding.shared
+        counts = [(w.numel(), w.shape[1], end.weights) for w, end in zip(weights, ends, strict=True)]
+        counts = counts[:1] if shared else counts  # the embedding's are the output layer's
+        grids = sum(4 * count // (spec.group_size or n) for count, n, spec in counts)
         return cls(
-            rounded=sum(count for count, *_ in stored) + sum(grids),
-            packed=sum(count * spec.bits // 8 for count, spec, _ in stored) + sum(grids),
-            replaced=0 if kept else sum(weight.nbytes for weight in weights.values()),
-            made=max((16 * min(len(weight), ROWS) * weight.shape[1] for weight in weights.values()), default=0),
+            rounded=sum(count for count, *_ in counts) + grids,
+            packed=sum(count * spec.bits // 8 for count, _, spec in counts) + grids,
+            replaced=0 if kept else sum(matrices.values()),
+            made=max((16 * min(len(weight), ROWS) * weight.shape[1] for weight in weights), default=0),
         )
-
-
-def _ends(model: PreTrainedModel, plan: Plan) -> list[tuple[Tensor, QuantSpec]]:
-    """The matrices of a rounded output layer and embedding, with their grids."""
-    planned = [(end.path, end.weights) for end in (plan.head, plan.embedding) if end is not None]
-    return [(submodule(model, path).get_parameter("weight"), spec) for path, spec in planned]
 
 
 def linear_weights(block: nn.Module, plan: BlockPlan) -> list[int]:

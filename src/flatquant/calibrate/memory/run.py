@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from flatquant import distributed
 from flatquant.calibrate.activations import Place
 from flatquant.calibrate.memory import machine
-from flatquant.calibrate.memory.block import Ends, Sizes, WeightBytes
+from flatquant.calibrate.memory.block import RoundedEnds, Sizes, WeightBytes
 from flatquant.calibrate.memory.layout import Estimate, full_step, needs_all_blocks
 from flatquant.calibrate.memory.step import Step
 from flatquant.spec import FitMemory, Plan, Recipe
@@ -57,7 +57,7 @@ class Count:
         self.fragments = 1.0 if streamed else _FRAGMENTS  # `return_freed_memory`
         self.dtype_changes = device.type == "cuda" or any(p.dtype != dtype for p in parameters)
         self.ends = whole - sum(s.stored for s in self.sizes)
-        self.tables = Ends.of(model, plan)
+        self.rounded_ends = RoundedEnds.of(model, plan)
         self.fused = device.type == "cuda"
         fit, self.end_to_end = recipe.block_fit, recipe.whole_fit
         end = self.end_to_end
@@ -87,8 +87,9 @@ class Count:
         kept = self._streams(side_by_side) * self._stream
         peak = self._peak(windows, side_by_side, recompute, memory) + (kept if place == "device" else 0)
         packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
-        host = self.base + self.ends + self.tables.rounded + self._copied(memory) + (kept if place == "host" else 0)
-        ends = self.ends + self.tables.packed - self.tables.replaced
+        tables = self.rounded_ends
+        host = self.base + self.ends + tables.rounded + self._copied(memory) + (kept if place == "host" else 0)
+        ends = self.ends + tables.packed - tables.replaced
         # The file's pages stay in memory until the last of the model's own tensors is gone.
         blocks = sum(s.stored for s in self.sizes) + rounded
         host += 2 * max(s.stored for s in self.sizes) if self.streamed else blocks
@@ -175,4 +176,4 @@ class Count:
             end = chain + held.moments * weights + max(top, bottom)
             if self.dtype_changes:
                 end += self.item * self.vocab * self.hidden  # the head's weight
-        return resident + max(fold, solve + passes, learn, fit, end, self.tables.made)
+        return resident + max(fold, solve + passes, learn, fit, end, self.rounded_ends.made)

@@ -94,6 +94,20 @@ def check_packed(folder: Folder) -> None:
                 )
 
 
+def check_config(folder: Folder) -> None:
+    """Raise ModelError unless vLLM has a folder's family and computes what its plan rounds. No tensor is read."""
+    path, kind = folder.path, folder.config.get("model_type")
+    if kind not in FAMILIES:
+        raise ModelError(f"{path} is a {kind}, which is not served by vLLM; served are {', '.join(FAMILIES)}")
+    for name, value in WHEN.get(kind, {}).items():
+        if folder.config.get(name, value) != value:
+            raise ModelError(f"{path} is a {kind} with {name}={folder.config[name]}, which vLLM does not compute")
+    if folder.plan.head is not None:
+        raise ModelError(f"{path} has a rounded output layer, which vLLM does not compute; quantise without {HEAD}=")
+    if folder.plan.embedding is not None:
+        raise ModelError(f"{path} has a rounded embedding, which vLLM does not compute; quantise without {EMBEDDING}=")
+
+
 def open_folder(path: str | Path) -> Folder:
     """A folder that vLLM can serve, with every file checked.
 
@@ -104,16 +118,7 @@ def open_folder(path: str | Path) -> Folder:
     if not Path(path).is_dir():
         raise ModelError(f"{path} is no local folder; download it first: hf download {path} --local-dir DIR")
     folder = Folder.open(Path(path))
-    kind = folder.config.get("model_type")
-    if kind not in FAMILIES:
-        raise ModelError(f"{path} is a {kind}, which is not served by vLLM; served are {', '.join(FAMILIES)}")
-    for name, value in WHEN.get(kind, {}).items():
-        if folder.config.get(name, value) != value:
-            raise ModelError(f"{path} is a {kind} with {name}={folder.config[name]}, which vLLM does not compute")
-    if folder.plan.head is not None:
-        raise ModelError(f"{path} has a rounded output layer, which vLLM does not compute; quantise without {HEAD}=")
-    if folder.plan.embedding is not None:
-        raise ModelError(f"{path} has a rounded embedding, which vLLM does not compute; quantise without {EMBEDDING}=")
+    check_config(folder)
     folder.check_files()
     Parts(folder)  # the config, the plan and the tensors fit one another
     return folder

@@ -98,13 +98,14 @@ def inspect(path: Path | str, *, verify: bool = True) -> Inspection:
                 rows = packed.shape[0] if packed is not None else 0
                 rows *= 1 if site.codebook is None else site.codebook.length
                 quantised += rows * site.shape[0] * site.shape[1]
-    ends = 0
+    ends = []
     for site in end_sites(folder.plan):
         packed = stored.get(f"{site.readers[0]}.packed")
-        ends = (packed.shape[0] if packed is not None else 0) * site.shape[1]
-        quantised += ends
+        ends.append((packed.shape[0] if packed is not None else 0) * site.shape[1])
+    quantised += sum(ends)
     head, embedding = folder.plan.head, folder.plan.embedding
-    copied = ends if head is not None and head.tied and not (embedding and embedding.shared) else 0  # both are as large
+    # The matrix of both is there twice, unless they share their integers.
+    copied = ends[0] if head is not None and head.tied and not (embedding and embedding.shared) else 0
     total, parameters = sum(sizes.values()), max(dense + quantised - copied, 1)
     ours = sizes["packed"] + sizes["grids"] + sizes["transforms"]
     kv, kv16 = _kv_bytes(folder)
