@@ -65,7 +65,10 @@ class Killed(Exception):
 
 
 class Busy:
-    """Share of time in which the GPU runs a kernel, as its driver samples it; None where there is no `nvidia-smi`."""
+    """Share of time in which a GPU runs a kernel, as its driver samples it; None where there is no `nvidia-smi`."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
 
     def __enter__(self) -> Busy:
         self.values: list[float] = []
@@ -78,7 +81,7 @@ class Busy:
                 "-lms",
                 "200",
                 "-i",
-                "0",
+                str(self.index),
             ]
             self.process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
             threading.Thread(target=self._read, daemon=True).start()
@@ -157,8 +160,20 @@ def fit_operations(model: Any, recipe: Recipe) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ models and runs
 
 
-def random_llama(shape: tuple[int, ...], blocks: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
-    """A model of these shapes in host memory: normal weights, norms with a few large channels, as in real models."""
+def random_llama(
+    shape: tuple[int, ...],
+    blocks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    vocabulary: int | None = None,
+    key_bias: float = 0,
+) -> Any:
+    """A model of these shapes in host memory: normal weights, norms with a few large channels, as in real models.
+
+    With a `key_bias`, linears of attention have biases; those of keys are this large in every eighth channel, all
+    others are 0.
+    """
     hidden, intermediate, heads, kv_heads, _ = shape
     config = LlamaConfig(
         hidden_size=hidden,
@@ -167,7 +182,8 @@ def random_llama(shape: tuple[int, ...], blocks: int, dtype: torch.dtype, device
         num_key_value_heads=kv_heads,
         head_dim=hidden // heads,
         num_hidden_layers=blocks,
-        vocab_size=min(VOCABULARY, 128 * hidden),
+        vocab_size=vocabulary or min(VOCABULARY, 128 * hidden),
+        attention_bias=key_bias != 0,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
         dtype=dtype,
@@ -179,7 +195,11 @@ def random_llama(shape: tuple[int, ...], blocks: int, dtype: torch.dtype, device
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
             value = torch.randn(p.shape, generator=generator, device=device, dtype=torch.float32)
-            if p.ndim == 1:
+            if name == "bias":
+                value.zero_()
+                if path.endswith("k_proj"):
+                    value[::8] = key_bias
+            elif p.ndim == 1:
                 value = 1 + 0.2 * value
                 value[:: max(1, hidden // 4)] *= 20  # planted outliers
             else:
