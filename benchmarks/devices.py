@@ -21,10 +21,12 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from flatquant.models import find_device, load_tokenizer, resolve
 RUNGS = ("reference", "best:end_to_end.steps=150:data.samples=128")
 SCHEME = "w4a4kv4"
 SHAPES = {"llama-3-8b": LLAMA_8B, "llama-3-70b": LLAMA_70B, "tiny": TINY}
+STEPS = "end_to_end_steps.json"  # seconds of every step of an end-to-end fit, beside the model
 KEY_BIAS = 50.0  # about what Qwen2.5 has in its largest channels
 
 
@@ -67,9 +70,24 @@ def link_bytes() -> int | None:
 
 def work(model: str, rung: str, seed: int, output: str) -> None:
     """What every rank does."""
-    device = find_device()
+    device, ends = find_device(), []
+
+    def progress(stage: str, done: float, total: int) -> None:
+        if stage == "end to end":
+            ends.append(time.perf_counter())
+
     with distributed.joined(device):
-        quantize(model, ladder.Job(rung, SCHEME, seed).recipe(), output=output, seed=seed, device=device, resume=True)
+        quantize(
+            model,
+            ladder.Job(rung, SCHEME, seed).recipe(),
+            output=output,
+            seed=seed,
+            device=device,
+            resume=True,
+            progress=progress,
+        )
+        if distributed.leads():
+            (Path(output) / STEPS).write_text(json.dumps([b - a for a, b in pairwise(ends)]))
 
 
 def measured(model: str, rung: str, seed: int, count: int, kept: str | None = None) -> dict[str, Any]:
@@ -91,6 +109,7 @@ def measured(model: str, rung: str, seed: int, count: int, kept: str | None = No
         seconds, now = time.perf_counter() - start, link_bytes()
         report = json.loads((Path(output) / "flatquant_report.json").read_text())
         config = json.loads((Path(output) / "config.json").read_text())
+        steps = json.loads((Path(output) / STEPS).read_text())
     return {
         "rung": rung,
         "scheme": SCHEME,
@@ -101,6 +120,7 @@ def measured(model: str, rung: str, seed: int, count: int, kept: str | None = No
         "seconds_with_start": seconds,
         "gpu_busy": [b.share for b in busy],
         "link_bytes": None if sent is None or now is None else now - sent,
+        "end_to_end_steps": steps,
         "timing": report["timing"],
         "content_hash": config["quantization_config"]["content_hash"],
         "verdict": report["verdict"],
@@ -153,6 +173,8 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     for s in samples:
         row = found.setdefault(f"{s['rung']}, seed {s['seed']}", {"stages": {}, "hashes": {}, "kl": {}})
         row["stages"][str(s["devices"])] = s["timing"]
+        if later := s["end_to_end_steps"][len(s["end_to_end_steps"]) // 2 :]:
+            row.setdefault("step_seconds", {})[str(s["devices"])] = statistics.median(later)
         row["hashes"][str(s["devices"])] = s["content_hash"]
         row["kl"][str(s["devices"])] = (s["verdict"] or {}).get("kl")
     for row in found.values():

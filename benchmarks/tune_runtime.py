@@ -216,11 +216,9 @@ class HeadCase(Case):
     n: int
 
     def variants(self) -> list[Variant]:
-        if self.tokens == 1:
-            sizes = ((2, 4096, 4), (4, 2048, 4), (4, 1024, 4), (8, 1024, 8), (16, 256, 4), (4, 512, 2), (1, 4096, 4))
-        else:
-            sizes = ((32, 128, 4), (64, 256, 4), (128, 128, 8), (64, 64, 4), (32, 256, 4))
-        return [{}, *({"rows": r, "columns": k, "warps": w} for r, k, w in sizes)]
+        sizes = ((32, 256, 4, 2), (32, 256, 4, 4), (32, 256, 4, 5), (16, 256, 4, 4), (32, 512, 4, 3), (16, 512, 4, 3))
+        sizes += ((32, 128, 4, 5), (32, 256, 8, 4), (16, 256, 2, 4), (64, 128, 4, 5))
+        return [{}, *({"rows": r, "columns": k, "warps": w, "stages": s} for r, k, w, s in sizes)]
 
     def prepare(self, device: torch.device, small: bool) -> Prepared:
         from flatquant import bench
@@ -229,8 +227,7 @@ class HeadCase(Case):
         x = torch.randn(self.tokens, self.n, device=device, dtype=_dtype(device))
 
         def call(i: int, variant: Variant) -> Tensor:
-            kernel = heads_of_8_bits.vector if self.tokens == 1 else heads_of_8_bits.few
-            return kernel(x, packed[i], scale, None, **variant)
+            return heads_of_8_bits.few(x, packed[i], scale, None, **variant)
 
         def error(variant: Variant) -> float:
             return bench.relative_error(call(0, variant), head_reference.int8_linear(x.float(), packed[0], scale, None))

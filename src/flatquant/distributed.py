@@ -15,9 +15,10 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from flatquant.errors import RankError, one_line
 
 _NEVER = timedelta(days=30)
 _NOTE = "note"  # the entry of a message that holds its JSON
-_BUCKET = 1 << 22  # elements that are summed over ranks at a time
+_foreach_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+_BUCKET = 1 << 25  # elements that are summed over ranks at a time
 _GRACE = 30.0  # seconds in which a launcher is expected to end a rank that has lost another
 _KEPT = "what is done is kept; repeat the command to go on, quantize with --resume"
 
@@ -204,17 +206,27 @@ def summed(tensor: Tensor) -> Tensor:
 
 def _sum(tensors: Sequence[Tensor]) -> None:
     """Sums over ranks, in place; small tensors together."""
-    bucket: list[Tensor] = []
-    for i, tensor in enumerate(tensors):
-        bucket.append(tensor)
-        if i + 1 < len(tensors) and sum(t.numel() for t in bucket) < _BUCKET:
-            continue
+    for bucket in _buckets(tensors):
         flat = torch.cat([t.flatten() for t in bucket])
         with _reaching():
             dist.all_reduce(flat)
-        for t, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-            t.copy_(total.view_as(t))
-        bucket = []
+        totals = flat.split([t.numel() for t in bucket])
+        _foreach_copy(bucket, [total.view_as(t) for t, total in zip(bucket, totals, strict=True)])
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype that follow one another, each time until they have `_BUCKET` elements."""
+    for _, alike in groupby(tensors, key=lambda t: t.dtype):
+        bucket: list[Tensor] = []
+        elements = 0
+        for tensor in alike:
+            bucket.append(tensor)
+            elements += tensor.numel()
+            if elements >= _BUCKET:
+                yield bucket
+                bucket, elements = [], 0
+        if bucket:
+            yield bucket
 
 
 @contextmanager

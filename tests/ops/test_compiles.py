@@ -29,7 +29,7 @@ def test_kernels_compile(capability: int) -> None:
     found = {name: tuple(usage) for name, usage in json.loads(done.stdout).items()}
     kernels = {name.split()[0].rstrip(",") for name in found}
     assert kernels >= {"gate", "norm", "plain", "merge", "vector", "few", "expand", "scaled", "append", "attend"}
-    assert kernels >= {"vector8", "few8", "paged"}
+    assert kernels >= {"few8", "paged"}
     assert {name: shared for name, (shared, _) in found.items() if shared > SHARED[capability]} == {}
     if capability == 90:  # elsewhere sites of many channels are right, and slow
         limits = {name: WIDE if "x 224" in name else SPILLED for name in found}

@@ -53,12 +53,10 @@ def make(tokens: int, o: int, n: int, bias: bool, dtype: torch.dtype, g: torch.G
 def test_kernels_are_the_reference(tokens: int, o: int, n: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
     args = make(tokens, o, n, bias, dtype, torch.Generator().manual_seed(seed))
     want = reference.int8_linear(*args)
-    few = partial(fused.few, columns=32)
-    kernels = [few, fused.few] if tokens > 1 else [few, fused.vector, partial(fused.vector, rows=2, columns=32)]
     size = float((args[0].float().abs() @ (args[1].float() - 128).abs().mT * args[2]).max())
     # Sums of n products in float32 grow apart with the root of n (Higham and Mary, 2019); then they are rounded.
     apart = (n**0.5 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps) * size
-    for kernel in (*kernels, partial(op.many, rows=5)):
+    for kernel in (fused.few, partial(fused.few, rows=64, columns=32), partial(op.many, rows=5)):
         y = kernel(*args)
         assert y.dtype == dtype
         torch.testing.assert_close(y, want, rtol=2 * torch.finfo(dtype).eps, atol=apart)

@@ -43,7 +43,7 @@ def _run(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
         return many(x, packed, scale, bias)
     from flatquant.ops.int8_linear import triton
 
-    return (triton.vector if x.shape[0] == 1 else triton.few)(x, packed, scale, bias)
+    return triton.few(x, packed, scale, bias)
 
 
 def many(

@@ -1,8 +1,8 @@
-"""Products with weights of 8 bits: one token, or a few. Both move the weights once and are bound by that.
+"""Products of at most a few tokens with weights of 8 bits, which move the weights once and are bound by that.
 
-A stored byte is 128 too large; flipping its top bit makes an int8 of it. One token (`_vector`): a program holds R rows
-and walks along them, in float32. A few tokens (`_few`): the same walk with the matrix units, which need 16 columns, in
-the dtype of the tokens, where integers up to 128 are exact; sums are float32.
+A program holds R rows and walks along them with the matrix units, which need 16 columns: one token is as fast as 16. A
+stored byte is 128 too large; flipping its top bit makes an int8 of it. Products are in the dtype of the tokens, where
+integers up to 128 are exact; sums are float32.
 """
 
 from __future__ import annotations
@@ -13,24 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flatquant.ops.triton import on_device
-
-
-@triton.jit
-def _vector(
-    x_ptr, w_ptr, ws_ptr, bias_ptr, y_ptr, O, N, BIAS: tl.constexpr, R: tl.constexpr, K: tl.constexpr
-):  # fmt: skip
-    r = tl.program_id(0) * R + tl.arange(0, R)
-    inside = r < O
-    acc = tl.zeros((R, K), tl.float32)
-    for start in range(0, N, K):
-        k = start + tl.arange(0, K)[None, :]
-        w = tl.load(w_ptr + r[:, None].to(tl.int64) * N + k, mask=inside[:, None] & (k < N), other=0)
-        x = tl.load(x_ptr + k, mask=k < N, other=0.0).to(tl.float32)  # (1, K)
-        acc += (w ^ 0x80).to(tl.int8, bitcast=True).to(tl.float32) * x
-    y = tl.sum(acc, axis=1) * tl.load(ws_ptr + r, mask=inside, other=0.0)
-    if BIAS:
-        y += tl.load(bias_ptr + r, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + r, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -56,30 +38,18 @@ def _few(
 
 
 @on_device
-def vector(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, rows: int = 8, columns: int = 512, warps: int = 4
-) -> Tensor:  # fmt: skip
-    """`reference.int8_linear` of one token.  # (1, n)"""
-    x, (o, n) = x.contiguous(), packed.shape
-    y = torch.empty((1, o), dtype=x.dtype, device=x.device)
-    _vector[(triton.cdiv(o, rows),)](
-        x, packed, scale, bias, y, o, n, BIAS=bias is not None, R=rows,
-        K=min(columns, triton.next_power_of_2(n)), num_warps=warps,
-    )  # fmt: skip
-    return y
-
-
-@on_device
 def few(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, rows: int = 64, columns: int = 128, warps: int = 4
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *,
+    rows: int | None = None, columns: int | None = None, warps: int = 4, stages: int = 3,
 ) -> Tensor:  # fmt: skip
     """`reference.int8_linear` of at most `FEW` tokens.  # (T, n)"""
     x, (o, n) = x.contiguous(), packed.shape  # the last tokens of several texts lie apart
     tokens = x.shape[0]
     y = torch.empty((tokens, o), dtype=x.dtype, device=x.device)
+    rows, columns = rows or (32 if tokens <= 16 else 64), columns or (256 if tokens <= 16 else 128)
     _few[(triton.cdiv(o, rows),)](
         x, packed, scale, bias, y, tokens, o, n, BIAS=bias is not None, R=rows,
         TP=max(16, triton.next_power_of_2(tokens)), K=min(columns, max(16, triton.next_power_of_2(n))),
-        num_warps=warps,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
