@@ -5,6 +5,13 @@ import sys
 import tomllib
 from pathlib import Path
 
-project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-for requirement in project["dependencies"] + project["optional-dependencies"]["dev"]:
-    sys.stdout.write(re.sub(r",<=?[\w.]+", "", requirement) + "\n")
+
+def requirements() -> list[str]:
+    """As pip takes them."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    both = project["dependencies"] + project["optional-dependencies"]["dev"]
+    return [re.sub(r",<=?[\w.]+", "", requirement) for requirement in both]
+
+
+if __name__ == "__main__":
+    sys.stdout.writelines(requirement + "\n" for requirement in requirements())
