@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import gc
 import hashlib
+import json
 import math
 import shutil
 import statistics
@@ -36,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.common import commit, read_samples, write_result
 from flatquant import api
 from flatquant.calibrate.memory import Estimate, Limits, estimate
+from flatquant.calibrate.optimise import EAGER_STEPS, Optimiser
 from flatquant.calibrate.pipeline import calibrate
 from flatquant.calibrate.state import RunState, fingerprint
 from flatquant.data import calibration_tokens
@@ -226,6 +228,73 @@ def plain_layout(model: Any, recipe: Recipe, device: torch.device, dtype: torch.
     return estimate(model, plan, recipe, shape=shape, device=device, dtype=dtype, **options)
 
 
+class StepProfile:
+    """Kernels and launches of a few recorded steps of a fit: the last of the first blocks that are fitted."""
+
+    STEPS = 6
+
+    def __init__(self, device: torch.device, side_by_side: int) -> None:
+        self.device, self.calls = device, self.STEPS * side_by_side
+        self.start = 0.0
+        self.found: dict[str, Any] = {}
+
+    def __enter__(self) -> StepProfile:
+        self.real, self.seen = Optimiser.step, 0
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        profiler = torch.profiler.profile(activities=activities)
+        skipped = 2 * (EAGER_STEPS + 1) * self.calls // self.STEPS  # eager steps, the recording, and some replays
+
+        def step(optimiser: Optimiser, *batch: torch.Tensor) -> torch.Tensor:
+            if self.seen == skipped:
+                self._wait()
+                profiler.start()
+                self.start = time.perf_counter()
+            loss = self.real(optimiser, *batch)
+            self.seen += 1
+            if self.seen == skipped + self.calls:
+                self._wait()
+                seconds = time.perf_counter() - self.start
+                profiler.stop()
+                with tempfile.NamedTemporaryFile(suffix=".json") as file:
+                    profiler.export_chrome_trace(file.name)
+                    self.found = self._read(json.loads(Path(file.name).read_text())["traceEvents"], seconds)
+            return loss
+
+        Optimiser.step = step
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Optimiser.step = self.real
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _read(self, events: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+        kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+        launches = [e["dur"] for e in events if e.get("cat") == "cuda_runtime" and e["name"] == "cudaGraphLaunch"]
+        busy, end = 0.0, 0.0
+        for e in sorted(kernels, key=lambda e: e["ts"]):
+            busy += max(0.0, e["ts"] + e["dur"] - max(end, e["ts"]))
+            end = max(end, e["ts"] + e["dur"])
+        by_name: dict[str, list[float]] = {}
+        for e in kernels:
+            by_name.setdefault(e["name"][:110], []).append(e["dur"])
+        largest = sorted(by_name.items(), key=lambda kv: -sum(kv[1]))[:40]
+        return {
+            "milliseconds": seconds * 1e3 / self.calls,  # of a step of a block, the profiler's own time included
+            "kernels": len(kernels) / self.calls,
+            "kernel_milliseconds": sum(e["dur"] for e in kernels) / 1e3 / self.calls,
+            "busy_milliseconds": busy / 1e3 / self.calls,
+            "short_kernels": sum(e["dur"] < 4 for e in kernels) / self.calls,  # microseconds
+            "graph_launches": len(launches) / self.calls,
+            "graph_launch_milliseconds": sum(launches) / 1e3 / self.calls,
+            "largest": [[name, len(d) / self.calls, sum(d) / 1e3 / self.calls] for name, d in largest],
+        }
+
+
 class Epochs:
     """Seconds of every epoch of a fit: the fit waits for the device after each."""
 
@@ -340,6 +409,23 @@ class Bench:
         run = measured_run(model, recipe, tokens, self.device, dtype)
         fit = run["stages"]["fit"]
         yield {**settings, **run, "limit": limit, "fit_over_limit": fit / limit["seconds_at_product_rate"]}
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """(a) Where the time of a step goes, with as many blocks side by side as a GPU is given, and with one."""
+        dtype = torch.float16 if self.gpu else torch.float32
+        blocks, epochs = (1, 8) if self.tiny else (6, 2)
+        data = DataSpec(samples=4, seqlen=32) if self.tiny else DataSpec(samples=64)
+        fit = FitSpec(epochs=epochs, batch_size=2 if self.tiny else 4)
+        recipe = dataclasses.replace(REFERENCE, data=data, fit=fit)
+        for side_by_side in sorted({1, blocks}):
+            model, _ = load_model(self.args.model, dtype=dtype)
+            del model.model.layers[blocks:]
+            model.config.num_hidden_layers = blocks
+            layout = plain_layout(model, recipe, self.device, dtype, side_by_side=side_by_side)
+            with clean(self.device), StepProfile(self.device, side_by_side) as profile:
+                tokens = random_tokens(model, data)
+                calibrate(model, recipe, tokens, device=self.device, dtype=dtype, layout=layout)
+            yield {**self.settings(model, recipe, blocks), "side_by_side": side_by_side, **profile.found}
 
     def large(
         self,
@@ -515,6 +601,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "llama-3-70b-batch-1": lambda b: b.large(LLAMA_70B, 1, 1, 2, limit=40 << 30),
     "llama-3-70b-batch-4-in-parts": lambda b: b.large(LLAMA_70B, 1, 4, 2, windows=1),
     "smollm2": Bench.smollm2,
+    "steps": Bench.steps,
     "growth": Bench.growth,
     "streamed": Bench.streamed,
 }
@@ -580,9 +667,10 @@ def main() -> int:
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--name", default=NAME, help="of the results file")
     parser.add_argument("--tiny", action="store_true", help="a dry run that measures nothing")
     args = parser.parse_args()
-    bench, path = Bench(args), Path(args.out) / f"{NAME}.json"
+    bench, path = Bench(args), Path(args.out) / f"{args.name}.json"
     begin, failed = time.perf_counter(), []
     for part in args.only:
         start = time.perf_counter()
@@ -605,7 +693,7 @@ def main() -> int:
 
 def _keep(path: Path, sample: dict[str, Any]) -> None:
     samples = [*read_samples(path), sample]
-    write_result(path, NAME, seeds=[0], metrics=metrics(samples), samples=samples)
+    write_result(path, path.stem, seeds=[0], metrics=metrics(samples), samples=samples)
     brief = {k: v for k, v in sample.items() if k not in ("losses", "estimate", "commit")}
     print(brief, flush=True)
 
