@@ -70,6 +70,13 @@ END_TO_END = {
     "weights": dataclasses.replace(
         FIT, end_to_end=dataclasses.replace(STEPS, weight_lr=1e-3, batch_size=4), solver=SolverSpec(kind="gptq")
     ),
+    "sharded": dataclasses.replace(
+        FIT, end_to_end=dataclasses.replace(STEPS, weight_lr=1e-3, batch_size=4, memory="sharded")
+    ),
+    # On three ranks, one has no window. Its batches are taken in parts.
+    "sharded, few windows": dataclasses.replace(
+        FIT, end_to_end=dataclasses.replace(STEPS, weight_lr=1e-3, memory="sharded")
+    ),
     # On three ranks, one has no window. Nothing is rounded but stored weights, to bfloat16: where ranks sum gradients,
     # one weight in thousands has another last bit, and on grids of 4 bits that alone would move a loss.
     "compact": dataclasses.replace(
@@ -172,7 +179,7 @@ class Trials:
         """By mode and ranks, how far the loss of every step is from one rank's, relatively."""
         far: dict[str, list[float]] = {}
         for name, recipe in END_TO_END.items():
-            alone = _fitted(self.whole(name, recipe, 1))
+            alone = _fitted(self.whole(name, _undivided(recipe), 1))
             for ranks in (2, 3):
                 found = _fitted(self.whole(name, recipe, ranks))
                 pairs = zip(alone["losses"], found["losses"], strict=True)
@@ -281,9 +288,19 @@ class Trials:
             result["left"] += [p.name for p in self.work.glob(f"{output.name}.*")]
         return result
 
-    def end_to_end_resumed(self) -> list[str]:
-        """What differs from an end-to-end fit on two ranks if it is interrupted and goes on."""
-        output, recipe = self.work / "interrupted", END_TO_END["end to end"]
+    def end_to_end_resumed(self) -> dict[str, list[str]]:
+        """What differs from end-to-end fits on two ranks if they are interrupted and go on."""
+        return {name: self._resumed(name, 2) for name in ("end to end", "sharded")}
+
+    def sharded_resumed(self) -> list[float]:
+        """How far losses are from one rank's where two ranks divide weights, and three go on."""
+        self._resumed("sharded", 3)
+        alone = _fitted(self.whole("sharded", _undivided(END_TO_END["sharded"]), 1))
+        found = _fitted(self.work / "interrupted sharded 3")
+        return [abs(b - a) / a for a, b in zip(alone["losses"], found["losses"], strict=True)]
+
+    def _resumed(self, name: str, again: int) -> list[str]:
+        output, recipe = self.work / f"interrupted {name} {again}", END_TO_END[name]
 
         def body() -> None:
             end2end.SAVE_EVERY = 2
@@ -296,10 +313,44 @@ class Trials:
 
         found = codes(start(2, body))
         assert 7 in found, found
-        assert (self.work / "interrupted.partial" / "end-to-end.safetensors").is_file()
-        found = codes(start(2, self.quantise(recipe, output, resume=True)))
-        assert found == [0, 0], found
-        return differing(self.whole("end to end", recipe, 2), output)
+        assert (output.with_name(f"{output.name}.partial") / "end-to-end.safetensors").is_file()
+        found = codes(start(again, self.quantise(recipe, output, resume=True)))
+        assert found == [0] * again, found
+        return differing(self.whole(name, recipe, 2), output)
+
+    def sharded_undone(self) -> dict[str, Any]:
+        """Fits whose rates make the model worse, on one rank and, with weights divided, on two: what the reports say,
+        and what the folders differ in."""
+        end = EndToEndSpec(steps=3, batch_size=2, weight_lr=0.5, lr=0.3, memory="sharded")
+        recipe = dataclasses.replace(FIT, data=DataSpec(samples=8, seqlen=256), end_to_end=end)
+        outputs = [self.whole("undone", made, ranks) for made, ranks in ((_undivided(recipe), 1), (recipe, 2))]
+        return {"reports": [_fitted(output) for output in outputs], "different": differing(*outputs)}
+
+    def sharded_memory(self) -> list[list[float]]:
+        """Of each rank, the most bytes of tensors while weights are divided, and their estimate."""
+        from flatquant.calibrate.memory import Limits
+        from flatquant.calibrate.pipeline import calibrate
+        from tests.calibrate.test_memory import counted
+        from tests.tensor_bytes import TensorBytes
+        from tests.tiny_models import tiny_llama
+
+        end = EndToEndSpec(steps=1, batch_size=2, weight_lr=1e-4, memory="sharded")
+        recipe = dataclasses.replace(FIT, data=DataSpec(samples=2, seqlen=32), fit=None, end_to_end=end)
+
+        def body() -> None:
+            model = tiny_llama(hidden=128, intermediate=352, layers=12)
+            tokens = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(0))
+            with distributed.joined(CPU):
+                roomy = counted(model, recipe)
+                want = counted(model, recipe, limits=Limits(host=roomy.host - 1))
+                assert want.recompute
+                with TensorBytes() as tensors:
+                    calibrate(model, recipe, tokens, device=CPU, dtype=torch.float32, layout=want)
+                file = self.work / f"memory {distributed.rank()}.json"
+                file.write_text(json.dumps([tensors.peak, want.device]))
+
+        assert codes(start(2, body)) == [0, 0]
+        return [json.loads((self.work / f"memory {rank}.json").read_text()) for rank in range(2)]
 
     def command(self, ranks: int, *arguments: str, patch: Callable[[], None] = lambda: None) -> tuple[list[int], str]:
         """The command line on so many ranks: exit codes, and what is written to stderr and stdout."""
@@ -396,6 +447,15 @@ class Trials:
         with store.held(self.work / "held.partial"):
             result["held"] = self.command(ranks, *self.quantise_command(self.work / "held"))
         return result
+
+
+def _undivided(recipe: Recipe) -> Recipe:
+    """The recipe whose ranks do not divide weights."""
+    end = recipe.end_to_end
+    assert end is not None
+    if end.memory != "sharded":
+        return recipe
+    return dataclasses.replace(recipe, end_to_end=dataclasses.replace(end, memory="full"))
 
 
 def _fitted(output: Path) -> dict[str, Any]:

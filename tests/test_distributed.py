@@ -79,7 +79,7 @@ def test_blocks_have_the_same_bytes_on_any_number_of_ranks(trials, modes: str) -
 
 def test_an_end_to_end_fit_is_that_of_one_rank_but_for_the_order_of_sums(trials) -> None:
     far = found(trials, "data_parallel")
-    assert len(far) == 6
+    assert len(far) == 10
     for name, steps in far.items():
         # The second loss has the first update in it. Later a weight may round the other way. A gradient in bfloat16
         # has other last bits if ranks sum it.
@@ -149,7 +149,27 @@ def test_a_run_that_lost_a_rank_goes_on_with_other_numbers_of_ranks(trials) -> N
 
 
 def test_an_end_to_end_fit_goes_on_where_it_was(trials) -> None:
-    assert found(trials, "end_to_end_resumed") == []
+    assert found(trials, "end_to_end_resumed") == {"end to end": [], "sharded": []}
+
+
+def test_divided_weights_go_on_with_another_number_of_ranks(trials) -> None:
+    steps = found(trials, "sharded_resumed")
+    assert max(steps[:2]) < 1e-5
+    assert max(steps) < 0.2
+
+
+def test_a_fit_of_divided_weights_that_made_the_model_worse_is_undone(trials) -> None:
+    result = found(trials, "sharded_undone")
+    alone, divided = result["reports"]
+    assert alone["undone"]
+    assert divided["undone"]
+    assert divided["losses"][:2] == pytest.approx(alone["losses"][:2], rel=1e-5)
+    assert "model.safetensors" not in result["different"]
+
+
+def test_divided_weights_take_a_share_and_a_gathered_block(trials) -> None:
+    for peak, estimated in found(trials, "sharded_memory"):
+        assert estimated == pytest.approx(peak, rel=0.25)
 
 
 def test_failures_are_one_line_that_names_the_rank(trials) -> None:

@@ -238,6 +238,17 @@ def _reaching() -> Iterator[None]:
         raise RankError(f"another rank has ended ({one_line(error)}); {_KEPT}") from error
 
 
+@contextmanager
+def reaching_in_passes() -> Iterator[None]:
+    """Likewise of connections that torch uses inside of forward and backward passes, among other errors of these."""
+    try:
+        yield
+    except RuntimeError as error:
+        if size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        raise RankError(f"another rank has ended ({one_line(error)}); {_KEPT}") from error
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 

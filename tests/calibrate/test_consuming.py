@@ -6,12 +6,12 @@ import dataclasses
 import gc
 import math
 import weakref
-from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from flatquant import distributed
 from flatquant.calibrate import end2end
 from flatquant.calibrate.consuming import ConsumingAdam
 from flatquant.calibrate.memory import Limits, WeightBytes
@@ -22,12 +22,14 @@ from flatquant.cli.options import recipe_of
 from flatquant.errors import CalibrationError, SpecError
 from flatquant.modules import GROUPS
 from flatquant.recipes import flatquant
-from flatquant.spec import DataSpec, EndToEndSpec, FitMemory, Recipe
+from flatquant.spec import DataSpec, EndToEndSpec, FitMemory, Recipe, SolverSpec
 from tests.calibrate.test_memory import counted
 from tests.calibrate.test_optimise import Recorded
 from tests.laws import CPU, calibrated, family, quick, same_bytes, tokens_for, varied
 from tests.tensor_bytes import TensorBytes
 from tests.tiny_models import tiny_llama
+
+MEMORIES: tuple[FitMemory, ...] = ("full", "compact", "transforms")  # of one rank
 
 
 class Problem:
@@ -236,7 +238,7 @@ def test_a_compact_fit_gets_nearly_as_far(model) -> None:
     gain: dict[str, float] = {}
     for seed in range(3):
         start = varied(copy.deepcopy(model), seed)
-        for memory in get_args(FitMemory):
+        for memory in MEMORIES:
             end = EndToEndSpec(steps=24, batch_size=4, lr=1e-3, clip_lr=1e-2, weight_lr=2e-3, memory=memory)
             recipe = quick("w2a16", samples=4, seqlen=24, end_to_end=end)
             losses = calibrated(start, recipe)[2].end_to_end.losses
@@ -334,16 +336,22 @@ def test_bytes_of_a_weight() -> None:
     assert total("full") == 16
     assert total("compact") == 5 + 8 / 256
     assert total("transforms") == 2
+    shared = WeightBytes.of(spec, "sharded", torch.bfloat16, 4)
+    assert shared.stored + shared.moments + shared.gradient == 4
     assert total("transforms", torch.float32) == 4
+
+
+def laid_out_as(model, memory: str, limit: int, **changes: object):
+    end = EndToEndSpec(steps=2, batch_size=2, weight_lr=1e-4, memory=memory)  # type: ignore[arg-type]
+    recipe = held("full", fit=None, end_to_end=end, **changes)
+    return counted(model, recipe, "cuda", torch.float16, limits=Limits(device=limit, host=1 << 60))
 
 
 def test_auto_takes_the_full_fit_where_it_fits_and_then_the_compact_one() -> None:
     model = tiny_llama(hidden=256, intermediate=704, layers=8)
 
     def laid_out(memory: str, limit: int):
-        end = EndToEndSpec(steps=2, batch_size=2, weight_lr=1e-4, memory=memory)  # type: ignore[arg-type]
-        recipe = held("full", fit=None, end_to_end=end)
-        return counted(model, recipe, "cuda", torch.float16, limits=Limits(device=limit, host=1 << 60))
+        return laid_out_as(model, memory, limit)
 
     roomy = laid_out("full", 1 << 60)
     chosen: list[str] = []
@@ -361,6 +369,33 @@ def test_auto_takes_the_full_fit_where_it_fits_and_then_the_compact_one() -> Non
     assert "weights trained in 5 bytes each" in str(laid_out("compact", roomy.device))
 
 
+def test_auto_divides_weights_among_ranks_where_nothing_else_fits(monkeypatch) -> None:
+    model = tiny_llama(hidden=256, intermediate=704, layers=24)
+    alone = laid_out_as(model, "compact", 1 << 60)
+    monkeypatch.setattr(distributed, "size", lambda: 8)
+    least = {memory: laid_out_as(model, memory, 1 << 60).device for memory in ("full", "compact", "sharded")}
+    assert least["sharded"] < least["compact"] < least["full"]
+    assert alone.device <= least["compact"]
+    assert laid_out_as(model, "auto", least["full"]).memory == "full"
+    chosen = [laid_out_as(model, "auto", limit) for limit in (least["compact"], least["sharded"])]
+    assert [layout.memory for layout in chosen] == ["compact", "sharded"]
+    assert "of each of 8 ranks" in str(chosen[1])
+    assert "weights trained in float32, divided among ranks" in str(chosen[1])
+    with pytest.raises(CalibrationError, match="more than was allowed"):
+        laid_out_as(model, "auto", least["sharded"] // 2)
+
+
+def test_where_ranks_cannot_divide_weights(monkeypatch) -> None:
+    model = tiny_llama()
+    with pytest.raises(CalibrationError, match=r"^sharded weights are divided among ranks, and there is one: [^\n]*$"):
+        laid_out_as(model, "sharded", 1 << 60)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    adaptive = SolverSpec(kind="gptq", hessian="output_adaptive")
+    with pytest.raises(CalibrationError, match=r"^output-adaptive Hessians need all weights on every rank[^\n]*$"):
+        laid_out_as(model, "sharded", 1 << 60, solver=adaptive)
+    assert laid_out_as(model, "auto", 1 << 60, solver=adaptive).memory == "full"
+
+
 # ------------------------------------------------------------------------------------------- the option
 
 
@@ -371,7 +406,7 @@ def test_the_option_changes_how_weights_are_held() -> None:
     assert made.end_to_end is not None
     assert made.end_to_end.memory == "compact"
     for preset in ("best", "reference"):  # the word is looked at first
-        with pytest.raises(SpecError, match="'small' is not one of 'full', 'compact', 'transforms', 'auto'"):
+        with pytest.raises(SpecError, match="'small' is not one of 'full', 'compact', 'transforms', 'sharded', 'auto'"):
             recipe_of("flatquant", "w4a4kv4", preset, *arguments[2:], weight_memory="small")
     for preset, hint in (("reference", ", or take --preset best"), ("quick", ", or take --preset best")):
         with pytest.raises(SpecError, match=f"trains no weights end to end: leave out --weight-memory{hint}$"):

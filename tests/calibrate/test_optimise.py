@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flatquant.calibrate.optimise import EAGER_STEPS, Optimiser, cosine, linear
+from flatquant.calibrate.optimise import EAGER_STEPS, Optimiser
+from flatquant.calibrate.rates import cosine, linear
 from flatquant.modules import GROUPS
 
 

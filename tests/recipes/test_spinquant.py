@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from flatquant.calibrate.cayley import CayleySGD, cayley_step
-from flatquant.calibrate.optimise import Optimiser, cosine
+from flatquant.calibrate.optimise import Optimiser
 from flatquant.calibrate.pipeline import calibrate
+from flatquant.calibrate.rates import cosine
 from flatquant.calibrate.state import RunState
 from flatquant.errors import SpecError
 from flatquant.modules import GROUPS

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.capture import BlockCall
-from flatquant.calibrate.optimise import Optimiser, rates_of
+from flatquant.calibrate.optimise import Optimiser
+from flatquant.calibrate.rates import rates_of
 from flatquant.errors import CalibrationError, FitWarning
 from flatquant.modules import Bounded, Scheduled
 from flatquant.spec import FitSpec

@@ -6,8 +6,8 @@ pass: its logits are one product away. The other objective, cross entropy with t
 
 Where memory is short, weights are held in 5 bytes instead of 16 while they train (`EndToEndSpec.memory`).
 
-Several ranks divide the windows of every step and add up their gradients (data parallelism by all-reduce: every rank
-has all parameters and moments, `fully_shard` is not used). Sums then have another order, and the last bits differ.
+Several ranks divide the windows of every step and add up their gradients. Sums then have another order, and the last
+bits differ. Every rank has all parameters and moments, or a share of the weights with theirs (`sharding`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flatquant import distributed
@@ -29,7 +30,9 @@ from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.blockwise import UNDONE, autocast, grown, named, safer, wide
 from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.memory import splits
-from flatquant.calibrate.optimise import Optimiser, rates_of
+from flatquant.calibrate.optimise import Optimiser
+from flatquant.calibrate.rates import rates_of
+from flatquant.calibrate.sharding import Shards, own
 from flatquant.errors import CalibrationError, FitWarning
 from flatquant.modules import Bounded, trainable_parameters
 from flatquant.ops.divergence import kl_rows
@@ -82,9 +85,10 @@ def fit_end_to_end(
     windows: int | None = None,
     recompute: bool = False,
     memory: FitMemory = "full",
+    shards: Shards | None = None,
     seed: int = 0,
     held_out: HeldOutModel | None = None,
-    start: tuple[int, list[float], dict[str, Tensor], torch.dtype] | None = None,
+    start: tuple[int, list[float], Mapping[str, Tensor], torch.dtype] | None = None,
     save: Callable[[int, list[float], dict[str, Tensor], torch.dtype], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FittedModel:
@@ -107,6 +111,7 @@ def fit_end_to_end(
         windows: of a batch that are worked on at a time; by default all.
         recompute: each block in the backward pass, instead of keeping what it has computed in the forward pass.
         memory: how weights are held, see `EndToEndSpec`; they are in `stored_dtype` already.
+        shards: has the weights of all blocks, where ranks divide them. They stay divided.
         seed: of the chance by which weights of a compact fit are rounded.
         save: keeps the state at the end, and every `SAVE_EVERY` steps unless that would slow the fit by more than a
             twentieth.
@@ -120,17 +125,24 @@ def fit_end_to_end(
     if moves_weights:
         for fit in fits:
             fit.release_weights()
+    if shards is not None:
+        shards.seal()
     roots = [root for fit in fits for root in fit.roots()]
     parameters = trainable_parameters(*roots)  # what blocks share, once
     if not any(parameters.values()):
         return FittedModel(losses=[])
 
+    def through(call: BlockCall, block: nn.Module, x: Tensor) -> Tensor:
+        if not recompute:
+            return call(block, x)
+        return cast(Tensor, checkpoint(call, block, x, use_reentrant=False, preserve_rng_state=False))
+
     def student(calls: Sequence[BlockCall], windows: Tensor, x: Tensor) -> Tensor:
-        for fit, call in zip(fits, (call.of(windows) for call in calls), strict=True):
-            if recompute:
-                x = cast(Tensor, checkpoint(call, fit.block, x, use_reentrant=False, preserve_rng_state=False))
-            else:
-                x = call(fit.block, x)
+        passes = [partial(through, call.of(windows), fit.block) for fit, call in zip(fits, calls, strict=True)]
+        if shards is not None:
+            return head(shards(x, passes))
+        for run in passes:
+            x = run(x)
         return head(x)
 
     def measure(calls: Sequence[BlockCall], windows: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -152,11 +164,16 @@ def fit_end_to_end(
         with shared_inverses(roots):
             return torch.cat([measure(held_out.calls, *window) for window in windows]).cpu()
 
-    def loss_fn(windows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = measure(calls, windows, x, y).mean()
+    def loss_fn(windows: Tensor, x: Tensor, y: Tensor, *counts: Tensor) -> tuple[Tensor, Tensor]:
+        losses = measure(calls, windows, x, y)
+        for count in counts:  # (B,)
+            losses = losses.unflatten(0, (len(count), -1)) * count[:, None]
+        loss = losses.mean()
         return loss * (_SHARES[spec.objective] * x.shape[0] * x.shape[1]), loss
 
     ours = distributed.share(spec.batch_size)  # windows of a batch
+    # Ranks that gather weights for one another have equally many; those too many are others', and do not count.
+    taken = len(ours) if shards is None else math.ceil(spec.batch_size / distributed.size())
     rates, floors = rates_of(spec, _SHARES[spec.objective] * spec.batch_size * inputs.shape[1])
     optimiser = Optimiser(
         parameters,
@@ -166,16 +183,17 @@ def fit_end_to_end(
         eps=spec.eps,
         loss_fn=loss_fn,
         graph=graph,
-        splits=splits(len(ours), windows or len(ours)) if ours else 1,
-        share=len(ours) / spec.batch_size if distributed.size() > 1 else None,
+        splits=splits(taken, windows or taken) if taken else 1,
+        share=taken / spec.batch_size if distributed.size() > 1 else None,
         bounded=[m for root in roots for m in root.modules() if isinstance(m, Bounded)],
         around=lambda: shared_inverses(roots),
         consumes=consumes,
+        sharded=shards is not None,
         seed=seed,
     )
     losses: list[float] = []
     done, numbers = 0, torch.arange(inputs.shape[0], device=inputs.device)
-    first = None if held_out is None else [p.detach().cpu().clone() for p in optimiser.parameters]
+    first = None if held_out is None else [own(p).cpu().clone() for p in optimiser.parameters]
     start_losses = None if held_out is None else held_out_losses(held_out)
     before = None if start_losses is None else float(start_losses.mean())
 
@@ -183,7 +201,7 @@ def fit_end_to_end(
         assert first is not None
         with torch.no_grad():
             for p, value in zip(optimiser.parameters, first, strict=True):
-                p.copy_(value)
+                own(p).copy_(value)
 
     plain_losses = None
     if held_out is not None:
@@ -208,14 +226,24 @@ def fit_end_to_end(
             dtype = reached
             _widen(fits)
 
+    counts = [] if shards is None else [(torch.arange(taken, device=inputs.device) < len(ours)).float()]
+
     def stepped(step: int) -> float:
-        count = max(len(ours), int(consumes))  # a rank without windows takes part in sums inside the backward pass
-        rows = (cyclic(kept, step * spec.batch_size + ours.start, count) for kept in (numbers, inputs, targets))
-        value = optimiser.step(*rows)
+        count = max(taken, int(consumes))  # a rank without windows takes part in sums inside the backward pass
+        rows = [cyclic(kept, step * spec.batch_size + ours.start, count) for kept in (numbers, inputs, targets)]
+        value = optimiser.step(*rows, *counts)
         optimiser.join()
         return float(value)
 
     saved, cost = time.perf_counter(), 0.0
+
+    def is_due(done: int) -> bool:
+        """Whether the state after so many steps is kept. Of shards, all ranks have a part in it."""
+        if done % SAVE_EVERY and done < spec.steps:
+            return False
+        due = save is not None and (done == spec.steps or time.perf_counter() - saved > 20 * cost)
+        return due if shards is None else distributed.broadcast(({}, due))[1]
+
     for step in range(done, spec.steps):
         loss = stepped(step)
         while not loss < float("inf"):
@@ -233,10 +261,12 @@ def fit_end_to_end(
         if not loss < float("inf"):  # what the fit has made of the model is undone
             break
         losses.append(loss)
-        now = time.perf_counter()
-        due = (step + 1) % SAVE_EVERY == 0 and now - saved > 20 * cost
-        if save and (due or step + 1 == spec.steps):
-            save(step + 1, losses, optimiser.state(), dtype)
+        if is_due(step + 1):
+            now = time.perf_counter()
+            state = optimiser.state()
+            if save:
+                save(step + 1, losses, state, dtype)
+            del state
             saved = time.perf_counter()
             cost = saved - now
         if progress:
@@ -263,7 +293,7 @@ def stored_dtype(spec: EndToEndSpec, memory: FitMemory, model: torch.dtype) -> t
     Args:
         model: the dtype of its tensors.
     """
-    if memory == "full":
+    if memory in ("full", "sharded"):
         return None
     if spec.moves_weights(memory):
         return torch.bfloat16

@@ -15,7 +15,6 @@ gradients came before the first that is not finite have moved.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,10 +28,9 @@ from flatquant import distributed
 from flatquant.calibrate.cayley import CayleySGD
 from flatquant.calibrate.consuming import ConsumingAdam
 from flatquant.calibrate.deterministic import NoSuchKernel, deterministic
+from flatquant.calibrate.rates import cosine, in_units
+from flatquant.calibrate.sharding import is_shard, norms, placed, whole
 from flatquant.modules import Bounded, Group
-from flatquant.spec import EndToEndSpec, FitSpec
-
-_foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW; a rotation has none
 EAGER_STEPS = 3  # before capture: lazily made workspaces and optimiser state must exist
@@ -42,18 +40,6 @@ SAME_LOSS, SAME_NORMS = 1e-2, 5e-2
 
 # Records what a function does, on tensors at fixed addresses, without doing it; calling the result does it.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
-
-
-def cosine(step: int, steps: int, warmup: int, lr: float, floor: float) -> float:
-    """Learning rate of `step` (0-based): linear warm-up, then a half cosine from lr to floor over all steps."""
-    ramp = min(1.0, 0.01 + 0.99 * step / warmup) if warmup else 1.0
-    return ramp * (floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def linear(step: int, steps: int, warmup: int, lr: float, floor: float) -> float:
-    """Learning rate of `step` (0-based): from lr in even steps to floor, which is one step after the last."""
-    assert not warmup
-    return floor + (lr - floor) * (1 - step / steps)
 
 
 class SignSGD(torch.optim.Optimizer):
@@ -73,19 +59,6 @@ class SignSGD(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     p.sub_(p.grad.sign() * lr)
-
-
-def rates_of(spec: FitSpec | EndToEndSpec, summed: float = 1.0) -> tuple[dict[Group, float], dict[Group, float]]:
-    """Learning rates by group, at the start and at the end.
-
-    Args:
-        summed: what gradients are multiplied by. A rotation's step depends on their size: its rate undoes that.
-    """
-    rates: dict[Group, float] = {
-        "transform": spec.lr, "scale": spec.lr, "clip": spec.clip_lr, "rotation": spec.rotation_lr / summed,
-        "code": spec.code_lr, "weight": spec.weight_lr,
-    }  # fmt: skip
-    return rates, {g: spec.final_lr * (spec.lr if g == "clip" else rate) for g, rate in rates.items()}
 
 
 class GraphRecorder:
@@ -132,7 +105,8 @@ class Optimiser:
             if gradients are consumed, they are of some windows, which count for nothing.
         consumes: weights, which are in bfloat16, move in the backward pass (`ConsumingAdam`). Several ranks then sum
             their gradients inside of it, which no CUDA graph records.
-        seed: of the chance by which such weights are rounded.
+        sharded: passes gather weights that ranks divide (`sharding`): no graph records them, and none may end halfway.
+        seed: of the chance by which consumed weights are rounded.
     """
 
     def __init__(
@@ -154,6 +128,7 @@ class Optimiser:
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
         share: float | None = None,
         consumes: bool = False,
+        sharded: bool = False,
         seed: int = 0,
     ) -> None:
         assert not (consumes and (relative or weight_decay))
@@ -163,7 +138,7 @@ class Optimiser:
         on_gpu = device.type == "cuda"
         self.groups: list[tuple[dict[str, Any], float, float]] = []  # with the rate at the start and at the end
         moved, turned, signed, consumed = [], [], [], []
-        for name, unit, ps in _in_units(parameters):
+        for name, unit, ps in in_units(parameters):
             if ps:
                 rate, floor = rates[name] * unit, floors[name] * unit
                 group = {"params": ps, "lr": torch.tensor(rate, device=device)}
@@ -182,11 +157,13 @@ class Optimiser:
         self.consuming = ConsumingAdam(consumed, eps=eps, seed=seed) if consumed else None
         # What has a gradient after a backward pass.
         self.plain = [p for p in self.parameters if self.consuming is None or p not in self.consuming.state]
+        # What every rank has all of. The backward pass itself sums the gradients of shards.
+        self.alike = [p for p in self.plain if not is_shard(p)]
         self.steps, self.warmup, self.schedule = steps, warmup, schedule
         self.loss_fn = loss_fn
         self.splits, self.relative = splits, relative
         # A rank without a share has no gradients that a record could hold; nor is a sum over ranks recorded.
-        recordable = share is None or (share != 0 and self.consuming is None)
+        recordable = share is None or (share != 0 and self.consuming is None and not sharded)
         self.stream = torch.cuda.Stream(device) if graph and on_gpu and recordable else None
         self.recorder: Recorder | None = None if self.stream is None else GraphRecorder(self.stream)
         self.recorded: _Recorded | None = None
@@ -195,6 +172,7 @@ class Optimiser:
         self.skipped = torch.zeros((), device=device)  # 1 where this step's loss or gradients are not finite
         self.fused = on_gpu
         self.reproducible = True
+        self.strict = not sharded
         self.rehearsed = self.consuming is None
         self.done = 0
         self.eager = 0
@@ -266,7 +244,7 @@ class Optimiser:
         self._forget_gradients()
         if self.reproducible:
             try:
-                with deterministic():
+                with deterministic(strict=self.strict):
                     if not self.rehearsed:  # what moves weights must not end halfway
                         with self._holding():
                             self._gradients(*batch)
@@ -280,15 +258,13 @@ class Optimiser:
 
     def _added_up(self, loss: Tensor) -> Tensor:
         """The loss of the whole batch; gradients of all ranks are left with the parameters."""
-        return loss if self.share is None else distributed.sum_gradients(self.plain, self.share * loss)
+        return loss if self.share is None else distributed.sum_gradients(self.alike, self.share * loss)
 
     def _norms(self) -> Tensor:
         """Of every gradient there is, or was and is consumed.  # float32, (gradients,)"""
-        gradients = [p.grad for p in self.plain if p.grad is not None]
-        consumed = [] if self.consuming is None else list(self.consuming.norms)
-        if not gradients and not consumed:
-            return torch.zeros(1, device=self.skipped.device)
-        return torch.stack([n.float() for n in (*(_foreach_norm(gradients) if gradients else ()), *consumed)])
+        found = norms([p.grad for p in self.plain if p.grad is not None])
+        found += [] if self.consuming is None else list(self.consuming.norms)
+        return torch.stack([n.float() for n in found]) if found else torch.zeros(1, device=self.skipped.device)
 
     @torch.no_grad()
     def _update(self, loss: Tensor) -> Tensor:
@@ -390,13 +366,19 @@ class Optimiser:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and moments on the host, by position: all that the next step depends on, until it is taken."""
+        """Parameters and moments on the host, by position: all that the next step depends on, until it is taken.
+
+        Of shards every rank calls it, and the first has what they make up.
+        """
         out = {}
         for i, p in enumerate(self.parameters):
-            out[f"{i}.value"] = p.detach().cpu()
-            for optimiser in self._all:
-                for name, moment in optimiser.state.get(p, {}).items():
-                    out[f"{i}.{name}"] = moment.detach().cpu()
+            for name, tensor in {
+                "value": p,
+                **{n: t for o in self._all for n, t in o.state.get(p, {}).items()},
+            }.items():
+                tensor = whole(tensor)
+                if distributed.leads():
+                    out[f"{i}.{name}"] = tensor.cpu()
         return out
 
     @torch.no_grad()
@@ -404,29 +386,13 @@ class Optimiser:
         """Go on after `done` steps from what `state` gave."""
         self.done = done
         for i, p in enumerate(self.parameters):
-            p.copy_(state[f"{i}.value"])
+            p.copy_(placed(state[f"{i}.value"], p))
             if self.consuming is not None and p in self.consuming.state:
                 self.consuming.load(p, {n: state[f"{i}.{n}"] for n in self.consuming.state[p]})
                 continue
-            moments = {n: state[f"{i}.{n}"].to(p.device, copy=True) for n in MOMENTS if f"{i}.{n}" in state}
+            moments = {n: placed(state[f"{i}.{n}"], p) for n in MOMENTS if f"{i}.{n}" in state}
             if moments:
                 self.optimisers[0].state[p] = moments
-
-
-def _in_units(
-    parameters: Mapping[Group, list[nn.Parameter]],
-) -> Iterator[tuple[Group, float, list[nn.Parameter]]]:
-    """Parameters by group and by what one of their learning rate means.
-
-    AdamW moves all parameters by their rate, whatever their size. Weights of models differ tenfold in theirs.
-    """
-    for name, ps in parameters.items():
-        if name == "weight":
-            for p in ps:
-                size = torch.linalg.vector_norm(p.detach(), dtype=torch.promote_types(p.dtype, torch.float32))
-                yield name, float(size) / math.sqrt(p.numel()), [p]
-        else:
-            yield name, 1.0, ps
 
 
 def _difference(loss: Tensor, got: Tensor, norms: Tensor, got_norms: Tensor) -> str:

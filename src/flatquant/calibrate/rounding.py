@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from flatquant.calibrate.activations import Kept, cyclic
 from flatquant.calibrate.capture import BlockCall
-from flatquant.calibrate.optimise import Optimiser, linear
+from flatquant.calibrate.optimise import Optimiser
+from flatquant.calibrate.rates import linear
 from flatquant.errors import CalibrationError
 from flatquant.modules import widened
 from flatquant.runtime.linear import FrozenLinear, FrozenSite, NumberLinear

@@ -65,7 +65,7 @@ class TransformSpec:
 Transforms = tuple[TransformSpec, ...]
 
 # How an end-to-end fit holds the weights; see `EndToEndSpec`.
-FitMemory = Literal["full", "compact", "transforms"]
+FitMemory = Literal["full", "compact", "transforms", "sharded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,8 @@ class EndToEndSpec:
             training and 4 otherwise. `compact`: in 24 bits with moments of 8 bits, each weight's gradient freed as soon
             as it has moved the weight, 5 bytes; it begins from weights rounded to bfloat16, which moves those of models
             in float16 or float32. Weights that do not train are in the model's own 16 bits. `transforms`: no
-            weight trains, whatever `weight_lr` says. `auto`: `full` where that fits in memory, else `compact`.
+            weight trains, whatever `weight_lr` says. `sharded`: as `full`, and divided among ranks. `auto`: the first
+            of `full`, `compact` and, of several ranks, `sharded` that fits in memory.
     """
 
     steps: int = 0

@@ -102,9 +102,11 @@ class WeightBytes:
     gradient: float = 0.0  # of all weights at once
 
     @classmethod
-    def of(cls, spec: EndToEndSpec, memory: FitMemory, model: torch.dtype) -> WeightBytes:
-        """Of weights that are held so; `model` is the dtype of its tensors."""
+    def of(cls, spec: EndToEndSpec, memory: FitMemory, model: torch.dtype, ranks: int = 1) -> WeightBytes:
+        """Of weights that are held so by each of some ranks; `model` is the dtype of its tensors."""
         moves = spec.moves_weights(memory)
+        if memory == "sharded":
+            return cls(stored=4 / ranks, moments=8 * moves / ranks, gradient=4 * moves / ranks)
         if memory == "full":
             return cls(stored=4, moments=8 * moves, gradient=4 * moves)
         if moves:

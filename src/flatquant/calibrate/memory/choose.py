@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from flatquant.calibrate.activations import Place
 from flatquant.calibrate.memory import machine
-from flatquant.calibrate.memory.layout import Estimate, needs_all_blocks
+from flatquant.calibrate.memory.layout import Estimate, needs_all_blocks, why_undivided
 from flatquant.calibrate.memory.limits import Limits, size_text
 from flatquant.calibrate.memory.run import Count
 from flatquant.errors import CalibrationError
@@ -45,7 +45,8 @@ def estimate(
         copied: whether a float32 copy of the model writes the report's texts; nor for that.
 
     Raises:
-        CalibrationError: a given limit is less than the least that the run needs.
+        CalibrationError: a given limit is less than the least that the run needs; or ranks are to divide weights, and
+            cannot.
     """
     device_limit = machine.free_device(device) if limits.device is None else limits.device  # first: this loads CUDA
     count = Count(model, plan, recipe, shape, device, dtype, streamed)
@@ -69,6 +70,8 @@ def estimate(
         return count.with_copy(layout) if copied else layout
 
     memories: list[FitMemory | None] = count.memories if memory is None else [memory]
+    if memories[0] == "sharded" and (why := why_undivided(recipe)):
+        raise CalibrationError(why)
     if count.recomputes:
         roomy = count.layout("device", parts[0], together[0], recompute=False, memory=memories[0])
         # What is free is for others too, unless a limit says otherwise.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from flatquant import distributed
 from flatquant.calibrate.activations import Place
 from flatquant.calibrate.memory.limits import size_text
 from flatquant.errors import CalibrationError
@@ -66,6 +67,7 @@ _HELD: dict[FitMemory, str] = {
     "full": "weights trained in float32",
     "compact": "weights trained in 5 bytes each",
     "transforms": "weights not trained",
+    "sharded": "weights trained in float32, divided among ranks",
 }
 
 
@@ -83,6 +85,17 @@ def check_streamable(recipe: Recipe) -> None:
     """Raise CalibrationError if a recipe cannot have one block in memory at a time."""
     if why := needs_all_blocks(recipe):
         raise CalibrationError(f"{why}, so that the model cannot be streamed; load it whole (--no-stream)")
+
+
+def why_undivided(recipe: Recipe) -> str:
+    """Why ranks cannot divide the weights of a recipe's end-to-end fit; empty if they can."""
+    if distributed.size() == 1:
+        return "sharded weights are divided among ranks, and there is one: start more (--devices), or take compact ones"
+    if recipe.hessian == "output_adaptive":
+        return "output-adaptive Hessians need all weights on every rank, which sharded ones are not"
+    if recipe.scheme.weights is not None and recipe.scheme.weights.is_fitted:
+        return "weights on levels train codes, which ranks do not divide: leave out sharded"
+    return ""
 
 
 def needs_all_blocks(recipe: Recipe) -> str:

@@ -11,7 +11,7 @@ from flatquant import distributed
 from flatquant.calibrate.activations import Place
 from flatquant.calibrate.memory import machine
 from flatquant.calibrate.memory.block import RoundedEnds, Sizes, WeightBytes
-from flatquant.calibrate.memory.layout import Estimate, full_step, needs_all_blocks
+from flatquant.calibrate.memory.layout import Estimate, full_step, needs_all_blocks, why_undivided
 from flatquant.calibrate.memory.step import Step
 from flatquant.spec import FitMemory, Plan, Recipe
 from flatquant.wiring.arch import submodule
@@ -23,6 +23,7 @@ MOST_TOGETHER = 6  # blocks, for their memory
 # Host memory that libraries take after the run has started, and what the C library keeps of tensors that are gone.
 LIBRARIES, _CUDA_LIBRARIES = 24 << 20, 1 << 30
 _FRAGMENTS = 1.1
+GATHERED = 4  # a block whose weights ranks divide: gathered with the next one, its gradient, and that as it is sent
 
 
 class Count:
@@ -63,7 +64,8 @@ class Count:
         end = self.end_to_end
         self.memories: list[FitMemory | None] = [None]
         if end is not None:
-            self.memories = ["full", "compact"] if end.memory == "auto" else [end.memory]
+            auto: list[FitMemory | None] = ["full", "compact", *(() if why_undivided(recipe) else ("sharded",))]
+            self.memories = auto if end.memory == "auto" else [end.memory]
         self.recomputes = self.end_to_end is not None and self.end_to_end.checkpoint
         self.learned = recipe.learned_rounding
         sites = [site for block in plan.blocks for site in block.sites.values()]
@@ -126,7 +128,7 @@ class Count:
         """What is kept of each weight on the device while all blocks are there."""
         if self.end_to_end is None or memory is None:
             return WeightBytes(stored=4)
-        return WeightBytes.of(self.end_to_end, memory, self.model.dtype)
+        return WeightBytes.of(self.end_to_end, memory, self.model.dtype, distributed.size())
 
     def _copied(self, memory: FitMemory | None) -> int:
         """Of an end-to-end fit that moves weights, on the host: the weights before it, which may have to come back; and
@@ -134,6 +136,8 @@ class Count:
         if self.end_to_end is None or memory is None or not self.end_to_end.moves_weights(memory):
             return 0
         held = self._held(memory)
+        if memory == "sharded":  # the first rank writes all of the state
+            return int((held.stored + 12) * sum(s.weights for s in self.sizes))
         return int((held.stored + self.fused * (held.stored + held.moments)) * sum(s.weights for s in self.sizes))
 
     @property
@@ -150,20 +154,23 @@ class Count:
         return max(side_by_side + 1 + q, rounded) + int(self.end_to_end is not None)
 
     def _peak(self, windows: int, side_by_side: int, recompute: bool, memory: FitMemory | None) -> float:
-        tokens = windows * (self.shape[1] if self.shape else 0)
+        tokens, divided = windows * (self.shape[1] if self.shape else 0), memory == "sharded"
         s = max(self.sizes, key=lambda s: s.weights)
         weights, held = sum(b.weights for b in self.sizes), self._held(memory)
         resident = held.stored * weights if self.all_blocks else 0
-        fold = 12 * s.weights + 22 * s.largest  # float64, a site at a time
+        # Of weights that ranks divide, blocks that are not divided yet, and the one that is whole again.
+        before, whole = (4 * s.weights * side_by_side * distributed.size(), 4 * s.weights) if divided else (0, 0)
+        fold = 12 * s.weights + 22 * s.largest + whole  # float64, a site at a time
         solve = 4 * s.weights + 16 * s.largest + (16 * s.widest**2 if self.recipe.hessian else 0)
         passes = tokens * self.item * (2 * s.inputs + s.outputs)
         moved = 4 + 12 * self.moves_weights  # bytes a weight: with its gradient and both moments of AdamW
         fit = side_by_side * (moved * s.weights + self.step.kept(s, tokens) + self.step.made(s)) if self.fits else 0
+        fit += before
         learn = self.step.learning(s, tokens) if self.learned is not None else 0
         end = 0
         if self.end_to_end is not None:
             chain = len(self.sizes) * tokens * self.hidden * self.item
-            narrow = held.stored < 4  # a step computes with a copy in float32
+            narrow = held.stored < 4 and not divided  # a step computes with a copy in float32
             kept = [self.step.kept(b, tokens) + 4 * narrow * b.weights for b in self.sizes]
             left = 0 if recompute else self.step.copies.saved * sum(kept)
             gradients = held.gradient * weights
@@ -172,7 +179,7 @@ class Count:
                 gradients += 4 * s.largest * (distributed.size() > 1)  # ranks sum it in float32
             # Where the model ends, with both moments; where its backward pass does, with gradients as well.
             top = self.step.copies.logits * tokens * self.vocab + left
-            bottom = gradients + max(kept) + self.step.made(s)
+            bottom = gradients + max(kept) + self.step.made(s) + GATHERED * whole
             end = chain + held.moments * weights + max(top, bottom)
             if self.dtype_changes:
                 end += self.item * self.vocab * self.hidden  # the head's weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -26,7 +27,29 @@ def stored(run: Run, fit: FitBlock | None) -> FitBlock | None:
     dtype = stored_dtype(run.end_to_end, run.memory, run.model_dtype)
     if fit is not None and dtype is not None:
         fit.store_weights(dtype)
+    if fit is not None and run.shards is not None:
+        run.shards.add(fit)
     return fit
+
+
+class _Told(Mapping[str, Tensor]):
+    """Tensors that the first rank has. Each is sent when it is asked for; all ranks ask for the same, in one order."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.names: list[str] = distributed.broadcast(({}, list(tensors)))[1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return distributed.broadcast(({"": self.tensors[name]}, None) if distributed.leads() else None)[0][""]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def fit_whole(
@@ -39,8 +62,9 @@ def fit_whole(
     """
     start = None
     if END_TO_END in run.kept:
-        tensors, note = distributed.broadcast(None if run.state is None else run.state.load(END_TO_END))
-        start = (note["step"], note["losses"], tensors, getattr(torch, note["dtype"]))
+        tensors, note = ({}, None) if run.state is None else run.state.load(END_TO_END)
+        note = distributed.broadcast(({}, note))[1]
+        start = (note["step"], note["losses"], _Told(tensors), getattr(torch, note["dtype"]))
 
     def save(step: int, losses: list[float], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         assert run.state is not None
@@ -55,7 +79,8 @@ def fit_whole(
     if kept is not None and held_targets is not None:
         held_out = HeldOutModel(calls=kept.calls, inputs=kept.first, targets=held_targets)
     run.progress("end to end", 0 if start is None else start[0], spec.steps)
-    with run.clock("end to end"), unrounded_weights(() if spec.round_weights else fits):
+    unrounded = unrounded_weights(() if spec.round_weights else fits)
+    with run.clock("end to end"), unrounded, distributed.reaching_in_passes():
         run.report.end_to_end = fit_end_to_end(
             fits,
             calls,
@@ -68,6 +93,7 @@ def fit_whole(
             windows=run.layout.windows,
             recompute=run.layout.recompute,
             memory=run.memory,
+            shards=run.shards,
             seed=run.seed,
             held_out=held_out,
             start=start,
@@ -88,7 +114,7 @@ def resident_bytes(
     """
     parameters = [p for block in blocks for p in block.parameters()]
     weights, codes = sum(p.numel() for p in parameters), grid is not None and grid.is_fitted
-    held = WeightBytes.of(spec, memory, dtype)
+    held = WeightBytes.of(spec, memory, dtype, distributed.size())
     return int(weights * (held.stored + held.moments + held.gradient + 16 * codes))
 
 

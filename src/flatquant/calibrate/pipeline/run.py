@@ -21,6 +21,7 @@ from flatquant.calibrate.capture import BlockCall
 from flatquant.calibrate.memory import Estimate, full_step
 from flatquant.calibrate.pipeline.report import Clock, Report
 from flatquant.calibrate.samples import Samples, Windows
+from flatquant.calibrate.sharding import Shards
 from flatquant.calibrate.solve import make_solver
 from flatquant.calibrate.state import RunState
 from flatquant.calibrate.witness import Witness
@@ -102,6 +103,7 @@ class Run:
         self.kept = set(distributed.broadcast(({}, [] if state is None else state.names()))[1])  # by an earlier run
         self.end_to_end = recipe.whole_fit
         self.memory: FitMemory = layout.memory or "full"
+        self.shards = Shards(device) if layout.memory == "sharded" else None  # until the end-to-end fit has ended
         self.learned, self.output_adaptive = recipe.learned_rounding, recipe.hessian == "output_adaptive"
 
     def put_back(self, index: int) -> None:

@@ -18,6 +18,7 @@ from flatquant.calibrate.pipeline.report import Report
 from flatquant.calibrate.pipeline.run import Run, named_block
 from flatquant.calibrate.pipeline.wrap import captured, wrap
 from flatquant.calibrate.samples import Samples, Windows
+from flatquant.calibrate.sharding import gather
 from flatquant.calibrate.state import RunState
 from flatquant.calibrate.witness import Witness
 from flatquant.errors import CalibrationError
@@ -205,13 +206,19 @@ def _all_at_once(
     shown: Kept = first
     for index, fit in enumerate(fits):
         with named_block(index):
+            if run.shards is not None:
+                gather(fit)
             if any(later.static_grids() for later in fits[index:]):
                 shown = observe(run, fit, calls[index], shown)
             fold(run, index, fit)
+            if run.shards is not None:
+                run.put_back(index)  # all of them may not fit on the device
+    run.shards = None
     # No block is the original any more: what takes its place is the fitted model before it is rounded.
     inputs = first if run.recipe.sees_original or run.learned is not None else None
     for index in range(len(calls)):
         with named_block(index):
+            run.blocks[index].to(run.device)
             targets = None
             if inputs is not None:
                 targets = run_block(run.blocks[index], run.rotated(calls[index]), inputs, run.batch)
