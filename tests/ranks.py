@@ -326,12 +326,42 @@ class Trials:
         outputs = [self.whole("undone", made, ranks) for made, ranks in ((_undivided(recipe), 1), (recipe, 2))]
         return {"reports": [_fitted(output) for output in outputs], "different": differing(*outputs)}
 
-    def sharded_memory(self) -> list[list[float]]:
-        """Of each rank, the most bytes of tensors while weights are divided, and their estimate."""
+    def sharded_parts(self) -> list[list[float]]:
+        """Losses where blocks are computed again in the backward pass and batches are taken in parts: of one rank, and
+        of two and three that divide weights. Two of three have a window that does not count."""
         from flatquant.calibrate.memory import Limits
         from flatquant.calibrate.pipeline import calibrate
         from tests.calibrate.test_memory import counted
-        from tests.tensor_bytes import TensorBytes
+        from tests.tiny_models import tiny_llama
+
+        file = self.work / "parts.json"
+        recipe = dataclasses.replace(END_TO_END["sharded"], fit=None)
+
+        def body() -> None:
+            model = tiny_llama()
+            tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+            with distributed.joined(CPU):
+                own = recipe if distributed.size() > 1 else _undivided(recipe)
+                roomy = counted(model, own, windows=1)
+                layout = counted(model, own, windows=1, limits=Limits(host=roomy.host - 1))
+                assert layout.recompute
+                _, report = calibrate(model, own, tokens, device=CPU, dtype=torch.float32, layout=layout)
+                assert report.end_to_end is not None
+                if distributed.leads():
+                    file.write_text(json.dumps(report.end_to_end.losses))
+
+        found = []
+        for ranks in (1, 2, 3):
+            assert codes(start(ranks, body)) == [0] * ranks
+            found.append(json.loads(file.read_text()))
+        return found
+
+    def sharded_memory(self) -> list[list[float]]:
+        """Of each rank, the most bytes of tensors while weights are divided, their estimate, and that of whole ones."""
+        from flatquant.calibrate.memory import Limits
+        from flatquant.calibrate.pipeline import calibrate
+        from tests.calibrate.test_memory import counted
+        from tests.tensor_bytes import ResizedBytes
         from tests.tiny_models import tiny_llama
 
         end = EndToEndSpec(steps=1, batch_size=2, weight_lr=1e-4, memory="sharded")
@@ -344,10 +374,12 @@ class Trials:
                 roomy = counted(model, recipe)
                 want = counted(model, recipe, limits=Limits(host=roomy.host - 1))
                 assert want.recompute
-                with TensorBytes() as tensors:
+                whole = counted(model, _undivided(recipe), limits=Limits(host=roomy.host - 1))
+                assert whole.recompute
+                with ResizedBytes() as tensors:
                     calibrate(model, recipe, tokens, device=CPU, dtype=torch.float32, layout=want)
                 file = self.work / f"memory {distributed.rank()}.json"
-                file.write_text(json.dumps([tensors.peak, want.device]))
+                file.write_text(json.dumps([tensors.most, want.device, whole.device]))
 
         assert codes(start(2, body)) == [0, 0]
         return [json.loads((self.work / f"memory {rank}.json").read_text()) for rank in range(2)]

@@ -36,3 +36,16 @@ class TensorBytes(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self.now -= size
+
+
+class ResizedBytes(TensorBytes):
+    """The same, where storages are emptied and filled again, as FSDP2 does with gathered weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0  # takes the place of `peak`
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.most = max(self.most, sum(storage.nbytes() for storage, size in list(self.known.items()) if size))
+        return out

@@ -91,7 +91,7 @@ def quantize(
         str | None,
         typer.Option(
             help="How an end-to-end fit holds weights: full (16 bytes each), compact (5), transforms (does not train "
-            "them); auto takes compact where full does not fit."
+            "them), sharded (16, divided among --devices); auto takes the first of full, compact, sharded that fits."
         ),
     ] = None,
     key_offset: Annotated[

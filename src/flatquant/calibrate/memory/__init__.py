@@ -7,8 +7,8 @@ what it has when the run starts (Python, torch, transformers) is measured, not c
 wider attention, or a library that needs workspace, is off by that.
 
 Where a limit is short, in this order: blocks are computed again in an end-to-end fit's backward pass; fewer blocks side
-by side; activations in host memory, else in a file; a batch in parts; weights in an end-to-end fit in 5 bytes instead
-of 16, if the recipe leaves that to us. All but the last two leave every bit as it is.
+by side; activations in host memory, else in a file; a batch in parts; if the recipe leaves that to us, weights in an
+end-to-end fit in 5 bytes instead of 16, or in 16 that ranks divide. The first three leave every bit as it is.
 """
 
 from __future__ import annotations
