@@ -374,7 +374,8 @@ class Trials:
                 roomy = counted(model, recipe)
                 want = counted(model, recipe, limits=Limits(host=roomy.host - 1))
                 assert want.recompute
-                whole = counted(model, _undivided(recipe), limits=Limits(host=roomy.host - 1))
+                whole = counted(model, _undivided(recipe))
+                whole = counted(model, _undivided(recipe), limits=Limits(host=whole.host - 1))
                 assert whole.recompute
                 with ResizedBytes() as tensors:
                     calibrate(model, recipe, tokens, device=CPU, dtype=torch.float32, layout=want)

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import math
 import weakref
+from itertools import groupby
 
 import pytest
 import torch
@@ -371,18 +372,19 @@ def test_auto_takes_the_full_fit_where_it_fits_and_then_the_compact_one() -> Non
 
 def test_auto_divides_weights_among_ranks_where_nothing_else_fits(monkeypatch) -> None:
     model = tiny_llama(hidden=256, intermediate=704, layers=24)
-    alone = laid_out_as(model, "compact", 1 << 60)
+    roomy = laid_out_as(model, "full", 1 << 60).device
     monkeypatch.setattr(distributed, "size", lambda: 8)
-    least = {memory: laid_out_as(model, memory, 1 << 60).device for memory in ("full", "compact", "sharded")}
-    assert least["sharded"] < least["compact"] < least["full"]
-    assert alone.device <= least["compact"]
-    assert laid_out_as(model, "auto", least["full"]).memory == "full"
-    chosen = [laid_out_as(model, "auto", limit) for limit in (least["compact"], least["sharded"])]
-    assert [layout.memory for layout in chosen] == ["compact", "sharded"]
-    assert "of each of 8 ranks" in str(chosen[1])
-    assert "weights trained in float32, divided among ranks" in str(chosen[1])
+    chosen = []
+
+    def shrink() -> None:
+        for share in range(48, 0, -1):
+            chosen.append(laid_out_as(model, "auto", roomy * share // 48))
+
     with pytest.raises(CalibrationError, match="more than was allowed"):
-        laid_out_as(model, "auto", least["sharded"] // 2)
+        shrink()
+    assert [memory for memory, _ in groupby(layout.memory for layout in chosen)] == ["full", "compact", "sharded"]
+    assert "of each of 8 ranks" in str(chosen[-1])
+    assert "weights trained in float32, divided among ranks" in str(chosen[-1])
 
 
 def test_where_ranks_cannot_divide_weights(monkeypatch) -> None:
