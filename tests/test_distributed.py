@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from flatquant import distributed
+from flatquant.errors import RankError
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -262,3 +263,12 @@ def test_one_rank_communicates_with_nobody() -> None:
     assert list(distributed.turns(3)) == [0, 1, 2]
     with distributed.joined(torch.device("cpu")):
         assert distributed.size() == 1
+
+
+def test_a_connection_that_breaks_inside_of_a_pass_is_another_rank_that_has_ended(monkeypatch) -> None:
+    lost = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"
+    for ranks, message, error in ((2, lost, RankError), (1, lost, RuntimeError), (2, "a shape is wrong", RuntimeError)):
+        monkeypatch.setattr(distributed, "size", lambda ranks=ranks: ranks)
+        with pytest.raises(error) as caught, distributed.reaching_in_passes():
+            raise RuntimeError(message)
+        assert caught.type is error
