@@ -464,6 +464,29 @@ def latent_fit() -> list[str]:
     ]
 
 
+def devices(model: str) -> list[str]:
+    """Seconds of a run's divided stages, of all of it, and its peak, on one GPU and on several."""
+    lines = [
+        "| run | GPUs | block-wise fits, s | end-to-end fit, s | a step, ms | all of the run, s | peak, GB | estimate, GB "
+        "| KL | same bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    found = read(f"devices-{model}")
+    samples = sorted(found["samples"], key=lambda s: (s["rung"], s["devices"]))
+    for s in samples:
+        stages, row = s["timing"]["seconds"], found["metrics"][f"{s['rung']}, seed {s['seed']}"]
+        step = row.get("step_seconds", {}).get(str(s["devices"]))
+        several = len(row["hashes"]) > 1
+        lines.append(
+            f"| `{s['rung']}` | {s['devices']} | {stages['fit']:.1f} "
+            f"| {f'{v:.1f}' if (v := stages.get('end to end')) else '-'} | {f'{1e3 * step:.0f}' if step else '-'} "
+            f"| {s['timing']['total']:.1f} | {s['timing']['peak_device_bytes'] / 1e9:.1f} "
+            f"| {s['timing']['estimate']['device'] / 1e9:.1f} | {s['verdict']['kl']:.3f} "
+            f"| {('yes' if row['same_bits'] else 'no') if several else '-'} |"
+        )
+    return lines
+
+
 def plan() -> list[str]:
     """Hours of DeepSeek-V3's blocks on one GPU, and of all on several."""
     found = read("plan-671b")["metrics"]
@@ -727,6 +750,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "bounded_memory": bounded_memory,
     "latent": latent,
     "latent_fit": latent_fit,
+    "devices": partial(devices, "smollm2-135m"),
     "plan": plan,
     "plan_hours": plan_hours,
     "plan_memory": plan_memory,

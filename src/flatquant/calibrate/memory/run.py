@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from flatquant.calibrate.memory import machine
 from flatquant.calibrate.memory.block import RoundedEnds, Sizes, WeightBytes
 from flatquant.calibrate.memory.layout import Estimate, full_step, needs_all_blocks, why_undivided
 from flatquant.calibrate.memory.step import Step
-from flatquant.spec import FitMemory, Plan, Recipe
+from flatquant.spec import EndToEndSpec, FitMemory, Plan, Recipe
 from flatquant.wiring.arch import submodule
 from flatquant.wiring.plan import rotates_residual
 from flatquant.wiring.residual import ROWS
@@ -87,7 +88,11 @@ class Count:
     ) -> Estimate:
         """What the run needs, laid out so."""
         kept = self._streams(side_by_side) * self._stream
-        peak = self._peak(windows, side_by_side, recompute, memory) + (kept if place == "device" else 0)
+        here = int(place == "device")
+        peak = self._peak(windows, side_by_side, memory) + here * kept
+        if self.end_to_end is not None:  # which sees the first hidden states and the last
+            end = self._whole_fit(self.end_to_end, windows, memory, recompute=recompute)
+            peak = max(peak, end + here * 2 * self._stream)
         packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
         tables = self.rounded_ends
         host = self.base + self.ends + tables.rounded + self._copied(memory) + (kept if place == "host" else 0)
@@ -153,11 +158,10 @@ class Count:
         rounded = self.recipe.sees_original + (side_by_side if self.learned is not None else 1) + 2 * q
         return max(side_by_side + 1 + q, rounded) + int(self.end_to_end is not None)
 
-    def _peak(self, windows: int, side_by_side: int, recompute: bool, memory: FitMemory | None) -> float:
+    def _peak(self, windows: int, side_by_side: int, memory: FitMemory | None) -> float:
+        """Of all stages but an end-to-end fit, activations between blocks apart."""
         tokens, divided = windows * (self.shape[1] if self.shape else 0), memory == "sharded"
         s = max(self.sizes, key=lambda s: s.weights)
-        weights, held = sum(b.weights for b in self.sizes), self._held(memory)
-        resident = held.stored * weights if self.all_blocks else 0
         # Of weights that ranks divide, blocks that are not divided yet, and the one that is whole again.
         before, whole = (4 * s.weights * side_by_side * distributed.size(), 4 * s.weights) if divided else (0, 0)
         fold = 12 * s.weights + 22 * s.largest + whole  # float64, a site at a time
@@ -167,20 +171,30 @@ class Count:
         fit = side_by_side * (moved * s.weights + self.step.kept(s, tokens) + self.step.made(s)) if self.fits else 0
         fit += before
         learn = self.step.learning(s, tokens) if self.learned is not None else 0
-        end = 0
-        if self.end_to_end is not None:
-            chain = len(self.sizes) * tokens * self.hidden * self.item
-            narrow = held.stored < 4 and not divided  # a step computes with a copy in float32
-            kept = [self.step.kept(b, tokens) + 4 * narrow * b.weights for b in self.sizes]
-            left = 0 if recompute else self.step.copies.saved * sum(kept)
-            gradients = held.gradient * weights
-            if held.moments and not held.gradient:  # of one site at a time, or of all where they add up
-                gradients = 2 * (weights if windows < self.end_to_end.batch_size else s.largest)
-                gradients += 4 * s.largest * (distributed.size() > 1)  # ranks sum it in float32
-            # Where the model ends, with both moments; where its backward pass does, with gradients as well.
-            top = self.step.copies.logits * tokens * self.vocab + left
-            bottom = gradients + max(kept) + self.step.made(s) + GATHERED * whole
-            end = chain + held.moments * weights + max(top, bottom)
-            if self.dtype_changes:
-                end += self.item * self.vocab * self.hidden  # the head's weight
-        return resident + max(fold, solve + passes, learn, fit, end, self.rounded_ends.made)
+        return self._resident(memory) + max(fold, solve + passes, learn, fit, self.rounded_ends.made)
+
+    def _resident(self, memory: FitMemory | None) -> float:
+        """Weights of all blocks, where they are on the device at once."""
+        return self._held(memory).stored * sum(b.weights for b in self.sizes) if self.all_blocks else 0
+
+    def _whole_fit(self, end: EndToEndSpec, windows: int, memory: FitMemory | None, *, recompute: bool) -> float:
+        """Of an end-to-end fit, likewise. Ranks divide its windows."""
+        windows = min(windows, math.ceil(end.batch_size / distributed.size()))
+        tokens, divided = windows * (self.shape[1] if self.shape else 0), memory == "sharded"
+        s = max(self.sizes, key=lambda s: s.weights)
+        weights, held = sum(b.weights for b in self.sizes), self._held(memory)
+        chain = len(self.sizes) * tokens * self.hidden * self.item
+        narrow = held.stored < 4 and not divided  # a step computes with a copy in float32
+        kept = max(self.step.kept(b, tokens) + 4 * narrow * b.weights for b in self.sizes)
+        left = 0.0 if recompute else sum(self.step.left(b, tokens) + 4 * narrow * b.weights for b in self.sizes)
+        gradients = held.gradient * weights
+        if held.moments and not held.gradient:  # of one site at a time, or of all where they add up
+            gradients = 2 * (weights if windows < len(distributed.share(end.batch_size)) else s.largest)
+            gradients += 4 * s.largest * (distributed.size() > 1)  # ranks sum it in float32
+        # Where the model ends, with both moments; where its backward pass does, with gradients as well.
+        top = self.step.copies.logits * tokens * self.vocab + left
+        bottom = gradients + kept + self.step.made(s) + GATHERED * divided * 4 * s.weights
+        fit = chain + held.moments * weights + max(top, bottom)
+        if self.dtype_changes:
+            fit += self.item * self.vocab * self.hidden  # the head's weight
+        return self._resident(memory) + fit
