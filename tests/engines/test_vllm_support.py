@@ -97,14 +97,14 @@ def test_a_family_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> Non
 # --------------------------------------------------------------------------------------------- machine
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0", "0.3.2"])
+@pytest.mark.parametrize("version", ["0.22.1", "0.24.0", "0.31.2", "0.33.0", "1.0", "0.3.2"])
 def test_another_release_is_refused(version: str) -> None:
-    with pytest.raises(ModelError, match=rf"vLLM {version} is installed, 0.32 was tested: pip install"):
+    with pytest.raises(ModelError, match=rf"vLLM {version} is installed, 0.23 and 0.32 were tested: pip install"):
         support.check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.7+cpu"])
-def test_the_tested_release_is_taken(version: str) -> None:
+@pytest.mark.parametrize("version", ["0.23.0", "0.32.0", "0.32.7+cpu"])
+def test_a_tested_release_is_taken(version: str) -> None:
     support.check_version(version)
 
 
@@ -144,6 +144,17 @@ def test_what_no_cache_of_4_bits_holds_is_refused(scheme: str, tmp_path: Path) -
     name = "values" if "k4" in scheme else "keys"
     with pytest.raises(ModelError, match=f"the {name} of block 0 are no 4-bit integers with a zero point"):
         support.check_packed(found)
+
+
+def test_what_takes_a_newer_release_is_refused(folder: Path, tmp_path: Path) -> None:
+    found, experts = (support.open_folder(path) for path in (folder, quantised(tmp_path / "out", "mixtral")))
+    for version, cache in (("0.32.0", support.PACKED), ("0.23.0", "auto")):
+        support.check_older(found, version, cache)
+    support.check_older(experts, "0.32.0", "auto")
+    with pytest.raises(ModelError, match=r"vLLM 0.23.0 has no cache of int4_per_token_head; leave out"):
+        support.check_older(found, "0.23.0", support.PACKED)
+    with pytest.raises(ModelError, match=r"has experts, which were not tested with vLLM 0.23.0: pip install"):
+        support.check_older(experts, "0.23.0", "auto")
 
 
 # --------------------------------------------------------------------------------------------- the command

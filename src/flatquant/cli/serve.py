@@ -68,9 +68,10 @@ def serve(
     with errors():
         from flatquant.engines.vllm import support
 
-        support.check_version(support.installed())
+        version = support.check_version(support.installed())
         support.check_plugins()
         found = support.open_folder(folder)
+        support.check_older(found, version, kv_cache_dtype)
         support.check_cut(found, tensor_parallel_size)
         if kv_cache_dtype == support.PACKED:
             support.check_packed(found)

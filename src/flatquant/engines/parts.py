@@ -82,6 +82,17 @@ class Turning:
         return self._tables[key]
 
 
+def positions(starts: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    """Of a batch's tokens in their requests; those that pad the batch have any.  # int64, (T,)
+
+    Args:
+        starts, lengths: vLLM's `query_start_loc`, (R + 1,), and `seq_lens`, (R,).
+    """
+    token = torch.arange(tokens, device=starts.device)
+    request = torch.searchsorted(starts[1:].contiguous(), token, right=True).clamp(max=len(lengths) - 1)
+    return (lengths[request] - starts[request + 1] + token).clamp(min=0).long()
+
+
 class Parts:
     """The serving modules of one folder. Tensors are read when a part is asked for."""
 

@@ -143,7 +143,8 @@ def rows_of(n: int) -> int:
 def ratios_of(grid: Dynamic, device: torch.device) -> Tensor:
     """Shares of a row's lower and upper end that the grid covers.  # float32, (2,)"""
     ratios = grid.clip.ratios()
-    return torch.ones(2, device=device) if ratios is None else torch.stack(ratios).float().contiguous()
+    ones = torch.ones(2, dtype=torch.float32, device=device)  # an engine may have another default
+    return ones if ratios is None else torch.stack(ratios).float().contiguous()
 
 
 class KernelLinear(nn.Module):

