@@ -40,7 +40,7 @@ from flatquant import api, recipes
 from flatquant.data import calibration_tokens, evaluation_windows
 from flatquant.engines.vllm.support import PACKED
 from flatquant.models import load_model
-from flatquant.runtime import artifact
+from flatquant.runtime import artifact, fused
 from flatquant.runtime.keyvalue import FrozenKeyValue
 from flatquant.seams import CACHE, attached
 
@@ -60,6 +60,7 @@ ROWS = (
     Row("w4a4kv4", "float32"),
     Row("w4a16", "float32", ("auto",)),
 )
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PARTS = 16  # of two or four, sums are the same to the last bit
 WITHIN = (1e-4, 1e-3, 1e-2, 1e-1)  # differences of log-probabilities that are counted
 SEED = 0
@@ -94,7 +95,7 @@ class Keys(list):
 
         def kept(*args: Any) -> Tensor:
             out = key(*args)
-            self.append(out[0].transpose(0, 1).flatten(1).float())
+            self.append(out[0].transpose(0, 1).flatten(1).float().cpu())
             return out
 
         kv.key = kept  # pyright: ignore[reportAttributeAccessIssue]
@@ -111,13 +112,13 @@ class Keys(list):
 def logits_of(model: PreTrainedModel, tokens: Tensor, parts: int = 1) -> Tensor:
     """Of one window, given in one part or in several.  # (T,) -> float32, (T - 1, V)"""
     cache: Any = DynamicCache()
-    found = [model(part[None], **{CACHE: cache}).logits[0].float() for part in tokens.chunk(parts)]
-    return torch.cat(found)[:-1]
+    found = [model(part[None], **{CACHE: cache}).logits[0].float() for part in tokens.to(model.device).chunk(parts)]
+    return torch.cat(found)[:-1].cpu()
 
 
 def ours(folder: Path, dtype: torch.dtype, windows: Tensor, parts: int, unrounded: bool = False) -> Iterator[Any]:
     """Logits and keys of each window by `load`."""
-    model = artifact.load(folder, dtype=dtype)
+    model = _loaded(folder, dtype)
     keys = Keys()
     blocks: Any = model.model.layers
     kvs = [kv for block in blocks if isinstance(kv := attached(block.self_attn), FrozenKeyValue)]
@@ -130,10 +131,18 @@ def ours(folder: Path, dtype: torch.dtype, windows: Tensor, parts: int, unrounde
         yield logits, keys.take(len(kvs), parts) if kvs else []
 
 
+def _loaded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Computed by its modules, not by fused kernels."""
+    model = artifact.load(folder, dtype=dtype, device=DEVICE)
+    fused.attach(model, ())
+    return model
+
+
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[LLM]:
     """vLLM's engine of a folder, in this process."""
-    llm = LLM(model=str(folder), **{"enforce_eager": True, **options})
+    limits = {"gpu_memory_utilization": 0.5} if DEVICE.type == "cuda" else {}  # `load` takes memory too
+    llm = LLM(model=str(folder), **{"enforce_eager": True, **limits, **options})
     try:
         yield llm
     finally:
@@ -162,7 +171,7 @@ def theirs(
             keys.watch(basis.kv)
             if same is not None:
                 basis.register_forward_hook(lambda module, given, out: inputs.append((given, out)))
-        model.logits_processor.register_forward_hook(lambda module, given, out: seen.append(out.float()))
+        model.logits_processor.register_forward_hook(lambda module, given, out: seen.append(out.float().cpu()))
         return len(bases)
 
     found = []
@@ -186,7 +195,7 @@ def theirs(
 @torch.no_grad()
 def compare_inputs(folder: Path, dtype: str, inputs: list[Any]) -> list[dict[str, bool]]:
     """Of what vLLM gave each block: are the bits of queries, keys and values those of `load`'s modules?"""
-    model: Any = artifact.load(folder, dtype=getattr(torch, dtype))
+    model: Any = _loaded(folder, getattr(torch, dtype))
     found = []
     for block, ((q, k, v, layer), out) in zip(model.model.layers, inputs, strict=True):
         kv: Any = attached(block.self_attn)
@@ -194,7 +203,7 @@ def compare_inputs(folder: Path, dtype: str, inputs: list[Any]) -> list[dict[str
         if kv.key_offset is not None:
             from flatquant.rotary import Angles
 
-            angles = Angles(*model.model.rotary_emb(k[None], torch.arange(len(k))[None]))
+            angles = Angles(*model.model.rotary_emb(k[None], torch.arange(len(k), device=k.device)[None]))
         sides = [
             kv.query(q.view(len(q), layer.num_heads, -1).transpose(0, 1)[None]),
             kv.key(k.view(len(k), layer.num_kv_heads, -1).transpose(0, 1)[None], angles),
