@@ -141,7 +141,7 @@ def _loaded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[LLM]:
     """vLLM's engine of a folder, in this process."""
-    limits = {"gpu_memory_utilization": 0.5} if DEVICE.type == "cuda" else {}  # `load` takes memory too
+    limits = {"gpu_memory_utilization": 0.3} if DEVICE.type == "cuda" else {}  # `load` takes memory too
     llm = LLM(model=str(folder), **{"enforce_eager": True, **limits, **options})
     try:
         yield llm

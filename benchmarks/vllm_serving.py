@@ -59,6 +59,7 @@ DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 STEP = 8192  # tokens that vLLM computes at once, at most
 PATIENCE = 400  # seconds that an engine may take to start, or a row to be measured

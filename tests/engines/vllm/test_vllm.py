@@ -207,6 +207,13 @@ def test_compiled_products_take_the_form_of_their_rows(quantised, monkeypatch: p
     assert found == {(True, torch.float8_e4m3fn), (False, torch.int8)}
 
 
+@pytest.mark.parametrize("operator", ["linear", "key_value"])
+def test_names_of_layers_are_no_constants_of_compiled_graphs(operator: str) -> None:
+    """Else every layer of a model would be compiled for itself, where vLLM compiles in pieces."""
+    (name,) = (a for a in getattr(torch.ops.flatquant, operator).default._schema.arguments if a.name == "name")
+    assert str(name.type) == "PyObject"  # vLLM's `LayerName`
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 
