@@ -152,6 +152,19 @@ GEMMA4 = {
     },
 }
 
+GEMMA4_SMALL = {
+    **GEMMA4,
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": VOCAB,
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 3,
+    "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention",
+        "sliding_attention", "full_attention", "full_attention",
+    ],
+    "use_double_wide_mlp": True,
+}  # fmt: skip
+
 # Every family, and the variants that are wired differently; what a config has beyond `tiny_family`'s fields.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -171,6 +184,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": GEMMA4,
+    "gemma4_text small": GEMMA4_SMALL,  # E2B and E4B
     "phi3": {"rope_parameters": PARTIAL},
     "olmo": {"attention_bias": True},
     "olmo2": {"attention_bias": True},

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from tests.tiny_models import DELTA, GEMMA4, LATENT, SPARSE, STRETCHED, VOCAB, randomised, widened
+from tests.tiny_models import DELTA, GEMMA4, GEMMA4_SMALL, LATENT, SPARSE, STRETCHED, VOCAB, randomised, widened
 
 _IMAGE, _BEGIN, _END, _VIDEO = 100, 101, 102, 103  # tokens of wrappers
 _SOUND = _IMAGE
@@ -29,6 +29,15 @@ _QWEN_TOKENS = {
 }
 
 
+_GEMMA4_VISION = {
+    **_VISION,
+    "model_type": "gemma4_vision",
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 8,
+}
 _GEMMA4_TOKENS = {
     "image_token_id": _IMAGE,
     "boi_token_id": _BEGIN,
@@ -81,15 +90,18 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "top_k_experts": 5,  # all: rounding changes no choice
             "use_bidirectional_attention": "vision",
         },
+        _GEMMA4_VISION,
+        _GEMMA4_TOKENS,
+    ),
+    "gemma4 small": (  # E2B: the second block reads the keys and values of the first
         {
-            **_VISION,
-            "model_type": "gemma4_vision",
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "patch_size": 4,
-            "pooling_kernel_size": 2,
-            "position_embedding_size": 8,
+            **GEMMA4_SMALL,
+            "model_type": "gemma4_text",
+            "num_hidden_layers": 2,
+            "num_kv_shared_layers": 1,
+            "layer_types": ["full_attention", "full_attention"],
         },
+        _GEMMA4_VISION,
         _GEMMA4_TOKENS,
     ),
     "gemma4_unified": (

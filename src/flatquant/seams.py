@@ -10,6 +10,8 @@ Keys, values and queries are reached after RoPE without copying any modeling fil
   attention function does it;
 - latent attention caches latent vectors and the rotary part of keys, and makes keys and values of what the cache gives
   back. Without a cache it is given one that holds nothing.
+- an attention module that lends its keys and values to later blocks (Gemma 4 E2B) lends what its cache gives back. It
+  too is given a cache that holds nothing where there is none, so that it lends quantised ones in any case.
 
 Nothing here relies on transformers calling back: forward hooks check that queries, keys and values of one forward
 pass all went through the seam, and that the model took its mask from ours, and raise a ModelError otherwise. Numbers in
@@ -66,6 +68,13 @@ def _cache_keyword() -> str:
 
 
 CACHE = _cache_keyword()
+LENT = "shared_kv_states"  # what blocks are given keys and values of earlier blocks as: a mapping that these fill
+
+
+def lends(attention: nn.Module) -> bool:
+    """Whether later blocks read the keys and values of an attention module in the same forward pass."""
+    shared = getattr(getattr(attention, "config", None), "num_kv_shared_layers", 0)
+    return bool(shared) and bool(getattr(attention, "store_full_length_kv", False))
 
 
 def is_cache(value: object) -> bool:
@@ -210,7 +219,7 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     call = _Call(module, getattr(module, _SLOT), (*args, *kwargs.values()))
     args = tuple(map(call.wrapped, args))
     kwargs = {name: call.wrapped(value) for name, value in kwargs.items()}
-    if call.kv.rotary is not None and not call.cached:
+    if (call.kv.rotary is not None or lends(module)) and not call.cached:
         call.cached, kwargs[CACHE] = True, _CacheSeam(call, _Nothing())
     _open.begin(call)
     return args, kwargs
@@ -324,6 +333,10 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
         if call is None:
             raise broken(f"the forward hooks of {_name(module)} were passed by")
         query, key, value = call.enter(query, key, value)
+    queries, keys = query.shape[-2], key.shape[-2]
+    if attention_mask is None and 1 < queries < keys:
+        # The last queries alone are asked for (Gemma 4's `logits_to_keep`); sdpa would take them for the first.
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if cap is not None or sinks is not None:
         return _by_hand(query, key, value, attention_mask, kwargs["scaling"], cap, sinks), None

@@ -7,8 +7,9 @@ import torch
 
 from flatquant import seams
 from flatquant.calibrate.capture import Observer, capture, run_block
-from flatquant.wiring.archs import LLAMA
+from flatquant.wiring.archs import LLAMA, arch_of
 from tests.laws import DIAGONAL, bare, family, inputs_of, tokens_for, wrap
+from tests.tiny_models import tiny_family
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
@@ -25,6 +26,25 @@ def test_blocks_run_on_their_own_reproduce_the_model(kind: str) -> None:
         hidden = run_block(block, call, hidden, batch_size=2)  # 5 windows: the last batch is smaller
         torch.testing.assert_close(hidden, want, rtol=1e-9, atol=1e-9)
     assert not hidden.requires_grad
+
+
+@torch.no_grad()
+def test_what_blocks_lend_and_what_they_are_given_goes_with_the_windows() -> None:
+    """Gemma 4 E2B: window by window, and some at a time, in any order."""
+    model = tiny_family("gemma4_text small", dtype=torch.float64)
+    seams.use_attention(model, "self_attn")
+    tokens = tokens_for(model, 5, 11)
+    hidden, calls = capture(model, arch_of(model.config), tokens)
+    with inputs_of(model.model.norm) as last:
+        model(tokens, use_cache=False)
+    order = torch.tensor([3, 0, 4])
+    some = hidden[order]
+    for block, call in zip(model.model.layers, calls, strict=True):
+        some, hidden = call.of(order)(block, some), run_block(block, call, hidden, batch_size=2)
+    torch.testing.assert_close(calls[-1].states(hidden), last[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(calls[-1].states(some), last[0][order], rtol=1e-9, atol=1e-9)
+    with pytest.raises(AssertionError, match="which windows"):
+        calls[0](model.model.layers[0], some)
 
 
 def test_capture_computes_no_block_and_restores_all() -> None:

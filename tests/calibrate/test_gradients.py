@@ -35,13 +35,13 @@ def collected(model, plan, tokens: Tensor, index: int, per="sequence") -> dict[s
     for i in range(index):
         first = run_block(layers[i], calls[i], first, 2)
 
-    def loss(x: Tensor, ids: Tensor) -> Tensor:
+    def loss(x: Tensor, window: Tensor) -> Tensor:
         for block, call in zip(layers[index + 1 :], calls[index + 1 :], strict=True):
             x = call(block, x)
         logits = model.lm_head(model.model.norm(x))
-        return F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+        return F.cross_entropy(logits[0, :-1], tokens[window][0, 1:], reduction="sum")
 
-    return output_hessians(layers[index], plan.blocks[index], calls[index], loss, first, tokens, per)
+    return output_hessians(layers[index], plan.blocks[index], calls[index], loss, first, per)
 
 
 def by_autograd(model, tokens: Tensor, index: int) -> dict[str, list[Tensor]]:

@@ -276,7 +276,8 @@ def _loss(fit: FitBlock, call: BlockCall, dtype: torch.dtype, windows: Tensor, x
     """The mean squared error, summed over the kinds of targets."""
     with shared_inverses(fit.roots()), autocast(x.device, dtype):
         predicted = call.of(windows)(fit.block, wide(x, dtype))
-    return torch.stack([F.mse_loss(predicted.float(), y.float()) for y in targets]).sum()
+    predicted = call.states(predicted).float()
+    return torch.stack([F.mse_loss(predicted, call.states(y).float()) for y in targets]).sum()
 
 
 @torch.no_grad()

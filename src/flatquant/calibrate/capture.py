@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress, islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flatquant import seams
 from flatquant.calibrate.activations import K, Kept, mapped
+from flatquant.calibrate.lent import Lent
 from flatquant.calibrate.samples import Samples, Windows, inputs_of
 from flatquant.errors import DataError, one_line
 from flatquant.modules import widened
@@ -33,6 +36,8 @@ class BlockCall:
     """How the model calls one block, besides the hidden states; the same for windows of one length of text.
 
     `repeated` arguments are noted for one window, and have rows for each.
+    `own` are positional arguments that every window has its own of, with a row for each (one: for all), by position.
+    `lent` says what of a stream of hidden states are keys and values that blocks lend to later ones, if any do.
     `added` is what the model adds to what the block before gives (Qwen3-VL: features of an image).
     `windows` are the calls of every window where these differ. The block is then called for one after another: how an
     argument is laid out for several of them is each model's own.
@@ -45,6 +50,8 @@ class BlockCall:
     basis: Factor | None = None
     repeated: tuple[str, ...] = ()
     added: Tensor | None = None  # (1, T, h)
+    own: dict[int, Kept] = field(default_factory=dict)  # (N, T, ..)
+    lent: Lent | None = None
     windows: tuple[BlockCall, ...] = ()
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -52,28 +59,41 @@ class BlockCall:
         if self.windows:
             pairs = zip(self.windows, hidden.split(1), strict=True)
             return torch.cat([replace(own.to(x.device), basis=self.basis)(block, x) for own, x in pairs])
+        if self.lent is not None:
+            shared = self.lent.lent(hidden)
+            alone = replace(self, lent=None, kwargs={**self.kwargs, seams.LENT: shared})
+            return self.lent.joined(alone(block, self.lent.states(hidden)), shared)
         if self.added is not None:
             hidden = hidden + self.added.to(hidden.dtype)
         if self.basis is not None:
             hidden = hidden @ self.basis.matrix().to(hidden.dtype)
         rows = {name: self.kwargs[name].repeat(len(hidden), 1, 1) for name in self.repeated}
-        out = block(hidden, *self.args, **(self.kwargs | rows))
+        assert all(kept.shape[0] in (1, len(hidden)) for kept in self.own.values()), "which windows are these?"
+        own = {i: kept[: len(hidden)].to(hidden) for i, kept in self.own.items()}
+        args = [own.get(i, value) for i, value in enumerate(self.args)]
+        out = block(hidden, *args, **(self.kwargs | rows))
         out = out if isinstance(out, Tensor) else out[0]
         return out if self.basis is None else out @ self.basis.inverse_t().mT.to(out.dtype)
 
     def of(self, windows: Tensor) -> BlockCall:
         """The call of some windows, by number.  # int64, (B,)"""
-        return replace(self, windows=tuple(self.windows[i] for i in windows.tolist())) if self.windows else self
+        if self.windows:
+            return replace(self, windows=tuple(self.windows[i] for i in windows.tolist()))
+        return replace(self, own={i: _rows(kept, windows) for i, kept in self.own.items()}) if self.own else self
+
+    def states(self, stream: Tensor) -> Tensor:
+        """The hidden states of a stream, without what blocks lend.  # (.., h)"""
+        return stream if self.lent is None else self.lent.states(stream)
 
     def in_order(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
         """A block as a function that is given all windows in their order, some at a time.  # (B, T, h) -> (B, T, h)"""
-        if not self.windows:
+        if not self.windows and not self.own:
             return partial(self, block)
-        ahead = iter(self.windows)
-        return lambda hidden: replace(self, windows=tuple(islice(ahead, len(hidden))))(block, hidden)
+        ahead = itertools.count()
+        return lambda hidden: self.of(torch.tensor([*islice(ahead, len(hidden))]))(block, hidden)
 
     def to(self, device: torch.device) -> BlockCall:
-        """The same call with its tensors on `device`. Those of `windows`, which blocks share, go there when called."""
+        """The same call with its tensors on `device`. Those of `windows` and `own` go there when called."""
         return self.map(lambda t: t.to(device))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> BlockCall:
@@ -89,6 +109,15 @@ def _map(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {k: _map(v, f) for k, v in value.items()}
     return value
+
+
+def _rows(kept: Kept, windows: Tensor) -> Tensor:
+    """Rows by number; one alone is that of all. A CUDA graph may be recorded of it if both are on the device."""
+    if kept.shape[0] == 1:
+        return kept[:1]
+    if isinstance(kept, Tensor):
+        return kept[windows.to(kept.device)]
+    return torch.cat([kept[i : i + 1] for i in windows.tolist()])
 
 
 @contextmanager
@@ -132,6 +161,7 @@ def capture(
     """
     blocks = blocks_at(model, arch.blocks)
     device = embedding_device(model)
+    make = room or (lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
     hidden: Kept | None = None
     seen: list[list[BlockCall]] = []  # by window; of token ids, of the first
     if progress is not None:
@@ -148,24 +178,41 @@ def capture(
                 raise
             first = recorded[0][0]
             if hidden is None:
-                shape = (tokens.shape[0], *first.shape[1:])
-                hidden = (
-                    torch.empty(shape, dtype=first.dtype, device=device) if room is None else room(shape, first.dtype)
-                )
+                lent = Lent.of(blocks, first.shape[-1])
+                hidden = make((tokens.shape[0], first.shape[1], lent.width + lent.numbers), first.dtype)
             if not seen or isinstance(tokens, Samples):
-                seen.append([_call_of(arch, *call, first=call is recorded[0]) for call in recorded])
-            hidden[i : i + 1] = first
+                seen.append([_call_of(arch, lent, *call, first=call is recorded[0]) for call in recorded])
+            if not isinstance(tokens, Samples):
+                _keep_own(arch, seen[0], [args for _, args, _ in recorded], i, tokens.shape[0], make)
+            hidden[i : i + 1] = F.pad(first, (0, lent.numbers))
             if progress is not None:
                 progress(i + 1, len(tokens))
     assert hidden is not None
     if len(seen) == 1:
         return hidden, seen[0]
-    return hidden, [BlockCall(args=(), kwargs={}, windows=own) for own in zip(*seen, strict=True)]
+    return hidden, [BlockCall(args=(), kwargs={}, lent=own[0].lent, windows=own) for own in zip(*seen, strict=True)]
 
 
-def _call_of(arch: Arch, hidden: Tensor, args: tuple, kwargs: dict[str, Any], *, first: bool) -> BlockCall:
+def _call_of(arch: Arch, lent: Lent, hidden: Tensor, args: tuple, kwargs: dict[str, Any], *, first: bool) -> BlockCall:
     added = None if first or not bool(hidden.any()) else hidden
-    return BlockCall(args=args, kwargs=_without_cache(kwargs), repeated=arch.repeated, added=added)
+    return BlockCall(
+        args=args,
+        kwargs=_without_cache(kwargs),
+        repeated=arch.repeated,
+        added=added,
+        lent=lent if seams.LENT in kwargs else None,
+    )
+
+
+def _keep_own(
+    arch: Arch, calls: list[BlockCall], given: list[tuple], window: int, windows: int, make: Callable[..., Kept]
+) -> None:
+    """Note a window's own arguments in every block's call."""
+    for call, args in zip(calls, given, strict=True):
+        for i in (i for i in arch.own if i < len(args) and isinstance(args[i], Tensor)):
+            if i not in call.own:
+                call.own[i] = make((windows, *args[i].shape[1:]), args[i].dtype)
+            call.own[i][window : window + 1] = args[i]
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

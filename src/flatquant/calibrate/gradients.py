@@ -25,7 +25,6 @@ def output_hessians(
     call: BlockCall,
     loss: Callable[[Tensor, Tensor], Tensor],
     inputs: Kept,
-    tokens: Tensor,
     per: Literal["sequence", "token"],
 ) -> dict[str, Tensor]:
     """The Hessian of every linear that will be rounded, (n, n) by path, from one pass over all sequences.
@@ -36,9 +35,8 @@ def output_hessians(
 
     Args:
         block: folded, its linears dense.
-        loss: (the block's outputs (1, T, h), ids (1, T)) -> what is to be preserved: the sequence's cross entropy.
+        loss: (the block's outputs (1, T, h), the sequence's number (1,)) -> what is to be preserved: its cross entropy.
         inputs: the block's inputs in the quantised model, (N, T, h).
-        tokens: the ids of these sequences, (N, T).
     """
     paths = [path for site in plan.sites.values() if site.weights for path in site.readers]
     if not paths:
@@ -63,9 +61,11 @@ def output_hessians(
         watch(path, linear)
     try:
         with widened(block, inputs.dtype) as work:
-            for x, ids in zip(inputs.split(1), tokens.split(1), strict=True):
-                x = x.detach().to(work, copy=True).requires_grad_()
-                torch.autograd.grad(loss(call(block, x), ids), x)  # the hooks see what is needed on its way
+            for i, x in enumerate(inputs.split(1)):
+                x, window = x.detach().to(work, copy=True).requires_grad_(), torch.tensor([i])
+                torch.autograd.grad(
+                    loss(call.of(window)(block, x), window), x
+                )  # the hooks see what they need on its way
     finally:
         for handle in handles:
             handle.remove()

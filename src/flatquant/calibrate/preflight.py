@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicLayer
 
 from flatquant import seams, versions
 from flatquant.calibrate.capture import BlockCall
+from flatquant.calibrate.lent import Lent
 from flatquant.errors import FlatQuantError, ModelError, one_line
 from flatquant.models import Checkpoint
 from flatquant.runtime.embedding import embedding_device
@@ -109,6 +110,8 @@ def _at_random(recipe: Recipe) -> dict[str, Transforms]:
         for site, parts in recipe.transforms.items()
         if parts
     }
+    if recipe.scheme.keys is None and not recipe.scheme.cache_overrides:
+        transforms.pop("qk", None)  # without effect, and not every family has a place for it
     seam = recipe.scheme.keys is not None or recipe.scheme.values is not None
     if seam and not any(part.kind == "matrix" for part in transforms.get("qk", ())):
         transforms[_SEAM] = (TransformSpec(kind="matrix", init="orthogonal"),)
@@ -190,6 +193,7 @@ class _Check:
         config = model.config.get_text_config()
         x = torch.randn(2, _TOKENS, config.hidden_size, generator=_generator(0), dtype=torch.float64)
         self.hidden = x.to(device)  # (2, T, h)
+        self.lent = Lent.of(blocks, config.hidden_size)
 
     def law(self, transforms: dict[str, Transforms]) -> list[_Found]:
         """All edges at once; if that fails, one by one, to name the edge."""
@@ -329,7 +333,7 @@ class _Check:
             return given
 
         home = embedding_device(self.model)
-        with _aside(self.blocks, self.index, called, positions.shape):
+        with _aside(self.blocks, self.index, called, hidden, self.lent):
             self.model.base_model(
                 input_ids=torch.zeros_like(positions, device=home),
                 position_ids=positions.to(home),
@@ -341,22 +345,27 @@ class _Check:
 
 
 @contextmanager
-def _aside(blocks: nn.Module, index: int, called: Callable[..., Tensor], shape: tuple[int, ...]) -> Iterator[None]:
+def _aside(blocks: nn.Module, index: int, called: Callable[..., Tensor], inputs: Tensor, lent: Lent) -> Iterator[None]:
     """Have blocks hand hidden states on unchanged; in the place of block `index`, `called` is called.
 
-    The others put as many zeros into their layer of a cache as there are tokens: positions and masks may follow any
-    layer's length. What they are given says nothing: some models take the first of what a block returns.
+    The others put zeros into their layer of a cache for all tokens: positions and masks may follow any layer's length.
+    What they are given says nothing: some models take the first of what a block returns. Those that lend keys and
+    values lend random products of the block's inputs, for all tokens that there are by then.
 
     Args:
-        shape: windows and their tokens.
+        inputs: of the block, (B, T, h).
     """
 
     def passing(layer: int) -> Callable[..., Tensor]:
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            for value in (*args, *kwargs.values()):
-                if seams.is_cache(value) and isinstance(value.layers[layer], DynamicLayer):
-                    empty = hidden.new_zeros(shape[0], 1, shape[1], 1)
-                    value.update(empty, empty, layer)
+            empty = hidden.new_zeros(len(inputs), 1, inputs.shape[1], 1)
+            given = lent.at_random(layer, inputs, _generator(layer)) or {"": (empty, empty)}
+            for name, (k, v) in given.items():
+                for value in (*args, *kwargs.values()):
+                    if seams.is_cache(value) and _holds(value, layer):
+                        k, v = value.update(k, v, layer)
+                if name:
+                    kwargs[seams.LENT][name] = k, v
             return hidden
 
         return forward
@@ -368,6 +377,11 @@ def _aside(blocks: nn.Module, index: int, called: Callable[..., Tensor], shape: 
     finally:
         for block in blocks.children():
             del block.forward
+
+
+def _holds(cache: Any, layer: int) -> bool:
+    """Whether a layer of a cache holds keys and values. There may be none for blocks that read those of others."""
+    return layer < len(cache.layers) and isinstance(cache.layers[layer], DynamicLayer)
 
 
 class _WideSoftmax(TorchFunctionMode):

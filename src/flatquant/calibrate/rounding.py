@@ -137,7 +137,8 @@ def _optimiser(
     splits: int,
 ) -> Optimiser:
     def loss_fn(windows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = F.mse_loss(call.of(windows)(block, x.to(work)).float(), y.float())
+        y = call.states(y)
+        loss = F.mse_loss(call.states(call.of(windows)(block, x.to(work))).float(), y.float())
         # Only signs count. The gradient of an output is made so large that half precision holds it.
         return loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny) * y.numel() ** 0.5, loss
 
@@ -159,7 +160,8 @@ def _optimiser(
 @torch.no_grad()
 def _error(block: nn.Module, call: BlockCall, inputs: Kept, targets: Kept, work: torch.dtype, windows: int) -> float:
     """The mean squared error of a block's outputs."""
-    total, run = torch.zeros((), dtype=torch.float64, device=inputs.device), call.in_order(block)
+    total, run, count = torch.zeros((), dtype=torch.float64, device=inputs.device), call.in_order(block), 0
     for x, y in zip(inputs.split(windows), targets.split(windows), strict=True):
-        total += F.mse_loss(run(x.to(work)).double(), y.double(), reduction="sum")
-    return float(total) / math.prod(inputs.shape)
+        out, y = call.states(run(x.to(work))), call.states(y)
+        total, count = total + F.mse_loss(out.double(), y.double(), reduction="sum"), count + y.numel()
+    return float(total) / count

@@ -152,7 +152,8 @@ class Witness:
             alone: what `see_rounded` returned where and when the block was rounded.
         """
         self.quantised = through(block, self.calls[index], self.quantised, together=self.together)
-        self.errors.append(_or_infinite(float(relative(self._sampled(self.quantised), self._samples[index + 1]))))
+        got, want = (self.calls[index].states(x) for x in (self._sampled(self.quantised), self._samples[index + 1]))
+        self.errors.append(_or_infinite(float(relative(got, want))))
         self.alone.append(alone)
 
     def see_head(self, model: PreTrainedModel, basis: Factor | None) -> None:
@@ -192,7 +193,8 @@ class Witness:
         """What a block with other grids makes of the original's inputs, given so many times.  # (windows, tokens, h)"""
         inputs = self._samples[index].expand(windows, -1, -1)
         with put(block, self._arch.attention or "", grids):
-            return through(block, self._sample_calls[index], inputs, together=windows)
+            call = self._sample_calls[index]
+            return call.states(through(block, call, inputs, together=windows))
 
     def _sampled(self, x: Tensor) -> Tensor:
         return x[:1, : self._sample_tokens]
@@ -294,9 +296,10 @@ class Ends:
         """(.., h) -> (.., V), float32, with products in `dtype`."""
         norm = copy.deepcopy(self.norm).to(device).float()
         turn = None if self.basis is None else self.basis.matrix().to(device)
-        output = self._output(device, dtype)
+        output, width = self._output(device, dtype), self.config.get_text_config().hidden_size
 
         def head(x: Tensor) -> Tensor:
+            x = x[..., :width]  # behind it, what blocks lend
             x = x if turn is None else x @ turn.to(x.dtype)
             return logits(self.config, output(norm(x).to(dtype))).float()
 

@@ -173,6 +173,7 @@ class Arch:
         kept: linears that stay in 16 bit, and read none of these tensors.
         example: config fields of a small model that has all kinds of block, where the defaults leave out some.
         repeated: keyword arguments of a block that have rows for every window of a batch.
+        own: positional arguments of a block, behind the hidden states, that each window has its own of.
         when: config fields that choose between descriptions of one model type.
         norm_offset: a norm multiplies by this plus its weight (Gemma: 1).
         attention: the module that calls transformers' attention function; None if there is none, as in a block of
@@ -191,6 +192,7 @@ class Arch:
     kept: tuple[str, ...] = ()
     example: Mapping[str, Any] = field(default_factory=dict)
     repeated: tuple[str, ...] = ()
+    own: tuple[int, ...] = ()
     when: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
     blocks: str = "model.layers"

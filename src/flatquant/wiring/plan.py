@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from flatquant import seams
 from flatquant.errors import FamilyError, ModelError, SpecError
 from flatquant.spec import BlockPlan, CodebookSpec, KeyOffset, LatentPlan, Plan, QuantSpec, Recipe, SitePlan, Transforms
 from flatquant.transforms import hadamard_split, kronecker_split
@@ -73,7 +74,8 @@ def _block(index: int, block: nn.Module, recipe: Recipe, arch: Arch, geometry: G
     _check_all_read(index, block, arch)
     online = any(t.kind == "matrix" for t in recipe.transforms.get("qk", ()))  # a diagonal goes into the weights
     keyed = arch.attention is not None and (keys is not None or force)
-    qk = online and keyed
+    # Blocks that read another's keys do not turn their queries into a basis of these.
+    qk = online and keyed and not seams.lends(submodule(block, arch.attention or ""))
     offset = _key_offset(block, recipe, arch, geometry, keys) if keyed else None
     latent = None
     if arch.latent is not None:

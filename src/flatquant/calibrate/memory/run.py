@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from flatquant import distributed
 from flatquant.calibrate.activations import Place
+from flatquant.calibrate.lent import Lent
 from flatquant.calibrate.memory import machine
 from flatquant.calibrate.memory.block import RoundedEnds, Sizes, WeightBytes
 from flatquant.calibrate.memory.layout import Estimate, full_step, needs_all_blocks, why_undivided
@@ -45,6 +46,9 @@ class Count:
         self.sizes = [Sizes.of(block, p) for block, p in zip(blocks, plan.blocks, strict=True)]
         config = model.config.get_text_config()
         self.hidden, self.vocab = config.hidden_size, config.vocab_size
+        # Between blocks a token has what these lend one another too; and all along what each is given of its own.
+        self.stream = Lent.of(blocks, self.hidden)
+        self.own = len(blocks) * (getattr(config, "hidden_size_per_layer_input", None) or 0)
         self.item = dtype.itemsize
         parameters = list(model.parameters())
         whole = sum(p.nbytes for p in parameters)
@@ -87,12 +91,12 @@ class Count:
         self, place: Place, windows: int, side_by_side: int, *, recompute: bool, memory: FitMemory | None
     ) -> Estimate:
         """What the run needs, laid out so."""
-        kept = self._streams(side_by_side) * self._stream
+        kept = self._streams(side_by_side) * self._stream + self._of_all(self.own)
         here = int(place == "device")
         peak = self._peak(windows, side_by_side, memory) + here * kept
         if self.end_to_end is not None:  # which sees the first hidden states and the last
             end = self._whole_fit(self.end_to_end, windows, memory, recompute=recompute)
-            peak = max(peak, end + here * 2 * self._stream)
+            peak = max(peak, end + here * (2 * self._stream + self._of_all(self.own)))
         packed, rounded = sum(s.packed for s in self.sizes), sum(s.rounded for s in self.sizes)
         tables = self.rounded_ends
         host = self.base + self.ends + tables.rounded + self._copied(memory) + (kept if place == "host" else 0)
@@ -147,8 +151,12 @@ class Count:
 
     @property
     def _stream(self) -> int:
-        """Hidden states of all windows."""
-        return 0 if self.shape is None else self.shape[0] * self.shape[1] * self.hidden * self.item
+        """Hidden states of all windows, and what blocks lend behind them."""
+        return self._of_all(self.hidden + self.stream.numbers)
+
+    def _of_all(self, numbers: int) -> int:
+        """Bytes of so many numbers for every token."""
+        return 0 if self.shape is None else self.shape[0] * self.shape[1] * numbers * self.item
 
     def _streams(self, side_by_side: int) -> int:
         """How many of these there are at a time: a chain of inputs and targets, and what the quantised model has."""

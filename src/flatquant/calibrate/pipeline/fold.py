@@ -113,16 +113,17 @@ def _learn_rounding(run: Run, spec: RoundingSpec, index: int, call: BlockCall, q
 def _output_hessians(run: Run, index: int, calls: list[BlockCall], quantised: Kept | None) -> dict[str, Tensor]:
     assert quantised is not None
     assert isinstance(run.tokens, Tensor)
+    tokens = run.tokens.to(run.device)
     # After an end-to-end fit all blocks are folded, otherwise those that come later are as they were.
     after = calls[index + 1 :] if run.end_to_end is None else [run.rotated(c) for c in calls[index + 1 :]]
 
-    def loss(hidden: Tensor, ids: Tensor) -> Tensor:
+    def loss(hidden: Tensor, window: Tensor) -> Tensor:
         """Cross entropy of a sequence, summed: a mean would underflow half precision on its way back."""
         with autocast(run.device, run.dtype):
             for block, call in zip(run.blocks[index + 1 :], after, strict=True):
-                hidden = call(block, hidden)
+                hidden = call.of(window)(block, hidden)
             scores = run.head(hidden)
-        return F.cross_entropy(scores[0, :-1].float(), ids[0, 1:], reduction="sum")
+        return F.cross_entropy(scores[0, :-1].float(), tokens[window][0, 1:], reduction="sum")
 
     collect = partial(
         output_hessians,
@@ -131,7 +132,6 @@ def _output_hessians(run: Run, index: int, calls: list[BlockCall], quantised: Ke
         run.rotated(calls[index]),
         loss,
         quantised,
-        run.tokens.to(run.device),
         run.recipe.solver.gradients,
     )
     with ExitStack() as stack:

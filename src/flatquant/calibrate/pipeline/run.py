@@ -79,10 +79,12 @@ class Run:
         self.arch = arch_of(model.config, model)
         self.blocks = list(submodule(model, self.arch.blocks).children())
         self.tokens, self.device, self.dtype, self.seed = tokens, device, dtype, seed
-        # A graph replays one shape and one mask: an expert's tokens differ from step to step, and samples' masks.
+        # A graph replays one shape and one mask: an expert's tokens differ from step to step, and samples' masks. What
+        # each window has its own of, it reads where that lies.
         graph = (
             graph
             and not isinstance(tokens, Samples)
+            and not (self.arch.own and layout.place != "device")
             and not any(isinstance(m, Experts) for block in self.blocks for m in block.modules())
         )
         self.state, self.progress, self.graph = state, progress, graph
@@ -160,8 +162,10 @@ class Run:
         weight = output.weight.detach().to(self.device, self.dtype)  # (V, h)
         bias = None if output.bias is None else output.bias.detach().to(self.device, self.dtype)
 
+        width = self.model.config.get_text_config().hidden_size
+
         def head(x: Tensor) -> Tensor:
-            dtype = self.dtype
+            x, dtype = x[..., :width], self.dtype  # behind the hidden states is what blocks lend
             if torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
             elif dtype != torch.float64:

@@ -86,23 +86,35 @@ OLMO1 = replace(  # norms in front have no weights; where clip_qkv is set, no ma
 
 EXAONE4 = replace(OLMO2, model_types=("exaone4",), unturned={"is_sliding": False, "sliding_window": int})
 
-# Values pass a norm, and are the keys before their norm in some blocks. With embeddings for every layer, or keys and
-# values of other layers, what a block is given depends on the text and on other blocks.
-_GEMMA4_OUT = replace(ATTN_OUT, writer=None, passes="nothing")
+_PER_LAYER = (  # behind the MLP, multiplied by what an embedding says of the token for this very block
+    Edge(site="layer_in", like="mlp_in", readers=("per_layer_input_gate",)),
+    Edge(site="layer_mid", like="mlp_mid", readers=("per_layer_projection",)),
+)
+
+
+def _gemma4(readers: tuple[str, ...], *per_layer: Edge) -> Arch:
+    """One kind of block. Values pass a norm. Without `v_proj`, they are the keys before their norm.
+
+    A block without `k_proj` reads the keys and values of an earlier one, and has none of its own.
+    """
+    attn_out = replace(ATTN_OUT, writer=None, passes="nothing")
+    return replace(
+        GEMMA,
+        edges=(replace(ATTN_IN, readers=readers), attn_out, *GEMMA.edges[2:], *per_layer),
+        attention="self_attn" if len(readers) > 1 else None,
+        norm_offset=0.0,
+    )
+
+
+_FULL, *_OTHERS = (_gemma4(_QKV[:n], *edges) for edges in (_PER_LAYER, ()) for n in (3, 2, 1))
 
 GEMMA4 = replace(
-    GEMMA,
+    _FULL,
     model_types=("gemma4_text", "gemma4_unified_text"),
-    edges=(ATTN_IN, _GEMMA4_OUT, *GEMMA.edges[2:]),
-    when={"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "enable_moe_block": False},
-    norm_offset=0.0,
-    others=(
-        replace(
-            GEMMA,
-            edges=(replace(ATTN_IN, readers=_QKV[:2]), _GEMMA4_OUT, *GEMMA.edges[2:]),
-            norm_offset=0.0,
-        ),
-    ),
+    when={"enable_moe_block": False},
+    own=(0,),
+    others=tuple(_OTHERS),
+    example={"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
 )
 
 PHI3 = Arch(  # fused projections; glm4 has its gate and up fused only

@@ -155,7 +155,7 @@ def _beside(arch: Arch) -> Arch:
     )
     return replace(
         arch,
-        edges=(*arch.edges, replace(mlp_in, norm="pre_feedforward_layernorm_2"), mlp_mid),
+        edges=(*arch.edges[:4], replace(mlp_in, norm="pre_feedforward_layernorm_2"), mlp_mid, *arch.edges[4:]),
         kept=("router.proj",),
         others=(),
     )
