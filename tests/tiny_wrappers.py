@@ -97,6 +97,8 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {
             **GEMMA4_SMALL,
             "model_type": "gemma4_text",
+            "hidden_size": 48,
+            "hidden_size_per_layer_input": 24,
             "num_hidden_layers": 2,
             "num_kv_shared_layers": 1,
             "layer_types": ["full_attention", "full_attention"],
