@@ -103,7 +103,9 @@ def test_queries_that_are_scaled_by_position(monkeypatch: pytest.MonkeyPatch) ->
     test_without_grids_the_function_is_unchanged("llama4_text", 2, "inverse orthogonal")
 
 
-BIASED_NORMS = {"stablelm", "phi", "starcoder2", "nemotron", "opt", "gpt_neox", "falcon", "bloom", "jais2", "phimoe"}
+BIASED_NORMS = {
+    "stablelm", "phi", "starcoder2", "nemotron", "opt", "gpt_neox", "falcon", "bloom", "jais2", "phimoe", "persimmon",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)

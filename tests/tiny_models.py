@@ -227,6 +227,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {"multi_query": True, "parallel_attn": True},  # 7B
     "falcon groups": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},  # 40B, 180B
     "falcon alibi": {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},  # RW
+    "persimmon": {"rope_parameters": PARTIAL},
     "bloom": {},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen3_moe": {

@@ -208,6 +208,20 @@ GPT_NEOX = Arch(  # queries, keys and values of a head side by side
     final_norm="gpt_neox.final_layer_norm",
 )
 
+PERSIMMON = replace(  # with norms of q and k
+    GPT_NEOX,
+    model_types=("persimmon",),
+    edges=(
+        replace(ATTN_IN, readers=("self_attn.query_key_value",)),
+        replace(ATTN_OUT, readers=("self_attn.dense",), writer="self_attn.query_key_value[*.v]"),
+        *GPT_NEOX.edges[2:],
+    ),
+    keys="self_attn.query_key_value[*.k]",
+    blocks=LLAMA.blocks,
+    attention=LLAMA.attention,
+    final_norm="model.final_layernorm",
+)
+
 BLOOM = replace(  # ALiBi, in an attention of its own
     GPT_NEOX,
     model_types=("bloom",),
@@ -252,5 +266,5 @@ FALCON = replace(  # one after the other, or both on one norm, or on a norm each
 ARCHS = (
     LLAMA, QWEN3, GRANITE_SWA, HYPERCLOVAX, HYPERCLOVAX_POST, HUNYUAN, ERNIE, GEMMA1, VAULTGEMMA, GEMMA, UNGATED,
     APERTUS, OLMO1, OLMO2, EXAONE4, GEMMA4, PHI3, GLM4, GLM, STABLELM, STABLELM_PARALLEL, PARALLEL, COHERE2, PHI,
-    STARCODER2, JAIS2, NEMOTRON, OPT, GPT_NEOX, BLOOM, FALCON,
+    STARCODER2, JAIS2, NEMOTRON, OPT, GPT_NEOX, PERSIMMON, BLOOM, FALCON,
 )  # fmt: skip
