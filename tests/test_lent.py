@@ -13,9 +13,10 @@ import flatquant
 from flatquant import recipes, seams
 from flatquant.calibrate.capture import capture
 from flatquant.recipes import RECIPES
+from flatquant.runtime.artifact import inspect, save
 from flatquant.runtime.kvcache import QuantizedCache
 from flatquant.seams import CACHE
-from flatquant.spec import DataSpec, Recipe
+from flatquant.spec import DataSpec, Recipe, to_dict
 from flatquant.wiring.arch import Geometry
 from flatquant.wiring.archs import arch_of
 from flatquant.wiring.plan import make_plan
@@ -72,6 +73,20 @@ def test_borrowers_read_the_same_keys_with_and_without_a_cache() -> None:
     caches = DynamicCache(config=model.config), QuantizedCache(model)
     for cache in caches:
         torch.testing.assert_close(stepwise(model, tokens, cache), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bytes_of_a_cache_are_those_of_the_blocks_that_have_keys(tmp_path: Path) -> None:
+    recipe = quick("w4a16kv4")
+    model, plan, _ = calibrated(
+        small(attention_k_eq_v=False, num_global_key_value_heads=None, global_head_dim=6), recipe
+    )
+    save(model, plan, tmp_path / "model", recipe=to_dict(recipe), report={})
+    cache, tokens = QuantizedCache(model), tokens_for(model, 2, 9)
+    said(model, tokens, **{CACHE: cache})
+    found = inspect(tmp_path / "model")
+    angles = 2 * 9 * 6 * 4  # of the second kind of attention: `inspect` counts one for all layers, in float32
+    assert (found.kv_bytes_per_token * 2 * 9) == cache.nbytes() - angles
+    assert found.kv_bytes_per_token_16bit == 3 * 2 * (2 * 6 + 2 * 6)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flatquant import __version__, api, distributed, evaluate, store
+from flatquant import __version__, api, distributed, evaluate, seams, store
 from flatquant.calibrate.memory import forget_peak, peak_bytes, release
 from flatquant.data import evaluation_windows
 from flatquant.errors import FlatQuantError, SpecError
@@ -272,7 +272,8 @@ class Bench:
         model, tokenizer = self._load_original()
         arch = arch_of(model.config, model)
         blocks = submodule(model, arch.blocks).children()
-        cached = [Geometry.of(model.config).at(block, arch.of(block)).cached for block in blocks]
+        own = [block for block in blocks if not any(map(seams.borrows, block.modules()))]
+        cached = [Geometry.of(model.config).at(block, arch.of(block)).cached for block in own]
         return {
             "perplexity": self._perplexity(model, "original"),
             **self._tasks(model, tokenizer),

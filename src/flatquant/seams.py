@@ -77,6 +77,11 @@ def lends(attention: nn.Module) -> bool:
     return bool(shared) and bool(getattr(attention, "store_full_length_kv", False))
 
 
+def borrows(attention: nn.Module) -> bool:
+    """Whether an attention module has no keys and values of its own, and reads those that an earlier one lends."""
+    return bool(getattr(attention, "is_kv_shared_layer", False))
+
+
 def is_cache(value: object) -> bool:
     """Whether an argument of a forward pass is a cache of keys and values."""
     return isinstance(value, Cache | _CacheSeam) or (hasattr(value, "update") and hasattr(value, "get_seq_length"))

@@ -145,7 +145,10 @@ def _kv_bytes(folder: Folder) -> tuple[int, int]:
     heads = next((found for name in names if (found := config.get(name))), None)
     if type(heads) is not int or heads < 1:
         raise ArtifactError(f"{folder.path / CONFIG_FILE} is damaged: no number of attention heads")
-    blocks = folder.plan.blocks
+    blocks, borrowing = folder.plan.blocks, config.get("num_kv_shared_layers") or 0
+    if type(borrowing) is not int or not 0 <= borrowing < len(blocks):
+        raise ArtifactError(f"{folder.path / CONFIG_FILE} is damaged: {borrowing!r} blocks without keys of their own")
+    blocks = blocks[: len(blocks) - borrowing]  # the last ones read what earlier ones have put into the cache
     copies = [1 if b.latent else heads for b in blocks]
     kv = [token_bytes(b.key_dim, b.keys) + token_bytes(b.value_dim, b.values) for b in blocks]
     plain = [2 * (b.key_dim + b.value_dim) for b in blocks]
