@@ -21,7 +21,8 @@ def one_by_one(witness: Witness, index: int, block: nn.Module, plan: BlockPlan) 
     def output(rounded: Part | None) -> torch.Tensor:
         others = dict.fromkeys(part for part in rounded_parts(plan, index) if part != rounded)
         with put(block, witness._arch.attention, others):
-            return through(block, witness._sample_calls[index], witness._samples[index])
+            call = witness._sample_calls[index]
+            return call.states(through(block, call, witness._samples[index]))
 
     exact = output(None)
     return {part.name: float(relative(output(part), exact)) for part in rounded_parts(plan, index)}
