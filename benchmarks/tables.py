@@ -467,7 +467,7 @@ def latent_fit() -> list[str]:
 def devices(model: str) -> list[str]:
     """Seconds of a run's divided stages, of all of it, and its peak, on one GPU and on several."""
     lines = [
-        "| run | GPUs | block-wise fits, s | end-to-end fit, s | a step, ms | all of the run, s | peak, GB | estimate, GB "
+        "| run | GPUs | block-wise fits, s | end-to-end fit, s | a step, ms | all of the run, s | peak, GB | told, GB "
         "| KL | same bytes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
