@@ -75,6 +75,9 @@ def work(model: str, rung: str, seed: int, output: str) -> None:
     def progress(stage: str, done: float, total: int) -> None:
         if stage == "end to end":
             ends.append(time.perf_counter())
+            if distributed.leads():
+                peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+                print(f"step {done:.0f}: {ends[-1] - ends[0]:.2f} s, {peak:.1f} GB", flush=True)
 
     with distributed.joined(device):
         quantize(
