@@ -113,9 +113,12 @@ def test_where_the_fit_went_is_in_the_report_and_in_a_resumed_one(tmp_path: Path
     assert again.blocks[1]["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("weight_lr", [0.0, 1e-2])
-def test_an_end_to_end_fit_takes_a_step_that_overflowed_again(weight_lr: float, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("weight_lr, ahead", [(0.0, 0), (1e-2, 0), (1e-2, 1)])
+def test_an_end_to_end_fit_takes_a_step_that_overflowed_again(
+    weight_lr: float, ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a kind that float16 cannot hold: it goes on in bfloat16, and a killed run ends with the same bytes."""
+    monkeypatch.setattr(Optimiser, "ahead", ahead)
     spec = EndToEndSpec(steps=10, batch_size=2, weight_lr=weight_lr)
     recipe = dataclasses.replace(quick("w4a4kv4"), fit=None, end_to_end=spec)
     model = family("llama", dtype=torch.float16)
@@ -144,6 +147,31 @@ def test_an_end_to_end_fit_takes_a_step_that_overflowed_again(weight_lr: float, 
     resumed, _, again = calibrated(model, recipe, dtype=torch.float16, state=RunState(tmp_path, {}, resume=True))
     assert again.end_to_end == report.end_to_end
     assert same_bytes(resumed, whole)
+
+
+def test_steps_that_begin_early_change_nothing_after_one_that_overflowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth of six overflows float16; the fifth, which has begun with one step ahead, would not."""
+    recipe = dataclasses.replace(quick("w4a4kv4"), fit=None, end_to_end=EndToEndSpec(steps=6, batch_size=2))
+    loss, real, step = end2end.kl_rows, Optimiser.step, [0]
+
+    def counted(optimiser: Optimiser, *batch: Tensor) -> Tensor:
+        step[0] = optimiser.done + 1
+        return real(optimiser, *batch)
+
+    def overflow(teacher: Tensor, student: Tensor) -> Tensor:
+        return loss(teacher, student) * (float("inf") if step[0] == 4 and student.dtype == torch.float16 else 1.0)
+
+    monkeypatch.setattr(Optimiser, "step", counted)
+    monkeypatch.setattr(end2end, "kl_rows", overflow)
+    found = []
+    for ahead in (0, 1, 3):
+        monkeypatch.setattr(Optimiser, "ahead", ahead)
+        step[0] = 0
+        with pytest.warns(UserWarning, match="not finite at step 4; the fit goes on in bfloat16"):
+            found.append(calibrated(family("llama", dtype=torch.float16), recipe, dtype=torch.float16))
+    for model, _, report in found[1:]:
+        assert report.end_to_end == found[0][2].end_to_end
+        assert same_bytes(model, found[0][0])
 
 
 def test_an_end_to_end_fit_that_overflows_float32_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from flatquant.transforms import (
     make_left,
     shared_inverses,
 )
-from flatquant.transforms.factor import cayley, polish
+from flatquant.transforms.factor import cayley, inverse, polish
 from flatquant.transforms.start import random_hadamard, random_orthogonal
 
 FACTORS = [DirectFactor, SVDFactor]
@@ -109,6 +109,19 @@ class _Method(torch.nn.Module):
 
 
 SHARED = [8] * 20 + [40] * 3 + [48, 64, 130, 256]  # more than a batch has, and sizes that have a batch each
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_an_inverse_leaves_the_choice_of_kernels_as_it_was(strict: bool, warn_only: bool) -> None:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        inverse(torch.eye(3))
+        assert torch.are_deterministic_algorithms_enabled() == strict
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def test_inverses_that_are_shared_are_those_of_each_factor_and_have_their_gradients() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -94,8 +95,8 @@ def fit_end_to_end(
 ) -> FittedModel:
     """Fit all wrapped blocks together.
 
-    A step whose divergence or gradients overflow `dtype` has changed nothing: it is taken again, and all that follow,
-    in a wider dtype, with a warning.
+    A step whose divergence or gradients overflow `dtype` has changed nothing, nor have steps that had begun by then: it
+    is taken again, and all that follow, in a wider dtype, with a warning.
 
     Args:
         fits, calls: every block and how it is called.
@@ -189,6 +190,7 @@ def fit_end_to_end(
         around=lambda: shared_inverses(roots),
         consumes=consumes,
         sharded=shards is not None,
+        halts=True,
         seed=seed,
     )
     losses: list[float] = []
@@ -228,12 +230,12 @@ def fit_end_to_end(
 
     counts = [] if shards is None else [(torch.arange(taken, device=inputs.device) < len(ours)).float()]
 
-    def stepped(step: int) -> float:
+    def begun(step: int) -> _OnItsWay:
         count = max(taken, int(consumes))  # a rank without windows takes part in sums inside the backward pass
         rows = [cyclic(kept, step * spec.batch_size + ours.start, count) for kept in (numbers, inputs, targets)]
         value = optimiser.step(*rows, *counts)
         optimiser.join()
-        return float(value)
+        return _OnItsWay(value)
 
     saved, cost = time.perf_counter(), 0.0
 
@@ -244,24 +246,31 @@ def fit_end_to_end(
         due = save is not None and (done == spec.steps or time.perf_counter() - saved > 20 * cost)
         return due if shards is None else distributed.broadcast(({}, due))[1]
 
-    for step in range(done, spec.steps):
-        loss = stepped(step)
-        while not loss < float("inf"):
+    ahead: deque[_OnItsWay] = deque()  # losses of steps that have begun
+    keep = False  # the state after these
+    while len(losses) < spec.steps:
+        begin = len(losses) + len(ahead)
+        if begin < spec.steps and not keep and len(ahead) <= optimiser.ahead:
+            ahead.append(begun(begin))
+            keep = is_due(begin + 1)
+            continue
+        step, loss = len(losses), ahead.popleft().read()
+        if not loss < float("inf"):
             overflow = f"the end-to-end divergence or a gradient in {named(dtype)} is not finite at step {step + 1}"
             wider = safer(dtype, inputs.device)
             if wider is None and (before is None or not math.isfinite(before)):
                 raise CalibrationError(f"{overflow}; try a lower learning rate, or other calibration text")
-            if wider is None:
+            if wider is None:  # what the fit has made of the model is undone
                 break
             warnings.warn(f"{overflow}; the fit goes on in {named(wider)}", stacklevel=2)
             dtype = wider
             _widen(fits)
+            ahead.clear()
             optimiser.restart(step)
-            loss = stepped(step)
-        if not loss < float("inf"):  # what the fit has made of the model is undone
-            break
+            keep = False
+            continue
         losses.append(loss)
-        if is_due(step + 1):
+        if keep and not ahead:
             now = time.perf_counter()
             state = optimiser.state()
             if save:
@@ -269,6 +278,7 @@ def fit_end_to_end(
             del state
             saved = time.perf_counter()
             cost = saved - now
+            keep = False
         if progress:
             progress(step + 1, spec.steps)
     if held_out is None or before is None or start_losses is None:
@@ -285,6 +295,23 @@ def fit_end_to_end(
         how = f"is not ahead of plain rounding, {plain:.3g} nats per token," if behind else "made the model worse"
         warnings.warn(f"the end-to-end fit ({before:.3g} -> {after:.3g}) {how} {UNDONE}", FitWarning, stacklevel=2)
     return FittedModel(losses=losses, held_out=(before, after), plain=plain, undone=worse or behind)
+
+
+class _OnItsWay:
+    """A number that a device has yet to compute; on CUDA, what is launched after it does not wait for who reads it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.event = None
+        self.value = value
+        if value.is_cuda:
+            self.value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> float:
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.value)
 
 
 def stored_dtype(spec: EndToEndSpec, memory: FitMemory, model: torch.dtype) -> torch.dtype | None:

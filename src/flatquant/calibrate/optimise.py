@@ -106,6 +106,8 @@ class Optimiser:
         consumes: weights, which are in bfloat16, move in the backward pass (`ConsumingAdam`). Several ranks then sum
             their gradients inside of it, which no CUDA graph records.
         sharded: passes gather weights that ranks divide (`sharding`): no graph records them, and none may end halfway.
+        halts: after a step that is not finite, none changes anything until `restart`. So a step may begin before the
+            loss of the last is read.
         seed: of the chance by which consumed weights are rounded.
     """
 
@@ -129,9 +131,11 @@ class Optimiser:
         share: float | None = None,
         consumes: bool = False,
         sharded: bool = False,
+        halts: bool = False,
         seed: int = 0,
     ) -> None:
         assert not (consumes and (relative or weight_decay))
+        self.halts = halts
         self.bounded, self.around, self.share = bounded, around, share
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
@@ -270,6 +274,8 @@ class Optimiser:
     def _update(self, loss: Tensor) -> Tensor:
         """Move the parameters, unless the loss or a gradient is not finite; the loss, NaN in that case."""
         finite = torch.isfinite(loss) & torch.isfinite(self._norms()).all()
+        if self.halts:
+            finite = finite & (self.skipped == 0)
         self.skipped.copy_(~finite)
         if self.fused or bool(finite):  # on a CPU one may look; on CUDA that would wait for the device
             for optimiser in self.optimisers:
@@ -356,9 +362,18 @@ class Optimiser:
             return None
         return _Recorded(replay, recorder(update))
 
+    @property
+    def ahead(self) -> int:
+        """How many steps it pays to begin before the loss of the last is read.
+
+        The processor launches a record's kernels one by one, in a third of the time that a GPU takes to run them.
+        """
+        return int(self.halts and self.recorded is not None)
+
     def restart(self, done: int) -> None:
         """Go on after `done` steps with a `loss_fn` that computes differently, which is recorded anew."""
         self.done, self.recorded, self.eager = done, None, 0
+        self.skipped.zero_()
 
     def join(self) -> None:
         """Make the current stream wait for all steps so far."""

@@ -67,7 +67,19 @@ class DirectFactor(Factor, Trainable, Neutral):
     def inverse_t(self) -> Float[Tensor, "*batch n n"]:
         if self.shared is not None:
             return self.shared
-        return torch.linalg.inv_ex(self.p.mT).inverse  # inv_ex: no host sync, so a CUDA graph can hold it
+        return inverse(self.p.mT)
+
+
+def inverse(matrices: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """By LU, without a look at whether there is one: a CUDA graph can hold it.  # (.., n, n)"""
+    # On CUDA, rows are permuted by a scatter to distinct places. Where torch is to take deterministic kernels it sorts
+    # these places, in a hundred small kernels, for the same bits.
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        return torch.linalg.inv_ex(matrices).inverse
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
 
 
 @contextmanager
@@ -84,9 +96,9 @@ def shared_inverses(modules: Sequence[nn.Module]) -> Iterator[None]:
             continue
         eye = torch.eye(size, dtype=members[0].p.dtype, device=members[0].p.device)
         padded = [torch.block_diag(f.p.mT, eye[f.size :, f.size :]) if f.size < size else f.p.mT for f in members]
-        inverses = torch.linalg.inv_ex(torch.stack(padded)).inverse  # (batch, size, size)
-        for factor, inverse in zip(members, inverses.unbind(), strict=True):
-            factor.shared = inverse[: factor.size, : factor.size]
+        inverses = inverse(torch.stack(padded))  # (batch, size, size)
+        for factor, one in zip(members, inverses.unbind(), strict=True):
+            factor.shared = one[: factor.size, : factor.size]
     orthogonal = {id(m): m for root in modules for m in root.modules() if isinstance(m, Orthogonal)}
     for factor in orthogonal.values():
         factor.shared = polish(factor.q)

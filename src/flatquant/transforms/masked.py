@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatquant.modules import Scheduled, Trainable
 from flatquant.transforms.base import Transform
-from flatquant.transforms.factor import Factor
+from flatquant.transforms.factor import Factor, inverse
 
 
 def band(n: int, epoch: int, epochs: int) -> int:
@@ -46,7 +46,7 @@ class MaskedFactor(Factor, Trainable, Scheduled):
         self.mask.copy_(self.stability * ((distance > 0) & (distance < band(self.size, epoch, epochs))))
 
     def matrix(self) -> Float[Tensor, "*batch n n"]:
-        return torch.linalg.inv_ex(self.inverse_t().mT).inverse  # inv_ex: no host sync
+        return inverse(self.inverse_t().mT)
 
     def inverse_t(self) -> Float[Tensor, "*batch n n"]:
         return torch.diag_embed(self.log_d.exp()) + self.mask * self.off
