@@ -30,6 +30,7 @@ DOCUMENTS = (
     "docs/families.md",
     "docs/schemes.md",
     "docs/scale.md",
+    "docs/vllm.md",
 )
 # The original implementation in the same setting; see docs/experiments.md, "Fidelity to the paper".
 ORIGINAL_PERPLEXITY, ORIGINAL_SECONDS = 29.32, 842
@@ -343,6 +344,46 @@ def whole_models(shapes: dict[str, str], *files: str) -> list[str]:
     return lines
 
 
+def output_layer() -> list[str]:
+    """An output layer in 8 bits: microseconds of few tokens, of bfloat16, and of moving its bytes."""
+    lines = ["| output layer | tokens | 8 bits, us | bfloat16, us | its bytes, us |", "|---|---|---|---|---|"]
+    for s in read("tune-head-h200")["samples"]:
+        if s["today"]:
+            times = (s["ms"], s["baselines"]["bf16"], s["baselines"]["bytes"])
+            lines.append(f"| {s['what'][5:]} | {s['tokens']} | {' | '.join(f'{1e3 * t:.0f}' for t in times)} |")
+    return lines
+
+
+def fit_step() -> list[str]:
+    """A step of a block-wise fit by its kernels, with one block at a time and with several."""
+    lines = [
+        "| blocks at a time | a step of a block, ms | some kernel runs, ms | all kernels, ms | kernels | under 4 us "
+        "| launching records, ms |",
+        "|---" * 7 + "|",
+    ]
+    for s in read("calibration-steps-h200")["samples"]:
+        times = [f"{s[name]:.2f}" for name in ("milliseconds", "busy_milliseconds", "kernel_milliseconds")]
+        counts = [f"{s[name]:.0f}" for name in ("kernels", "short_kernels")]
+        launch = f"{s['graph_launch_milliseconds']:.2f}"
+        lines.append(f"| {s['side_by_side']} | {' | '.join((*times, *counts, launch))} |")
+    return lines
+
+
+def vllm_serving() -> list[str]:
+    """Tokens a second of vLLM, with folders of ours and in bfloat16."""
+    lines = [
+        "| sequences | prompts, bfloat16 | w4a4 | output, bfloat16 | w4a4 | times faster |",
+        "|---" * 6 + "|",
+    ]
+    for sides in read("vllm-serving-h200")["metrics"]["speed"].values():
+        for sequences, plain in sides["bfloat16"].items():
+            ours = sides["w4a4"][sequences]
+            rates = (plain["prefill"], ours["prefill"], plain["output"], ours["output"])
+            times = f"{ours['times']['output']:.2f}"
+            lines.append(f"| {sequences} | {' | '.join(f'{rate:.0f}' for rate in rates)} | {times} |")
+    return lines
+
+
 def transforms_cost() -> list[str]:
     """How many times faster than bfloat16, by transform."""
     kinds = {"kronecker": "FlatQuant's", "hadamard": "Hadamard", "none": "none"}
@@ -548,6 +589,10 @@ NEWER = {
     "llama-3-8b-head8": "Llama-3-8B, output layer in 8 bits",
     "gemma-3-1b": "Gemma 3 1B",
 }
+ENDS = {
+    "llama-3-8b-ends8": "Llama-3-8B, both ends in 8 bits",
+    "qwen3-8b-ends8": "Qwen3-8B, both ends in 8 bits",
+}
 _PARTS = {  # of a block, by what their kernels' names begin with
     "products": ("nvjet", "_vector", "_few"),
     "weights to float8": ("_expand",),
@@ -742,6 +787,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "attention": attention,
     "whole_models": partial(whole_models, SHAPES, "runtime-h100"),
     "newer_models": partial(whole_models, NEWER, "runtime-qwen3-h200", "runtime-heads-h200"),
+    "ends_models": partial(whole_models, ENDS, "runtime-ends-h200"),
+    "ends_again": partial(whole_models, ENDS, "runtime-ends-again-h200"),
+    "ends_memory": partial(memory, ENDS, "runtime-ends-h200"),
+    "output_layer": output_layer,
+    "fit_step": fit_step,
+    "vllm_serving": vllm_serving,
     "transforms_cost": transforms_cost,
     "memory": partial(memory, SHAPES, "runtime-h100"),
     "weight_sizes": weight_sizes,
