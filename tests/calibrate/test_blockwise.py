@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,12 +114,24 @@ def test_where_the_fit_went_is_in_the_report_and_in_a_resumed_one(tmp_path: Path
     assert again.blocks[1]["dtype"] == "bfloat16"
 
 
+def begin_early(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an end-to-end fit begin so many steps before it reads a loss, as on a GPU."""
+    made = end2end.Optimiser
+
+    def make(*args: Any, **options: Any) -> Optimiser:
+        optimiser = made(*args, **options)
+        optimiser.ahead = steps
+        return optimiser
+
+    monkeypatch.setattr(end2end, "Optimiser", make)
+
+
 @pytest.mark.parametrize("weight_lr, ahead", [(0.0, 0), (1e-2, 0), (1e-2, 1)])
 def test_an_end_to_end_fit_takes_a_step_that_overflowed_again(
     weight_lr: float, ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a kind that float16 cannot hold: it goes on in bfloat16, and a killed run ends with the same bytes."""
-    monkeypatch.setattr(Optimiser, "ahead", ahead)
+    begin_early(ahead, monkeypatch)
     spec = EndToEndSpec(steps=10, batch_size=2, weight_lr=weight_lr)
     recipe = dataclasses.replace(quick("w4a4kv4"), fit=None, end_to_end=spec)
     model = family("llama", dtype=torch.float16)
@@ -165,10 +178,11 @@ def test_steps_that_begin_early_change_nothing_after_one_that_overflowed(monkeyp
     monkeypatch.setattr(end2end, "kl_rows", overflow)
     found = []
     for ahead in (0, 1, 3):
-        monkeypatch.setattr(Optimiser, "ahead", ahead)
         step[0] = 0
-        with pytest.warns(UserWarning, match="not finite at step 4; the fit goes on in bfloat16"):
-            found.append(calibrated(family("llama", dtype=torch.float16), recipe, dtype=torch.float16))
+        with monkeypatch.context() as patch:
+            begin_early(ahead, patch)
+            with pytest.warns(UserWarning, match="not finite at step 4; the fit goes on in bfloat16"):
+                found.append(calibrated(family("llama", dtype=torch.float16), recipe, dtype=torch.float16))
     for model, _, report in found[1:]:
         assert report.end_to_end == found[0][2].end_to_end
         assert same_bytes(model, found[0][0])

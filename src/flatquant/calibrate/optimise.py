@@ -135,7 +135,6 @@ class Optimiser:
         seed: int = 0,
     ) -> None:
         assert not (consumes and (relative or weight_decay))
-        self.halts = halts
         self.bounded, self.around, self.share = bounded, around, share
         self.parameters = [p for ps in parameters.values() for p in ps]
         device = self.parameters[0].device
@@ -168,6 +167,10 @@ class Optimiser:
         self.splits, self.relative = splits, relative
         # A rank without a share has no gradients that a record could hold; nor is a sum over ranks recorded.
         recordable = share is None or (share != 0 and self.consuming is None and not sharded)
+        self.halts = halts
+        # How many steps it pays to begin before the loss of the last is read: the processor launches a record's kernels
+        # one by one, in a third of the time that a GPU takes to run them. Alike on all ranks, which sum in one order.
+        self.ahead = int(halts and graph and on_gpu and self.consuming is None and not sharded)
         self.stream = torch.cuda.Stream(device) if graph and on_gpu and recordable else None
         self.recorder: Recorder | None = None if self.stream is None else GraphRecorder(self.stream)
         self.recorded: _Recorded | None = None
@@ -361,14 +364,6 @@ class Optimiser:
             )
             return None
         return _Recorded(replay, recorder(update))
-
-    @property
-    def ahead(self) -> int:
-        """How many steps it pays to begin before the loss of the last is read.
-
-        The processor launches a record's kernels one by one, in a third of the time that a GPU takes to run them.
-        """
-        return int(self.halts and self.recorded is not None)
 
     def restart(self, done: int) -> None:
         """Go on after `done` steps with a `loss_fn` that computes differently, which is recorded anew."""
