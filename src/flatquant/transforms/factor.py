@@ -72,8 +72,8 @@ class DirectFactor(Factor, Trainable, Neutral):
 
 def inverse(matrices: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """By LU, without a look at whether there is one: a CUDA graph can hold it.  # (.., n, n)"""
-    # On CUDA, rows are permuted by a scatter to distinct places. Where torch is to take deterministic kernels it sorts
-    # these places, in a hundred small kernels, for the same bits.
+    # On CUDA, torch permutes rows by a scatter to distinct places. Where it is to take deterministic kernels it sorts
+    # these places, in dozens of small kernels, for the same bits.
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
