@@ -438,14 +438,15 @@ def weight_sizes() -> list[str]:
 def ends(name: str) -> list[str]:
     """What rounding the output layer and the embedding costs and saves, with all else in 16 bit."""
     samples = read(f"ends-{name}")["samples"]
-    whole = next(s["bytes"] for s in samples if s["scheme"] == "w16")
+    whole = next((s["bytes"] for s in samples if s["scheme"] == "w16"), None)
     lines = ["| | KL | of the layer alone | embedded tokens are off by | folder, of 16 bit |", "|---|---|---|---|---|"]
     for s in samples:
         if s["scheme"] != "w16":
             head = "-" if s["head"] is None else f"{s['head']:.4f}"
             off = "-" if s["embedding"] is None else f"{s['embedding']:.1%}"
             label = s["scheme"].removeprefix("w16,")
-            lines.append(f"| `{label}` | {s['kl']:.4f} | {head} | {off} | {s['bytes'] / whole:.2f} |")
+            share = "-" if whole is None else f"{s['bytes'] / whole:.2f}"
+            lines.append(f"| `{label}` | {s['kl']:.4f} | {head} | {off} | {share} |")
     return lines
 
 
@@ -797,6 +798,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": partial(memory, SHAPES, "runtime-h100"),
     "weight_sizes": weight_sizes,
     "ends": partial(ends, "smollm2-135m"),
+    "ends_qwen": partial(ends, "qwen2.5-coder-1.5b"),
     "newer_memory": partial(memory, NEWER, "runtime-qwen3-h200", "runtime-heads-h200"),
     "bounded_memory": bounded_memory,
     "latent": latent,
