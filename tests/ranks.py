@@ -90,8 +90,15 @@ END_TO_END = {
 
 
 def start(ranks: int, body: Callable[[], None]) -> list[int]:
-    """Fork ranks; their processes. The store of what they say of themselves is this process's, as it is the agent's."""
+    """Fork ranks; their processes. The store of what they say of themselves is this process's, as it is the agent's.
+
+    All begin once all are there: a thread of the store looks up the names of who connects, and a fork at that moment
+    would find the C library's lock taken for good.
+    """
     agent = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    agent.set("connected", "")
+    agent.get("connected")  # this process's own connection has been looked up
+    forked, all_forked = os.pipe()
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     processes = []
     gc.freeze()  # what is there already is nothing for a rank to collect
@@ -102,6 +109,8 @@ def start(ranks: int, body: Callable[[], None]) -> list[int]:
             continue
         code = 1
         try:
+            os.close(all_forked)
+            os.read(forked, 1)  # nothing comes; it ends when the last process has closed the other end
             if ranks > 1:
                 number, count = str(rank), str(ranks)
                 os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -118,6 +127,8 @@ def start(ranks: int, body: Callable[[], None]) -> list[int]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    os.close(all_forked)
+    os.close(forked)
     _STORES.append(agent)
     return processes
 
