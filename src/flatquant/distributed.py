@@ -15,8 +15,8 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from itertools import groupby
 from typing import Any
@@ -230,23 +230,19 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _reaching() -> Iterator[None]:
-    """Say of a failed connection what it means."""
+def _reaching(concerns: Callable[[RuntimeError], bool] = lambda error: True) -> Iterator[None]:
+    """Say of a failed connection what it means, and leave errors alone that do not concern one."""
     try:
         yield
     except RuntimeError as error:
-        raise RankError(f"another rank has ended ({one_line(error)}); {_KEPT}") from error
-
-
-@contextmanager
-def reaching_in_passes() -> Iterator[None]:
-    """Likewise of connections that torch uses inside of forward and backward passes, among other errors of these."""
-    try:
-        yield
-    except RuntimeError as error:
-        if size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+        if not concerns(error):
             raise
         raise RankError(f"another rank has ended ({one_line(error)}); {_KEPT}") from error
+
+
+def reaching_in_passes() -> AbstractContextManager[None]:
+    """Likewise of connections that torch uses inside of forward and backward passes, among other errors of these."""
+    return _reaching(lambda e: size() > 1 and (isinstance(e, dist.DistError) or "gloo/transport" in str(e)))
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -63,9 +63,8 @@ def output_hessians(
         with widened(block, inputs.dtype) as work:
             for i, x in enumerate(inputs.split(1)):
                 x, window = x.detach().to(work, copy=True).requires_grad_(), torch.tensor([i])
-                torch.autograd.grad(
-                    loss(call.of(window)(block, x), window), x
-                )  # the hooks see what they need on its way
+                # The hooks see what they need on its way.
+                torch.autograd.grad(loss(call.of(window)(block, x), window), x)
     finally:
         for handle in handles:
             handle.remove()

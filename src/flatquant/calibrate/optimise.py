@@ -382,10 +382,8 @@ class Optimiser:
         """
         out = {}
         for i, p in enumerate(self.parameters):
-            for name, tensor in {
-                "value": p,
-                **{n: t for o in self._all for n, t in o.state.get(p, {}).items()},
-            }.items():
+            moments = {name: m for optimiser in self._all for name, m in optimiser.state.get(p, {}).items()}
+            for name, tensor in {"value": p, **moments}.items():
                 tensor = whole(tensor)
                 if distributed.leads():
                     out[f"{i}.{name}"] = tensor.cpu()
